@@ -1,0 +1,112 @@
+"""Every error that this package raises on purpose, in one tree.
+
+::
+
+    DinoV3Error
+    ├── ConfigError (ValueError)              a configuration file or option is wrong
+    ├── CheckpointError (ValueError)          weights are missing, damaged, or not what the configuration says
+    ├── InputError (ValueError)               images that cannot be taken
+    ├── SpecError (ValueError)                a FeatureSpec that is malformed or that this model cannot satisfy
+    ├── NumericsError (ArithmeticError)       a teacher that computes wrong or non-finite values
+    ├── StoreError (ValueError)               a feature store or cache that cannot be used as asked
+    │   └── MissingViewError (KeyError)       a stored teacher was asked for a view that it does not hold
+    └── PoolError (RuntimeError)              the pool cannot do what was asked
+        ├── PoolNotFoundError (LookupError)   no pool of that name
+        ├── PoolExistsError                   a pool of that name is running already
+        ├── PoolClosedError                   used after shutdown() or close()
+        ├── PoolTimeoutError (TimeoutError)   a deadline passed; says what was waited for
+        ├── ForkedProcessError                used in a process forked after connecting
+        ├── ReplicaError                      a replica failed and no other could take its work
+        └── PoisonBatchError                  one batch ended replica after replica
+
+Ray carries errors from one process to another, so each of them must survive pickling: none has an ``__init__`` of its
+own, and everything that it has to say is in its message. A message names the parameter, the rule, the value and, where
+there is one, the remedy.
+"""
+
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "DinoV3Error",
+    "ForkedProcessError",
+    "InputError",
+    "MissingViewError",
+    "NumericsError",
+    "PoisonBatchError",
+    "PoolClosedError",
+    "PoolError",
+    "PoolExistsError",
+    "PoolNotFoundError",
+    "PoolTimeoutError",
+    "ReplicaError",
+    "SpecError",
+    "StoreError",
+]
+
+
+class DinoV3Error(Exception):
+    """Base of every error that this package raises on purpose."""
+
+    def __str__(self) -> str:
+        # KeyError would show the repr of its message; a sentence is to be read as one.
+        return "\n".join(str(argument) for argument in self.args)
+
+
+class ConfigError(DinoV3Error, ValueError):
+    """A configuration file or option is wrong."""
+
+
+class CheckpointError(DinoV3Error, ValueError):
+    """Weights are missing, damaged, or not what the configuration says."""
+
+
+class InputError(DinoV3Error, ValueError):
+    """Images that cannot be taken."""
+
+
+class SpecError(DinoV3Error, ValueError):
+    """A FeatureSpec that is malformed, or that this model cannot satisfy."""
+
+
+class NumericsError(DinoV3Error, ArithmeticError):
+    """A teacher that computes wrong or non-finite values."""
+
+
+class StoreError(DinoV3Error, ValueError):
+    """A feature store or cache that cannot be used as asked."""
+
+
+class MissingViewError(StoreError, KeyError):
+    """A stored teacher was asked for a view that it does not hold."""
+
+
+class PoolError(DinoV3Error, RuntimeError):
+    """The pool cannot do what was asked."""
+
+
+class PoolNotFoundError(PoolError, LookupError):
+    """No pool of that name is running."""
+
+
+class PoolExistsError(PoolError):
+    """A pool of that name is running already."""
+
+
+class PoolClosedError(PoolError):
+    """Used after ``shutdown()`` or ``close()``."""
+
+
+class PoolTimeoutError(PoolError, TimeoutError):
+    """A deadline passed; the message says what was waited for."""
+
+
+class ForkedProcessError(PoolError):
+    """A pool client was used in a process forked after it connected; Ray would hang there."""
+
+
+class ReplicaError(PoolError):
+    """A replica failed, and no other could take its work within the retry budget."""
+
+
+class PoisonBatchError(PoolError):
+    """One batch ended replica after replica, and is failed alone so that the pool lives on."""

@@ -1,0 +1,200 @@
+"""What to ask a teacher for (:class:`FeatureSpec`) and what comes back (:class:`Features`).
+
+Shapes: B images, D channels, h × w patches, R register tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dinov3_ray.errors import SpecError
+from dinov3_ray.precision import RESULT_DTYPES, ResultDtype, decode, encode
+
+__all__ = ["FeatureSpec", "Features", "channel_dim", "deliver", "resample_map"]
+
+
+@dataclass(frozen=True, slots=True)
+class FeatureSpec:
+    """Which outputs one forward pass shall give, and how they are delivered.
+
+    Args:
+        cls: the CLS token after the model's final LayerNorm, [B, D].
+        feature_map: the patch tokens after the final LayerNorm as a map, [B, D, h, w].
+        registers: the register tokens after the final LayerNorm, [B, R, D].
+        layers: maps of intermediate blocks, [B, D, h, w] each: 0-based block indices as in the official
+            ``get_intermediate_layers``; negative ones count from the end.
+        norm: apply the model's final LayerNorm to intermediate layers too.
+        map_size: (h, w), or one int for both, to which all maps are resampled on the teacher: area pooling down,
+            bilinear up.
+        dtype: of the results. ``native`` is the compute dtype; ``int8`` crosses the network with one scale a token and
+            comes out in the compute dtype.
+
+    Raises:
+        SpecError: names the field, the rule and the value.
+    """
+
+    cls: bool = False
+    feature_map: bool = False
+    registers: bool = False
+    layers: tuple[int, ...] = ()
+    norm: bool = True
+    map_size: tuple[int, int] | None = None
+    dtype: ResultDtype = "native"
+
+    def __post_init__(self) -> None:
+        for name in ("cls", "feature_map", "registers", "norm"):
+            if not isinstance(getattr(self, name), bool):
+                raise SpecError(f"FeatureSpec.{name} must be True or False; got {getattr(self, name)!r}")
+        object.__setattr__(self, "layers", _as_ints(self.layers, "layers"))
+        if len(set(self.layers)) != len(self.layers):
+            raise SpecError(f"FeatureSpec.layers must name each block once; got {self.layers}")
+        if self.map_size is not None:
+            size = _as_ints([self.map_size] * 2 if isinstance(self.map_size, int) else self.map_size, "map_size")
+            if len(size) != 2 or min(size) < 1:
+                raise SpecError(f"FeatureSpec.map_size must be (h, w), both at least 1, or None; got {self.map_size!r}")
+            object.__setattr__(self, "map_size", size)
+        if self.dtype not in RESULT_DTYPES:
+            raise SpecError(f"FeatureSpec.dtype must be one of {', '.join(RESULT_DTYPES)}; got {self.dtype!r}")
+
+    @property
+    def empty(self) -> bool:
+        """Whether it asks for nothing."""
+        return not (self.cls or self.feature_map or self.registers or self.layers)
+
+    def require_outputs(self) -> None:
+        """Raise SpecError if the spec asks for nothing."""
+        if self.empty:
+            raise SpecError(
+                f"FeatureSpec must ask for at least one of cls, feature_map, registers or layers; got {self!r}"
+            )
+
+    def blocks(self, depth: int) -> tuple[int, ...]:
+        """``layers`` as indices from 0 for a model of ``depth`` blocks.
+
+        Raises:
+            SpecError: if an index is out of range, or two name the same block.
+        """
+        for index in self.layers:
+            if not -depth <= index < depth:
+                raise SpecError(f"FeatureSpec.layers must lie in {-depth}..{depth - 1} for this model; got {index}")
+        blocks = tuple(index % depth for index in self.layers)
+        if len(set(blocks)) != len(blocks):
+            raise SpecError(f"FeatureSpec.layers {self.layers} names one block twice (of {depth})")
+        return blocks
+
+    def native(self) -> FeatureSpec:
+        """The same outputs in the compute dtype: what a replica asks its teacher for."""
+        return self if self.dtype == "native" else replace(self, dtype="native")
+
+
+def _as_ints(values: object, name: str) -> tuple[int, ...]:
+    if not isinstance(values, Sequence) or isinstance(values, (str, bytes)):
+        raise SpecError(f"FeatureSpec.{name} must be a sequence of integers; got {values!r}")
+    for value in values:
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise SpecError(f"FeatureSpec.{name} must hold integers; got {value!r} in {values!r}")
+    return tuple(values)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Features:
+    """A teacher's outputs for B images; what was not asked for is None (``layers``: empty).
+
+    Attributes:
+        cls: [B, D].
+        feature_map: [B, D, h, w].
+        registers: [B, R, D].
+        layers: block index, as it was asked for, to [B, D, h, w].
+        fingerprint: which weights, configuration and preprocessing made them; None where the teacher has none.
+    """
+
+    cls: Tensor | None = None
+    feature_map: Tensor | None = None
+    registers: Tensor | None = None
+    layers: Mapping[int, Tensor] = field(default_factory=dict)
+    fingerprint: str | None = None
+
+    def named(self) -> Iterator[tuple[str, Tensor]]:
+        """Each tensor that is there with its name: ``cls``, ``feature_map``, ``registers``, ``layers.4``, ..."""
+        for name in ("cls", "feature_map", "registers"):
+            tensor = getattr(self, name)
+            if tensor is not None:
+                yield name, tensor
+        for index, tensor in self.layers.items():
+            yield f"layers.{index}", tensor
+
+    @classmethod
+    def from_named(cls, named: Mapping[str, Tensor], fingerprint: str | None = None) -> Features:
+        """The reverse of :meth:`named`."""
+        layers = {int(name[7:]): tensor for name, tensor in named.items() if name.startswith("layers.")}
+        return cls(named.get("cls"), named.get("feature_map"), named.get("registers"), layers, fingerprint)
+
+    def map(self, function: Callable[[str, Tensor], Tensor]) -> Features:
+        """A new Features with ``function(name, tensor)`` in place of each tensor."""
+        named = {name: function(name, tensor) for name, tensor in self.named()}
+        return Features.from_named(named, self.fingerprint)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Features:
+        """The same features on ``device``."""
+        return self.map(lambda _, tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def rows(self, start: int, stop: int) -> Features:
+        """Those of images ``start`` to ``stop`` (exclusive), as views."""
+        return self.map(lambda _, tensor: tensor[start:stop])
+
+    @classmethod
+    def cat(cls, parts: Sequence[Features]) -> Features:
+        """Rejoin parts of one batch along B, in order; a single part is returned as it is."""
+        first = parts[0]
+        if len(parts) == 1:
+            return first
+        columns = [dict(part.named()) for part in parts]
+        named = {name: torch.cat([column[name] for column in columns]) for name in columns[0]}
+        fingerprints = {part.fingerprint for part in parts}
+        return cls.from_named(named, first.fingerprint if len(fingerprints) == 1 else None)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.numel() * tensor.element_size() for _, tensor in self.named())
+
+    def __len__(self) -> int:
+        """B, the number of images."""
+        return next((tensor.shape[0] for _, tensor in self.named()), 0)
+
+    def __repr__(self) -> str:
+        parts = [f"{name}={str(tensor.dtype)[6:]}{list(tensor.shape)}" for name, tensor in self.named()]
+        return f"Features({', '.join(parts)})"
+
+
+def channel_dim(name: str) -> int:
+    """The dimension of D in the output called ``name`` (see :meth:`Features.named`)."""
+    return 1 if name == "feature_map" or name.startswith("layers.") else -1
+
+
+def deliver(features: Features, spec: FeatureSpec) -> Features:
+    """``features`` (compute dtype) as ``spec.dtype`` has them, with the very roundings that the wire would make."""
+    if spec.dtype == "native":
+        return features
+    return features.map(lambda name, tensor: decode(encode(tensor, spec.dtype, channel_dim=channel_dim(name))))
+
+
+def resample_map(map_BDhw: Tensor, size: tuple[int, int]) -> Tensor:
+    """Resample maps [B, D, h, w] to ``size``: area pooling where they shrink, bilinear where they grow.
+
+    The arithmetic is float32, since an area mean in bfloat16 loses what it averages; the result has the input's dtype.
+    """
+    height, width = map_BDhw.shape[-2:]
+    if (height, width) == size:
+        return map_BDhw
+    smaller = (min(height, size[0]), min(width, size[1]))
+    resampled = map_BDhw.float()
+    if smaller != (height, width):
+        resampled = F.interpolate(resampled, size=smaller, mode="area")
+    if smaller != size:
+        resampled = F.interpolate(resampled, size=size, mode="bilinear", align_corners=False)
+    return resampled.to(map_BDhw.dtype)

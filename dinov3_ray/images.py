@@ -1,0 +1,156 @@
+"""What callers may pass as images, brought to one form.
+
+Shapes: B images, 3 channels (RGB), height H, width W.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dinov3_ray.errors import InputError
+
+__all__ = ["ImageBatch", "Images"]
+
+Images = Tensor | np.ndarray | Sequence[Tensor] | Sequence[np.ndarray]
+"""A float batch [B,3,H,W] or image [3,H,W] in [0,1], uint8 in 0..255, or a sequence of [3,H_i,W_i]; torch or NumPy."""
+
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_warned_about_range = False
+
+
+@dataclass(frozen=True, slots=True)
+class ImageBatch:
+    """A checked batch of RGB images: one stacked tensor [B,3,H,W], or a list of [3,H_i,W_i] of different sizes.
+
+    The tensors are the caller's own memory, never copied here.
+    """
+
+    stacked: Tensor | None
+    ragged: tuple[Tensor, ...] = ()
+
+    @classmethod
+    def of(cls, images: Images | ImageBatch, *, min_side: int = 1) -> ImageBatch:
+        """Check ``images`` and bring them to one form.
+
+        Args:
+            images: see :data:`Images`; a batch that was checked before passes unchanged.
+            min_side: the smallest height and width allowed, in pixels; a model's patch size.
+
+        Raises:
+            InputError: names the rule that the images break and the value that breaks it.
+        """
+        if isinstance(images, ImageBatch):
+            batch = images
+        elif isinstance(images, (Tensor, np.ndarray)):
+            tensor = _as_tensor(images, "images")
+            if tensor.ndim not in (3, 4):
+                raise InputError(
+                    f"images must be [B,3,H,W] or [3,H,W], or a sequence of [3,H,W]; got shape {list(tensor.shape)}"
+                )
+            batch = cls(stacked=tensor if tensor.ndim == 4 else tensor.unsqueeze(0))
+        elif isinstance(images, Sequence) and not isinstance(images, (str, bytes)):
+            batch = cls._of_sequence(images)
+        else:
+            raise InputError(
+                "images must be a torch tensor, a NumPy array or a sequence of them; "
+                f"got {type(images).__name__} (turn a PIL image into one with np.asarray(image).transpose(2, 0, 1))"
+            )
+        for index, tensor in enumerate(batch.tensors):
+            _check(tensor, "images" if batch.stacked is not None else f"images[{index}]", min_side)
+        if len(batch) == 0:
+            raise InputError("images must hold at least one image; got an empty batch")
+        _warn_about_range(batch.tensors[0])
+        return batch
+
+    @classmethod
+    def _of_sequence(cls, images: Sequence[Tensor] | Sequence[np.ndarray]) -> ImageBatch:
+        tensors = tuple(_as_tensor(image, f"images[{index}]") for index, image in enumerate(images))
+        if not tensors:
+            raise InputError("images must hold at least one image; got an empty sequence")
+        for index, tensor in enumerate(tensors):
+            if tensor.ndim != 3:
+                raise InputError(
+                    f"images[{index}] must be [3,H,W] when images is a sequence; got shape {list(tensor.shape)}"
+                )
+            if tensor.dtype != tensors[0].dtype:
+                raise InputError(
+                    "images of one sequence must share a dtype: "
+                    f"images[0] is {tensors[0].dtype}, images[{index}] is {tensor.dtype}"
+                )
+        return cls(stacked=None, ragged=tensors)
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The one stacked tensor, or the images one by one."""
+        return self.ragged if self.stacked is None else (self.stacked,)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.tensors[0].dtype
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.ragged) if self.stacked is None else self.stacked.shape[0]
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """The images one by one, [3,H_i,W_i]."""
+        return iter(self.ragged if self.stacked is None else self.stacked.unbind(0))
+
+    def rows(self, start: int, stop: int) -> ImageBatch:
+        """Images ``start`` to ``stop`` (exclusive), without a copy."""
+        if self.stacked is None:
+            return ImageBatch(stacked=None, ragged=self.ragged[start:stop])
+        return ImageBatch(stacked=self.stacked[start:stop])
+
+
+def _as_tensor(image: object, name: str) -> Tensor:
+    if isinstance(image, Tensor):
+        return image.detach()
+    if not isinstance(image, np.ndarray):
+        raise InputError(f"{name} must be a torch tensor or a NumPy array; got {type(image).__name__}")
+    if image.dtype.kind not in "biuf" or image.dtype.itemsize > 8:
+        raise InputError(f"{name} must be uint8 or floating point; got NumPy dtype {image.dtype}")
+    # torch takes neither negative strides nor foreign byte order, and would share read-only memory as writable.
+    if any(stride < 0 for stride in image.strides) or not image.dtype.isnative or not image.flags.writeable:
+        image = np.array(image, dtype=image.dtype.newbyteorder("="), order="C")
+    return torch.from_numpy(image)
+
+
+def _check(tensor: Tensor, name: str, min_side: int) -> None:
+    shape = list(tensor.shape)
+    if tensor.dtype != torch.uint8 and tensor.dtype not in _FLOATS:
+        raise InputError(
+            f"{name} must be uint8 (0..255) or floating point (0..1); got {tensor.dtype} "
+            "(convert with .to(torch.uint8) or .float() / 255)"
+        )
+    if shape[-3] != 3:
+        hint = " (channels last? permute to [..., 3, H, W])" if shape[-1] == 3 else ""
+        raise InputError(f"{name} must have 3 channels (RGB) in dimension -3; got shape {shape}{hint}")
+    if min(shape[-2:]) < min_side:
+        raise InputError(f"{name} must be at least {min_side} pixels high and wide (one patch); got shape {shape}")
+
+
+def _warn_about_range(tensor: Tensor) -> None:
+    """Warn once a process about floats that look like 0..255: only the first image is looked at, to stay cheap."""
+    global _warned_about_range
+    if _warned_about_range or tensor.dtype == torch.uint8:
+        return
+    image = tensor if tensor.ndim == 3 else tensor[0]
+    # Negative values are a caller's own normalisation or noise; 0..255 data is never negative and soon exceeds 2.
+    if image.amax().item() > 16 and image.amin().item() >= 0:
+        _warned_about_range = True
+        warnings.warn(
+            f"float images are expected in [0, 1], but the first one reaches {image.amax().item():.0f}: "
+            "divide by 255, or pass uint8",
+            UserWarning,
+            stacklevel=4,
+        )

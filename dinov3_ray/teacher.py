@@ -1,0 +1,38 @@
+"""The one interface that local, stored, cached, fake and remote teachers share."""
+
+from __future__ import annotations
+
+from typing import Protocol, runtime_checkable
+
+from torch import Tensor
+
+from dinov3_ray.features import Features, FeatureSpec
+from dinov3_ray.images import Images
+
+__all__ = ["Extractor", "Teacher"]
+
+
+@runtime_checkable
+class Extractor(Protocol):
+    """The least that a pool can serve: what a factory passed to ``TeacherPool.start`` must return."""
+
+    def extract(self, images: Images, spec: FeatureSpec) -> Features:
+        """All outputs that ``spec`` asks for, from one forward pass."""
+        ...
+
+
+@runtime_checkable
+class Teacher(Extractor, Protocol):
+    """A teacher as a training loop sees it, wherever it computes.
+
+    An implementation may also have a ``fingerprint: str`` (what made its outputs) and a ``patch_size: int`` (the
+    smallest side of an image that it takes); both are looked up by name and may be missing.
+    """
+
+    def extract_features(self, images: Images) -> Tensor:
+        """CLS tokens, float32 [B, D]."""
+        ...
+
+    def extract_feature_map(self, images: Images) -> Tensor:
+        """Patch tokens as a map, float32 [B, D, h, w]."""
+        ...
