@@ -1,0 +1,174 @@
+"""The safetensors files of a model directory and what their headers say; no tensor is read here.
+
+The format: eight bytes with the header's length (little endian), a JSON header of name -> dtype, shape and byte range,
+then the bytes (https://huggingface.co/docs/safetensors). Reading it here rather than through the library costs few
+lines and gives errors that name the file, the tensor and the sizes, and exact byte ranges to fingerprint.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dinov3_ray.errors import CheckpointError
+
+__all__ = ["INDEX_FILE", "SINGLE_FILE", "StoredTensor", "WeightFiles", "canonical_name"]
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+ITEM_BYTES = {"F32": 4, "BF16": 2, "F16": 2}
+"""The dtypes that a checkpoint may hold, by their names in a safetensors header."""
+
+_MAX_HEADER = 100_000_000  # the library's own limit
+# transformers 5.5 moved the blocks into an inner `model`; files keep the names without it, but some writers do not.
+_INNER = re.compile(r"^model\.(?=(layer|stages)\.\d)")
+
+
+def canonical_name(name: str) -> str:
+    """A tensor's name as released checkpoints spell it, whichever transformers version named it."""
+    return _INNER.sub("", name)
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """One tensor of a file: ``start`` and ``stop`` are its bytes' range in the file; ``key`` is its name there."""
+
+    name: str
+    key: str
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True)
+class WeightFiles:
+    """The weights of one directory: its files and their tensors by canonical name, sorted."""
+
+    files: tuple[Path, ...]
+    tensors: dict[str, StoredTensor]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors alone."""
+        return sum(tensor.stop - tensor.start for tensor in self.tensors.values())
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tensor.shape for name, tensor in self.tensors.items()}
+
+    @classmethod
+    def find(cls, root: Path) -> WeightFiles:
+        """Find the weights in ``root`` (one file, or an index and its shards, as transformers looks for them).
+
+        Raises:
+            CheckpointError: nothing there, a shard missing, a file truncated or damaged, or the index and its shards
+                disagreeing. Files are compared with their headers to the byte, so that a truncated one is found here.
+        """
+        single, index = root / SINGLE_FILE, root / INDEX_FILE
+        if single.is_file():
+            return cls._of_files((single,))
+        if index.is_file():
+            return cls._of_index(index)
+        other = [path.name for path in sorted(root.glob("*")) if path.suffix in {".bin", ".pth", ".pt", ".safetensors"}]
+        hint = f" (it has {', '.join(other)}; see `dinov3-ray checkpoint convert`)" if other else ""
+        raise CheckpointError(f"{root} must hold {SINGLE_FILE} or {INDEX_FILE}; found neither{hint}")
+
+    @classmethod
+    def _of_index(cls, index: Path) -> WeightFiles:
+        weight_map = _read_weight_map(index)
+        paths = tuple(index.parent / name for name in sorted(set(weight_map.values())))
+        missing = [path.name for path in paths if not path.is_file()]
+        if missing:
+            raise CheckpointError(f"{index} names {len(paths)} shards; missing: {', '.join(missing)}")
+        weights = cls._of_files(paths)
+        expected = {canonical_name(key): name for key, name in weight_map.items()}
+        found = {name: tensor.file.name for name, tensor in weights.tensors.items()}
+        for name in sorted(expected.keys() | found.keys()):
+            if expected.get(name) != found.get(name):
+                raise CheckpointError(
+                    f"{index} and its shards disagree on {name}: expected in {expected.get(name, 'no shard')}, "
+                    f"found in {found.get(name, 'no shard')}"
+                )
+        return weights
+
+    @classmethod
+    def _of_files(cls, paths: tuple[Path, ...]) -> WeightFiles:
+        tensors: dict[str, StoredTensor] = {}
+        for path in paths:
+            for tensor in _read_header(path):
+                other = tensors.setdefault(tensor.name, tensor)
+                if other is not tensor:
+                    raise CheckpointError(
+                        f"tensor {tensor.name} must be stored once; found as {other.key} in {other.file.name} "
+                        f"and as {tensor.key} in {path.name}"
+                    )
+        return cls(paths, dict(sorted(tensors.items())))
+
+
+def _read_weight_map(index: Path) -> dict[str, str]:
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{index} must be a JSON object with a weight_map; got {error!r}") from error
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index}: weight_map must map tensor names to files; got {weight_map!r}")
+    for key, name in weight_map.items():
+        # A name with a folder in it could point anywhere on the machine.
+        if not isinstance(name, str) or Path(name).name != name:
+            raise CheckpointError(f"{index}: weight_map[{key!r}] must be a file name in that directory; got {name!r}")
+    return weight_map
+
+
+def _read_header(path: Path) -> list[StoredTensor]:
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if size < 8 or length > min(_MAX_HEADER, size - 8):
+                raise CheckpointError(
+                    f"{path} is truncated or no safetensors file: it has {size:,} bytes, "
+                    f"its first eight promise a header of {length:,}"
+                )
+            header = json.loads(stream.read(length))
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{path} has a damaged safetensors header: {error}") from error
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{path} has a damaged safetensors header: it holds no object")
+    data_start = 8 + length
+    tensors = [_stored(path, key, entry, data_start) for key, entry in header.items() if key != "__metadata__"]
+    tensors.sort(key=lambda tensor: (tensor.start, tensor.stop))
+    end = data_start
+    for tensor in tensors:
+        if tensor.start != end:
+            raise CheckpointError(f"{path}: tensor {tensor.key} must start at byte {end:,}; found {tensor.start:,}")
+        end = tensor.stop
+    if end != size:
+        what = "truncated" if size < end else "longer than its header says"
+        raise CheckpointError(f"{path} is {what}: expected {end:,} bytes, found {size:,}")
+    return tensors
+
+
+def _stored(path: Path, key: str, entry: Any, data_start: int) -> StoredTensor:
+    try:
+        dtype, shape = entry["dtype"], tuple(int(side) for side in entry["shape"])
+        start, stop = (int(offset) for offset in entry["data_offsets"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: the header's entry for {key} is damaged: {entry!r}") from error
+    if dtype not in ITEM_BYTES:
+        raise CheckpointError(f"{path}: tensor {key} must be one of {', '.join(ITEM_BYTES)}; found {dtype}")
+    expected = math.prod(shape) * ITEM_BYTES[dtype]
+    if stop - start != expected or min(shape, default=0) < 0:
+        raise CheckpointError(
+            f"{path}: tensor {key} of {dtype}{list(shape)} must take {expected:,} bytes; found {stop - start:,}"
+        )
+    return StoredTensor(canonical_name(key), key, path, dtype, shape, data_start + start, data_start + stop)
