@@ -1,0 +1,22 @@
+"""Weights: find, check, load, fingerprint; make them up at random; convert official ones."""
+
+from dinov3_ray.checkpoint.checks import verify
+from dinov3_ray.checkpoint.convert import Conversion, convert_checkpoint
+from dinov3_ray.checkpoint.create import init_checkpoint
+from dinov3_ray.checkpoint.identity import fingerprint
+from dinov3_ray.checkpoint.load import build_model, compute_dtype, load_model
+from dinov3_ray.checkpoint.variants import VARIANTS, find_variant, variant_of
+
+__all__ = [
+    "VARIANTS",
+    "Conversion",
+    "build_model",
+    "compute_dtype",
+    "convert_checkpoint",
+    "find_variant",
+    "fingerprint",
+    "init_checkpoint",
+    "load_model",
+    "variant_of",
+    "verify",
+]

@@ -1,0 +1,86 @@
+"""The published DINOv3 variants, and tiny ones for tests and demonstrations."""
+
+from __future__ import annotations
+
+import re
+
+from dinov3_ray.architecture import Architecture, ConvNextArchitecture, ViTArchitecture, heads_for
+from dinov3_ray.errors import ConfigError
+
+__all__ = ["VARIANTS", "find_variant", "variant_of"]
+
+
+def _vit(hidden_size: int, layers: int, inner: int, *, swiglu: bool = False, qkv_bias: bool = True) -> ViTArchitecture:
+    return ViTArchitecture(
+        hidden_size=hidden_size,
+        num_layers=layers,
+        num_heads=heads_for(hidden_size),
+        intermediate_size=inner,
+        gated_mlp=swiglu,
+        hidden_act="silu" if swiglu else "gelu",
+        query_bias=qkv_bias,
+        value_bias=qkv_bias,
+    )
+
+
+VARIANTS: dict[str, Architecture] = {
+    "vits16": _vit(384, 12, 1536),
+    "vits16plus": _vit(384, 12, 1536, swiglu=True),
+    "vitb16": _vit(768, 12, 3072),
+    "vitl16": _vit(1024, 24, 4096),
+    "vith16plus": _vit(1280, 32, 5120, swiglu=True),
+    "vit7b16": _vit(4096, 40, 8192, swiglu=True, qkv_bias=False),
+    "convnext-tiny": ConvNextArchitecture((96, 192, 384, 768), (3, 3, 9, 3)),
+    "convnext-small": ConvNextArchitecture((96, 192, 384, 768), (3, 3, 27, 3)),
+    "convnext-base": ConvNextArchitecture((128, 256, 512, 1024), (3, 3, 27, 3)),
+    "convnext-large": ConvNextArchitecture((192, 384, 768, 1536), (3, 3, 27, 3)),
+    # Not published: small enough for a forward pass of milliseconds on a CPU.
+    "vit-test": _vit(128, 3, 256),
+    "vit-test-gated": _vit(128, 2, 192, swiglu=True, qkv_bias=False),
+    "convnext-test": ConvNextArchitecture((16, 24, 32, 48), (1, 1, 2, 1)),
+}
+"""Architectures by name; the names are those of Hugging Face's directories (``dinov3-vits16-pretrain-lvd1689m``)."""
+
+_SPELLINGS = {
+    "vits": "vits16",
+    "small": "vits16",
+    "s": "vits16",
+    "vitsplus": "vits16plus",
+    "splus": "vits16plus",
+    "vitb": "vitb16",
+    "base": "vitb16",
+    "b": "vitb16",
+    "vitl": "vitl16",
+    "large": "vitl16",
+    "l": "vitl16",
+    "vith": "vith16plus",
+    "vith16": "vith16plus",
+    "vithplus": "vith16plus",
+    "h": "vith16plus",
+    "hplus": "vith16plus",
+    "vit7b": "vit7b16",
+    "7b": "vit7b16",
+    "convnextt": "convnext-tiny",
+    "convnexts": "convnext-small",
+    "convnextb": "convnext-base",
+    "convnextl": "convnext-large",
+}
+
+
+def find_variant(name: str) -> str:
+    """The variant that ``name`` means, however it is spelt: ``vitl16``, ``ViT-L/16``, ``L``, ``dinov3_vitl16``, ...
+
+    Raises:
+        ConfigError: lists the names that there are.
+    """
+    spelling = re.sub(r"[^a-z0-9]", "", name.lower().replace("+", "plus"))
+    spelling = re.sub(r"^dinov3(?=.)|pretrain.*$", "", spelling)
+    names = {re.sub(r"[^a-z0-9]", "", known): known for known in VARIANTS} | _SPELLINGS
+    if spelling not in names:
+        raise ConfigError(f"variant must be one of {', '.join(VARIANTS)}; got {name!r}")
+    return names[spelling]
+
+
+def variant_of(architecture: Architecture) -> str | None:
+    """The name of the variant with this architecture; None if there is none."""
+    return next((name for name, known in VARIANTS.items() if known == architecture), None)
