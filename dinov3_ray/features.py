@@ -186,13 +186,14 @@ def deliver(features: Features, spec: FeatureSpec) -> Features:
 def resample_map(map_BDhw: Tensor, size: tuple[int, int]) -> Tensor:
     """Resample maps [B, D, h, w] to ``size``: area pooling where they shrink, bilinear where they grow.
 
-    The arithmetic is float32, since an area mean in bfloat16 loses what it averages; the result has the input's dtype.
+    The arithmetic is float32 at least, since an area mean in bfloat16 loses what it averages; the result has the dtype
+    of the input.
     """
     height, width = map_BDhw.shape[-2:]
     if (height, width) == size:
         return map_BDhw
     smaller = (min(height, size[0]), min(width, size[1]))
-    resampled = map_BDhw.float()
+    resampled = map_BDhw.to(torch.promote_types(map_BDhw.dtype, torch.float32))
     if smaller != (height, width):
         resampled = F.interpolate(resampled, size=smaller, mode="area")
     if smaller != size:
