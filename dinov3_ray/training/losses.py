@@ -1,0 +1,311 @@
+"""What a student pays for differing from its teacher: :class:`DistillationLoss`, and the functions that it is made of.
+
+Shapes: B images, D teacher channels, C student channels, a grid of h × w locations, N = h·w.
+
+Common to all of them: the arithmetic is done in float32, or in the student's dtype if that is wider, also inside
+autocast (half precision overflows in sums of squares and rounds a cosine near 1 away); the teacher may have any
+floating dtype and gets no gradient; the result is a scalar.
+
+Weights: ``weight_Bhw`` gives each location a say, w_p >= 0. Losses of single locations l_p become Σ w_p·l_p / Σ w_p
+over the batch, so that equal weights give the plain mean. If all weights are 0 (only boxes count, and no image has
+one), the loss is 0, with gradients that are 0 and not missing, as DDP needs.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dinov3_ray.errors import ConfigError, InputError
+from dinov3_ray.features import Features, resample_map
+from dinov3_ray.training.boxes import Boxes
+
+__all__ = ["DistillationLoss", "LossKind", "cosine_loss", "gram_loss", "make_projector", "mse_loss", "smooth_l1_loss"]
+
+LossKind = Literal["cosine", "mse", "smooth_l1", "gram", "cls_cosine", "cls_mse"]
+
+_EPS = 1e-3
+"""Vectors shorter than this are not blown up to unit length.
+
+The gradient of a cosine grows as 1 / length, and a ReLU network does give vectors of length 0: with the usual 1e-12 one
+of them throws a step away (or, with a fp16 GradScaler, every step). Features are about as long as the root of their
+channels.
+"""
+
+
+def cosine_loss(student: Tensor, teacher: Tensor, weight_Bhw: Tensor | None = None) -> Tensor:
+    """1 - cos(s_p, t_p) at each location p, averaged.
+
+    cos(s, t) = s·t / (max(|s|, ε) · max(|t|, ε)) over channels, ε = 0.001.
+
+    Args:
+        student: maps [B, D, h, w], or vectors [B, D].
+        teacher: the same shape.
+        weight_Bhw: [B, h, w], or [B] for vectors; see the module's docstring.
+
+    Source: RT-DETRv4 (arXiv 2510.25257) on the whole map, with a projector; with weights from boxes, detectors that are
+    told to resemble the teacher on objects.
+    """
+    student, teacher = _widened(student, teacher)
+    return _mean(1 - (_unit(student) * _unit(teacher)).sum(1), weight_Bhw)
+
+
+def mse_loss(student: Tensor, teacher: Tensor, weight_Bhw: Tensor | None = None) -> Tensor:
+    """(s - t)², averaged over channels, then over locations; arguments as in :func:`cosine_loss`.
+
+    Source: FitNets (arXiv 1412.6550); lightly-train's distillation on resized maps.
+    """
+    student, teacher = _widened(student, teacher)
+    return _mean((student - teacher).square().mean(1), weight_Bhw)
+
+
+def smooth_l1_loss(student: Tensor, teacher: Tensor, weight_Bhw: Tensor | None = None, *, beta: float = 1.0) -> Tensor:
+    """0.5·d²/β where d = |s - t| < β, else d - 0.5·β; averaged over channels, then over locations.
+
+    The outlier channels of a DINOv3 map weigh less here than in :func:`mse_loss`. Arguments as in :func:`cosine_loss`.
+
+    Source: Fast R-CNN (arXiv 1504.08083), with torch's β.
+    """
+    student, teacher = _widened(student, teacher)
+    return _mean(F.smooth_l1_loss(student, teacher, reduction="none", beta=beta).mean(1), weight_Bhw)
+
+
+def gram_loss(student: Tensor, teacher: Tensor, weight_Bhw: Tensor | None = None, *, per_image: bool = True) -> Tensor:
+    """Mean of (ŝ_p·ŝ_q - t̂_p·t̂_q)² over all pairs of locations p, q, where x̂ = x / max(|x|, ε).
+
+    It compares which patches resemble which, so student and teacher may have different channels. It needs two N × N
+    matrices an image: at 80 × 80 that is 164 MB each in float32; align to a coarser grid (``align="teacher"``) there.
+
+    Args:
+        student: [B, C, h, w].
+        teacher: [B, D, h, w].
+        weight_Bhw: [B, h, w]; a pair has the weight w_p·w_q, and the mean is Σ w_p·w_q·(...)² / Σ w_p·w_q.
+        per_image: pairs within an image, as the paper writes it. False: pairs across the batch too, the official
+            code's default (``gram.img_level: false``), with (B·N)² entries.
+
+    Source: DINOv3 (arXiv 2508.10104, Gram anchoring) and ``dinov3/loss/gram_loss.py``, with its defaults ``normalized:
+    true`` and no removal of negative similarities; that code has ε = 1e-12.
+    """
+    student, teacher = _widened(student, teacher, same_channels=False)
+    student_BNC, teacher_BND = (_unit(each).flatten(2).mT for each in (student, teacher))
+    weight_BN = None if weight_Bhw is None else weight_Bhw.flatten(1)
+    if not per_image:
+        student_BNC, teacher_BND = student_BNC.flatten(0, 1)[None], teacher_BND.flatten(0, 1)[None]
+        weight_BN = None if weight_BN is None else weight_BN.flatten()[None]
+    with torch.autocast(student.device.type, enabled=False):  # which would make these products in half precision
+        difference_BNN = student_BNC @ student_BNC.mT - teacher_BND @ teacher_BND.mT
+    pairs_BNN = None if weight_BN is None else weight_BN[:, :, None] * weight_BN[:, None, :]
+    return _mean(difference_BNN.square(), pairs_BNN)
+
+
+def _widened(student: Tensor, teacher: Tensor, *, same_channels: bool = True) -> tuple[Tensor, Tensor]:
+    """Both in the computing dtype, the teacher detached."""
+    shapes = [[*each.shape[:1], *each.shape[1 if same_channels else 2 :]] for each in (student, teacher)]
+    if shapes[0] != shapes[1]:
+        raise InputError(
+            f"student and teacher must have the same {'shape' if same_channels else 'images and grid'}; "
+            f"got {list(student.shape)} and {list(teacher.shape)} (DistillationLoss aligns them)"
+        )
+    dtype = torch.promote_types(student.dtype, torch.float32)
+    return student.to(dtype), teacher.detach().to(dtype)
+
+
+def _unit(vectors: Tensor) -> Tensor:
+    """[B, D, ...] divided by its length over D, or by ε if that is more."""
+    length: Tensor = torch.linalg.vector_norm(vectors, dim=1, keepdim=True)
+    return vectors / length.clamp_min(_EPS)
+
+
+def _mean(losses: Tensor, weights: Tensor | None) -> Tensor:
+    """Σ w·l / Σ w; the plain mean without weights."""
+    if weights is None:
+        return losses.mean()
+    if weights.shape != losses.shape:
+        raise InputError(f"weights must be {list(losses.shape)}, one a location; got {list(weights.shape)}")
+    weights = weights.to(losses.dtype)
+    return (losses * weights).sum() / weights.sum().clamp_min(torch.finfo(losses.dtype).tiny)
+
+
+def make_projector(teacher_channels: int, student_channels: int | None = None, *, vectors: bool = False) -> nn.Module:
+    """A learned linear map from the student's channels to the teacher's: a 1 × 1 convolution, on vectors a Linear.
+
+    Args:
+        teacher_channels: D, such as ``cfg.hidden_size``.
+        student_channels: C; None takes it from the first batch (a lazy module: before that its parameters may go into
+            an optimizer and a state_dict may be loaded; DDP wants the first batch seen, or C given).
+        vectors: for [B, C] instead of [B, C, h, w].
+    """
+    for name, value in (("teacher_channels", teacher_channels), ("student_channels", student_channels)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise ConfigError(f"{name} must be an integer of at least 1; got {value!r}")
+    if vectors:
+        return (
+            nn.LazyLinear(teacher_channels)
+            if student_channels is None
+            else nn.Linear(student_channels, teacher_channels)
+        )
+    if student_channels is None:
+        return nn.LazyConv2d(teacher_channels, 1)
+    return nn.Conv2d(student_channels, teacher_channels, 1)
+
+
+class DistillationLoss(nn.Module):
+    """The distance of a student's map (or CLS vector) from the teacher's, with grids and channels aligned.
+
+    ::
+
+        distill = DistillationLoss("cosine", projector=cfg.hidden_size, object_weight=1.0, background_weight=0.1)
+        for batch, targets in remote.prefetch(loader, FeatureSpec(feature_map=True)):
+            ...
+            loss = detection_loss + 0.5 * distill(student_map, targets, Boxes.from_ultralytics(batch))
+
+    With a projector it has parameters: hand them to the optimizer, keep them in the checkpoint, and under DDP put this
+    module inside the one that DDP wraps, so that their gradients are averaged too.
+
+    Args:
+        kind: ``cosine``, ``mse``, ``smooth_l1`` or ``gram`` on maps; ``cls_cosine`` or ``cls_mse`` on CLS vectors.
+        projector: None if the student has the teacher's channels (``gram`` does not care); an int D for a new
+            :func:`make_projector` to D channels, sized by the first batch; or any module from C to D channels. It
+            computes in whatever precision autocast gives it.
+        align: whose grid both maps are compared on. ``student``: the teacher's map is resampled; ``teacher``: the
+            student's, which is cheaper where the student's grid is finer. Area pooling down, bilinear up.
+        object_weight: weight of a location that shows an object, when boxes are given.
+        background_weight: of all others, images without objects included. A weighted mean is taken over the batch, so
+            with 1 and 0.1 a background location counts a tenth of an object's, however many there are.
+        layer: take the teacher's map of this block (a key of ``Features.layers``) and not the final one.
+        beta: of ``smooth_l1``.
+        per_image: of ``gram``.
+
+    Raises:
+        ConfigError: names the option, the rule and the value.
+    """
+
+    def __init__(
+        self,
+        kind: LossKind = "cosine",
+        *,
+        projector: nn.Module | int | None = None,
+        align: Literal["student", "teacher"] = "student",
+        object_weight: float = 1.0,
+        background_weight: float = 1.0,
+        layer: int | None = None,
+        beta: float = 1.0,
+        per_image: bool = True,
+    ) -> None:
+        super().__init__()
+        if kind not in get_args(LossKind):
+            raise ConfigError(f"kind must be one of {', '.join(get_args(LossKind))}; got {kind!r}")
+        if align not in ("student", "teacher"):
+            raise ConfigError(f"align must be 'student' or 'teacher'; got {align!r}")
+        if min(object_weight, background_weight) < 0 or object_weight + background_weight <= 0:
+            raise ConfigError(
+                "object_weight and background_weight must be at least 0, one of them more; "
+                f"got {object_weight} and {background_weight}"
+            )
+        if not beta > 0:
+            raise ConfigError(f"beta must be more than 0; got {beta} (kind='mse' is the quadratic loss)")
+        self.kind: LossKind = kind
+        self.on_cls = kind.startswith("cls_")
+        if self.on_cls and layer is not None:
+            raise ConfigError(f"layer must be None for kind {kind!r}: a block has a map but no CLS here; got {layer}")
+        self.align = align
+        self.object_weight, self.background_weight = float(object_weight), float(background_weight)
+        self.layer = layer
+        self.beta, self.per_image = float(beta), per_image
+        self.projector = make_projector(projector, vectors=self.on_cls) if isinstance(projector, int) else projector
+
+    def forward(self, student: Tensor, teacher: Features | Tensor, boxes: Boxes | Tensor | None = None) -> Tensor:
+        """The loss, a scalar of at least float32.
+
+        Args:
+            student: [B, C, h, w], or [B, C] for a CLS kind; gradients go here (and to the projector) only.
+            teacher: the targets as they came from a teacher, or the one tensor itself: [B, D, h', w'] or [B, D].
+            boxes: where the objects are; or that as a mask [B, h, w] on the grid of comparison, bool or float in 0..1
+                (float mixes the two weights). None: all locations weigh the same.
+
+        Raises:
+            InputError: for tensors that cannot be compared.
+        """
+        target = self._target(teacher)
+        self._check(student, target)
+        if self.on_cls:
+            if boxes is not None:
+                raise InputError(f"boxes must be None for kind {self.kind!r}: a CLS vector has no locations")
+        elif self.align == "teacher":
+            student = resample_map(student, (target.shape[2], target.shape[3]))
+        else:
+            # Widened first: a mean of bfloat16 values should not be rounded to bfloat16.
+            wide = torch.promote_types(target.dtype, torch.float32)
+            target = resample_map(target.to(wide), (student.shape[2], student.shape[3]))
+        if self.projector is not None:
+            student = self.projector(student)
+        if student.shape[1] != target.shape[1] and self.kind != "gram":
+            raise InputError(
+                f"student and teacher must have the same channels; got {student.shape[1]} and {target.shape[1]} "
+                f"(pass projector={target.shape[1]} to DistillationLoss)"
+            )
+        return self._compare(student, target, None if boxes is None else self._weights(boxes, student))
+
+    def _compare(self, student: Tensor, target: Tensor, weights: Tensor | None) -> Tensor:
+        match self.kind:
+            case "cosine" | "cls_cosine":
+                return cosine_loss(student, target, weights)
+            case "mse" | "cls_mse":
+                return mse_loss(student, target, weights)
+            case "smooth_l1":
+                return smooth_l1_loss(student, target, weights, beta=self.beta)
+            case "gram":
+                return gram_loss(student, target, weights, per_image=self.per_image)
+
+    def _target(self, teacher: Features | Tensor) -> Tensor:
+        if isinstance(teacher, Tensor):
+            return teacher.detach()
+        if self.layer is not None:
+            name, found = f"layers=({self.layer},)", teacher.layers.get(self.layer)
+        elif self.on_cls:
+            name, found = "cls=True", teacher.cls
+        else:
+            name, found = "feature_map=True", teacher.feature_map
+        if found is None:
+            raise InputError(f"teacher must hold what the loss compares; got {teacher!r} (ask for FeatureSpec({name}))")
+        return found.detach()
+
+    def _check(self, student: Tensor, target: Tensor) -> None:
+        shape = "[B, D]" if self.on_cls else "[B, D, h, w]"
+        for name, tensor in (("student", student), ("teacher", target)):
+            if tensor.ndim != (2 if self.on_cls else 4) or not tensor.is_floating_point():
+                raise InputError(
+                    f"{name} must be a floating-point tensor {shape} for kind {self.kind!r}; "
+                    f"got {tensor.dtype} {list(tensor.shape)}"
+                )
+        if len(student) != len(target):
+            raise InputError(
+                f"student and teacher must have the same images; got {len(student)} and {len(target)} of them"
+            )
+        if student.device != target.device:
+            raise InputError(
+                f"student and teacher must be on one device; got {student.device} and {target.device} "
+                "(prefetch(..., device=...) delivers targets there without a wait)"
+            )
+
+    def _weights(self, boxes: Boxes | Tensor, compared: Tensor) -> Tensor:
+        batch, _, height, width = compared.shape
+        if isinstance(boxes, Boxes):
+            boxes.require_images(batch)
+            mask_Bhw = boxes.to(compared.device, non_blocking=True).mask(batch, (height, width))
+        else:
+            mask_Bhw = boxes
+        if mask_Bhw.shape != (batch, height, width) or mask_Bhw.device != compared.device:
+            raise InputError(
+                f"a mask must be [B, h, w] = {[batch, height, width]} on {compared.device}; "
+                f"got {list(mask_Bhw.shape)} on {mask_Bhw.device}"
+            )
+        mask_Bhw = mask_Bhw.to(torch.promote_types(compared.dtype, torch.float32))
+        return self.background_weight + (self.object_weight - self.background_weight) * mask_Bhw
+
+    def extra_repr(self) -> str:
+        weights = f"object_weight={self.object_weight}, background_weight={self.background_weight}"
+        return f"{self.kind!r}, align={self.align!r}, {weights}, layer={self.layer}"
