@@ -22,9 +22,10 @@ Images = Tensor | np.ndarray | Sequence[Tensor] | Sequence[np.ndarray]
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _warned_about_range = False
+_looked_on_accelerator = False
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class ImageBatch:
     """A checked batch of RGB images: one stacked tensor [B,3,H,W], or a list of [3,H_i,W_i] of different sizes.
 
@@ -53,6 +54,7 @@ class ImageBatch:
                 raise InputError(
                     f"images must be [B,3,H,W] or [3,H,W], or a sequence of [3,H,W]; got shape {list(tensor.shape)}"
                 )
+            _check(tensor, "images", min_side)  # here too, so that the message shows the shape as it was given
             batch = cls(stacked=tensor if tensor.ndim == 4 else tensor.unsqueeze(0))
         elif isinstance(images, Sequence) and not isinstance(images, (str, bytes)):
             batch = cls._of_sequence(images)
@@ -141,9 +143,14 @@ def _check(tensor: Tensor, name: str, min_side: int) -> None:
 
 def _warn_about_range(tensor: Tensor) -> None:
     """Warn once a process about floats that look like 0..255: only the first image is looked at, to stay cheap."""
-    global _warned_about_range
+    global _warned_about_range, _looked_on_accelerator
     if _warned_about_range or tensor.dtype == torch.uint8:
         return
+    if tensor.device.type != "cpu":
+        # A look there waits for all work queued on the device: one batch must do.
+        if _looked_on_accelerator:
+            return
+        _looked_on_accelerator = True
     image = tensor if tensor.ndim == 3 else tensor[0]
     # Negative values are a caller's own normalisation or noise; 0..255 data is never negative and soon exceeds 2.
     if image.amax().item() > 16 and image.amin().item() >= 0:

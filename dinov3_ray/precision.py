@@ -41,7 +41,8 @@ def encode(tensor: Tensor, dtype: ResultDtype, *, channel_dim: int) -> Encoded:
         return Encoded(tensor, None, tensor.dtype)
     if dtype == "int8":
         full = tensor.float()
-        scale = full.abs().amax(dim=channel_dim, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny) / 127
+        # Never below the least normal float32: a device that flushes smaller ones to zero would divide by it.
+        scale = (full.abs().amax(dim=channel_dim, keepdim=True) / 127).clamp_min(torch.finfo(torch.float32).tiny)
         # A division that rounds can reach 127.5 / 127: clamp keeps it in range.
         values = (full / scale).round_().clamp_(-127, 127).to(torch.int8)
         return Encoded(values, scale, tensor.dtype)
