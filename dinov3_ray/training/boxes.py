@@ -31,6 +31,8 @@ _COLUMNS: dict[BoxFormat, int] = {"xyxy": 4, "xywh": 4, "xywhr": 5, "polygon": 8
 _FARTHEST = 4.0
 """A normalised box may stick out of its image, but not by this many images: such numbers are pixels."""
 
+_HAIR = 1e-3  # of a cell
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Boxes:
@@ -168,13 +170,18 @@ class Boxes:
         changes.index_add_(0, at_Nh4.flatten(), (counts_N[:, None, None] * sign_4).expand_as(at_Nh4).flatten())
 
         centre_N2 = corners_N42.mean(1)
-        x_N, y_N = centre_N2.nan_to_num(-1.0).unbind(1)
-        own_N = counts_N & (x_N >= 0) & (x_N <= width) & (y_N >= 0) & (y_N <= height)
+        x_N, y_N = centre_N2.nan_to_num(0.0).unbind(1)
+        own_N = counts_N & _within(x_N, width) & _within(y_N, height)
         column_N, row_N = x_N.clamp(0, width - 1).long(), y_N.clamp(0, height - 1).long()
         at_N = (image_N * height + row_N) * (width + 1) + column_N
         changes.index_add_(0, at_N, own_N.int())
         changes.index_add_(0, at_N + 1, -own_N.int())
         return changes.view(images, height, width + 1).cumsum(2, dtype=torch.int32)[:, :, :width] > 0
+
+
+def _within(at_N: Tensor, cells: int) -> Tensor:
+    """Whether a centre lies on the grid, its ends included; a hair off counts, as a mean of corners is rounded."""
+    return (at_N > -_HAIR) & (at_N < cells + _HAIR)
 
 
 def _gather(

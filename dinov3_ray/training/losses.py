@@ -215,6 +215,8 @@ class DistillationLoss(nn.Module):
         self.object_weight, self.background_weight = float(object_weight), float(background_weight)
         self.layer = layer
         self.beta, self.per_image = float(beta), per_image
+        if projector is not None and not isinstance(projector, (int, nn.Module)):
+            raise ConfigError(f"projector must be None, a number of channels or a module; got {projector!r}")
         self.projector = make_projector(projector, vectors=self.on_cls) if isinstance(projector, int) else projector
 
     def forward(self, student: Tensor, teacher: Features | Tensor, boxes: Boxes | Tensor | None = None) -> Tensor:
