@@ -1,0 +1,31 @@
+"""Teacher features of a whole data set: extracted once, stored as Parquet, read back while training.
+
+Names are resolved on first use: a process that decodes images needs neither torch nor Ray Data.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dinov3_ray.datasets.cache import CachedTeacher
+    from dinov3_ray.datasets.extract import extract
+    from dinov3_ray.datasets.store import FeatureStore
+    from dinov3_ray.datasets.stored import StoredTeacher, TargetDataset
+
+__all__ = ["CachedTeacher", "FeatureStore", "StoredTeacher", "TargetDataset", "extract"]
+
+_HOMES = {
+    "CachedTeacher": "dinov3_ray.datasets.cache",
+    "FeatureStore": "dinov3_ray.datasets.store",
+    "StoredTeacher": "dinov3_ray.datasets.stored",
+    "TargetDataset": "dinov3_ray.datasets.stored",
+    "extract": "dinov3_ray.datasets.extract",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'dinov3_ray.datasets' has no attribute {name!r}")
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value

@@ -1,0 +1,174 @@
+"""A cache in front of any teacher, keyed by the view that the student sees."""
+
+from __future__ import annotations
+
+import json
+import os
+import weakref
+from dataclasses import asdict
+from types import TracebackType
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dinov3_ray.datasets.cachedb import CacheStatistics, FeatureCache
+from dinov3_ray.datasets.views import view_digest
+from dinov3_ray.errors import InputError, StoreError
+from dinov3_ray.features import Features, FeatureSpec
+from dinov3_ray.images import ImageBatch, Images
+from dinov3_ray.teacher import Extractor
+
+__all__ = ["CachedTeacher"]
+
+
+class CachedTeacher:
+    """A teacher that asks ``teacher`` only for views that it has not seen.
+
+    The key of an image is its pixels (with dtype and shape), the teacher's fingerprint and the spec; a mirrored or
+    cropped view is another key. Images are looked up one by one, so that a view hits in whatever batch it comes.
+    What is found has the bits that the teacher once gave. Where only a part of a batch is found, the teacher computes a
+    smaller batch, whose last bits may differ from those of the whole one.
+
+    Images on a GPU are copied to the host to be hashed; give the loader's own batch where there is one.
+
+    Args:
+        teacher: anything with ``extract``; local, remote or one's own.
+        path: a folder on a local disk, which the ranks of a node may share (see :mod:`cachedb`).
+        max_bytes: of the database; least recently used entries leave first.
+        fingerprint: what makes the teacher's outputs, for a teacher that does not say so itself.
+        queue_bytes: of features that wait to be written; beyond it they are not cached rather than waited for.
+
+    Raises:
+        StoreError: the teacher has no fingerprint, an option is out of range, or the folder is not a cache.
+    """
+
+    def __init__(
+        self,
+        teacher: Extractor,
+        path: str | os.PathLike[str],
+        max_bytes: int,
+        *,
+        fingerprint: str | None = None,
+        queue_bytes: int = 2**28,
+    ) -> None:
+        self.teacher = teacher
+        self._fingerprint = fingerprint
+        if self.fingerprint is None:
+            raise StoreError(
+                f"{type(teacher).__name__} has no fingerprint, so that its cached outputs could be taken for another "
+                "teacher's: pass fingerprint='...', a name that changes whenever its outputs would"
+            )
+        self._cache = FeatureCache(path, max_bytes, queue_bytes=queue_bytes)
+        # So that a trainer which just ends keeps its last batches.
+        self._finalizer = weakref.finalize(self, FeatureCache.close, self._cache, 10.0)
+        self._device: torch.device | None = None
+
+    @property
+    def fingerprint(self) -> str | None:
+        """What makes the outputs: the option, or else what the teacher says now."""
+        return self._fingerprint or getattr(self.teacher, "fingerprint", None)
+
+    @property
+    def patch_size(self) -> int:
+        """The smallest side of an image; 1 where the teacher does not say."""
+        return int(getattr(self.teacher, "patch_size", 1))
+
+    def extract(self, images: Images, spec: FeatureSpec) -> Features:
+        """All outputs that ``spec`` asks for, from the cache or from one forward pass over what is missing there."""
+        spec.require_outputs()
+        batch = ImageBatch.of(images, min_side=self.patch_size)
+        keys = self._keys(batch, spec, self.fingerprint)
+        found = [self._cache.get(key) for key in keys]
+        missing = [index for index, features in enumerate(found) if features is None]
+        if not missing:
+            device = self._result_device(batch)
+            return _join([features.to(device) for features in found if features is not None])
+        live = self.teacher.extract(images if len(missing) == len(batch) else _take(batch, missing), spec)
+        if live.fingerprint not in (None, self.fingerprint) and self._fingerprint is None:
+            # The pool was reloaded under way, and `found` may be the former teacher's: no batch is of two teachers.
+            live, missing = self.teacher.extract(images, spec), list(range(len(batch)))
+        if live.fingerprint is not None and self._fingerprint is None:
+            keys = self._keys(batch, spec, live.fingerprint, keys)
+        self._device = next(tensor.device for _, tensor in live.named())
+        for row, index in enumerate(missing):
+            self._cache.put(keys[index], live.rows(row, row + 1))
+        if len(missing) == len(batch):
+            return live
+        rows = {index: live.rows(row, row + 1) for row, index in enumerate(missing)}
+        return _join([rows[index] if part is None else part.to(self._device) for index, part in enumerate(found)])
+
+    def extract_features(self, images: Images) -> Tensor:
+        """CLS tokens, float32 [B, D]."""
+        cls = self.extract(images, FeatureSpec(cls=True, dtype="float32")).cls
+        assert cls is not None
+        return cls
+
+    def extract_feature_map(self, images: Images) -> Tensor:
+        """Patch tokens as a map, float32 [B, D, h, w]."""
+        feature_map = self.extract(images, FeatureSpec(feature_map=True, dtype="float32")).feature_map
+        assert feature_map is not None
+        return feature_map
+
+    def statistics(self) -> CacheStatistics:
+        """A snapshot: hits, misses, drops, MB/s, size."""
+        return self._cache.statistics()
+
+    def flush(self, timeout: float = 60.0) -> bool:
+        """Wait until all that was computed is written; False if that takes longer than ``timeout`` seconds."""
+        return self._cache.flush(timeout)
+
+    def close(self, timeout: float = 60.0) -> None:
+        """Write what is queued. The cache still answers afterwards, but takes nothing in. May be called twice."""
+        self._cache.close(timeout)
+
+    def __enter__(self) -> CachedTeacher:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"CachedTeacher({self.teacher!r}, {self._cache!r})"
+
+    def _result_device(self, batch: ImageBatch) -> torch.device:
+        """Where the teacher gives its results: as it last did, as it says, or where the images are."""
+        if self._device is not None:
+            return self._device
+        return torch.device(getattr(self.teacher, "device", None) or batch.tensors[0].device)
+
+    def _keys(
+        self, batch: ImageBatch, spec: FeatureSpec, fingerprint: str | None, known: list[bytes] | None = None
+    ) -> list[bytes]:
+        """A key an image: the view's digest, then a digest of what is asked of whom.
+
+        ``known`` are keys of the same images, whose digests need not be computed again.
+        """
+        asked = json.dumps([fingerprint, asdict(spec)], sort_keys=True).encode()
+        tail = view_digest(np.frombuffer(asked, np.uint8))
+        if known is not None:
+            return [key[: -len(tail)] + tail for key in known]
+        return [_digest(image) + tail for image in batch]
+
+
+def _digest(image: Tensor) -> bytes:
+    """Of an image's pixels, dtype and shape; NumPy has no bfloat16, whose bits therefore go under its name."""
+    if image.dtype == torch.bfloat16:
+        return b"bf16" + view_digest(image.contiguous().view(torch.int16).cpu().numpy())
+    return view_digest(image.cpu().numpy())
+
+
+def _take(batch: ImageBatch, indices: list[int]) -> Tensor | list[Tensor]:
+    if batch.stacked is not None:
+        return batch.stacked[indices]
+    return [batch.ragged[index] for index in indices]
+
+
+def _join(parts: list[Features]) -> Features:
+    """Features of single images as one batch, in order."""
+    shapes = {tuple((name, tensor.shape) for name, tensor in part.named()) for part in parts}
+    if len(shapes) > 1:
+        raise InputError(f"images of one batch must give outputs of one shape; got {sorted(map(str, shapes))}")
+    return Features.cat(parts)

@@ -1,0 +1,179 @@
+"""Stored features in a training loop: as a teacher that answers from the store, and as a torch Dataset."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from dinov3_ray.datasets.store import FeatureStore
+from dinov3_ray.datasets.views import view_digest
+from dinov3_ray.errors import MissingViewError, SpecError, StoreError
+from dinov3_ray.features import Features, FeatureSpec, deliver
+from dinov3_ray.images import ImageBatch, Images
+
+__all__ = ["StoredTeacher", "TargetDataset"]
+
+
+class StoredTeacher:
+    """A teacher that looks its answers up: :meth:`extract` of stored images, without a forward pass.
+
+    Images are recognised by their pixels: uint8 as they were decoded for the store (see
+    :mod:`dinov3_ray.datasets.decode`), or floats that are exactly those divided by 255. Any other view, say a mirrored
+    or rescaled one, is refused, since the features of the original would be wrong for it. Alternatively, images are
+    named by their ids, on the caller's word that the student sees them as they are.
+
+    Args:
+        store: what to answer from.
+        device: of the results.
+    """
+
+    def __init__(self, store: FeatureStore, *, device: torch.device | str = "cpu") -> None:
+        self.store = store
+        self.device = torch.device(device)
+        self._ids_by_view = store.views()
+
+    @property
+    def fingerprint(self) -> str | None:
+        """Of the teacher that filled the store."""
+        return self.store.fingerprint
+
+    def extract(
+        self, images: Images | str | Sequence[str], spec: FeatureSpec, *, ids: Sequence[str] | None = None
+    ) -> Features:
+        """The stored features of ``images``.
+
+        Args:
+            images: pixels, or ids in their place.
+            spec: at most what the store holds, under the same ``norm`` and ``map_size``. ``native`` gives the dtype
+                that the store was asked for; any other narrows or widens that.
+            ids: the images' ids, if they are known: their pixels are then compared with these rows alone.
+
+        Raises:
+            SpecError: the store does not hold these outputs.
+            MissingViewError: the store does not hold one of these views.
+        """
+        return self._deliver(self._ids(images, ids), spec)
+
+    def extract_features(self, images: Images | str | Sequence[str]) -> Tensor:
+        """CLS tokens, float32 [B, D]; errors as in :meth:`extract`."""
+        cls = self.extract(images, FeatureSpec(cls=True, dtype="float32")).cls
+        assert cls is not None
+        return cls
+
+    def extract_feature_map(self, images: Images | str | Sequence[str]) -> Tensor:
+        """Patch tokens as a map, float32 [B, D, h, w], of the stored map size; errors as in :meth:`extract`."""
+        spec = FeatureSpec(feature_map=True, map_size=self.store.spec.map_size, dtype="float32")
+        feature_map = self.extract(images, spec).feature_map
+        assert feature_map is not None
+        return feature_map
+
+    def __repr__(self) -> str:
+        return f"StoredTeacher({self.store!r}, device={str(self.device)!r})"
+
+    def _ids(self, images: Images | str | Sequence[str], ids: Sequence[str] | None) -> list[str]:
+        if isinstance(images, str):
+            images = [images]
+        if isinstance(images, Sequence) and images and isinstance(images[0], str):
+            if ids is not None:
+                raise StoreError("ids must be left out where the images are named by their ids already")
+            for id_ in images:
+                if id_ not in self.store:
+                    raise MissingViewError(f"the store holds no view {id_!r}: {self.store!r}")
+            return [str(id_) for id_ in images]
+        batch = ImageBatch.of(images)  # type: ignore[arg-type]
+        if ids is not None and len(ids) != len(batch):
+            raise StoreError(f"ids must name each image once: got {len(ids)} ids for {len(batch)} images")
+        views = [self._digest(image, index) for index, image in enumerate(batch)]
+        if ids is None:
+            return [self._by_view(view, index) for index, view in enumerate(views)]
+        for index, (id_, view) in enumerate(zip(ids, views, strict=True)):
+            if id_ not in self.store or self.store.view(id_) != view:
+                raise MissingViewError(
+                    f"images[{index}] is not the view of {id_!r} that the store holds (augmented, resized, or decoded "
+                    "otherwise?): use a live teacher for augmented views"
+                )
+        return list(ids)
+
+    def _by_view(self, view: bytes, index: int) -> str:
+        try:
+            return self._ids_by_view[view]
+        except KeyError:
+            raise MissingViewError(
+                f"images[{index}] is no view that the store holds (augmented, resized, or decoded otherwise?): use a "
+                "live teacher for augmented views, or name un-augmented images by their ids"
+            ) from None
+
+    @staticmethod
+    def _digest(image: Tensor, index: int) -> bytes:
+        """The digest of an image's uint8 pixels, whatever form it came in."""
+        if image.dtype != torch.uint8:
+            levels = (image.double() * 255).round()
+            # n/255 up to one rounding (some loaders multiply by 1/255), so that a view which was changed a little is
+            # not taken for the stored one; the half types cannot tell such changes, and must be exact.
+            slack = torch.finfo(image.dtype).eps if image.dtype.itemsize >= 4 else 0.0
+            off = ((levels / 255).to(image.dtype) - image).abs().max()
+            if not off <= slack or levels.min() < 0 or levels.max() > 255:
+                raise MissingViewError(
+                    f"images[{index}] is no view that the store holds: its values are not those of 8-bit pixels / 255"
+                )
+            image = levels.to(torch.uint8)
+        return view_digest(np.ascontiguousarray(image.cpu().numpy()))
+
+    def _deliver(self, ids: Sequence[str], spec: FeatureSpec) -> Features:
+        self._check(spec)
+        features = self.store.read(ids)
+        wanted = {f"layers.{index}" for index in spec.layers}
+        wanted |= {name for name in ("cls", "feature_map", "registers") if getattr(spec, name)}
+        named = {name: tensor for name, tensor in features.named() if name in wanted}
+        return deliver(Features.from_named(named, features.fingerprint), spec).to(self.device)
+
+    def _check(self, spec: FeatureSpec) -> None:
+        spec.require_outputs()
+        held = self.store.spec
+        missing = [name for name in ("cls", "feature_map", "registers") if getattr(spec, name) > getattr(held, name)]
+        missing += [f"layers {index}" for index in spec.layers if index not in held.layers]
+        if missing:
+            raise SpecError(f"the store does not hold {', '.join(missing)}; it was extracted with {held!r}")
+        if spec.layers and spec.norm != held.norm:
+            raise SpecError(f"FeatureSpec.norm must be {held.norm}, as the store was extracted; got {spec.norm}")
+        if (spec.feature_map or spec.layers) and spec.map_size != held.map_size:
+            raise SpecError(
+                f"FeatureSpec.map_size must be {held.map_size}, as the store was extracted; got {spec.map_size}"
+            )
+
+
+class TargetDataset(Dataset[tuple[Any, Features]]):
+    """Pairs each stored image with its features: item i is (image, Features with B = 1).
+
+    Args:
+        store: gives the ids, in its order, and the targets.
+        read: gives the image (or any sample: pixels and boxes) of an id. For stores of local files,
+            ``lambda id: torchvision.io.decode_image(f"{root}/{id}")``, or ``Decoder().read``.
+        ids: a subset, or another order; all of the store's by default.
+    """
+
+    def __init__(self, store: FeatureStore, read: Callable[[str], Any], ids: Sequence[str] | None = None) -> None:
+        self.store = store
+        self.read = read
+        self.ids = store.ids if ids is None else tuple(ids)
+        for id_ in self.ids:
+            store.place(id_)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> tuple[Any, Features]:
+        id_ = self.ids[index]
+        return self.read(id_), self.store[id_]
+
+    @staticmethod
+    def collate(items: Sequence[tuple[Any, Features]]) -> tuple[Any, Features]:
+        """For ``DataLoader(collate_fn=...)``: images stacked if they are tensors of one shape, else a list."""
+        samples, features = zip(*items, strict=True)
+        tensors = all(isinstance(sample, Tensor) and sample.shape == samples[0].shape for sample in samples)
+        return (torch.stack(samples) if tensors else list(samples)), Features.cat(features)
