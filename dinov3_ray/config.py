@@ -25,7 +25,7 @@ from dinov3_ray.weightfiles import WeightFiles
 __all__ = ["CONFIG_FILE", "PREPROCESSOR_FILE", "ComputeDtype", "DinoV3Config"]
 
 ComputeDtype = Literal["auto", "float32", "bfloat16", "float16"]
-"""The dtype that the model computes in; ``auto`` is bfloat16 on a GPU that has it, else float32."""
+"""The dtype that the model computes in; ``auto`` is bfloat16 where the device has it in hardware, else float32."""
 
 CONFIG_FILE = "config.json"
 PREPROCESSOR_FILE = "preprocessor_config.json"
@@ -47,7 +47,7 @@ class DinoV3Config:
             :meth:`Preprocessing.resized_to` for what becomes of the file's rule.
         compile: run the model through ``torch.compile``.
         attention: the transformers attention implementation, such as ``sdpa``, ``eager`` or ``flash_attention_2``;
-            ``auto`` leaves it to transformers.
+            ``auto`` leaves it to transformers. A ConvNeXt has no attention, and ignores it.
 
     Attributes:
         image_size: (h, w) of the model's input: the option, or else what the file says.

@@ -4,14 +4,13 @@ from dinov3_ray.checkpoint.checks import verify
 from dinov3_ray.checkpoint.convert import Conversion, convert_checkpoint
 from dinov3_ray.checkpoint.create import init_checkpoint
 from dinov3_ray.checkpoint.identity import fingerprint
-from dinov3_ray.checkpoint.load import build_model, compute_dtype, load_model
+from dinov3_ray.checkpoint.load import build_model, load_model
 from dinov3_ray.checkpoint.variants import VARIANTS, find_variant, variant_of
 
 __all__ = [
     "VARIANTS",
     "Conversion",
     "build_model",
-    "compute_dtype",
     "convert_checkpoint",
     "find_variant",
     "fingerprint",

@@ -74,7 +74,7 @@ def check_finite(stored: StoredTensor, tensor: Tensor) -> None:
     if not torch.isfinite(tensor.sum(dtype=torch.float32)) and (bad := int((~torch.isfinite(tensor)).sum())):
         raise CheckpointError(
             f"{stored.file}: tensor {stored.key} must be finite; found {bad:,} NaN or infinite values of "
-            f"{tensor.numel():,}"
+            f"{tensor.numel():,} (as {tensor.dtype})"
         )
 
 

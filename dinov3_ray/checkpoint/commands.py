@@ -181,15 +181,17 @@ def describe(preprocessing: Preprocessing) -> str:
 
 @contextmanager
 def _progress(what: str, total: int) -> Iterator[Report]:
-    """A progress bar on standard error, which goes away when it is done."""
+    """A progress bar on standard error, which goes away when it is done; none where that is no terminal."""
+    console = Console(stderr=True)
     bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         DownloadColumn(),
         TransferSpeedColumn(),
         TimeRemainingColumn(),
-        console=Console(stderr=True),
+        console=console,
         transient=True,
+        disable=not console.is_terminal,
     )
     with bar:
         task = bar.add_task(what, total=total)

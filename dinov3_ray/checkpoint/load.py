@@ -17,26 +17,12 @@ from dinov3_ray.config import DinoV3Config
 from dinov3_ray.errors import CheckpointError, ConfigError
 from dinov3_ray.weightfiles import canonical_name
 
-__all__ = ["build_model", "compute_dtype", "load_model"]
-
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+__all__ = ["build_model", "load_model"]
 
 
-def compute_dtype(config: DinoV3Config, device: torch.device | str) -> torch.dtype:
-    """The dtype that ``config.dtype`` means on ``device``.
-
-    ``auto`` is bfloat16 on a CUDA device that computes in it natively (Ampere or later), else float32; never float16,
-    whose range DINOv3's activations leave.
-    """
-    if config.dtype != "auto":
-        return _DTYPES[config.dtype]
-    device = torch.device(device)
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0):
-        return torch.bfloat16
-    return torch.float32
-
-
-def load_model(config: DinoV3Config, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> nn.Module:
+def load_model(
+    config: DinoV3Config, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> nn.Module:
     """The model of ``config`` on ``device``: a DINOv3ViTModel or DINOv3ConvNextModel in eval mode, without gradients.
 
     In float32 its outputs equal those of ``AutoModel.from_pretrained(config.root)`` bit for bit.
@@ -44,14 +30,13 @@ def load_model(config: DinoV3Config, device: torch.device | str = "cpu", dtype: 
     Args:
         config: the model directory; ``config.attention`` is handed to transformers.
         device: where the model shall be.
-        dtype: of the weights; None: :func:`compute_dtype`. RoPE's frequencies stay float32 in any case.
+        dtype: of the weights. RoPE's frequencies stay float32 in any case.
 
     Raises:
         CheckpointError: the weights are missing, damaged, not finite, or not what the configuration says.
         ConfigError: transformers does not have, or this machine cannot run, ``config.attention``.
     """
     device = torch.device(device)
-    dtype = compute_dtype(config, device) if dtype is None else dtype
     weights = verify(config)
     model = build_model(config.architecture, config.attention)
     # transformers 5.5 renamed the blocks; both that name and the files' lead to the same canonical one.
@@ -71,18 +56,21 @@ def load_model(config: DinoV3Config, device: torch.device | str = "cpu", dtype: 
 
 
 def build_model(architecture: Architecture, attention: str = "auto") -> nn.Module:
-    """The bare model on the meta device: shapes without memory.
+    """The bare model on the meta device: shapes without memory. A ConvNeXt, which has none, ignores ``attention``.
 
     Raises:
-        ConfigError: ``attention`` is not to be had.
+        ConfigError: ``attention``, or the activation, is not to be had.
     """
     # Imported here, since it takes seconds, and half of what this package offers can do without.
     from transformers import DINOv3ConvNextConfig, DINOv3ConvNextModel, DINOv3ViTConfig, DINOv3ViTModel
+    from transformers.activations import ACT2FN
 
-    options = {} if attention == "auto" else {"attn_implementation": attention}
+    if architecture.hidden_act not in ACT2FN:
+        raise ConfigError(f"hidden_act must be one of transformers' activations; got {architecture.hidden_act!r}")
     if isinstance(architecture, ConvNextArchitecture):
-        model_class, config = DINOv3ConvNextModel, DINOv3ConvNextConfig(**model_options(architecture), **options)
+        model_class, config = DINOv3ConvNextModel, DINOv3ConvNextConfig(**model_options(architecture))
     else:
+        options = {} if attention == "auto" else {"attn_implementation": attention}
         model_class, config = DINOv3ViTModel, DINOv3ViTConfig(**model_options(architecture), **options)
     try:
         with torch.device("meta"):

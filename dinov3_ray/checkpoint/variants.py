@@ -41,29 +41,22 @@ VARIANTS: dict[str, Architecture] = {
 }
 """Architectures by name; the names are those of Hugging Face's directories (``dinov3-vits16-pretrain-lvd1689m``)."""
 
-_SPELLINGS = {
-    "vits": "vits16",
-    "small": "vits16",
-    "s": "vits16",
-    "vitsplus": "vits16plus",
-    "splus": "vits16plus",
-    "vitb": "vitb16",
-    "base": "vitb16",
-    "b": "vitb16",
-    "vitl": "vitl16",
-    "large": "vitl16",
-    "l": "vitl16",
-    "vith": "vith16plus",
-    "vith16": "vith16plus",
-    "vithplus": "vith16plus",
-    "h": "vith16plus",
-    "hplus": "vith16plus",
-    "vit7b": "vit7b16",
-    "7b": "vit7b16",
-    "convnextt": "convnext-tiny",
-    "convnexts": "convnext-small",
-    "convnextb": "convnext-base",
-    "convnextl": "convnext-large",
+_SHORT = {
+    "small": "vits",
+    "s": "vits",
+    "splus": "vitsplus",
+    "base": "vitb",
+    "b": "vitb",
+    "large": "vitl",
+    "l": "vitl",
+    "vith": "vithplus",  # no other H was published
+    "h": "vithplus",
+    "hplus": "vithplus",
+    "7b": "vit7b",
+    "convnextt": "convnexttiny",
+    "convnexts": "convnextsmall",
+    "convnextb": "convnextbase",
+    "convnextl": "convnextlarge",
 }
 
 
@@ -73,12 +66,17 @@ def find_variant(name: str) -> str:
     Raises:
         ConfigError: lists the names that there are.
     """
-    spelling = re.sub(r"[^a-z0-9]", "", name.lower().replace("+", "plus"))
-    spelling = re.sub(r"^dinov3(?=.)|pretrain.*$", "", spelling)
-    names = {re.sub(r"[^a-z0-9]", "", known): known for known in VARIANTS} | _SPELLINGS
-    if spelling not in names:
+    names = {_plain(known): known for known in VARIANTS}
+    plain = re.sub(r"^dinov3(?=.)|pretrain.*$", "", _plain(name))
+    plain = _SHORT.get(plain, plain)
+    if plain not in names:
         raise ConfigError(f"variant must be one of {', '.join(VARIANTS)}; got {name!r}")
-    return names[spelling]
+    return names[plain]
+
+
+def _plain(name: str) -> str:
+    """Without case, punctuation and the patch size, which is 16 throughout."""
+    return re.sub(r"[^a-z0-9]|16", "", name.lower().replace("+", "plus"))
 
 
 def variant_of(architecture: Architecture) -> str | None:
