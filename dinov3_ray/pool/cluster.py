@@ -1,0 +1,132 @@
+"""How this process reaches Ray, and how a pool's actors are named there."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+
+from dinov3_ray.errors import ConfigError, PoolError
+
+__all__ = [
+    "NAMESPACE",
+    "Runtime",
+    "check_name",
+    "connect",
+    "controller_name",
+    "list_actors",
+    "list_pools",
+    "replica_name",
+]
+
+#: The Ray namespace that pools live in unless told otherwise, whatever namespace the driver uses for itself.
+NAMESPACE = "dinov3_ray"
+
+_PREFIX = "dinov3"
+_AUTH_MODE = "RAY_AUTH_MODE"
+
+
+@dataclass(slots=True)
+class Runtime:
+    """This process's connection to Ray; ``owned`` if it was started or joined by :func:`connect`."""
+
+    address: str
+    owned: bool
+    auth_mode_before: str | None = None
+
+    def close(self) -> None:
+        """End the connection, and the Ray that came with it, if it is ours."""
+        if not self.owned or not ray.is_initialized():
+            return
+        ray.shutdown()
+        # ray.init() turns token authentication on by setting this for the whole process, and leaves it set.
+        if self.auth_mode_before is None:
+            os.environ.pop(_AUTH_MODE, None)
+        else:
+            os.environ[_AUTH_MODE] = self.auth_mode_before
+
+
+def connect(address: str | None = None, *, may_start: bool = False, **init_options: Any) -> Runtime:
+    """Use the Ray that this process is connected to; else join ``address`` or RAY_ADDRESS; else start one.
+
+    Args:
+        address: ``host:port`` of a running Ray's head, or ``auto``.
+        may_start: whether to start a Ray of this process's own if none is named.
+        init_options: further arguments of ``ray.init`` in case it is called.
+
+    Raises:
+        PoolError: if the cluster cannot be reached, or this process is connected to another one.
+    """
+    if ray.is_initialized():
+        here = ray.get_runtime_context().gcs_address
+        if address not in (None, "auto", here):
+            raise PoolError(
+                f"address is {address}, but this process is connected to the Ray at {here}: disconnect first"
+            )
+        return Runtime(here, owned=False)
+    before = os.environ.get(_AUTH_MODE)
+    address = address or os.environ.get("RAY_ADDRESS") or None
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": "WARNING", **init_options}
+    if address is None and not may_start:
+        raise PoolError(
+            "this process is connected to no Ray, and none is named: pass address='host:port', set RAY_ADDRESS, or "
+            "call ray.init() first"
+        )
+    if address is None:
+        options.setdefault("include_dashboard", False)
+    else:
+        options["address"] = address
+    try:
+        ray.init(**options)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise PoolError(
+            f"cannot reach Ray at {address or 'a new local instance'}: {error}. Is it running, and does this process "
+            "have its token (RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH)?"
+        ) from error
+    return Runtime(ray.get_runtime_context().gcs_address, owned=True, auth_mode_before=before)
+
+
+def check_name(name: str) -> str:
+    """``name`` if it can name a pool.
+
+    Raises:
+        ConfigError: if it is not letters, digits, dots, dashes and underscores.
+    """
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9._-]{1,100}", name):
+        raise ConfigError(f"name must be 1 to 100 letters, digits, '.', '_' or '-'; got {name!r}")
+    return name
+
+
+def controller_name(pool: str) -> str:
+    return f"{_PREFIX}/{pool}"
+
+
+def replica_name(pool: str, replica_id: str) -> str:
+    return f"{_PREFIX}/{pool}/{replica_id}"
+
+
+def list_pools(namespace: str = NAMESPACE) -> list[str]:
+    """The names of the pools in ``namespace``."""
+    names = (name.split("/") for name in _actor_names(namespace))
+    return sorted(parts[1] for parts in names if len(parts) == 2 and parts[0] == _PREFIX)
+
+
+def list_actors(namespace: str, pool: str) -> list[tuple[str, Any]]:
+    """(replica id, actor handle) of each replica of ``pool`` that Ray knows to be alive or starting."""
+    prefix = replica_name(pool, "")
+    found = []
+    for name in _actor_names(namespace):
+        if name.startswith(prefix):
+            try:
+                found.append((name.removeprefix(prefix), ray.get_actor(name, namespace=namespace)))
+            except ValueError:
+                continue  # it ended between the two calls
+    return found
+
+
+def _actor_names(namespace: str) -> list[str]:
+    actors = ray.util.list_named_actors(all_namespaces=True)
+    return [actor["name"] for actor in actors if actor["namespace"] == namespace]

@@ -1,0 +1,382 @@
+"""The control plane of one pool: starts, watches, replaces, scales and reloads its replicas. No tensor passes through
+it.
+
+A detached, named actor. If it dies, clients and replicas go on with what they know; Ray restarts it, and it finds its
+pool again: the declaration in the ledger, the replicas by their names.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from dataclasses import replace
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from dinov3_ray.errors import ReplicaError
+from dinov3_ray.pool.autoscaling import Autoscaler
+from dinov3_ray.pool.cluster import list_actors, replica_name
+from dinov3_ray.pool.declaration import Declaration
+from dinov3_ray.pool.ledger import Ledger
+from dinov3_ray.pool.membership import Action, ActionKind, Membership, MemberState, serial_of
+from dinov3_ray.pool.messages import PoolView, ReplicaView, TeacherInfo
+from dinov3_ray.pool.processes import kill_process
+from dinov3_ray.pool.replica import ReplicaStatistics
+from dinov3_ray.pool.replica_actor import Birth, Place, ReplicaActor
+from dinov3_ray.pool.status import PoolStatus, ReplicaStatus
+
+__all__ = ["Controller"]
+
+log = logging.getLogger("dinov3_ray")
+
+_SICK_AFTER_ERRORS = 3  # forward passes in a row that raised, after which a replica is replaced
+
+
+class _Tended:
+    """What the controller holds of one replica beside its membership."""
+
+    def __init__(self, actor: Any) -> None:
+        self.actor = actor
+        self.task: asyncio.Task[None] | None = None
+        self.place: Place | None = None
+        self.info: TeacherInfo | None = None
+        self.statistics: ReplicaStatistics | None = None
+
+
+class Controller:
+    """See the module. Runs inside one asyncio loop, so nothing here needs a lock."""
+
+    def __init__(self, namespace: str, name: str, declaration: Declaration) -> None:
+        self._namespace, self._name = namespace, name
+        self._ledger = Ledger(namespace, name)
+        self._declaration: Declaration = self._ledger.load_declaration() or declaration
+        declared = self._declaration
+        self._membership = Membership(declared.low, declared.high)
+        # Views of a restarted controller must count as newer than those before.
+        self._membership.epoch = time.time_ns() // 1_000_000
+        self._membership.generation = declared.generation
+        self._membership.resize(declared.target)
+        self._tended: dict[str, _Tended] = {}
+        self._clients: dict[str, float] = {}
+        self._autoscaler = Autoscaler(
+            busy_seconds=declared.options.busy_seconds, idle_seconds=declared.options.idle_seconds
+        )
+        self._wake = asyncio.Event()
+        self._published = asyncio.Condition()
+        self._closed = False
+        self._background: set[asyncio.Task[Any]] = set()
+        self._spawn(self._supervise())
+
+    # What clients and pools call ------------------------------------------------------------------------------------
+
+    async def watch(self, client_id: str, known_epoch: int, timeout: float) -> PoolView:
+        """The view, as soon as it is another than ``known_epoch``, or after ``timeout`` seconds.
+
+        Being in this call, or having been lately, is what tells that a client lives.
+        """
+        self._clients[client_id] = time.monotonic()
+        try:
+            async with asyncio.timeout(timeout), self._published:
+                await self._published.wait_for(lambda: self._membership.epoch != known_epoch or self._closed)
+        except TimeoutError:
+            log.debug("nothing new for client %s within %s s", client_id, timeout)
+        if client_id in self._clients:
+            self._clients[client_id] = time.monotonic()
+        return self._view()
+
+    async def leave(self, client_id: str) -> None:
+        """A client says goodbye: what it has queued is dropped."""
+        if self._clients.pop(client_id, None) is not None:
+            self._forget(client_id)
+
+    async def report(self, replica_id: str, reason: str) -> None:
+        """A client found a replica dead, silent or sick. Dead and silent ones show by themselves in the next look."""
+        if reason.startswith("sick"):
+            self._lose(replica_id, reason)
+
+    async def scale(self, low: int, high: int) -> None:
+        self._membership.scale(low, high)
+        self._save()
+
+    async def reload(self, source: bytes, generation: int) -> None:
+        """Begin to replace the teacher; ``generation`` makes a call that is sent twice count once."""
+        if generation <= self._membership.generation:
+            return
+        self._declaration = replace(self._declaration, source=source)
+        while self._membership.generation < generation:
+            self._membership.reload()
+        self._save()
+
+    async def generation(self) -> int:
+        return self._membership.generation
+
+    async def status(self) -> PoolStatus:
+        membership = self._membership
+        view = self._view()
+        return PoolStatus(
+            name=self._name,
+            epoch=membership.epoch,
+            generation=membership.generation,
+            target=membership.target,
+            low=membership.low,
+            high=membership.high,
+            replicas=tuple(self._status_of(replica_id) for replica_id in sorted(self._tended, key=serial_of)),
+            fingerprint=view.info.fingerprint if view.info else None,
+            teacher=view.info.description if view.info else "",
+            batching=self._declaration.options.batching,
+            clients=len(self._clients),
+            restarts=membership.restarts,
+            troubles=tuple(membership.troubles),
+        )
+
+    async def shutdown(self) -> list[Place]:
+        """End all replicas and tell the clients; returns where replicas ran, so that the caller can see them gone."""
+        self._closed = True
+        self._ledger.clear()
+        places = [tended.place for tended in self._tended.values() if tended.place]
+        for replica_id in list(self._tended):
+            self._bury(replica_id)
+        self._membership.epoch += 1
+        async with self._published:
+            self._published.notify_all()
+        return places
+
+    # Supervision ----------------------------------------------------------------------------------------------------
+
+    async def _supervise(self) -> None:
+        await self._find_replicas()
+        self._save()
+        while not self._closed:
+            epoch = self._membership.epoch
+            now = time.monotonic()
+            self._drop_silent_clients(now)
+            self._autoscale(now)
+            for action in self._membership.plan(now):
+                self._carry_out(action)
+            if self._membership.epoch != epoch:
+                self._save()
+            async with self._published:
+                self._published.notify_all()
+            pause = self._declaration.options.health_interval
+            delayed = self._membership.next_change(time.monotonic())
+            try:
+                async with asyncio.timeout(pause if delayed is None else min(pause, delayed + 0.01)):
+                    await self._wake.wait()
+            except TimeoutError:
+                continue  # nothing woke it: time for the next look
+            finally:
+                self._wake.clear()
+
+    async def _find_replicas(self) -> None:
+        """Adopt replicas that run already, after a restart."""
+        for replica_id, actor in list_actors(self._namespace, self._name):
+            try:
+                place = await asyncio.wait_for(actor.place.remote(), self._declaration.options.health_timeout)
+                ready = await asyncio.wait_for(actor.ready.remote(), self._declaration.options.health_timeout)
+            except (TimeoutError, ray.exceptions.RayError) as error:
+                log.warning("pool %s: replica %s is not taken over: %s", self._name, replica_id, error)
+                ray.kill(actor)
+                continue
+            state = MemberState.READY if ready else MemberState.STARTING
+            self._membership.adopt(replica_id, place.generation, state, time.monotonic())
+            self._tend(replica_id, actor)
+
+    def _carry_out(self, action: Action) -> None:
+        if action.kind is ActionKind.START:
+            self._tend(action.replica_id, self._start_actor(action.replica_id))
+        else:
+            self._spawn(self._drain(action.replica_id))
+
+    def _start_actor(self, replica_id: str) -> Any:
+        declared = self._declaration
+        placement = declared.placement
+        birth = Birth(
+            replica_id=replica_id,
+            generation=self._membership.generation,
+            namespace=self._namespace,
+            pool=self._name,
+            source=declared.source,
+            options=declared.options,
+            device=placement.device,
+            threads=self._threads(),
+        )
+        options: dict[str, Any] = {
+            "name": replica_name(self._name, replica_id),
+            "namespace": self._namespace,
+            "lifetime": "detached",
+            "max_restarts": 0,  # replacing it is this controller's work: Ray would not say why it could not start
+            "num_gpus": placement.num_gpus,
+            "num_cpus": placement.num_cpus,
+            # Replicas that reserve nothing would all be put on one node.
+            "scheduling_strategy": "DEFAULT" if placement.num_gpus else "SPREAD",
+        }
+        if placement.label_selector:
+            options["label_selector"] = dict(placement.label_selector)
+        actor_class: Any = ReplicaActor  # Ray's decorator has made it a factory of actors
+        return actor_class.options(**options).remote(birth)
+
+    def _threads(self) -> int | None:
+        """CPU threads a replica, so that those of one machine don't fight for its cores."""
+        declared = self._declaration
+        if declared.options.threads is not None or declared.placement.device != "cpu":
+            return declared.options.threads
+        if declared.placement.num_cpus >= 1:
+            return int(declared.placement.num_cpus)
+        return max(1, int(ray.cluster_resources().get("CPU", 1)) // self._membership.target)
+
+    def _tend(self, replica_id: str, actor: Any) -> None:
+        tended = self._tended[replica_id] = _Tended(actor)
+        tended.task = self._spawn(self._watch_over(replica_id, tended))
+
+    async def _watch_over(self, replica_id: str, tended: _Tended) -> None:
+        """A replica's life from its place in the cluster to its loss."""
+        options = self._declaration.options
+        try:
+            # No deadline here: a replica that waits for its place is what makes Ray's autoscaler add a node.
+            tended.place = await tended.actor.place.remote()
+            tended.info = await asyncio.wait_for(tended.actor.load.remote(), options.startup_timeout)
+            self._membership.became_ready(replica_id, time.monotonic())
+            self._wake.set()
+            while True:
+                seen: ReplicaStatistics = await asyncio.wait_for(tended.actor.health.remote(), options.health_timeout)
+                tended.statistics = seen
+                self._require_healthy(seen)
+                await asyncio.sleep(options.health_interval)
+        except TimeoutError:
+            ready = tended.statistics is not None
+            waited = options.health_timeout if ready else options.startup_timeout
+            self._lose(replica_id, f"no answer to {'health' if ready else 'load'} within {waited:g} s", silent=True)
+        except (ray.exceptions.RayError, ReplicaError) as error:
+            self._lose(replica_id, _reason(error))
+
+    def _require_healthy(self, statistics: ReplicaStatistics) -> None:
+        limit = self._declaration.options.hang_timeout
+        if statistics.busy_for > limit:
+            raise ReplicaError(f"one forward pass has taken {statistics.busy_for:.1f} s (hang_timeout is {limit:g} s)")
+        if statistics.errors_in_a_row >= _SICK_AFTER_ERRORS:
+            raise ReplicaError(f"{statistics.errors_in_a_row} forward passes in a row raised")
+
+    def _lose(self, replica_id: str, reason: str, *, silent: bool = False) -> None:
+        if self._membership.lost(replica_id, reason, time.monotonic()):
+            log.warning("pool %s: replica %s is lost: %s", self._name, replica_id, reason)
+            self._bury(replica_id, silent=silent)
+            self._wake.set()
+
+    async def _drain(self, replica_id: str) -> None:
+        tended = self._tended[replica_id]
+        patience = self._declaration.options.drain_timeout
+        if tended.statistics is not None:
+            try:
+                await asyncio.wait_for(tended.actor.drain.remote(patience), patience + 1)
+            except (TimeoutError, ray.exceptions.RayError) as error:
+                log.warning("pool %s: replica %s did not drain: %s", self._name, replica_id, _reason(error))
+        self._membership.drained(replica_id)
+        self._bury(replica_id)
+        self._wake.set()
+
+    def _bury(self, replica_id: str, *, silent: bool = False) -> None:
+        """End a replica, and by force the process of one that has fallen silent."""
+        tended = self._tended.pop(replica_id)
+        if tended.task is not None and tended.task is not asyncio.current_task():
+            tended.task.cancel()
+        ray.kill(tended.actor)
+        if silent and tended.place is not None:
+            # Ray asks the process to end itself; one that is stopped, or hangs in a driver, does not hear that.
+            here = NodeAffinitySchedulingStrategy(tended.place.node_id, soft=False)
+            kill_process.options(scheduling_strategy=here).remote(tended.place.pid, tended.place.started)
+
+    def _drop_silent_clients(self, now: float) -> None:
+        limit = self._declaration.options.client_timeout
+        for client_id in [client for client, seen in self._clients.items() if now - seen > limit]:
+            log.warning("pool %s: client %s has been silent for %g s: dropped", self._name, client_id, limit)
+            del self._clients[client_id]
+            self._forget(client_id)
+
+    def _forget(self, client_id: str) -> None:
+        for tended in self._tended.values():
+            tended.actor.forget.remote(client_id)
+
+    def _autoscale(self, now: float) -> None:
+        membership = self._membership
+        if membership.low == membership.high:
+            return
+        ready = [self._tended[member.replica_id].statistics for member in membership.ready()]
+        starting = sum(member.state is MemberState.STARTING for member in membership.members)
+        known = [statistics for statistics in ready if statistics is not None]
+        membership.resize(self._autoscaler.target(membership.target, known, starting, now))
+
+    # Small parts ----------------------------------------------------------------------------------------------------
+
+    def _view(self) -> PoolView:
+        ready = [(member, self._tended[member.replica_id]) for member in self._membership.ready()]
+        newest = max(ready, key=lambda pair: pair[0].generation, default=None)
+        return PoolView(
+            epoch=self._membership.epoch,
+            replicas=tuple(
+                ReplicaView(
+                    member.replica_id,
+                    tended.actor,
+                    tended.place.node_id if tended.place else "",
+                    tended.info.fingerprint if tended.info else None,
+                )
+                for member, tended in ready
+            ),
+            options=self._declaration.options,
+            info=newest[1].info if newest else None,
+            target=self._membership.target,
+            closed=self._closed,
+            troubles=tuple(self._membership.troubles),
+        )
+
+    def _status_of(self, replica_id: str) -> ReplicaStatus:
+        tended, member = self._tended[replica_id], self._membership.get(replica_id)
+        assert member is not None
+        return ReplicaStatus(
+            replica_id=replica_id,
+            state=str(member.state),
+            generation=member.generation,
+            seconds_in_state=time.monotonic() - member.since,
+            node_id=tended.place.node_id if tended.place else None,
+            pid=tended.place.pid if tended.place else None,
+            fingerprint=tended.info.fingerprint if tended.info else None,
+            device=tended.info.device if tended.info else None,
+            golden_cosine=tended.info.golden_cosine if tended.info else None,
+            statistics=tended.statistics,
+        )
+
+    def _save(self) -> None:
+        if self._closed:
+            return
+        membership = self._membership
+        self._declaration = replace(
+            self._declaration,
+            low=membership.low,
+            high=membership.high,
+            target=membership.target,
+            generation=membership.generation,
+        )
+        self._ledger.save_declaration(self._declaration)
+        self._wake.set()
+
+    def _spawn(self, coroutine: Any) -> asyncio.Task[Any]:
+        task: asyncio.Task[Any] = asyncio.get_running_loop().create_task(coroutine)
+        self._background.add(task)
+        task.add_done_callback(self._finished)
+        return task
+
+    def _finished(self, task: asyncio.Task[Any]) -> None:
+        self._background.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            log.error("pool %s: a task of the controller failed", self._name, exc_info=task.exception())
+
+
+def _reason(error: BaseException) -> str:
+    """The part of an error that tells a person why, in one line."""
+    if isinstance(error, ray.exceptions.ActorDiedError):
+        return "its process died"
+    cause = getattr(error, "cause", None) or error
+    lines = str(cause).strip().splitlines() or ["no message"]
+    return f"{type(cause).__name__}: {lines[-1]}"

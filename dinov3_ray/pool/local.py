@@ -1,0 +1,236 @@
+"""A pool without Ray: replicas are threads of this process, behind the same router, batching and wire code.
+
+Made for tests and for one machine's first steps: a pool starts in milliseconds. What it cannot do is outlive a process,
+or end a replica that hangs.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from dinov3_ray.pool.declaration import Declaration
+from dinov3_ray.pool.membership import ActionKind, Membership, MemberState
+from dinov3_ray.pool.messages import PoolView, ReplicaView, RequestHeader, TeacherInfo
+from dinov3_ray.pool.replica import Replica
+from dinov3_ray.pool.source import CheckedSource, builder
+from dinov3_ray.pool.status import PoolStatus, ReplicaStatus
+from dinov3_ray.pool.transport import OnAnswer, OnView
+from dinov3_ray.pool.wire import Array
+
+__all__ = ["LocalController", "LocalTransport"]
+
+_NODE = "local"
+_LOOK_SECONDS = 0.5
+_MAX_BYTES = 2**30
+
+
+class LocalController:
+    """Starts, scales and reloads replicas that are threads. Its thread ends with :meth:`shutdown`."""
+
+    def __init__(
+        self,
+        name: str,
+        source: CheckedSource,
+        declaration: Declaration,
+        *,
+        device: str = "cpu",
+    ) -> None:
+        self.name = name
+        self.address: str | None = None  # no other process can reach it
+        self._source, self._device = source, device
+        self._options = declaration.options
+        self._membership = Membership(declaration.low, declaration.high)
+        self._replicas: dict[str, Replica] = {}
+        self._followers: list[tuple[int, OnView]] = []
+        self._clients: set[str] = set()
+        self._changed = threading.Condition()
+        self._closed = False
+        self._thread = threading.Thread(target=self._supervise, name=f"dinov3-{name}", daemon=True)
+        self._thread.start()
+
+    # What pools and clients call ------------------------------------------------------------------------------------
+
+    def follow(self, client_id: str, known_epoch: int, on_view: OnView) -> None:
+        with self._changed:
+            self._clients.add(client_id)
+            self._followers.append((known_epoch, on_view))
+            self._changed.notify_all()
+
+    def leave(self, client_id: str) -> None:
+        with self._changed:
+            self._clients.discard(client_id)
+            replicas = list(self._replicas.values())
+        for replica in replicas:
+            replica.forget(client_id)
+
+    def scale(self, low: int, high: int) -> None:
+        with self._changed:
+            self._membership.scale(low, high)
+            self._changed.notify_all()
+
+    def reload(self, source: CheckedSource) -> None:
+        with self._changed:
+            self._source = source
+            self._membership.reload()
+            self._changed.notify_all()
+
+    def status(self) -> PoolStatus:
+        with self._changed:
+            membership, view = self._membership, self._view()
+            return PoolStatus(
+                name=self.name,
+                epoch=membership.epoch,
+                generation=membership.generation,
+                target=membership.target,
+                low=membership.low,
+                high=membership.high,
+                replicas=tuple(
+                    ReplicaStatus(
+                        replica_id=member.replica_id,
+                        state=str(member.state),
+                        generation=member.generation,
+                        seconds_in_state=time.monotonic() - member.since,
+                        node_id=_NODE,
+                        fingerprint=info.fingerprint,
+                        device=info.device,
+                        golden_cosine=info.golden_cosine,
+                        statistics=self._replicas[member.replica_id].statistics(),
+                    )
+                    for member in membership.members
+                    for info in [self._info(member.replica_id)]
+                ),
+                fingerprint=view.info.fingerprint if view.info else None,
+                teacher=view.info.description if view.info else "",
+                batching=self._options.batching,
+                clients=len(self._clients),
+                restarts=membership.restarts,
+                troubles=tuple(membership.troubles),
+            )
+
+    def shutdown(self) -> None:
+        with self._changed:
+            self._closed = True
+            self._membership.epoch += 1
+            self._changed.notify_all()
+            replicas = list(self._replicas.values())
+        self._thread.join()
+        for replica in replicas:
+            replica.stop()
+
+    def disconnect(self) -> None:
+        """Nothing to part from."""
+
+    # The thread -----------------------------------------------------------------------------------------------------
+
+    def _supervise(self) -> None:
+        with self._changed:
+            while not self._closed:
+                now = time.monotonic()
+                for action in self._membership.plan(now):
+                    if action.kind is ActionKind.START:
+                        self._start(action.replica_id)
+                    else:
+                        self._replicas[action.replica_id].drain()
+                self._end_drained()
+                self._publish()
+                delayed = self._membership.next_change(now)
+                self._changed.wait(_LOOK_SECONDS if delayed is None else min(delayed, _LOOK_SECONDS))
+            self._publish()
+
+    def _start(self, replica_id: str) -> None:
+        # No thread count: it would be this whole process's.
+        replica = Replica(replica_id, builder(self._source, self._device), replace(self._options, threads=None))
+        self._replicas[replica_id] = replica
+
+        def loaded(future: Any) -> None:
+            with self._changed:
+                error, now = future.exception(), time.monotonic()
+                if error is None:
+                    self._membership.became_ready(replica_id, now)
+                elif self._membership.lost(replica_id, f"{type(error).__name__}: {error}", now):
+                    del self._replicas[replica_id]
+                self._changed.notify_all()
+
+        replica.start().add_done_callback(loaded)
+
+    def _end_drained(self) -> None:
+        for member in self._membership.members:
+            replica = self._replicas[member.replica_id]
+            if member.state is MemberState.DRAINING and replica.loaded.done() and replica.wait_idle(0):
+                self._membership.drained(member.replica_id)
+                # The device thread may be about to report here, which takes the lock that is held: don't wait for it.
+                self._replicas.pop(member.replica_id).stop(timeout=0)
+
+    def _publish(self) -> None:
+        epoch = self._membership.epoch
+        due = [on_view for known, on_view in self._followers if known != epoch]
+        self._followers = [(known, on_view) for known, on_view in self._followers if known == epoch]
+        view = self._view()
+        for on_view in due:
+            on_view(view)
+
+    def _view(self) -> PoolView:
+        ready = self._membership.ready()
+        newest = max(ready, key=lambda member: member.generation, default=None)
+        return PoolView(
+            epoch=self._membership.epoch,
+            replicas=tuple(
+                ReplicaView(
+                    member.replica_id,
+                    self._replicas[member.replica_id],
+                    _NODE,
+                    self._info(member.replica_id).fingerprint,
+                )
+                for member in ready
+            ),
+            options=self._options,
+            info=self._info(newest.replica_id) if newest else None,
+            target=self._membership.target,
+            closed=self._closed,
+            troubles=tuple(self._membership.troubles),
+        )
+
+    def _info(self, replica_id: str) -> TeacherInfo:
+        loaded = self._replicas[replica_id].loaded
+        return loaded.result() if loaded.done() and loaded.exception() is None else TeacherInfo()
+
+
+class LocalTransport:
+    """One client's way to a local pool; see :class:`~dinov3_ray.pool.transport.Transport`."""
+
+    node_id = _NODE
+    default_max_bytes = _MAX_BYTES
+
+    def __init__(self, controller: LocalController) -> None:
+        self._controller = controller
+
+    def follow(self, client_id: str, known_epoch: int, on_view: OnView) -> None:
+        self._controller.follow(client_id, known_epoch, on_view)
+
+    def stage(self, arrays: Sequence[Array], *, send_now: bool) -> list[Any]:  # noqa: ARG002 - there is no store
+        return [np.array(array) for array in arrays]
+
+    def send(
+        self, replica: ReplicaView, header: RequestHeader, staged: list[Any], on_answer: OnAnswer
+    ) -> Callable[[], None]:
+        replica.actor.offer(header, staged, lambda answer, arrays: on_answer((answer, arrays)))
+        return lambda: None  # it is computed, and its answer dropped
+
+    def adopt(self, arrays: list[Array]) -> list[Array]:
+        # The teacher may hand out memory that it keeps: the store would have copied it, so it is copied here.
+        return [np.array(array) for array in arrays]
+
+    def was_computing(self, replica_id: str, request_id: str) -> bool:  # noqa: ARG002
+        return False  # a thread does not die of a request
+
+    def report(self, replica_id: str, reason: str) -> None:
+        """Nothing to do: the replica's own counters show it, and a thread cannot be replaced."""
+
+    def leave(self, client_id: str) -> None:
+        self._controller.leave(client_id)

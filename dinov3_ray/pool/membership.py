@@ -1,0 +1,185 @@
+"""How many replicas there shall be, which of them count, and what to do next. Pure: no Ray, no clock.
+
+The controller tells it what happened and carries out what :meth:`Membership.plan` returns.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from enum import StrEnum
+
+__all__ = ["Action", "ActionKind", "Member", "MemberState", "Membership"]
+
+_FIRST_BACKOFF = 1.0
+_LONGEST_BACKOFF = 30.0
+_KEPT_TROUBLES = 8
+
+
+class MemberState(StrEnum):
+    STARTING = "starting"  # waits for its place, loads and proves its teacher
+    READY = "ready"
+    DRAINING = "draining"  # finishes what it holds and takes no more
+
+
+class ActionKind(StrEnum):
+    START = "start"
+    DRAIN = "drain"
+
+
+@dataclass(frozen=True, slots=True)
+class Action:
+    kind: ActionKind
+    replica_id: str
+
+
+@dataclass(slots=True)
+class Member:
+    replica_id: str
+    generation: int
+    state: MemberState
+    since: float
+
+
+class Membership:
+    """Members, their states, and the number wanted.
+
+    A generation is one teacher: :meth:`reload` begins the next one, and members of earlier generations are replaced one
+    by one, each only after its successor is ready, so that the pool never serves with fewer than it should.
+    """
+
+    def __init__(self, low: int, high: int) -> None:
+        self.low, self.high = low, high
+        self.target = low
+        self.generation = 0
+        self.epoch = 0
+        self.troubles: deque[str] = deque(maxlen=_KEPT_TROUBLES)
+        self.restarts = 0
+        self._members: dict[str, Member] = {}
+        self._serial = 0
+        self._failures = 0
+        self._not_before = 0.0
+
+    # What happened --------------------------------------------------------------------------------------------------
+
+    def adopt(self, replica_id: str, generation: int, state: MemberState, now: float) -> None:
+        """Take in a replica that runs already (a restarted controller finds its pool again)."""
+        self._members[replica_id] = Member(replica_id, generation, state, now)
+        self._serial = max(self._serial, serial_of(replica_id) + 1)
+        self.epoch += 1
+
+    def became_ready(self, replica_id: str, now: float) -> None:
+        member = self._members.get(replica_id)
+        if member is not None and member.state is MemberState.STARTING:
+            member.state, member.since = MemberState.READY, now
+            self._failures, self._not_before = 0, 0.0
+            self.epoch += 1
+
+    def lost(self, replica_id: str, reason: str, now: float) -> bool:
+        """A replica died, hung, failed to start or was found sick; False if it was not a member.
+
+        One that fails before it was ready delays the next start, ever longer: its trouble is likely to be everyone's.
+        """
+        member = self._members.pop(replica_id, None)
+        if member is None:
+            return False
+        self.epoch += 1
+        if member.state is MemberState.DRAINING:
+            return True
+        self.restarts += 1
+        self.troubles.append(f"{replica_id}: {reason}")
+        if member.state is MemberState.STARTING:
+            delay = min(_FIRST_BACKOFF * 2**self._failures, _LONGEST_BACKOFF)
+            self._failures += 1
+            self._not_before = now + delay
+        return True
+
+    def drained(self, replica_id: str) -> None:
+        if self._members.pop(replica_id, None) is not None:
+            self.epoch += 1
+
+    # What is wanted -------------------------------------------------------------------------------------------------
+
+    def scale(self, low: int, high: int) -> None:
+        self.low, self.high = low, high
+        self.target = min(max(self.target, low), high)
+        self.epoch += 1
+
+    def resize(self, target: int) -> bool:
+        """Move the target within the bounds; whether it changed."""
+        target = min(max(target, self.low), self.high)
+        changed, self.target = target != self.target, target
+        self.epoch += changed
+        return changed
+
+    def reload(self) -> None:
+        """Begin the next generation."""
+        self.generation += 1
+        self._failures, self._not_before = 0, 0.0
+        self.epoch += 1
+
+    def plan(self, now: float) -> list[Action]:
+        """Bring the members one step nearer to what is wanted; what it returns is booked as begun."""
+        actions: list[Action] = []
+        current = self._of(self.generation, MemberState.STARTING, MemberState.READY)
+        old = [member for member in self.members if member.generation < self.generation]
+        old_serving = [member for member in old if member.state is not MemberState.DRAINING]
+        # A rolling change starts one successor at a time beside the old members; else all that are missing at once.
+        starting = [member for member in current if member.state is MemberState.STARTING]
+        missing = self.target - len(current)
+        if old_serving:
+            missing = min(missing, 1 - len(starting))
+        if missing > 0 and now >= self._not_before:
+            actions += [self._start(now) for _ in range(missing)]
+        # The newest go first when the pool shrinks: what is not ready yet is missed by nobody.
+        surplus = len(current) - self.target
+        if surplus > 0:
+            ranked = sorted(current, key=lambda member: (member.state is MemberState.READY, -member.since))
+            actions += [self._drain(member, now) for member in ranked[:surplus]]
+        ready = len(self._of(self.generation, MemberState.READY))
+        leaving = ready + len(old_serving) - self.target
+        if leaving > 0:
+            ranked = sorted(old_serving, key=lambda member: (member.state is MemberState.READY, member.since))
+            actions += [self._drain(member, now) for member in ranked[:leaving]]
+        if actions:
+            self.epoch += 1
+        return actions
+
+    def next_change(self, now: float) -> float | None:
+        """Seconds until a delayed start is due, if one is."""
+        missing = self.target > len(self._of(self.generation, MemberState.STARTING, MemberState.READY))
+        return max(0.0, self._not_before - now) if missing else None
+
+    # Looking in -----------------------------------------------------------------------------------------------------
+
+    @property
+    def members(self) -> list[Member]:
+        return list(self._members.values())
+
+    def get(self, replica_id: str) -> Member | None:
+        return self._members.get(replica_id)
+
+    def ready(self) -> list[Member]:
+        return [member for member in self.members if member.state is MemberState.READY]
+
+    def __repr__(self) -> str:
+        counts = ", ".join(f"{len([m for m in self.members if m.state is state])} {state}" for state in MemberState)
+        return f"<Membership epoch {self.epoch}: {counts}; target {self.target} of {self.low}..{self.high}>"
+
+    def _of(self, generation: int, *states: MemberState) -> list[Member]:
+        return [member for member in self.members if member.generation == generation and member.state in states]
+
+    def _start(self, now: float) -> Action:
+        replica_id = f"r{self._serial}"
+        self._serial += 1
+        self._members[replica_id] = Member(replica_id, self.generation, MemberState.STARTING, now)
+        return Action(ActionKind.START, replica_id)
+
+    def _drain(self, member: Member, now: float) -> Action:
+        member.state, member.since = MemberState.DRAINING, now
+        return Action(ActionKind.DRAIN, member.replica_id)
+
+
+def serial_of(replica_id: str) -> int:
+    """The running number in a replica's name, ``r17`` -> 17."""
+    return int(replica_id.removeprefix("r"))

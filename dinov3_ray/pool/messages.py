@@ -1,0 +1,122 @@
+"""What clients, replicas and the controller say to each other.
+
+Plain frozen dataclasses: they are pickled with every request, so they hold no tensors (those travel beside them as
+NumPy arrays, see ``wire``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from dinov3_ray.features import FeatureSpec
+from dinov3_ray.pool.options import PoolOptions
+from dinov3_ray.pool.wire import FeatureLayout, ImageLayout
+
+__all__ = ["Answer", "Load", "Outcome", "PoolView", "ReplicaView", "RequestHeader", "StageSeconds", "TeacherInfo"]
+
+
+@dataclass(frozen=True, slots=True)
+class RequestHeader:
+    """One part of one batch, as a replica gets it. Its images travel beside it."""
+
+    request_id: str
+    client_id: str
+    spec: FeatureSpec
+    images: ImageLayout
+    rows: int
+    #: Replicas have died while they held this request: it runs alone, and the replica writes down that it begins it.
+    suspect: bool = False
+    #: It was sent before and not answered: it goes to the front of the queue.
+    urgent: bool = False
+    #: Rows that wait at the client for a free place: what autoscaling looks at.
+    backlog: int = 0
+
+
+class Outcome(StrEnum):
+    """How a replica answers a request."""
+
+    DONE = "done"
+    #: The teacher raised ``Answer.error``.
+    FAILED = "failed"
+    #: Not taken: the queue is full (come back after ``Answer.retry_after``).
+    FULL = "full"
+    #: Not taken, or dropped: the replica is being removed.
+    DRAINING = "draining"
+    #: Taken, and dropped again because its client was thought dead.
+    DROPPED = "dropped"
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What waits at a replica when it answers."""
+
+    rows: int = 0
+    #: Those of ``rows`` that belong to the client being answered, so that it does not count them twice.
+    own_rows: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class StageSeconds:
+    """Where a request's time at the replica went."""
+
+    queue: float = 0.0
+    forward: float = 0.0
+    pack: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A replica's answer. The result's arrays travel beside it."""
+
+    outcome: Outcome
+    layout: FeatureLayout = ()
+    fingerprint: str | None = None
+    load: Load = field(default_factory=Load)
+    seconds: StageSeconds = field(default_factory=StageSeconds)
+    retry_after: float = 0.0
+    error: BaseException | None = None
+    #: The teacher's own traceback, as text: tracebacks do not survive pickling.
+    trace: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class TeacherInfo:
+    """What a client must know of the teacher to check images before it sends them, and to size what comes back."""
+
+    fingerprint: str | None = None
+    description: str = ""
+    patch_size: int = 1
+    hidden_size: int | None = None
+    num_register_tokens: int | None = None
+    depth: int | None = None
+    image_size: tuple[int, int] | None = None
+    grid_size: tuple[int, int] | None = None
+    dtype: str | None = None
+    device: str = "cpu"
+    golden_cosine: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaView:
+    """A replica as clients see it. ``actor`` is what a transport sends to: a Ray actor handle or a local replica."""
+
+    replica_id: str
+    actor: Any
+    node_id: str
+    fingerprint: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PoolView:
+    """The pool as clients see it; a higher ``epoch`` replaces a lower one."""
+
+    epoch: int
+    replicas: tuple[ReplicaView, ...]
+    options: PoolOptions
+    info: TeacherInfo | None
+    target: int
+    closed: bool = False
+    #: Why replicas are missing, newest last, for the error that a waiting client may have to raise.
+    troubles: tuple[str, ...] = ()

@@ -1,0 +1,107 @@
+"""Requests to replicas that are Ray actors.
+
+Inputs above Ray's inlining limit are put into the object store once, and sent by reference however often they are
+re-sent. Answers come back as arrays that alias the object store.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import ray
+
+from dinov3_ray.pool.ledger import Ledger
+from dinov3_ray.pool.messages import ReplicaView, RequestHeader
+from dinov3_ray.pool.transport import Gone, OnAnswer, OnView, Unreachable
+from dinov3_ray.pool.wire import Array
+
+__all__ = ["RayTransport"]
+
+_INLINE_BYTES = 64 * 1024  # below this, Ray carries arguments inside the call itself
+_STORE_SHARE = 0.3  # of one node's object store: what one client may have in flight, and what its results may keep
+_WATCH_SECONDS = 5.0
+
+
+class RayTransport:
+    """One client's way to one pool; see :class:`~dinov3_ray.pool.transport.Transport`."""
+
+    def __init__(self, controller: Any, namespace: str, pool: str) -> None:
+        self.node_id = ray.get_runtime_context().get_node_id()
+        stores = [node["Resources"].get("object_store_memory", 0) for node in ray.nodes() if node["Alive"]]
+        self.default_max_bytes = int(min((size for size in stores if size), default=2**30) * _STORE_SHARE)
+        self._controller = controller
+        self._ledger = Ledger(namespace, pool)
+        self._kept_bytes = 0
+        self._kept_lock = threading.Lock()
+
+    def follow(self, client_id: str, known_epoch: int, on_view: OnView) -> None:
+        # The call itself tells the controller that this client lives.
+        ref = self._controller.watch.remote(client_id, known_epoch, _WATCH_SECONDS)
+
+        def watched(future: Any) -> None:
+            error = future.exception()
+            on_view(future.result() if error is None else Gone(_first_line(error)))
+
+        ref.future().add_done_callback(watched)
+
+    def stage(self, arrays: Sequence[Array], *, send_now: bool) -> list[Any]:
+        if send_now and sum(array.nbytes for array in arrays) > _INLINE_BYTES:
+            return [ray.put(array) for array in arrays]
+        return [np.array(array) for array in arrays]
+
+    def send(
+        self, replica: ReplicaView, header: RequestHeader, staged: list[Any], on_answer: OnAnswer
+    ) -> Callable[[], None]:
+        if isinstance(staged[0], np.ndarray) and sum(array.nbytes for array in staged) > _INLINE_BYTES:
+            staged[:] = [ray.put(array) for array in staged]  # in place: a re-send finds it put already
+        ref = replica.actor.infer.remote(header, *staged)
+
+        def answered(future: Any) -> None:
+            error = future.exception()
+            if error is None:
+                on_answer(future.result())
+            elif isinstance(error, ray.exceptions.ActorUnavailableError):
+                on_answer(Unreachable(_first_line(error)))
+            elif isinstance(error, (ray.exceptions.RayActorError, ray.exceptions.ObjectLostError)):
+                on_answer(Gone(_first_line(error)))
+            else:
+                on_answer(error)
+
+        ref.future().add_done_callback(answered)
+        return lambda: ray.cancel(ref)
+
+    def adopt(self, arrays: list[Array]) -> list[Array]:
+        """Results alias the object store as long as all that the caller keeps fits its share; beyond, they are copied.
+
+        A caller who collects results would else fill the store, and stop the pool for everyone.
+        """
+        size = sum(array.nbytes for array in arrays)
+        with self._kept_lock:
+            if self._kept_bytes + size > self.default_max_bytes:
+                return [np.array(array) for array in arrays]
+            self._kept_bytes += size
+        for array in arrays:
+            weakref.finalize(array, self._released, array.nbytes)
+        return arrays
+
+    def _released(self, size: int) -> None:
+        with self._kept_lock:
+            self._kept_bytes -= size
+
+    def was_computing(self, replica_id: str, request_id: str) -> bool:
+        return self._ledger.was_computing(replica_id, request_id)
+
+    def report(self, replica_id: str, reason: str) -> None:
+        self._controller.report.remote(replica_id, reason)
+
+    def leave(self, client_id: str) -> None:
+        if ray.is_initialized():
+            self._controller.leave.remote(client_id)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,361 @@
+"""A replica: one teacher, one queue, one thread that does all of its device work.
+
+Ray-free: the actor in ``replica_actor`` and local mode drive the same class. All work on the device happens on the
+thread that built the teacher, because CUDA work from several threads of one actor has crashed and leaked (ray issues
+33982, 49360).
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import threading
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from dinov3_ray.errors import DinoV3Error, NumericsError, PoolClosedError
+from dinov3_ray.features import Features
+from dinov3_ray.images import ImageBatch
+from dinov3_ray.pool.batching import BatchQueue, Waiting
+from dinov3_ray.pool.messages import Answer, Load, Outcome, RequestHeader, StageSeconds, TeacherInfo
+from dinov3_ray.pool.options import PoolOptions
+from dinov3_ray.pool.wire import Array, pack_features, unpack_images
+from dinov3_ray.teacher import Extractor
+
+__all__ = ["Replica", "ReplicaStatistics"]
+
+log = logging.getLogger("dinov3_ray")
+
+Done = Callable[[Answer, list[Array]], None]
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaStatistics:
+    """Counters since the replica started, and how it stands now."""
+
+    images: int = 0
+    batches: int = 0
+    queue_seconds: float = 0.0
+    forward_seconds: float = 0.0
+    pack_seconds: float = 0.0
+    errors: int = 0
+    errors_in_a_row: int = 0
+    rejected: int = 0
+    waiting: int = 0
+    waiting_rows: int = 0
+    clients_backlog: int = 0
+    oldest_wait: float = 0.0
+    busy_for: float = 0.0
+
+
+@dataclass(slots=True)
+class _Job:
+    header: RequestHeader
+    arrays: Sequence[Array]
+    done: Done
+    arrived: float
+
+
+@dataclass(slots=True)
+class _Counters:
+    images: int = 0
+    batches: int = 0
+    queue_seconds: float = 0.0
+    forward_seconds: float = 0.0
+    pack_seconds: float = 0.0
+    errors: int = 0
+    errors_in_a_row: int = 0
+    rejected: int = 0
+    backlog: dict[str, int] = field(default_factory=dict)
+
+
+class Replica:
+    """Serves one teacher.
+
+    Args:
+        replica_id: its name in the pool.
+        build: makes the teacher; called once, on the device thread.
+        options: the pool's.
+        threads: CPU threads to compute with; None leaves torch's setting alone (it is the whole process's).
+        on_suspect: called on the device thread just before a request runs that earlier replicas died with.
+
+    It knows nothing of Ray, of other replicas, or of who its clients are beyond their names.
+    """
+
+    def __init__(
+        self,
+        replica_id: str,
+        build: Callable[[], Extractor],
+        options: PoolOptions,
+        *,
+        threads: int | None = None,
+        on_suspect: Callable[[str], None] | None = None,
+    ) -> None:
+        self.replica_id = replica_id
+        self.loaded: Future[TeacherInfo] = Future()
+        self._build = build
+        self._options = options
+        self._threads = threads
+        self._on_suspect = on_suspect
+        self._queue = BatchQueue(
+            options.batching,
+            max_batch=options.max_batch,
+            max_wait=options.max_wait,
+            max_requests=options.max_queued,
+            max_bytes=options.max_queued_bytes,
+        )
+        self._jobs: dict[int, _Job] = {}
+        self._tickets = itertools.count()
+        self._changed = threading.Condition()
+        self._state = _Counters()
+        self._busy_since: float | None = None
+        self._draining = False
+        self._stopped = False
+        self._info = TeacherInfo()
+        self._thread = threading.Thread(target=self._run, name=f"dinov3-{replica_id}", daemon=True)
+
+    # Control --------------------------------------------------------------------------------------------------------
+
+    def start(self) -> Future[TeacherInfo]:
+        """Build and prove the teacher on the device thread; the future tells of it, or of why it failed."""
+        self._thread.start()
+        return self.loaded
+
+    def drain(self) -> None:
+        """Take no more requests."""
+        with self._changed:
+            self._draining = True
+            self._changed.notify_all()
+
+    def wait_idle(self, timeout: float) -> bool:
+        """Wait until nothing is queued or computed; False if that took longer than ``timeout`` seconds."""
+        with self._changed:
+            return self._changed.wait_for(lambda: not self._queue and self._busy_since is None, timeout)
+
+    def stop(self, timeout: float = 5.0) -> None:
+        """Answer what is queued as dropped and end the device thread (it is a daemon: a hung one is left behind)."""
+        with self._changed:
+            self._draining = self._stopped = True
+            dropped = list(self._jobs.values())
+            self._jobs.clear()
+            self._changed.notify_all()
+        for job in dropped:
+            job.done(Answer(Outcome.DRAINING), [])
+        if self._thread.is_alive() and self._thread is not threading.current_thread():
+            self._thread.join(timeout)
+
+    def forget(self, client_id: str) -> int:
+        """Drop what a client that is gone has queued; returns how many requests that were."""
+        with self._changed:
+            dropped = [self._jobs.pop(waiting.ticket) for waiting in self._queue.forget(client_id)]
+            self._state.backlog.pop(client_id, None)
+            self._changed.notify_all()
+        for job in dropped:
+            job.done(Answer(Outcome.DROPPED), [])
+        return len(dropped)
+
+    def statistics(self) -> ReplicaStatistics:
+        now = time.monotonic()
+        with self._changed:
+            state, oldest = self._state, self._queue.oldest()
+            return ReplicaStatistics(
+                images=state.images,
+                batches=state.batches,
+                queue_seconds=state.queue_seconds,
+                forward_seconds=state.forward_seconds,
+                pack_seconds=state.pack_seconds,
+                errors=state.errors,
+                errors_in_a_row=state.errors_in_a_row,
+                rejected=state.rejected,
+                waiting=len(self._queue),
+                waiting_rows=self._queue.rows(),
+                clients_backlog=sum(state.backlog.values()),
+                oldest_wait=0.0 if oldest is None else now - oldest,
+                busy_for=0.0 if self._busy_since is None else now - self._busy_since,
+            )
+
+    def __repr__(self) -> str:
+        state = "stopped" if self._stopped else "draining" if self._draining else "serving"
+        if not self.loaded.done():
+            state = "loading"
+        return f"<Replica {self.replica_id} {state}, {self._queue!r}>"
+
+    # Requests -------------------------------------------------------------------------------------------------------
+
+    def offer(self, header: RequestHeader, arrays: Sequence[Array], done: Done) -> None:
+        """Queue a request; ``done(answer, arrays)`` is called exactly once, on the device thread or at once.
+
+        The arrays of the request are read, never written, until then.
+        """
+        now = time.monotonic()
+        waiting = Waiting(
+            ticket=next(self._tickets),
+            client_id=header.client_id,
+            key=(header.spec, header.images, tuple(array.shape[-3:] for array in arrays)),
+            rows=header.rows,
+            nbytes=sum(array.nbytes for array in arrays),
+            arrived=now,
+            urgent=header.urgent,
+            alone=header.suspect,
+        )
+        with self._changed:
+            if self._draining:
+                refusal = Answer(Outcome.DRAINING)
+            elif self._queue.offer(waiting):
+                self._state.backlog[header.client_id] = header.backlog
+                self._jobs[waiting.ticket] = _Job(header, arrays, done, now)
+                self._changed.notify_all()
+                return
+            else:
+                self._state.rejected += 1
+                refusal = Answer(Outcome.FULL, load=self._load(header), retry_after=self._retry_after())
+        done(refusal, [])
+
+    def _load(self, header: RequestHeader) -> Load:
+        return Load(self._queue.rows(), self._queue.rows(header.client_id))
+
+    def _retry_after(self) -> float:
+        """About the time in which half of a full queue is worked off."""
+        batches = max(self._state.batches, 1)
+        return min(max(self._state.forward_seconds / batches * len(self._queue) / 2, 0.01), 5.0)
+
+    # The device thread ----------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            if self._threads is not None:
+                # OpenMP keeps this number by thread: it must be set on the one that computes.
+                torch.set_num_threads(self._threads)
+            teacher = self._build()
+            self._info = describe(teacher)
+            if self._stopped:
+                raise PoolClosedError(f"replica {self.replica_id} was stopped before it was ready")
+        except BaseException as error:  # noqa: BLE001 - whatever a user's factory raises is the reason to report
+            self.loaded.set_exception(error)
+            return
+        self.loaded.set_result(self._info)
+        while (jobs := self._next_jobs()) is not None:
+            self._compute(teacher, jobs)
+            with self._changed:
+                self._busy_since = None
+                self._changed.notify_all()
+
+    def _next_jobs(self) -> list[_Job] | None:
+        with self._changed:
+            while not self._stopped:
+                now = time.monotonic()
+                batch = self._queue.take(now)
+                if isinstance(batch, list):
+                    self._busy_since = now
+                    return [self._jobs.pop(waiting.ticket) for waiting in batch]
+                self._changed.wait(None if batch is None else batch - now)
+            return None
+
+    def _compute(self, teacher: Extractor, jobs: list[_Job]) -> None:
+        begun = time.monotonic()
+        for job in jobs:
+            if job.header.suspect and self._on_suspect is not None:
+                self._on_suspect(job.header.request_id)
+        spec = jobs[0].header.spec
+        try:
+            batch = join([unpack_images(job.header.images, job.arrays) for job in jobs])
+            rows = len(batch)
+            if self._options.batching == "deterministic":
+                batch = pad(batch, self._options.max_batch)
+            features = teacher.extract(batch.tensors[0] if batch.stacked is not None else batch.ragged, spec.native())
+            if len(features) != len(batch):
+                raise DinoV3Error(f"the teacher gave features of {len(features)} images for a batch of {len(batch)}")
+            require_finite(features.rows(0, rows))
+        except Exception as error:  # noqa: BLE001 - a teacher may raise anything, and the replica lives on
+            if len(jobs) > 1:
+                # One request's fault must not be its neighbours': each runs by itself.
+                for job in jobs:
+                    self._compute(teacher, [job])
+                return
+            self._fail(jobs[0], error)
+            return
+        computed = time.monotonic()
+        start = 0
+        for job in jobs:
+            stop = start + job.header.rows
+            layout, arrays = pack_features(
+                features if len(batch) == job.header.rows else features.rows(start, stop), spec
+            )
+            start = stop
+            packed = time.monotonic()
+            share = job.header.rows / rows
+            seconds = StageSeconds(begun - job.arrived, (computed - begun) * share, packed - computed)
+            with self._changed:
+                self._count(job, seconds)
+                load = self._load(job.header)
+            fingerprint = features.fingerprint or self._info.fingerprint
+            job.done(Answer(Outcome.DONE, layout, fingerprint, load, seconds), arrays)
+            computed = packed
+        with self._changed:
+            self._state.batches += 1
+
+    def _count(self, job: _Job, seconds: StageSeconds) -> None:
+        state = self._state
+        state.images += job.header.rows
+        state.queue_seconds += seconds.queue
+        state.forward_seconds += seconds.forward
+        state.pack_seconds += seconds.pack
+        state.errors_in_a_row = 0
+
+    def _fail(self, job: _Job, error: Exception) -> None:
+        with self._changed:
+            self._state.errors += 1
+            self._state.errors_in_a_row += 1
+            load = self._load(job.header)
+        trace = "".join(traceback.format_exception(error))
+        # Frames would keep the batch's tensors alive, and do not survive pickling anyway.
+        error = error.with_traceback(None)
+        job.done(Answer(Outcome.FAILED, load=load, error=error, trace=trace), [])
+
+
+def describe(teacher: Extractor) -> TeacherInfo:
+    """What clients need to know of ``teacher``, as far as it says; proves it first if it can be proved.
+
+    Raises:
+        NumericsError: the teacher's fast path does not agree with plain float32.
+    """
+    prove = getattr(teacher, "prove", None)
+    cosine = prove() if callable(prove) else None
+    told: dict[str, Any] = {name: getattr(teacher, name, None) for name in TeacherInfo.__dataclass_fields__}
+    told = {name: value for name, value in told.items() if value is not None}
+    for name in ("dtype", "device"):
+        if name in told:
+            told[name] = str(told[name])
+    return replace(TeacherInfo(**told), description=type(teacher).__name__, golden_cosine=cosine)
+
+
+def join(batches: list[ImageBatch]) -> ImageBatch:
+    """Several requests' images as one batch; a single one is not copied."""
+    if len(batches) == 1:
+        return batches[0]
+    if batches[0].stacked is None:
+        return ImageBatch(stacked=None, ragged=tuple(image for batch in batches for image in batch.ragged))
+    return ImageBatch(stacked=torch.cat([batch.tensors[0] for batch in batches]))
+
+
+def pad(batch: ImageBatch, size: int) -> ImageBatch:
+    """``batch`` with its first image repeated up to ``size`` images."""
+    missing = size - len(batch)
+    if missing <= 0:
+        return batch
+    first = batch.rows(0, 1)
+    return join([batch, *[first] * missing])
+
+
+def require_finite(features: Features) -> None:
+    """Raise NumericsError if any value is not finite."""
+    for name, tensor in features.named():
+        # A sum is not finite if any part is not; float32 holds the sum of finite float16 and bfloat16 values.
+        if not torch.isfinite(tensor.sum(dtype=torch.float32)) and not torch.isfinite(tensor).all():
+            raise NumericsError(f"the teacher's output {name} has values that are not finite (NaN or infinite)")

@@ -1,0 +1,127 @@
+"""The Ray actor around a replica: an event loop for requests, another for health and control."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from dataclasses import dataclass, replace
+from typing import Any
+
+import ray
+from ray import cloudpickle
+
+from dinov3_ray.errors import ReplicaError
+from dinov3_ray.pool.ledger import Ledger
+from dinov3_ray.pool.messages import Answer, Outcome, RequestHeader, TeacherInfo
+from dinov3_ray.pool.options import PoolOptions
+from dinov3_ray.pool.processes import process_start
+from dinov3_ray.pool.replica import Replica, ReplicaStatistics
+from dinov3_ray.pool.source import builder
+from dinov3_ray.pool.wire import Array
+
+__all__ = ["Birth", "Place", "ReplicaActor"]
+
+
+@dataclass(frozen=True, slots=True)
+class Birth:
+    """All that a replica is told at its start."""
+
+    replica_id: str
+    generation: int
+    namespace: str
+    pool: str
+    source: bytes
+    options: PoolOptions
+    device: str
+    threads: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a replica runs."""
+
+    node_id: str
+    pid: int
+    #: The process's start time in clock ticks since boot, so that a process number used again is not mistaken for it.
+    started: str
+    generation: int
+
+
+# Two event loops: requests must not keep health waiting. A thousand requests may be under way; the queue sets the
+# bound.
+@ray.remote(concurrency_groups={"infer": 1000, "control": 16})
+class ReplicaActor:
+    """A replica as a Ray actor.
+
+    Its constructor only takes notes, since Ray does not report why a constructor failed in a form that could be acted
+    on: loading is a call of its own, which returns the reason.
+    """
+
+    def __init__(self, birth: Birth) -> None:
+        self._birth = birth
+        ledger = Ledger(birth.namespace, birth.pool)
+        self._replica = Replica(
+            birth.replica_id,
+            builder(cloudpickle.loads(birth.source), birth.device),
+            birth.options,
+            threads=birth.threads,
+            on_suspect=lambda request_id: ledger.begin_suspect(birth.replica_id, request_id),
+        )
+        self._loading = False
+
+    @ray.method(concurrency_group="control")
+    async def place(self) -> Place:
+        node_id = ray.get_runtime_context().get_node_id()
+        return Place(node_id, os.getpid(), process_start(os.getpid()), self._birth.generation)
+
+    @ray.method(concurrency_group="control")
+    async def load(self) -> TeacherInfo:
+        """Build and prove the teacher, once; later calls wait for the same result."""
+        if not self._loading:
+            self._loading = True
+            self._replica.start()
+        return await asyncio.wrap_future(self._replica.loaded)
+
+    @ray.method(concurrency_group="control")
+    async def ready(self) -> bool:
+        return self._replica.loaded.done() and self._replica.loaded.exception() is None
+
+    @ray.method(concurrency_group="control")
+    async def health(self) -> ReplicaStatistics:
+        return self._replica.statistics()
+
+    @ray.method(concurrency_group="control")
+    async def forget(self, client_id: str) -> int:
+        return self._replica.forget(client_id)
+
+    @ray.method(concurrency_group="control")
+    async def drain(self, timeout: float) -> bool:
+        self._replica.drain()
+        return await asyncio.to_thread(self._replica.wait_idle, timeout)
+
+    @ray.method(concurrency_group="infer")
+    async def infer(self, header: RequestHeader, *arrays: Array) -> tuple[Answer, list[Array]]:
+        loop = asyncio.get_running_loop()
+        answered: asyncio.Future[tuple[Answer, list[Array]]] = loop.create_future()
+
+        def done(answer: Answer, results: list[Array]) -> None:
+            loop.call_soon_threadsafe(_set, answered, (answer, results))
+
+        self._replica.offer(header, arrays, done)
+        answer, results = await answered
+        return (_portable(answer) if answer.outcome is Outcome.FAILED else answer), results
+
+
+def _set(future: asyncio.Future[Any], result: Any) -> None:
+    if not future.done():  # the request may have been cancelled meanwhile
+        future.set_result(result)
+
+
+def _portable(answer: Answer) -> Answer:
+    """``answer`` with an error that the client can unpickle; one that cannot be pickled is told in words."""
+    try:
+        cloudpickle.loads(cloudpickle.dumps(answer.error))
+    except Exception:  # noqa: BLE001 - pickling runs the error's own code, which may raise anything
+        error = answer.error
+        return replace(answer, error=ReplicaError(f"the teacher raised {type(error).__name__}: {error}"))
+    return answer

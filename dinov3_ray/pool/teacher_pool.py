@@ -1,0 +1,283 @@
+"""TeacherPool: start a pool, or connect to one; scale, reload and end it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+import ray
+from ray import cloudpickle
+
+from dinov3_ray.errors import ConfigError, PoolClosedError, PoolTimeoutError, ReplicaError
+from dinov3_ray.pool.cluster import NAMESPACE, Runtime, check_name, connect
+from dinov3_ray.pool.declaration import Declaration, Placement
+from dinov3_ray.pool.local import LocalController
+from dinov3_ray.pool.options import PoolOptions, ReplicaCount, parse_replicas
+from dinov3_ray.pool.ray_control import RayControl
+from dinov3_ray.pool.registry import local_pool, register_local, unregister_local
+from dinov3_ray.pool.remote import RemoteTeacher
+from dinov3_ray.pool.source import CheckedSource, TeacherSource, check_source
+from dinov3_ray.pool.status import PoolStatus
+
+__all__ = ["TeacherPool"]
+
+_POLL = 0.02
+_HOPELESS_STARTS = 2  # failed starts, none having succeeded, after which a new pool is given up
+
+
+class _Control(Protocol):
+    """What a pool needs of the process or actor that steers it."""
+
+    @property
+    def address(self) -> str | None: ...
+    def status(self) -> PoolStatus: ...
+    def scale(self, low: int, high: int) -> None: ...
+    def reload(self, source: CheckedSource) -> None: ...
+    def shutdown(self) -> None: ...
+    def disconnect(self) -> None: ...
+
+
+class TeacherPool:
+    """A pool of teacher replicas. Made by :meth:`start` or :meth:`connect`.
+
+    As a context manager, a pool that was started is shut down at the end, and one that was connected to goes on.
+    """
+
+    def __init__(self, name: str, namespace: str, control: _Control, *, started: bool) -> None:
+        self.name = name
+        self._namespace = namespace
+        self._control = control
+        self._started = started
+        self._closed = False
+        self._teachers: list[RemoteTeacher] = []
+
+    @classmethod
+    def start(
+        cls,
+        teacher: TeacherSource,
+        *,
+        name: str = "dinov3",
+        replicas: ReplicaCount = "auto",
+        num_gpus: float | None = None,
+        num_cpus: float = 0,
+        label_selector: Mapping[str, str] | None = None,
+        local_mode: bool = False,
+        address: str | None = None,
+        namespace: str = NAMESPACE,
+        timeout: float = 300.0,
+        **options: Any,
+    ) -> Self:
+        """Start a pool and wait until it serves with as many replicas as were asked for (the minimum of a range).
+
+        It joins the Ray that this process is connected to, or the one at ``address`` or RAY_ADDRESS, or starts one,
+        which ends with the pool.
+
+        Args:
+            teacher: a DinoV3Config, a checkpoint directory, or a picklable callable without arguments that returns an
+                object with ``.extract(images, spec)``. A checkpoint must be at the same path on every node.
+            name: what clients call the pool.
+            replicas: how many; ``"auto"`` is one for each free GPU, or one where there is none; (min, max) lets the
+            pool
+                grow and shrink with its load.
+            num_gpus: GPUs a replica; None is 1 where the cluster has GPUs, else 0.
+            num_cpus: CPUs that each replica reserves in Ray.
+            label_selector: labels that a replica's node must have, such as ``{"ray.io/accelerator-type": "H200"}``.
+            local_mode: no Ray at all: replicas are threads of this process.
+            address: ``host:port`` of a running Ray.
+            namespace: the Ray namespace of the pool's actors.
+            timeout: seconds until which the replicas must be ready.
+            options: those of :class:`~dinov3_ray.pool.options.PoolOptions`, such as ``max_batch`` or ``batching``.
+
+        Raises:
+            ConfigError: an argument is wrong; nothing was started.
+            PoolExistsError: a pool of that name is running.
+            ReplicaError: replicas fail to start; says why. Nothing is left running.
+            PoolTimeoutError: they were not ready in time; says what they wait for. Nothing is left running.
+        """
+        check_name(name)
+        pool_options = PoolOptions.of(options)
+        source = check_source(teacher)
+        if local_mode:
+            if num_gpus or address:
+                raise ConfigError("local_mode=True runs in this process: num_gpus and address do not go with it")
+            low, high = parse_replicas(replicas, auto=1)
+            placement = Placement(num_cpus=num_cpus)
+            control: _Control = _start_local(name, source, Declaration(b"", low, high, placement, pool_options, low))
+        else:
+            parse_replicas(replicas, auto=1)  # a wrong number shows before Ray starts
+            runtime = connect(address, may_start=True)
+            try:
+                placement = _place(num_gpus, num_cpus, label_selector or {})
+                low, high = parse_replicas(replicas, auto=_free_replicas(placement))
+                declaration = Declaration(cloudpickle.dumps(source), low, high, placement, pool_options, low)
+                control = RayControl.start(name, namespace, runtime, declaration)
+            except BaseException:
+                runtime.close()
+                raise
+        pool = cls(name, namespace, control, started=True)
+        try:
+            pool.wait_ready(timeout)
+        except BaseException:
+            pool.shutdown()
+            raise
+        return pool
+
+    @classmethod
+    def connect(cls, name: str = "dinov3", *, address: str | None = None, namespace: str = NAMESPACE) -> Self:
+        """A pool that is running, in this process (local mode) or in Ray.
+
+        Raises:
+            PoolNotFoundError: with the names of those that are.
+            PoolError: there is no Ray to look in.
+        """
+        check_name(name)
+        local = local_pool(name)
+        if local is not None:
+            return cls(name, namespace, local, started=False)
+        runtime: Runtime = connect(address)
+        try:
+            control = RayControl.connect(name, namespace, runtime)
+        except BaseException:
+            runtime.close()
+            raise
+        return cls(name, namespace, control, started=False)
+
+    def teacher(self, **settings: Any) -> RemoteTeacher:
+        """A RemoteTeacher of this pool; ``settings`` are those of its constructor."""
+        self._require_open()
+        settings = {"address": self._control.address, "namespace": self._namespace, **settings}
+        teacher = RemoteTeacher(self.name, **settings)
+        self._teachers.append(teacher)
+        return teacher
+
+    def status(self) -> PoolStatus:
+        """A snapshot of the pool."""
+        self._require_open()
+        return self._control.status()
+
+    def scale(self, replicas: int | tuple[int, int], *, wait: bool = False, timeout: float = 300.0) -> None:
+        """Change the number of replicas, or the range in which it moves. Those that leave finish their work first.
+
+        Args:
+            wait: until that many (the minimum) are ready.
+
+        Raises:
+            ConfigError: it is not a number of at least 1 or a range.
+            PoolTimeoutError: with ``wait``, after ``timeout`` seconds.
+        """
+        self._require_open()
+        low, high = parse_replicas(replicas, auto=0)
+        self._control.scale(low, high)
+        if wait:
+            self.wait_ready(timeout)
+
+    def reload(self, teacher: TeacherSource, *, wait: bool = True, timeout: float = 600.0) -> None:
+        """Replace the teacher, replica by replica, while the pool serves.
+
+        Each result says by its ``fingerprint`` which teacher made it, and no batch is made by two.
+
+        Raises:
+            ConfigError, CheckpointError: the new teacher's files are wrong; nothing has changed.
+            PoolTimeoutError: with ``wait``, the old replicas were not all replaced in time; they go on meanwhile.
+        """
+        self._require_open()
+        self._control.reload(check_source(teacher))
+        if wait:
+            self.wait_ready(timeout)
+
+    def wait_ready(self, timeout: float) -> PoolStatus:
+        """Wait until the pool is what was asked for: its minimum of replicas ready, all of the newest teacher, none to
+        spare.
+
+        Raises:
+            ReplicaError: a pool that never had a replica ready fails to start them.
+            PoolTimeoutError: after ``timeout`` seconds.
+        """
+        self._require_open()
+        deadline = time.monotonic() + timeout
+        while True:
+            status = self._control.status()
+            current = [replica for replica in status.replicas if replica.generation == status.generation]
+            ready = sum(replica.state == "ready" for replica in current)
+            if ready >= status.low and len(status.replicas) <= status.high and len(current) == len(status.replicas):
+                return status
+            if status.restarts >= _HOPELESS_STARTS and not status.ready and not status.images:
+                raise ReplicaError(f"the replicas of pool {self.name!r} do not start. {status.troubles[-1]}")
+            if time.monotonic() > deadline:
+                raise PoolTimeoutError(
+                    f"pool {self.name!r} had {ready} of {status.low} replicas ready after timeout={timeout:g} s: "
+                    f"{_waits_for(status)}"
+                )
+            time.sleep(_POLL)
+
+    def shutdown(self) -> None:
+        """End the pool: clients are told, no actor is left behind. Harmless when repeated."""
+        if self._closed:
+            return
+        self._closed = True
+        for teacher in self._teachers:
+            teacher.close()
+        try:
+            self._control.shutdown()
+        finally:
+            unregister_local(self.name) if isinstance(self._control, LocalController) else None
+            self._control.disconnect()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._started:
+            self.shutdown()
+        elif not self._closed:
+            self._closed = True
+            for teacher in self._teachers:
+                teacher.close()
+            self._control.disconnect()
+
+    def __repr__(self) -> str:
+        if self._closed:
+            return f"<TeacherPool {self.name!r}: closed>"
+        status = self.status()
+        return f"<TeacherPool {self.name!r}: {status.ready} of {status.target} replicas ready>"
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise PoolClosedError(f"pool {self.name!r} was shut down, or this connection to it closed")
+
+
+def _waits_for(status: PoolStatus) -> str:
+    if status.troubles:
+        return f"last trouble: {status.troubles[-1]}"
+    if any(replica.pid is None for replica in status.replicas):
+        have = ray.cluster_resources() if ray.is_initialized() else {}
+        counts = ", ".join(f"{have.get(key, 0):g} {key}" for key in ("GPU", "CPU"))
+        return f"some wait for a place in the cluster (it has {counts} in all)"
+    return "they are loading their teacher"
+
+
+def _start_local(name: str, source: CheckedSource, declaration: Declaration) -> LocalController:
+    controller = LocalController(name, source, declaration)
+    try:
+        register_local(controller)
+    except BaseException:
+        controller.shutdown()
+        raise
+    return controller
+
+
+def _place(num_gpus: float | None, num_cpus: float, label_selector: Mapping[str, str]) -> Placement:
+    if num_gpus is None:
+        num_gpus = 1 if ray.cluster_resources().get("GPU", 0) else 0
+    return Placement(num_gpus=num_gpus, num_cpus=num_cpus, label_selector=dict(label_selector))
+
+
+def _free_replicas(placement: Placement) -> int:
+    """How many replicas the free GPUs hold; 1 where replicas need none."""
+    if not placement.num_gpus:
+        return 1
+    return max(1, int(ray.available_resources().get("GPU", 0) / placement.num_gpus))
