@@ -7,6 +7,7 @@ import os
 import weakref
 from dataclasses import asdict
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 import torch
@@ -129,6 +130,13 @@ class CachedTeacher:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_finalizer"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._finalizer = weakref.finalize(self, FeatureCache.close, self._cache, 10.0)
 
     def __repr__(self) -> str:
         return f"CachedTeacher({self.teacher!r}, {self._cache!r})"

@@ -66,6 +66,7 @@ class CacheStatistics:
         read_bytes, written_bytes: of features.
         read_seconds, written_seconds: spent on them, so that the MB/s are those of the disk and the database.
         entries, size: of the database, in entries and bytes of its file that are in use.
+        trouble: the last failure of the disk or the database, in words.
     """
 
     hits: int = 0
@@ -80,6 +81,7 @@ class CacheStatistics:
     written_seconds: float = 0.0
     entries: int = 0
     size: int = 0
+    trouble: str | None = None
 
     @property
     def hit_rate(self) -> float:
@@ -110,6 +112,9 @@ class FeatureCache:
         StoreError: an option is out of range, or the folder holds another program's database.
     """
 
+    _thread: threading.Thread | None
+    _trouble: str | None
+
     def __init__(self, path: str | os.PathLike[str], max_bytes: int, *, queue_bytes: int = 2**28) -> None:
         if max_bytes < MIN_BYTES:
             raise StoreError(f"max_bytes must be at least {MIN_BYTES}; got {max_bytes}")
@@ -138,6 +143,7 @@ class FeatureCache:
             counts["read_bytes"] += size
             counts["read_seconds"] += seconds
             self._touched[key] = time.time_ns()
+            self._start_thread()
         return features
 
     def put(self, key: bytes, features: Features) -> bool:
@@ -151,9 +157,7 @@ class FeatureCache:
             self._queued += size
             # The caller may change its tensors in place before the thread gets to them.
             self._queue.append((key, features.map(lambda _, tensor: tensor.detach().clone()), size))
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._write_behind, name="feature-cache", daemon=True)
-                self._thread.start()
+            self._start_thread()
             self._wake.notify_all()
         return True
 
@@ -172,8 +176,6 @@ class FeatureCache:
             thread, self._thread = self._thread, None
         if thread is not None:
             thread.join(timeout)
-        elif self._touched:
-            self._transact([])
 
     def statistics(self) -> CacheStatistics:
         self._check_process()
@@ -183,9 +185,9 @@ class FeatureCache:
             entries = connection.execute("SELECT count(*) FROM entries").fetchone()[0]
             size = self._size(connection)
         except sqlite3.Error as error:
-            self._trouble = error
+            self._trouble = repr(error)
         with self._lock:
-            return CacheStatistics(**self._counts, entries=entries, size=size)
+            return CacheStatistics(**self._counts, entries=entries, size=size, trouble=self._trouble)
 
     def __repr__(self) -> str:
         now = self.statistics()
@@ -211,11 +213,16 @@ class FeatureCache:
         self._queue: deque[tuple[bytes, Features, int]] = deque()
         self._queued = 0
         self._touched: dict[bytes, int] = {}
-        self._thread: threading.Thread | None = None
+        self._thread = None
         self._closed = False
-        self._trouble: sqlite3.Error | None = None
+        self._trouble = None
         names = ("hits", "misses", "written", "evicted", "dropped", "torn", "read_bytes", "written_bytes")
         self._counts: dict[str, Any] = dict.fromkeys(names, 0) | {"read_seconds": 0.0, "written_seconds": 0.0}
+
+    def _start_thread(self) -> None:
+        if self._thread is None and not self._closed:
+            self._thread = threading.Thread(target=self._write_behind, name="feature-cache", daemon=True)
+            self._thread.start()
 
     def _check_process(self) -> None:
         if os.getpid() != self._pid:
@@ -261,7 +268,7 @@ class FeatureCache:
                 .fetchone()
             )
         except sqlite3.Error as error:
-            self._trouble = error
+            self._trouble = repr(error)
             return None, 0, 1
         if row is None:
             return None, 0, 0
@@ -297,8 +304,8 @@ class FeatureCache:
         started = time.perf_counter()
         with self._lock:
             touched, self._touched = self._touched, {}
-        values = [(key, _pack(features)) for key, features, _ in batch]
         try:
+            values = [(key, _pack(features)) for key, features, _ in batch]
             connection = self._connection()
             connection.execute("BEGIN IMMEDIATE")
             try:
@@ -312,8 +319,9 @@ class FeatureCache:
             except sqlite3.Error:
                 connection.execute("ROLLBACK")
                 raise
-        except sqlite3.Error as error:  # a full or failing disk, a damaged file: the stream goes on without the cache
-            self._trouble = error
+        # A full or failing disk, a damaged file, a GPU that fell away: the stream goes on without the cache.
+        except Exception as error:  # noqa: BLE001
+            self._trouble = repr(error)
             with self._lock:
                 self._counts["dropped"] += len(batch)
             return
@@ -360,11 +368,14 @@ class FeatureCache:
 
 
 def _pack(features: Features) -> bytes:
-    metadata = {"fingerprint": json.dumps(features.fingerprint)}
-    return save({name: tensor.cpu().contiguous() for name, tensor in features.named()}, metadata)
+    named = {name: tensor.cpu().contiguous() for name, tensor in features.named()}
+    # safetensors orders tensors by its own rule; the order of the layers is the spec's.
+    return save(named, {"fingerprint": json.dumps(features.fingerprint), "names": json.dumps(list(named))})
 
 
 def _unpack(value: bytes) -> Features:
     # The header's length, then the header: safetensors' own reader of bytes does not give its metadata.
-    header = json.loads(value[8 : 8 + int.from_bytes(value[:8], "little")])
-    return Features.from_named(load(value), json.loads(header["__metadata__"]["fingerprint"]))
+    metadata = json.loads(value[8 : 8 + int.from_bytes(value[:8], "little")])["__metadata__"]
+    tensors = load(value)
+    named = {name: tensors[name] for name in json.loads(metadata["names"])}
+    return Features.from_named(named, json.loads(metadata["fingerprint"]))
