@@ -1,4 +1,4 @@
-"""The safetensors files of a model directory and what their headers say; no tensor is read here.
+"""The safetensors files of a model directory and what their headers say; torch is not needed for that.
 
 The format: eight bytes with the header's length (little endian), a JSON header of name -> dtype, shape and byte range,
 then the bytes (https://huggingface.co/docs/safetensors). Reading it here rather than through the library costs few
@@ -20,7 +20,7 @@ __all__ = ["INDEX_FILE", "SINGLE_FILE", "StoredTensor", "WeightFiles", "canonica
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-ITEM_BYTES = {"F32": 4, "BF16": 2, "F16": 2}
+_ITEM_BYTES = {"F32": 4, "BF16": 2, "F16": 2}
 """The dtypes that a checkpoint may hold, by their names in a safetensors header."""
 
 _MAX_HEADER = 100_000_000  # the library's own limit
@@ -45,6 +45,31 @@ class StoredTensor:
     start: int
     stop: int
 
+    @property
+    def nbytes(self) -> int:
+        return self.stop - self.start
+
+    def read_into(self, buffer: memoryview, offset: int = 0) -> None:
+        """Fill ``buffer`` with the tensor's bytes from ``offset`` on.
+
+        Read, not mapped: a file that changes later must not change, or take away, what was loaded from it; and the
+        page faults of a fresh mapping cost four times as much as the copy.
+
+        Raises:
+            CheckpointError: the file has become shorter than it was, or cannot be read.
+        """
+        done = 0
+        try:
+            with self.file.open("rb", buffering=0) as stream:
+                stream.seek(self.start + offset)
+                while done < len(buffer):
+                    count = stream.readinto(buffer[done:])
+                    if not count:
+                        raise CheckpointError(f"{self.file} ends within tensor {self.key}: was it rewritten meanwhile?")
+                    done += count
+        except OSError as error:
+            raise CheckpointError(f"{self.file} cannot be read: {error}") from error
+
 
 @dataclass(frozen=True, slots=True)
 class WeightFiles:
@@ -56,7 +81,7 @@ class WeightFiles:
     @property
     def nbytes(self) -> int:
         """Bytes of the tensors alone."""
-        return sum(tensor.stop - tensor.start for tensor in self.tensors.values())
+        return sum(tensor.nbytes for tensor in self.tensors.values())
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -164,9 +189,9 @@ def _stored(path: Path, key: str, entry: Any, data_start: int) -> StoredTensor:
         start, stop = (int(offset) for offset in entry["data_offsets"])
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: the header's entry for {key} is damaged: {entry!r}") from error
-    if dtype not in ITEM_BYTES:
-        raise CheckpointError(f"{path}: tensor {key} must be one of {', '.join(ITEM_BYTES)}; found {dtype}")
-    expected = math.prod(shape) * ITEM_BYTES[dtype]
+    if dtype not in _ITEM_BYTES:
+        raise CheckpointError(f"{path}: tensor {key} must be one of {', '.join(_ITEM_BYTES)}; found {dtype}")
+    expected = math.prod(shape) * _ITEM_BYTES[dtype]
     if stop - start != expected or min(shape, default=0) < 0:
         raise CheckpointError(
             f"{path}: tensor {key} of {dtype}{list(shape)} must take {expected:,} bytes; found {stop - start:,}"

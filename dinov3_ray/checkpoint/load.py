@@ -46,8 +46,7 @@ def load_model(
         raise CheckpointError(f"this transformers version expects other tensors than {config.root} has: {difference}")
     state: dict[str, Tensor] = {}
     for stored, tensor in read_tensors(weights):
-        # A copy in any case: mapped memory would change, or be gone, with the file.
-        loaded = tensor.to(device=device, dtype=dtype, copy=True)
+        loaded = tensor.to(device=device, dtype=dtype)
         check_finite(stored, loaded)
         state[names[stored.name]] = loaded
     model.load_state_dict(state, strict=True, assign=True)

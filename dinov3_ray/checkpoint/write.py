@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dinov3_ray.architecture import Architecture
-from dinov3_ray.checkpoint.checks import Progress, ignore_progress
+from dinov3_ray.checkpoint.checks import DTYPES, Progress, ignore_progress
 from dinov3_ray.checkpoint.hfconfig import config_json, preprocessor_json
 from dinov3_ray.config import CONFIG_FILE, PREPROCESSOR_FILE
 from dinov3_ray.errors import CheckpointError, ConfigError
@@ -28,7 +28,7 @@ __all__ = ["DEFAULT_SHARD_BYTES", "write_directory"]
 DEFAULT_SHARD_BYTES = 5 * 10**9
 """transformers' own limit for long; 7B in float32 makes six shards."""
 
-_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _ALIGNMENT = 8  # of the first tensor's bytes, as the library's writer has it
 
 
