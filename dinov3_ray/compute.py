@@ -36,9 +36,10 @@ def as_device(device: torch.device | str) -> torch.device:
 def choose_dtype(dtype: ComputeDtype, device: torch.device) -> tuple[torch.dtype, str]:
     """The dtype to compute in, and why it was chosen.
 
-    ``auto`` is bfloat16 where the device multiplies it in hardware, float32 elsewhere. On a CPU this means AVX512-BF16
-    or AMX: without them bfloat16 is emulated, and slower than float32. Measured with AVX512-BF16 alone (2 cores, 224
-    px, torch 2.13): ViT-S 1.5 times float32's speed, ConvNeXt-T 2.1 times.
+    ``auto`` is bfloat16 where the device multiplies it in hardware, float32 elsewhere; never float16, whose range
+    DINOv3's activations may leave. On a CPU this means AVX512-BF16 or AMX: without them bfloat16 is emulated, and
+    slower than float32. Measured with AVX512-BF16 alone (2 cores, 224 px, torch 2.13): ViT-S 1.5 times float32's
+    speed, ConvNeXt-T 2.1 times.
     """
     if dtype != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype], "as asked"

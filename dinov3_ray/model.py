@@ -132,14 +132,14 @@ class DinoV3Teacher(nn.Module):
         spec = FeatureSpec(cls=True, feature_map=True, registers=self.num_register_tokens > 0)
         images = golden_images(*self.image_size)
         fast = self.extract(images, spec)
-        own_attention = self.model.config._attn_implementation if self.config.family == "vit" else "none"
-        plain = {"vit": "sdpa" if own_attention == "eager" else "eager", "convnext": "auto"}[self.config.family]
-        plain_config = replace(self.config, dtype="float32", compile=False, attention=plain)
+        own_attention = self.model.config._attn_implementation
+        other_attention = "sdpa" if own_attention == "eager" else "eager"
+        plain_config = replace(self.config, dtype="float32", compile=False, attention=other_attention)
         reference = DinoV3Teacher(plain_config, self.device).extract(images, spec)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-        path = f"{str(self.dtype).removeprefix('torch.')}, attention {own_attention}"
-        return agreement(fast, reference, minimum, path + (", compiled" if self.config.compile else ""))
+        path = f"{str(self.dtype).removeprefix('torch.')}, attention {own_attention}, compile={self.config.compile}"
+        return agreement(fast, reference, minimum, path)
 
     @cached_property
     def fingerprint(self) -> str:

@@ -1,10 +1,15 @@
-"""What the tests share: real photographs, and a small checkpoint of random weights."""
+"""What the tests share: real photographs, a small checkpoint of random weights, and one isolated Ray."""
 
 from __future__ import annotations
 
+import secrets
+import shutil
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import ray
 import torch
 from skimage import data
 from torch import Tensor
@@ -25,3 +30,32 @@ def photographs() -> list[Tensor]:
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model directory: a ViT of 3 blocks, D=128, 4 registers, patch 16, at 224 px; a pass takes milliseconds."""
     return init_checkpoint("vit-test", tmp_path_factory.mktemp("checkpoints") / "vit-test", seed=1)
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[str]:
+    """The address of a Ray of the tests' own: its own folder, ports and token, and a small object store.
+
+    Started once, since it takes seconds. A test must end the pools that it starts; it may kill their processes.
+    """
+    # Not pytest's folder: the paths of Ray's sockets must stay under about 100 characters.
+    folder = Path(tempfile.mkdtemp(prefix="dr-"))
+    token = folder / "token"
+    token.touch(mode=0o600)
+    token.write_text(secrets.token_hex(32))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("RAY_ADDRESS", raising=False)
+        patch.setenv("RAY_AUTH_MODE", "token")
+        patch.setenv("RAY_AUTH_TOKEN_PATH", str(token))
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        ray.init(
+            num_cpus=4,
+            object_store_memory=300 * 2**20,
+            include_dashboard=False,
+            log_to_driver=False,
+            namespace="dinov3_ray_tests",
+            _temp_dir=str(folder / "ray"),
+        )
+        yield ray.get_runtime_context().gcs_address
+        ray.shutdown()
+    shutil.rmtree(folder, ignore_errors=True)  # Ray's processes may still be closing their logs

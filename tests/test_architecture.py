@@ -1,0 +1,151 @@
+"""The floors of the package, read from its source: imports only go down, and none of the local floors touches Ray."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+import dinov3_ray
+
+PACKAGE = Path(dinov3_ray.__file__).parent
+TESTS = Path(__file__).parent
+LONGEST = 400  # lines
+
+# From the ground up. A name is a module, or a folder with all in it that is not named for itself. A module may import
+# from its own floor and from those below; within a floor (and a folder) imports must not form a circle.
+FLOORS = [
+    ["errors"],
+    ["precision", "images", "features", "teacher"],
+    ["jsonfields", "weightfiles", "architecture", "preprocessing", "config"],
+    ["compute", "checkpoint"],
+    ["preprocess", "backbone", "golden", "model"],
+    ["training.prefetch", "training.losses", "training.boxes", "training.taps"],  # no Ray up to here
+    ["metrics"],
+    ["pool"],
+    ["training"],
+    ["datasets"],
+    ["testing", "bench"],
+    ["demo", "cli", "commands"],
+    ["__main__"],
+]
+RAY_FREE_FLOORS = 6
+
+
+def module_name(path: Path) -> str:
+    """``pool.wire`` for pool/wire.py; ``pool`` for pool/__init__.py; empty for the package's own __init__.py."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+def statements(path: Path) -> list[ast.Import | ast.ImportFrom]:
+    """Every import of ``path``: inside functions and for type checkers too."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    return [node for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom))]
+
+
+def imports(path: Path) -> Iterator[str]:
+    """The modules that ``path`` imports, by full name; ``from a import b`` gives a.b where that is a module of ours."""
+    for statement in statements(path):
+        if isinstance(statement, ast.Import):
+            yield from (alias.name for alias in statement.names)
+            continue
+        assert statement.level == 0, f"{path}: imports are absolute in this package"
+        for alias in statement.names:
+            full = f"{statement.module}.{alias.name}"
+            ours = full.removeprefix("dinov3_ray.")
+            yield full if full != ours and ours in MODULES else str(statement.module)
+
+
+def own_imports(name: str) -> set[str]:
+    """What module ``name`` imports of this package, by name within it."""
+    found = imports(MODULES[name])
+    return {full.removeprefix("dinov3_ray.") for full in found if full.startswith("dinov3_ray.")} - {name}
+
+
+def floor_of(name: str) -> int:
+    for known in (name, name.split(".")[0]):
+        for level, names in enumerate(FLOORS):
+            if known in names:
+                return level
+    raise AssertionError(f"{name} stands on no floor: give it one in {Path(__file__).name}")
+
+
+def dunder_all(tree: ast.Module) -> list[str] | None:
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+            names = ast.literal_eval(node.value)
+            assert isinstance(names, list)
+            return names
+    return None
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if name])
+def test_imports_only_go_down(name: str) -> None:
+    for imported in own_imports(name):
+        assert imported in MODULES, f"{name} imports {imported}, which is no module"
+        assert floor_of(imported) <= floor_of(name), f"{name} imports {imported}, which stands above it"
+
+
+def test_no_imports_form_a_circle() -> None:
+    # A package's __init__ gathers its modules for users; a module that imports a sibling does not go through it.
+    graph = {name: own_imports(name) for name in MODULES if name}
+    assert len(list(TopologicalSorter(graph).static_order())) >= len(graph)  # raises CycleError, which names the circle
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if name])
+def test_the_lower_floors_know_no_ray(name: str) -> None:
+    if floor_of(name) < RAY_FREE_FLOORS:
+        assert not [full for full in imports(MODULES[name]) if full.split(".")[0] == "ray"]
+
+
+def test_the_local_teacher_works_without_importing_ray() -> None:
+    program = """
+import sys
+import dinov3_ray
+assert "torch" not in sys.modules, "import dinov3_ray loads torch"
+from dinov3_ray import DinoV3Config, DinoV3Teacher, FeatureSpec
+assert "ray" not in sys.modules, "the local teacher loads ray"
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
+
+
+@pytest.mark.parametrize("path", [*MODULES.values(), *sorted(TESTS.rglob("*.py"))], ids=lambda path: path.name)
+def test_files_stay_short(path: Path) -> None:
+    lines = len(path.read_text(encoding="utf-8").splitlines())
+    assert lines <= LONGEST, f"{path.name} has {lines} lines: it holds more than one noun"
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_dunder_all_names_what_is_there_and_public(name: str) -> None:
+    tree = ast.parse(MODULES[name].read_text(encoding="utf-8"))
+    declared = dunder_all(tree)
+    if name == "__main__":
+        return  # importing it runs the command line
+    if declared is None:
+        assert MODULES[name].name == "__init__.py", f"{name} has no __all__"
+        return
+    assert declared == sorted(declared, key=lambda n: (not n.isupper(), not n[0].isupper(), n)), f"{name}: unsorted"
+    assert len(set(declared)) == len(declared)
+    module = import_module(f"dinov3_ray.{name}".rstrip("."))
+    for public in declared:
+        assert not public.startswith("_")
+        assert hasattr(module, public), f"{name}.__all__ names {public}, which is not there"
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if name])
+def test_what_another_module_uses_is_public(name: str) -> None:
+    for statement in statements(MODULES[name]):
+        if isinstance(statement, ast.ImportFrom) and str(statement.module).startswith("dinov3_ray"):
+            names = [alias.name for alias in statement.names]
+            private = [name for name in names if name.startswith("_") and not name.endswith("__")]
+            assert not private, f"{name} imports {private} from {statement.module}"
