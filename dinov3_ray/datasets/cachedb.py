@@ -16,25 +16,23 @@ WAL needs memory shared between the processes: a local disk, not a network file 
 
 from __future__ import annotations
 
-import json
 import os
 import sqlite3
 import threading
 import time
+import weakref
 import zlib
 from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load, save
-
+from dinov3_ray.datasets.cacheentry import CacheStatistics, pack, unpack
 from dinov3_ray.errors import StoreError
 from dinov3_ray.features import Features
 
-__all__ = ["CacheStatistics", "FeatureCache"]
+__all__ = ["FeatureCache"]
 
 FILE = "features.sqlite"
 MIN_BYTES = 2**20
@@ -43,8 +41,8 @@ _PAGE = 2**14  # of 4 to 64 KiB: large pages read faster, small ones waste less 
 _BATCH_BYTES = 2**24  # a transaction, and hence about the size of the write-ahead log
 _TOUCH_SECONDS = 2.0
 _LOCK_SECONDS = 30.0
-_FORKED: list[Any] = []
-"""Connections of a parent process: closing them in its child would drop the parent's file locks."""
+_LIVE: weakref.WeakSet[FeatureCache] = weakref.WeakSet()
+_fork_handlers_registered = False
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS entries (id INTEGER PRIMARY KEY, key BLOB UNIQUE NOT NULL, used INTEGER NOT NULL,
@@ -52,49 +50,6 @@ CREATE TABLE IF NOT EXISTS entries (id INTEGER PRIMARY KEY, key BLOB UNIQUE NOT 
 CREATE INDEX IF NOT EXISTS entries_used ON entries (used);
 CREATE TABLE IF NOT EXISTS contents (id INTEGER PRIMARY KEY, value BLOB NOT NULL);
 """  # apart, since SQLite would rewrite a value of megabytes with each change of `used`
-
-
-@dataclass(frozen=True, slots=True)
-class CacheStatistics:
-    """A snapshot of one process's use of a cache, and of the size of what all processes put there.
-
-    Attributes:
-        hits, misses: images looked up.
-        written, evicted: entries.
-        dropped: entries not written, since the queue was full, the disk failed or they exceed the bound.
-        torn: entries found damaged or belonging to another key; counted as misses too.
-        read_bytes, written_bytes: of features.
-        read_seconds, written_seconds: spent on them, so that the MB/s are those of the disk and the database.
-        entries, size: of the database, in entries and bytes of its file that are in use.
-        trouble: the last failure of the disk or the database, in words.
-    """
-
-    hits: int = 0
-    misses: int = 0
-    written: int = 0
-    evicted: int = 0
-    dropped: int = 0
-    torn: int = 0
-    read_bytes: int = 0
-    written_bytes: int = 0
-    read_seconds: float = 0.0
-    written_seconds: float = 0.0
-    entries: int = 0
-    size: int = 0
-    trouble: str | None = None
-
-    @property
-    def hit_rate(self) -> float:
-        """Of the images looked up; 0 before the first."""
-        return self.hits / max(1, self.hits + self.misses)
-
-    @property
-    def read_mb_s(self) -> float:
-        return self.read_bytes / 1e6 / self.read_seconds if self.read_seconds else 0.0
-
-    @property
-    def written_mb_s(self) -> float:
-        return self.written_bytes / 1e6 / self.written_seconds if self.written_seconds else 0.0
 
 
 class FeatureCache:
@@ -129,7 +84,6 @@ class FeatureCache:
 
     def get(self, key: bytes) -> Features | None:
         """The features stored under ``key``, on the CPU; None if there are none that are whole."""
-        self._check_process()
         started = time.perf_counter()
         features, size, torn = self._lookup(key)
         seconds = time.perf_counter() - started
@@ -148,7 +102,6 @@ class FeatureCache:
 
     def put(self, key: bytes, features: Features) -> bool:
         """Queue ``features`` (copied at once, on their device) for writing; False if they were dropped."""
-        self._check_process()
         size = features.nbytes
         with self._lock:
             if self._closed or size > self.max_bytes or self._queued + size > self.queue_bytes:
@@ -163,13 +116,11 @@ class FeatureCache:
 
     def flush(self, timeout: float = 60.0) -> bool:
         """Wait until all that is queued is written; False if that takes longer than ``timeout`` seconds."""
-        self._check_process()
         with self._lock:
             return self._wake.wait_for(lambda: self._queued == 0, timeout)
 
     def close(self, timeout: float = 60.0) -> None:
         """Write what is queued, and when each entry was last used; nothing is put afterwards. May be called twice."""
-        self._check_process()
         with self._lock:
             self._closed = True
             self._wake.notify_all()
@@ -178,12 +129,11 @@ class FeatureCache:
             thread.join(timeout)
 
     def statistics(self) -> CacheStatistics:
-        self._check_process()
         entries, size = 0, 0
         try:
-            connection = self._connection()
-            entries = connection.execute("SELECT count(*) FROM entries").fetchone()[0]
-            size = self._size(connection)
+            with self._database() as connection:
+                entries = connection.execute("SELECT count(*) FROM entries").fetchone()[0]
+                size = self._size(connection)
         except sqlite3.Error as error:
             self._trouble = repr(error)
         with self._lock:
@@ -205,7 +155,8 @@ class FeatureCache:
 
     def _start(self) -> None:
         """Everything that belongs to this process alone."""
-        self._pid = os.getpid()
+        self._forking = False
+        self._active = 0
         self._local = threading.local()
         self._connections: list[sqlite3.Connection] = []
         self._lock = threading.Lock()
@@ -218,16 +169,46 @@ class FeatureCache:
         self._trouble = None
         names = ("hits", "misses", "written", "evicted", "dropped", "torn", "read_bytes", "written_bytes")
         self._counts: dict[str, Any] = dict.fromkeys(names, 0) | {"read_seconds": 0.0, "written_seconds": 0.0}
+        _LIVE.add(self)
+        _register_fork_handlers()
 
     def _start_thread(self) -> None:
         if self._thread is None and not self._closed:
             self._thread = threading.Thread(target=self._write_behind, name="feature-cache", daemon=True)
             self._thread.start()
 
-    def _check_process(self) -> None:
-        if os.getpid() != self._pid:
-            _FORKED.extend(self._connections)
+    @contextmanager
+    def _database(self) -> Iterator[sqlite3.Connection]:
+        """This thread's connection, for one operation; waits while the process forks."""
+        with self._lock:
+            self._wake.wait_for(lambda: not self._forking)
+            self._active += 1
+        try:
+            yield self._connection()
+        finally:
+            with self._lock:
+                self._active -= 1
+                if self._forking:
+                    self._wake.notify_all()
+
+    def before_fork(self) -> None:
+        """Close all connections: SQLite's locks, and what it knows of them, would be wrong in the child."""
+        with self._lock:
+            self._forking = True
+            self._wake.wait_for(lambda: self._active == 0)
+            for connection in self._connections:
+                connection.close()
+            self._connections.clear()
+            self._local = threading.local()
+
+    def after_fork(self, *, in_child: bool) -> None:
+        """Go on; in the child with nothing queued, and a thread of its own."""
+        if in_child:
             self._start()
+            return
+        with self._lock:
+            self._forking = False
+            self._wake.notify_all()
 
     def _connection(self) -> sqlite3.Connection:
         """This thread's connection; in autocommit, transactions are explicit."""
@@ -262,11 +243,10 @@ class FeatureCache:
     def _lookup(self, key: bytes) -> tuple[Features | None, int, int]:
         """The features, their bytes, and whether an entry was torn."""
         try:
-            row = (
-                self._connection()
-                .execute("SELECT crc, value FROM entries JOIN contents USING (id) WHERE key = ?", (key,))
-                .fetchone()
-            )
+            with self._database() as connection:
+                row = connection.execute(
+                    "SELECT crc, value FROM entries JOIN contents USING (id) WHERE key = ?", (key,)
+                ).fetchone()
         except sqlite3.Error as error:
             self._trouble = repr(error)
             return None, 0, 1
@@ -275,10 +255,8 @@ class FeatureCache:
         crc, value = row
         if not isinstance(value, bytes) or zlib.crc32(value, zlib.crc32(key)) != crc:
             return None, 0, 1
-        try:
-            return _unpack(value), len(value), 0
-        except (SafetensorError, ValueError, KeyError):
-            return None, 0, 1
+        features = unpack(value)
+        return features, len(value), features is None
 
     def _write_behind(self) -> None:
         while True:
@@ -305,20 +283,15 @@ class FeatureCache:
         with self._lock:
             touched, self._touched = self._touched, {}
         try:
-            values = [(key, _pack(features)) for key, features, _ in batch]
-            connection = self._connection()
-            connection.execute("BEGIN IMMEDIATE")
-            try:
-                connection.executemany(
-                    "UPDATE entries SET used = ? WHERE key = ?", [(used, key) for key, used in touched.items()]
-                )
-                evicted = self._make_room(connection, sum(len(value) for _, value in values))
-                for key, value in values:
-                    self._insert(connection, key, value)
-                connection.execute("COMMIT")
-            except sqlite3.Error:
-                connection.execute("ROLLBACK")
-                raise
+            values = [(key, pack(features)) for key, features, _ in batch]
+            with self._database() as connection:
+                connection.execute("BEGIN IMMEDIATE")
+                try:
+                    evicted = self._apply(connection, touched, values)
+                    connection.execute("COMMIT")
+                except sqlite3.Error:
+                    connection.execute("ROLLBACK")
+                    raise
         # A full or failing disk, a damaged file, a GPU that fell away: the stream goes on without the cache.
         except Exception as error:  # noqa: BLE001
             self._trouble = repr(error)
@@ -330,6 +303,18 @@ class FeatureCache:
             self._counts["written"] += len(values)
             self._counts["written_bytes"] += sum(len(value) for _, value in values)
             self._counts["written_seconds"] += time.perf_counter() - started if values else 0.0
+
+    def _apply(
+        self, connection: sqlite3.Connection, touched: dict[bytes, int], values: list[tuple[bytes, bytes]]
+    ) -> int:
+        """The statements of one transaction; gives the number of entries evicted."""
+        connection.executemany(
+            "UPDATE entries SET used = ? WHERE key = ?", [(used, key) for key, used in touched.items()]
+        )
+        evicted = self._make_room(connection, sum(len(value) for _, value in values))
+        for key, value in values:
+            self._insert(connection, key, value)
+        return evicted
 
     def _make_room(self, connection: sqlite3.Connection, incoming: int) -> int:
         """Delete the least recently used entries until ``incoming`` bytes fit; gives their number."""
@@ -367,15 +352,22 @@ class FeatureCache:
         return int((pages - free) * size)
 
 
-def _pack(features: Features) -> bytes:
-    named = {name: tensor.cpu().contiguous() for name, tensor in features.named()}
-    # safetensors orders tensors by its own rule; the order of the layers is the spec's.
-    return save(named, {"fingerprint": json.dumps(features.fingerprint), "names": json.dumps(list(named))})
+def _register_fork_handlers() -> None:
+    global _fork_handlers_registered
+    if not _fork_handlers_registered:
+        _fork_handlers_registered = True
+        os.register_at_fork(
+            before=_before_fork,
+            after_in_parent=lambda: _after_fork(in_child=False),
+            after_in_child=lambda: _after_fork(in_child=True),
+        )
 
 
-def _unpack(value: bytes) -> Features:
-    # The header's length, then the header: safetensors' own reader of bytes does not give its metadata.
-    metadata = json.loads(value[8 : 8 + int.from_bytes(value[:8], "little")])["__metadata__"]
-    tensors = load(value)
-    named = {name: tensors[name] for name in json.loads(metadata["names"])}
-    return Features.from_named(named, json.loads(metadata["fingerprint"]))
+def _before_fork() -> None:
+    for cache in list(_LIVE):
+        cache.before_fork()
+
+
+def _after_fork(*, in_child: bool) -> None:
+    for cache in list(_LIVE):
+        cache.after_fork(in_child=in_child)
