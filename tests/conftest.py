@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 import shutil
 import tempfile
@@ -45,7 +46,10 @@ def ray_cluster() -> Iterator[str]:
     token.write_text(secrets.token_hex(32))
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("RAY_ADDRESS", raising=False)
-        patch.setenv("RAY_AUTH_MODE", "token")
+        # ray.init() turns token authentication on by setting this; undone at the end because it is named here. (Setting
+        # it here would come too late for the part of Ray that reads it when it is imported.)
+        patch.setenv("RAY_AUTH_MODE", "")
+        del os.environ["RAY_AUTH_MODE"]
         patch.setenv("RAY_AUTH_TOKEN_PATH", str(token))
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         ray.init(

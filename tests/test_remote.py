@@ -1,0 +1,38 @@
+"""Remote and local-mode results against the local teacher, bit for bit, on real photographs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from dinov3_ray import DinoV3Config, DinoV3Teacher, FeatureSpec, TeacherPool
+
+EVERYTHING = FeatureSpec(cls=True, feature_map=True, registers=True, layers=(0, 2))
+MAX_BATCH = 4
+
+
+@pytest.mark.parametrize("local_mode", [True, False], ids=["local-mode", "remote"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("image_size", [224, 518, (160, 304)])
+def test_equal_bit_for_bit_on_photographs(
+    tiny_checkpoint: Path,
+    photographs: list[Tensor],
+    ray_cluster: str,
+    local_mode: bool,
+    dtype: str,
+    image_size: int | tuple[int, int],
+) -> None:
+    config = DinoV3Config(tiny_checkpoint, dtype=dtype, image_size=image_size)  # type: ignore[arg-type]
+    local = DinoV3Teacher(config, "cpu")
+    # The pool cuts at max_batch; the local teacher is given the same batch shapes.
+    expected = [local.extract(photographs[start : start + MAX_BATCH], EVERYTHING) for start in (0, MAX_BATCH)]
+    with TeacherPool.start(config, name="bits", replicas=2, max_batch=MAX_BATCH, local_mode=local_mode) as pool:
+        features = pool.teacher().extract(photographs, EVERYTHING)
+    assert len(features) == len(photographs)
+    for name, tensor in features.named():
+        wanted = torch.cat([dict(part.named())[name] for part in expected])
+        assert tensor.dtype == wanted.dtype
+        assert torch.equal(tensor, wanted), name
