@@ -1,0 +1,97 @@
+"""What a path, a glob or a URI is: image files, WebDataset shards or Parquet, on any file system that pyarrow reaches."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import PurePosixPath
+from typing import Any
+
+from pyarrow import fs as pafs
+
+from dinov3_ray.datasets.layout import open_path
+from dinov3_ray.datasets.parquetsource import ParquetSource
+from dinov3_ray.datasets.source import FileSource, Source
+from dinov3_ray.datasets.tarsource import IMAGE_EXTENSIONS, TarSource
+from dinov3_ray.errors import StoreError
+
+__all__ = ["matches", "open_source"]
+
+
+def open_source(
+    source: str | os.PathLike[str],
+    *,
+    filesystem: Any = None,
+    image_column: str | None = None,
+    id_column: str | None = None,
+    exclude: str | None = None,
+) -> Source:
+    """The source that a folder, a file or a glob (``*``, ``?``, ``[...]``, ``**``) is.
+
+    If no file has an image's extension, and some are Parquet or tar, those are read; else each file is an image,
+    whatever its name, so that nothing is passed over in silence. Files and folders whose names begin with a dot are
+    left out.
+
+    Args:
+        exclude: a path below which nothing is listed: the output folder, should it lie within the source.
+
+    Raises:
+        StoreError: nothing is there, or the columns of a Parquet source cannot be told.
+    """
+    system, path = open_path(source, filesystem)
+    path = path.rstrip("/") or "/"
+    root, infos = _find(system, path, exclude)
+    if not infos:
+        raise StoreError(f"source {os.fspath(source)!r} must hold images; no file is there")
+    name = os.fspath(source) if "://" in os.fspath(source) else path
+    extensions = [file.rpartition(".")[2].lower() for file, _ in infos]
+    if not IMAGE_EXTENSIONS.intersection(extensions):
+        parquet = [file for file, extension in zip(infos, extensions, strict=True) if extension == "parquet"]
+        if parquet:
+            return ParquetSource.open(system, root, name, parquet, image_column, id_column)
+        tars = [file for file, extension in zip(infos, extensions, strict=True) if extension == "tar"]
+        if tars:
+            return TarSource(system, root, name, tuple(file for file, _ in tars))
+        packed = [file for file, _ in infos if file.endswith((".tar.gz", ".tgz", ".tar.zst", ".tar.bz2"))]
+        if packed:
+            raise StoreError(
+                f"source must hold uncompressed .tar shards, which can be read anywhere; got {packed[0]!r}"
+            )
+    return FileSource(system, root, name, tuple(infos))
+
+
+def matches(pattern: str, path: str) -> bool:
+    """Whether ``path`` matches a glob in which ``*`` stays within a folder and ``**/`` crosses any number of them."""
+    expression = ""
+    for token in re.findall(r"\*\*/|\*\*|\*|\?|\[[^\]]+\]|.", pattern):
+        if token.startswith("[") and len(token) > 1:
+            expression += token.replace("[!", "[^")
+        else:
+            expression += {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}.get(token, re.escape(token))
+    return re.fullmatch(expression, path, flags=re.DOTALL) is not None
+
+
+def _find(system: Any, path: str, exclude: str | None) -> tuple[str, list[tuple[str, int]]]:
+    """The root, and the files below it with their sizes, sorted by path."""
+    info = system.get_file_info(path)
+    if info.type == pafs.FileType.File:
+        folder, _, name = path.rpartition("/")
+        return folder, [(name, info.size)]
+    pattern = None
+    if info.type == pafs.FileType.NotFound:
+        parts = PurePosixPath(path).parts
+        wild = next((index for index, part in enumerate(parts) if re.search(r"[*?\[]", part)), None)
+        if wild is None:
+            raise StoreError(f"source must exist; there is nothing at {path!r}")
+        pattern = "/".join(parts[wild:])
+        path = str(PurePosixPath(*parts[:wild]))
+    infos = system.get_file_info(pafs.FileSelector(path, recursive=True, allow_not_found=True))
+    prefix = path.rstrip("/") + "/"
+    files = []
+    for info in infos:
+        name = info.path.removeprefix(prefix)
+        hidden = any(part.startswith(".") for part in PurePosixPath(name).parts)
+        excluded = exclude is not None and f"{info.path}/".startswith(exclude.rstrip("/") + "/")
+        if info.type != pafs.FileType.Directory and not hidden and not excluded:
+            files.append((name, info.size or 0))
+    return path.rstrip("/"), sorted(file for file in files if pattern is None or matches(pattern, file[0]))

@@ -1,0 +1,117 @@
+"""Where images come from: what every source does, and the plainest one, a file an image.
+
+A source lists its images once, as a table of ``id``, ``file`` (relative to the root), ``offset`` and ``size``; from
+then on, any rows of that table can be read anywhere, in any order. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+
+from dinov3_ray.datasets.decode import Unreadable
+from dinov3_ray.errors import StoreError
+
+__all__ = ["LISTING", "Content", "FileSource", "Source", "check_unique", "listing", "read_whole"]
+
+LISTING = pa.schema([("id", pa.string()), ("file", pa.string()), ("offset", pa.int64()), ("size", pa.int64())])
+
+Content = bytes | np.ndarray | Unreadable
+"""What a source has of one image: encoded bytes, decoded pixels, or why it has neither."""
+
+_SLICE = 32
+_ATTEMPTS = 3
+_FIRST_PAUSE = 0.2
+
+
+class Source(Protocol):
+    """Images that can be listed, and read row by row; picklable."""
+
+    @property
+    def by_file(self) -> bool:
+        """Whether a file holds many images, so that blocks should not cross files."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """What tells this source from another, as plain JSON values."""
+        ...
+
+    def rows(self) -> pa.Table:
+        """All images in a fixed order, of schema LISTING."""
+        ...
+
+    def slices(self, rows: pa.Table) -> list[pa.Table]:
+        """``rows`` cut into pieces, each for one decoding task."""
+        ...
+
+    def read(self, rows: pa.Table) -> Iterator[tuple[str, Content]]:
+        """The id and content of each of ``rows``, in order."""
+        ...
+
+
+@dataclass(frozen=True)
+class FileSource:
+    """One image a file; the id is the path relative to ``root``."""
+
+    system: Any
+    root: str
+    name: str
+    infos: tuple[tuple[str, int], ...] | None = None
+    by_file: bool = False
+
+    def describe(self) -> dict[str, Any]:
+        return {"kind": "files", "path": self.name}
+
+    def rows(self) -> pa.Table:
+        assert self.infos is not None
+        return listing((file, file, 0, size) for file, size in self.infos)
+
+    def slices(self, rows: pa.Table) -> list[pa.Table]:
+        return [rows.slice(start, _SLICE) for start in range(0, len(rows), _SLICE)]
+
+    def read(self, rows: pa.Table) -> Iterator[tuple[str, Content]]:
+        for id_, file in zip(rows["id"].to_pylist(), rows["file"].to_pylist(), strict=True):
+            yield id_, read_whole(self.system, f"{self.root}/{file}")
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Tasks get their rows; the listing stays with the driver.
+        return {**self.__dict__, "infos": None}
+
+
+def listing(rows: Iterator[tuple[str, str, int, int]]) -> pa.Table:
+    """Rows of (id, file, offset, size) as a table."""
+    columns = list(zip(*rows, strict=True)) or [(), (), (), ()]
+    return pa.table([pa.array(column, field.type) for column, field in zip(columns, LISTING, strict=True)], LISTING)
+
+
+def read_whole(system: Any, path: str, offset: int = 0, size: int | None = None) -> bytes | Unreadable:
+    """A file's bytes, or a part of them; tried again where the file system fails, since networks recover."""
+    pause = _FIRST_PAUSE
+    for attempt in range(_ATTEMPTS):
+        try:
+            with system.open_input_file(path) as file:
+                return bytes(file.read() if size is None else file.read_at(size, offset))
+        except FileNotFoundError:
+            return Unreadable("missing", f"{path} was listed, but is not there any more")
+        except PermissionError as error:
+            return Unreadable("io", str(error))
+        except OSError as error:
+            if attempt == _ATTEMPTS - 1:
+                return Unreadable("io", f"{error} ({_ATTEMPTS} attempts)")
+            time.sleep(pause)
+            pause *= 4
+    raise AssertionError("unreachable")
+
+
+def check_unique(ids: Sequence[str], remedy: str) -> None:
+    """Raise StoreError if an id occurs twice."""
+    seen: set[str] = set()
+    for id_ in ids:
+        if id_ in seen:
+            raise StoreError(f"ids must be unique in a source; {id_!r} occurs twice ({remedy})")
+        seen.add(id_)

@@ -1,0 +1,86 @@
+"""WebDataset: tar shards whose members share a key up to the first dot of their names."""
+
+from __future__ import annotations
+
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from dinov3_ray.datasets.decode import Unreadable
+from dinov3_ray.datasets.source import Content, check_unique, listing, read_whole
+
+__all__ = ["IMAGE_EXTENSIONS", "TarSource"]
+
+IMAGE_EXTENSIONS = frozenset(
+    {"avif", "bmp", "dib", "gif", "heic", "jfif", "jp2", "jpe", "jpeg", "jpg"}
+    | {"pbm", "pgm", "png", "pnm", "ppm", "tga", "tif", "tiff", "webp"}
+)
+"""Of names that are taken for images where other files are expected beside them."""
+
+_NO_IMAGE, _DAMAGED = -1, -2  # in place of a size
+_SLICE = 32
+
+
+@dataclass(frozen=True)
+class TarSource:
+    """Images in uncompressed tar shards; the id is the sample's key.
+
+    A sample with several images has an id ``key.extension`` for each. Members are listed once, and then read by their
+    offsets: a block costs its own bytes only, wherever in a shard it lies.
+    """
+
+    system: Any
+    root: str
+    name: str
+    files: tuple[str, ...]
+    by_file: bool = True
+
+    def describe(self) -> dict[str, Any]:
+        return {"kind": "webdataset", "path": self.name}
+
+    def rows(self) -> pa.Table:
+        rows = [row for file in self.files for row in self._members(file)]
+        check_unique([row[0] for row in rows], "keys must differ from shard to shard, too")
+        return listing(iter(rows))
+
+    def slices(self, rows: pa.Table) -> list[pa.Table]:
+        return [rows.slice(start, _SLICE) for start in range(0, len(rows), _SLICE)]
+
+    def read(self, rows: pa.Table) -> Iterator[tuple[str, Content]]:
+        for row in rows.to_pylist():
+            path = f"{self.root}/{row['file']}"
+            if row["size"] == _NO_IMAGE:
+                yield row["id"], Unreadable("missing", f"the sample in {row['file']} has no member that is an image")
+            elif row["size"] == _DAMAGED:
+                yield row["id"], Unreadable("truncated", f"the shard is damaged from byte {row['offset']} on")
+            else:
+                data = read_whole(self.system, path, row["offset"], row["size"])
+                if isinstance(data, bytes) and len(data) < row["size"]:
+                    data = Unreadable("truncated", f"{row['file']} ends within this member")
+                yield row["id"], data
+
+    def _members(self, file: str) -> Iterator[tuple[str, str, int, int]]:
+        samples: dict[str, list[tuple[str, int, int]]] = {}
+        damaged = None
+        with self.system.open_input_file(f"{self.root}/{file}") as stream:
+            try:
+                with tarfile.open(fileobj=stream, mode="r:") as archive:
+                    for member in archive:
+                        if member.isfile():
+                            folder, _, name = member.name.rpartition("/")
+                            stem, _, extension = name.partition(".")
+                            key = f"{folder}/{stem}" if folder else stem
+                            samples.setdefault(key, []).append((extension, member.offset_data, member.size))
+            except tarfile.TarError:
+                damaged = stream.tell()
+        for key, members in samples.items():
+            images = [member for member in members if member[0].lower().rpartition(".")[2] in IMAGE_EXTENSIONS]
+            for extension, offset, size in images:
+                yield (key if len(images) == 1 else f"{key}.{extension}"), file, offset, size
+            if not images:
+                yield key, file, 0, _NO_IMAGE
+        if damaged is not None:
+            yield file, file, damaged, _DAMAGED

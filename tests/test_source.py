@@ -1,0 +1,206 @@
+"""Sources: every image is listed once, in one order, and read as it is."""
+
+from __future__ import annotations
+
+import io
+import pickle
+import tarfile
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute
+import pyarrow.parquet as pq
+import pytest
+from pyarrow import fs as pafs
+
+from dinov3_ray.datasets.decode import Unreadable
+from dinov3_ray.datasets.opening import matches, open_source
+from dinov3_ray.datasets.source import Source
+from dinov3_ray.errors import StoreError
+
+
+def write(root: Path, names: list[str]) -> dict[str, bytes]:
+    """Files whose content tells their name; sources never look at it."""
+    contents = {name: f"content of {name}".encode() for name in names}
+    for name, content in contents.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(content)
+    return contents
+
+
+def everything(source: Source) -> dict[str, object]:
+    """All that a source has, read through pickled copies and slices as the decoding tasks do."""
+    found: dict[str, object] = {}
+    rows = source.rows()
+    copy = pickle.loads(pickle.dumps(source))
+    assert sum(len(piece) for piece in source.slices(rows)) == len(rows)
+    for file in dict.fromkeys(rows["file"].to_pylist()) if source.by_file else [None]:
+        part = rows if file is None else rows.filter(pa.compute.equal(rows["file"], file))
+        for piece in source.slices(part):
+            for id_, content in copy.read(piece):
+                assert id_ not in found
+                found[id_] = content
+    assert list(found) == rows["id"].to_pylist()
+    return found
+
+
+def test_a_folder_gives_every_file_by_its_relative_path(tmp_path: Path) -> None:
+    contents = write(tmp_path, ["b.jpg", "a/ä ö.png", "a/b/deep.webp", "notes.txt", "noextension"])
+    write(tmp_path, [".hidden.jpg", ".git/x.jpg", "out/part.jpg"])
+    source = open_source(tmp_path, exclude=str(tmp_path / "out"))
+    assert everything(source) == contents
+    assert list(everything(source)) == sorted(contents)
+    assert everything(open_source(tmp_path.as_uri(), exclude=str(tmp_path / "out"))) == contents
+
+
+def test_a_relative_path_is_made_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, ["images/1.jpg"])
+    monkeypatch.chdir(tmp_path)
+    assert open_source("images").describe() == {"kind": "files", "path": str(tmp_path / "images")}
+
+
+def test_globs(tmp_path: Path) -> None:
+    write(tmp_path, ["train/a/1.jpg", "train/a/2.png", "train/3.jpg", "val/4.jpg"])
+    cases = {
+        "train/**/*.jpg": {"3.jpg", "a/1.jpg"},
+        "*/*.jpg": {"train/3.jpg", "val/4.jpg"},
+        "train/a/[12].*": {"1.jpg", "2.png"},
+        "train/a/[!1].???": {"2.png"},
+        "val/4.jpg": {"4.jpg"},
+    }
+    for pattern, ids in cases.items():
+        found = set(everything(open_source(tmp_path / pattern)))
+        # Ids are relative to the last folder before the first wildcard.
+        assert {id_.removeprefix("train/") for id_ in found} == {id_.removeprefix("train/") for id_ in ids}, pattern
+
+
+def test_matches_is_exact() -> None:
+    assert matches("a*.jpg", "ab.jpg")
+    assert not matches("a*.jpg", "a/b.jpg")
+    assert not matches("a.jpg", "abjpg")
+    assert matches("**/x", "x")
+    assert matches("**/x", "a/b/x")
+
+
+def test_a_folder_with_brackets_in_its_name_is_that_folder(tmp_path: Path) -> None:
+    write(tmp_path, ["set [1]/x.jpg"])
+    assert list(everything(open_source(tmp_path / "set [1]"))) == ["x.jpg"]
+
+
+def test_any_pyarrow_file_system(tmp_path: Path) -> None:
+    contents = write(tmp_path / "bucket", ["a/1.jpg", "2.jpg"])
+    system = pafs.SubTreeFileSystem(str(tmp_path), pafs.LocalFileSystem())
+    assert everything(open_source("bucket", filesystem=system)) == contents
+
+
+def test_a_file_that_went_away_has_its_reason(tmp_path: Path) -> None:
+    write(tmp_path, ["1.jpg", "2.jpg"])
+    source = open_source(tmp_path)
+    rows = source.rows()
+    (tmp_path / "1.jpg").unlink()
+    first, second = (content for _, content in source.read(rows))
+    assert isinstance(first, Unreadable)
+    assert first.kind == "missing"
+    assert second == b"content of 2.jpg"
+
+
+def add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    archive.addfile(member, io.BytesIO(content))
+
+
+def test_webdataset_shards(tmp_path: Path) -> None:
+    expected: dict[str, object] = {}
+    for shard in range(2):
+        with tarfile.open(tmp_path / f"s-{shard}.tar", "w") as archive:
+            for number in range(40):
+                content = f"{shard} {number}".encode() * 50
+                add(archive, f"{shard}/{number:03}.jpg", content)
+                add(archive, f"{shard}/{number:03}.json", b"{}")
+                expected[f"{shard}/{number:03}"] = content
+            add(archive, f"{shard}/pair.left.png", b"left")
+            add(archive, f"{shard}/pair.right.png", b"right")
+            expected |= {f"{shard}/pair.left.png": b"left", f"{shard}/pair.right.png": b"right"}
+            add(archive, f"{shard}/wordy.txt", b"no image")
+    (tmp_path / "README.md").write_text("not an image")
+    found = everything(open_source(tmp_path))
+    wordy = [found.pop(f"{shard}/wordy") for shard in range(2)]
+    assert all(isinstance(content, Unreadable) and content.kind == "missing" for content in wordy)
+    assert found == expected
+
+
+def test_a_cut_shard_gives_what_is_whole_and_says_what_is_not(tmp_path: Path) -> None:
+    path = tmp_path / "s.tar"
+    with tarfile.open(path, "w") as archive:
+        for number in range(10):
+            add(archive, f"{number}.jpg", bytes([number]) * 5000)
+    path.write_bytes(path.read_bytes()[:30_000])
+    found = everything(open_source(path))
+    whole = [id_ for id_, content in found.items() if isinstance(content, bytes)]
+    troubled = {id_: content.kind for id_, content in found.items() if isinstance(content, Unreadable)}
+    assert whole == ["0", "1", "2", "3", "4"]
+    assert troubled == {"5": "truncated", "s.tar": "truncated"}
+
+
+def test_shards_with_one_key_twice_and_compressed_ones_are_refused(tmp_path: Path) -> None:
+    for shard in range(2):
+        with tarfile.open(tmp_path / f"s-{shard}.tar", "w") as archive:
+            add(archive, "same.jpg", b"x")
+    with pytest.raises(StoreError, match="'same' occurs twice"):
+        open_source(tmp_path).rows()
+    (tmp_path / "gz").mkdir()
+    (tmp_path / "gz" / "s.tar.gz").write_bytes(b"")
+    with pytest.raises(StoreError, match=r"uncompressed \.tar shards.*s\.tar\.gz"):
+        open_source(tmp_path / "gz")
+
+
+@pytest.mark.parametrize("form", ["binary", "struct"])
+def test_parquet_with_image_bytes(form: str, tmp_path: Path) -> None:
+    expected: dict[str, object] = {}
+    for file in range(2):
+        ids = [file * 100 + number for number in range(50)]
+        values: list[object] = [f"image {id_}".encode() for id_ in ids]
+        expected |= {str(id_): value for id_, value in zip(ids, values, strict=True)}
+        if form == "struct":
+            values = [{"bytes": value, "path": "x"} for value in values]
+        table = pa.table({"label": list(range(50)), "image": values, "id": ids})
+        pq.write_table(table, tmp_path / f"{file}.parquet", row_group_size=20)
+    assert everything(open_source(tmp_path)) == expected
+    by_row = everything(open_source(tmp_path / "1.parquet", id_column="#row"))
+    assert by_row["1.parquet#49"] == b"image 149"
+
+
+def test_parquet_blocks_need_not_begin_at_row_groups(tmp_path: Path) -> None:
+    table = pa.table({"id": [str(n) for n in range(100)], "bytes": [bytes([n]) for n in range(100)]})
+    pq.write_table(table, tmp_path / "x.parquet", row_group_size=40)
+    source = open_source(tmp_path)
+    rows = source.rows()
+    for start, stop in [(0, 7), (35, 45), (17, 99), (80, 100)]:
+        pieces = source.slices(rows.slice(start, stop - start))
+        found = [pair for piece in pieces for pair in source.read(piece)]
+        assert found == [(str(n), bytes([n])) for n in range(start, stop)]
+
+
+def test_parquet_columns_that_leave_a_doubt(tmp_path: Path) -> None:
+    path = tmp_path / "x.parquet"
+    pq.write_table(pa.table({"left": [b"a"], "right": [b"b"], "id": ["1"]}), path)
+    with pytest.raises(StoreError, match=r"image_column must name the column.*'left', 'right', 'id'"):
+        open_source(path)
+    assert everything(open_source(path, image_column="right")) == {"1": b"b"}
+    with pytest.raises(StoreError, match="id_column must name a column that fits; got 'nope'"):
+        open_source(path, image_column="left", id_column="nope")
+    pq.write_table(pa.table({"image": [b"a", None], "id": ["1", "1"]}), path)
+    with pytest.raises(StoreError, match=r"'1' occurs twice \(name another id_column"):
+        open_source(path).rows()
+    rows = everything(open_source(path, id_column="#row"))
+    assert isinstance(rows["x.parquet#1"], Unreadable)
+
+
+def test_nothing_there(tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match="source must exist"):
+        open_source(tmp_path / "nope")
+    with pytest.raises(StoreError, match="no file is there"):
+        open_source(tmp_path / "*.jpg")
+    with pytest.raises(StoreError, match="no pyarrow file system takes 'ftp://x/y'"):
+        open_source("ftp://x/y")
