@@ -17,6 +17,10 @@ from torch import Tensor
 
 from dinov3_ray.checkpoint import init_checkpoint
 
+# The suite shares few cores with the processes that it starts: threads that wait for a core by spinning cost more than
+# they bring.
+torch.set_num_threads(1)
+
 # Those whose files stand in scikit-image's wheel: nothing is downloaded. Two are of one size, the rest of their own.
 PHOTOGRAPHS = ("astronaut", "coffee", "chelsea", "rocket", "hubble_deep_field", "immunohistochemistry")
 

@@ -108,15 +108,19 @@ def test_the_lower_floors_know_no_ray(name: str) -> None:
         assert not [full for full in imports(MODULES[name]) if full.split(".")[0] == "ray"]
 
 
-def test_the_local_teacher_works_without_importing_ray() -> None:
+def test_the_local_teacher_works_without_importing_ray(tiny_checkpoint: Path) -> None:
     program = """
 import sys
 import dinov3_ray
 assert "torch" not in sys.modules, "import dinov3_ray loads torch"
 from dinov3_ray import DinoV3Config, DinoV3Teacher, FeatureSpec
-assert "ray" not in sys.modules, "the local teacher loads ray"
+assert "ray" not in sys.modules, "importing the local teacher loads ray"
+import numpy
+teacher = DinoV3Teacher(DinoV3Config(sys.argv[1]))
+teacher.extract(numpy.zeros((3, 32, 32), numpy.uint8), FeatureSpec(cls=True))
+assert "ray" not in sys.modules, "using the local teacher loads ray"
 """
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", program, str(tiny_checkpoint)], check=True, timeout=120)
 
 
 @pytest.mark.parametrize("path", [*MODULES.values(), *sorted(TESTS.rglob("*.py"))], ids=lambda path: path.name)

@@ -118,14 +118,13 @@ def test_a_wrong_checkpoint_is_told_from_a_wrong_fast_path() -> None:
         agreement(bad, good, 0.999, "bfloat16")
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning")  # looking at every object wakes torch's deprecated ones
 def test_the_reference_is_freed_at_once(tiny_checkpoint: Path) -> None:
     teacher = DinoV3Teacher(DinoV3Config(tiny_checkpoint, dtype="float32"))
     gc.collect()
     gc.disable()
     try:
-        before = sum(isinstance(thing, DinoV3Teacher) for thing in gc.get_objects())
+        before = sum(type(thing) is DinoV3Teacher for thing in gc.get_objects())
         teacher.prove()
-        assert sum(isinstance(thing, DinoV3Teacher) for thing in gc.get_objects()) == before
+        assert sum(type(thing) is DinoV3Teacher for thing in gc.get_objects()) == before
     finally:
         gc.enable()

@@ -78,21 +78,23 @@ def reference_size(file: dict[str, Any], height: int, width: int) -> tuple[int, 
     return (int(short * height / width), short) if width <= height else (short, int(short * width / height))
 
 
+def reference_crop(side: int, crop: int) -> tuple[Tensor, Tensor]:
+    """Which rows (or columns) of an image a centre crop takes, and whether they lie inside it; outside is black."""
+    # Where the crop is larger, transformers pads the odd pixel right and below.
+    indices = torch.arange(crop) + (-((crop - side) // 2) if crop > side else (side - crop) // 2)
+    return indices.clamp(0, side - 1), (indices >= 0) & (indices < side)
+
+
 def reference(image: Tensor, file: dict[str, Any], *, resize: Any) -> Tensor:
     """rescale -> resize -> center crop -> normalize, of one image, with ``resize`` of a float image [3,H,W]."""
     settings = {**STATISTICS, "rescale_factor": 1 / 255, **file}
     pixels = image * settings["rescale_factor"] if image.dtype == torch.uint8 else image
     pixels = resize(pixels, reference_size(file, *image.shape[1:]))
     if file.get("do_center_crop"):
-        canvas = torch.zeros(3, 3000, 3000)  # black all around, so that a crop may reach over the edge
-        (height, width), crop = pixels.shape[1:], file["crop_size"]
-        # transformers pads the odd pixel right and below, and crops it there too.
-        top = (
-            1000 - (crop["height"] - height) // 2 if crop["height"] > height else 1000 + (height - crop["height"]) // 2
-        )
-        left = 1000 - (crop["width"] - width) // 2 if crop["width"] > width else 1000 + (width - crop["width"]) // 2
-        canvas[:, 1000 : 1000 + height, 1000 : 1000 + width] = pixels
-        pixels = canvas[:, top : top + crop["height"], left : left + crop["width"]]
+        height, width = file["crop_size"]["height"], file["crop_size"]["width"]
+        rows, inside_rows = reference_crop(pixels.shape[1], height)
+        columns, inside_columns = reference_crop(pixels.shape[2], width)
+        pixels = pixels[:, rows][:, :, columns] * (inside_rows[:, None] & inside_columns)
     if file.get("do_normalize", True):
         mean, std = torch.tensor(settings["image_mean"]), torch.tensor(settings["image_std"])
         pixels = (pixels - mean[:, None, None]) / std[:, None, None]
