@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
@@ -23,6 +23,15 @@ from dinov3_ray.training.losses import (
 )
 
 EPS = 1e-3
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Finite differences are thousands of tiny operations, which threads on busy cores make several times slower."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def maps(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
@@ -291,3 +300,16 @@ def test_wrong_tensors() -> None:
         gram_loss(student, teacher[:, :, :2])
     with pytest.raises(InputError, match="weights must be"):
         cosine_loss(student, student, torch.ones(2, 1, 3))
+
+
+def test_nothing_waits_for_the_device() -> None:
+    # Meta tensors have no values: whatever asked for one (and would make a training loop wait) fails here.
+    # (Gram, which takes no decision either, turns autocast off, and meta has none.)
+    student = torch.empty(2, 3, 4, 4, device="meta", requires_grad=True)
+    rows, index = torch.empty(5, 5, device="meta"), torch.empty(5, device="meta")
+    boxes = Boxes.of(rows, index, format="xywhr", image_size=(64, 64))
+    for kind in ("cosine", "mse", "smooth_l1"):
+        teacher = torch.empty(2, 6, 8, 8, device="meta", dtype=torch.bfloat16)
+        distill = DistillationLoss(kind, projector=make_projector(6, 3).to("meta"), background_weight=0.1)
+        distill(student, teacher, boxes).backward()
+        assert student.grad is not None
