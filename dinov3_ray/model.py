@@ -26,6 +26,7 @@ from dinov3_ray.golden import agreement, golden_images
 from dinov3_ray.images import ImageBatch, Images
 from dinov3_ray.preprocess import preprocess
 from dinov3_ray.preprocessing import Size
+from dinov3_ray.stopwatch import Stopwatch
 from dinov3_ray.teacher import Teacher
 
 __all__ = ["DinoV3Teacher", "Teacher"]
@@ -73,6 +74,7 @@ class DinoV3Teacher(nn.Module):
         # Weights loaded inside a caller's inference_mode would be barred from ordinary use ever after.
         with torch.inference_mode(False), torch.no_grad():
             self.model: Any = load_model(self.config, device, dtype)
+        self._preprocessing_watch = Stopwatch()
         self.requires_grad_()
         self.train()
         if self.config.compile:
@@ -95,7 +97,8 @@ class DinoV3Teacher(nn.Module):
         self._check(spec)
         batch = ImageBatch.of(images, min_side=self.patch_size)
         with self._frozen_pass():
-            pixels_B3HW = preprocess(batch, self.config.preprocessing, self.device)
+            with self._preprocessing_watch.measure(self.device):
+                pixels_B3HW = preprocess(batch, self.config.preprocessing, self.device)
             features = run_backbone(self.model, self.config.family, pixels_B3HW, spec)
             return replace(deliver(features, spec), fingerprint=self.fingerprint)
 
@@ -154,6 +157,11 @@ class DinoV3Teacher(nn.Module):
     def dtype(self) -> torch.dtype:
         """What the model computes in."""
         return self._parameter.dtype
+
+    @property
+    def preprocess_seconds(self) -> float:
+        """What the last pass spent on its images, upload included; 0 while a GPU is not through with it."""
+        return self._preprocessing_watch.seconds
 
     @property
     def _parameter(self) -> Tensor:

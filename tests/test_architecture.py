@@ -24,7 +24,7 @@ FLOORS = [
     ["errors"],
     ["precision", "images", "features", "teacher"],
     ["jsonfields", "weightfiles", "architecture", "preprocessing", "config"],
-    ["compute", "checkpoint"],
+    ["compute", "stopwatch", "checkpoint"],
     ["preprocess", "backbone", "golden", "model"],
     ["training.prefetch", "training.losses", "training.boxes", "training.taps"],  # no Ray up to here
     ["metrics"],
