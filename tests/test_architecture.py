@@ -27,7 +27,7 @@ FLOORS = [
     ["compute", "stopwatch", "checkpoint"],
     ["preprocess", "backbone", "golden", "model"],
     ["training.prefetch", "training.losses", "training.boxes", "training.taps"],  # no Ray up to here
-    ["metrics"],
+    ["metrics", "pictures"],
     ["pool"],
     ["training"],
     ["datasets"],
