@@ -45,7 +45,7 @@ def expected_wait(ready: Sequence[ReplicaStatistics]) -> float:
     if not ready:
         return 0.0
     images = sum(one.images for one in ready)
-    seconds = sum(one.forward_seconds for one in ready)
+    seconds = sum(one.busy_seconds for one in ready)
     rows = sum(one.waiting_rows + one.clients_backlog for one in ready)
     by_work = rows * seconds / images / len(ready) if images else 0.0
     return max(by_work, max(one.oldest_wait for one in ready))

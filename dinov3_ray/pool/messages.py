@@ -59,11 +59,22 @@ class Load:
 
 @dataclass(frozen=True, slots=True)
 class StageSeconds:
-    """Where a request's time at the replica went."""
+    """Where a request's time at the replica went.
+
+    ``total`` is from its arrival until its answer was ready. It is more than the sum of the others where the request
+    shared its forward pass, since each is charged with its share of that.
+    """
 
     queue: float = 0.0
+    preprocess: float = 0.0
     forward: float = 0.0
     pack: float = 0.0
+    total: float = 0.0
+
+    @property
+    def busy(self) -> float:
+        """What the request kept the device thread busy."""
+        return self.preprocess + self.forward + self.pack
 
 
 @dataclass(frozen=True, slots=True)

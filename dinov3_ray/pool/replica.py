@@ -37,11 +37,17 @@ Done = Callable[[Answer, list[Array]], None]
 
 @dataclass(frozen=True, slots=True)
 class ReplicaStatistics:
-    """Counters since the replica started, and how it stands now."""
+    """Counters since the replica started, ``uptime`` seconds ago, and how it stands now.
 
+    ``batches`` counts forward passes. ``preprocess_seconds`` is known of teachers that tell it in an attribute
+    ``preprocess_seconds``, as the local one does; of others it is part of ``forward_seconds``.
+    """
+
+    uptime: float = 0.0
     images: int = 0
     batches: int = 0
     queue_seconds: float = 0.0
+    preprocess_seconds: float = 0.0
     forward_seconds: float = 0.0
     pack_seconds: float = 0.0
     errors: int = 0
@@ -52,6 +58,11 @@ class ReplicaStatistics:
     clients_backlog: int = 0
     oldest_wait: float = 0.0
     busy_for: float = 0.0
+
+    @property
+    def busy_seconds(self) -> float:
+        """What the device thread has spent on requests that were answered."""
+        return self.preprocess_seconds + self.forward_seconds + self.pack_seconds
 
 
 @dataclass(slots=True)
@@ -67,6 +78,7 @@ class _Counters:
     images: int = 0
     batches: int = 0
     queue_seconds: float = 0.0
+    preprocess_seconds: float = 0.0
     forward_seconds: float = 0.0
     pack_seconds: float = 0.0
     errors: int = 0
@@ -98,6 +110,7 @@ class Replica:
         on_suspect: Callable[[str], None] | None = None,
     ) -> None:
         self.replica_id = replica_id
+        self._started = time.monotonic()
         self.loaded: Future[TeacherInfo] = Future()
         self._build = build
         self._options = options
@@ -165,9 +178,11 @@ class Replica:
         with self._changed:
             state, oldest = self._state, self._queue.oldest()
             return ReplicaStatistics(
+                uptime=now - self._started,
                 images=state.images,
                 batches=state.batches,
                 queue_seconds=state.queue_seconds,
+                preprocess_seconds=state.preprocess_seconds,
                 forward_seconds=state.forward_seconds,
                 pack_seconds=state.pack_seconds,
                 errors=state.errors,
@@ -223,7 +238,8 @@ class Replica:
     def _retry_after(self) -> float:
         """About the time in which half of a full queue is worked off."""
         batches = max(self._state.batches, 1)
-        return min(max(self._state.forward_seconds / batches * len(self._queue) / 2, 0.01), 5.0)
+        seconds = self._state.preprocess_seconds + self._state.forward_seconds
+        return min(max(seconds / batches * len(self._queue) / 2, 0.01), 5.0)
 
     # The device thread ----------------------------------------------------------------------------------------------
 
@@ -281,6 +297,9 @@ class Replica:
             self._fail(jobs[0], error)
             return
         computed = time.monotonic()
+        # Read after the results, which a device has to have finished: asking costs no wait.
+        preprocess = min(getattr(teacher, "preprocess_seconds", 0.0), computed - begun)
+        forward = computed - begun - preprocess
         start = 0
         for job in jobs:
             stop = start + job.header.rows
@@ -290,7 +309,13 @@ class Replica:
             start = stop
             packed = time.monotonic()
             share = job.header.rows / rows
-            seconds = StageSeconds(begun - job.arrived, (computed - begun) * share, packed - computed)
+            seconds = StageSeconds(
+                queue=begun - job.arrived,
+                preprocess=preprocess * share,
+                forward=forward * share,
+                pack=packed - computed,
+                total=packed - job.arrived,
+            )
             with self._changed:
                 self._count(job, seconds)
                 load = self._load(job.header)
@@ -304,6 +329,7 @@ class Replica:
         state = self._state
         state.images += job.header.rows
         state.queue_seconds += seconds.queue
+        state.preprocess_seconds += seconds.preprocess
         state.forward_seconds += seconds.forward
         state.pack_seconds += seconds.pack
         state.errors_in_a_row = 0

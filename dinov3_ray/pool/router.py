@@ -287,7 +287,7 @@ class Router:
         sent = self._requests.get(send.request_id)
         history = self._book.history(send.request_id)
         others = answer.load.rows - answer.load.own_rows
-        busy = answer.seconds.forward + answer.seconds.pack
+        busy = answer.seconds.busy
         first = self._book.answered(send.request_id, send.replica_id, time.monotonic(), seconds=busy, other_rows=others)
         if not first or sent is None:
             return

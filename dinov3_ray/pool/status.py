@@ -29,7 +29,7 @@ class ReplicaStatus:
     def images_per_second(self) -> float | None:
         """While it computes; None before the first batch."""
         counters = self.statistics
-        return counters.images / counters.forward_seconds if counters and counters.forward_seconds else None
+        return counters.images / counters.busy_seconds if counters and counters.busy_seconds else None
 
 
 @dataclass(frozen=True, slots=True)
