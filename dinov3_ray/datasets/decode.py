@@ -74,6 +74,7 @@ class Decoder:
     background: tuple[int, int, int] = (255, 255, 255)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "background", tuple(self.background))
         if not 1 <= self.max_pixels <= _PILLOW_REFUSES:
             raise ConfigError(
                 f"max_pixels must lie in 1..{_PILLOW_REFUSES} (where Pillow itself refuses); got {self.max_pixels}"

@@ -1,4 +1,4 @@
-"""What a path, a glob or a URI is: image files, WebDataset shards or Parquet, on any file system that pyarrow reaches."""
+"""What a path, glob or URI is: image files, WebDataset shards or Parquet, on any file system that pyarrow reaches."""
 
 from __future__ import annotations
 

@@ -13,9 +13,9 @@ import pyarrow.parquet as pq
 
 from dinov3_ray.datasets.decode import Unreadable
 from dinov3_ray.datasets.layout import ERRORS, INDEX, LEDGER, MANIFEST, PARTS, Folder
-from dinov3_ray.datasets.schema import Row, encode_columns, encode_part
+from dinov3_ray.datasets.schema import Row, encode_part
+from dinov3_ray.datasets.source import check_unique
 from dinov3_ray.datasets.store import errors_table, index_table
-from dinov3_ray.features import Features, FeatureSpec
 
 __all__ = ["BlockWriter", "finish", "is_finished"]
 
@@ -30,20 +30,14 @@ class BlockWriter:
 
     folder: Folder
     name: str
-    spec: FeatureSpec
     identity: Mapping[str, Any]
-    _columns: list[dict[str, np.ndarray]] = field(default_factory=list)
+    _columns: list[Mapping[str, np.ndarray]] = field(default_factory=list)
     _rows: dict[int, tuple[Row, int, int]] = field(default_factory=dict)
     _errors: dict[int, dict[str, str]] = field(default_factory=dict)
     _started: float = field(default_factory=time.monotonic)
 
-    def add(self, positions: Sequence[int], rows: Sequence[Row], features: Features) -> None:
-        """Features of the images at ``positions`` in the block, in the teacher's compute dtype.
-
-        Raises:
-            NumericsError: the stored dtype cannot hold a value.
-        """
-        columns, _ = encode_columns(features, self.spec)
+    def add(self, positions: Sequence[int], rows: Sequence[Row], columns: Mapping[str, np.ndarray]) -> None:
+        """The encoded features [len(rows), ...] of the images at ``positions`` in the block."""
         self._columns.append(columns)
         for index, (position, row) in enumerate(zip(positions, rows, strict=True)):
             self._rows[position] = row, len(self._columns) - 1, index
@@ -98,10 +92,12 @@ def finish(folder: Folder, identity: Mapping[str, Any]) -> dict[str, Any]:
     ledger = [folder.read_json(f"{LEDGER}/{name}") for name in folder.names(LEDGER, ".json")]
     files = [part["file"] for entry in ledger for part in entry["parts"]]
     errors = errors_table(ledger)
+    index = index_table(folder, files)
+    check_unique([*index["id"].to_pylist(), *errors["id"].to_pylist()], "name another id_column")
     kinds: dict[str, int] = {}
     for kind in errors["kind"].to_pylist():
         kinds[kind] = kinds.get(kind, 0) + 1
-    for name, table in ((INDEX, index_table(folder, files)), (ERRORS, errors)):
+    for name, table in ((INDEX, index), (ERRORS, errors)):
         sink = pa.BufferOutputStream()
         pq.write_table(table, sink, compression="zstd")
         folder.write(name, sink.getvalue())

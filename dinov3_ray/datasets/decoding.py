@@ -1,0 +1,71 @@
+"""Reading and decoding as Ray tasks: the CPU half of an extraction. Imports no torch, so that workers start fast."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import ray
+
+from dinov3_ray.datasets.decode import Decoder, Unreadable
+from dinov3_ray.datasets.source import Content
+from dinov3_ray.datasets.views import view_digest
+
+__all__ = ["Decoded", "Piece", "decode_piece", "decode_task"]
+
+
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    """An image of a block: uint8 RGB [3,H,W] and its view's digest, or why there are none."""
+
+    position: int
+    id: str
+    image: np.ndarray | Unreadable
+    view: bytes
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Images of a block that one task reads: at ``positions``, called ``ids``."""
+
+    positions: Sequence[int]
+    ids: Sequence[str]
+    read: Callable[[], Iterator[tuple[str, Content]]]
+
+    def only(self, index: int) -> Piece:
+        """The piece that holds the image at ``index`` of this one alone."""
+        read = self.read
+
+        def read_one() -> Iterator[tuple[str, Content]]:
+            for place, item in enumerate(read()):
+                if place == index:
+                    yield item
+                    return
+
+        return Piece(self.positions[index : index + 1], self.ids[index : index + 1], read_one)
+
+
+def decode_piece(piece: Piece, decoder: Decoder, chunk_bytes: int) -> Iterator[list[Decoded]]:
+    """The images of ``piece`` in order, a list for about each ``chunk_bytes`` of pixels, so that memory is bounded."""
+    chunk: list[Decoded] = []
+    size = 0
+    for position, (id_, content) in zip(piece.positions, piece.read(), strict=True):
+        image: Any = content
+        if isinstance(content, np.ndarray):
+            image = decoder.take(content)
+        elif not isinstance(content, Unreadable):
+            image = decoder.decode(content)
+        pixels = 0 if isinstance(image, Unreadable) else image.nbytes
+        if chunk and size + pixels > chunk_bytes:
+            yield chunk
+            chunk, size = [], 0
+        size += pixels
+        chunk.append(Decoded(position, id_, image, b"" if isinstance(image, Unreadable) else view_digest(image)))
+    if chunk:
+        yield chunk
+
+
+decode_task: Any = ray.remote(decode_piece)
+"""As a Ray task; to be called with ``num_returns="streaming"``."""

@@ -1,0 +1,395 @@
+"""Run a teacher once over a data set, with Ray Data, into a store that can be resumed and read back."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import inspect
+import logging
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import islice
+from typing import Any
+
+import ray
+import ray.data
+
+from dinov3_ray.config import DinoV3Config
+from dinov3_ray.datasets import plan as plans
+from dinov3_ray.datasets.decode import MAX_PIXELS, Decoder
+from dinov3_ray.datasets.decoding import Piece
+from dinov3_ray.datasets.extractor import BlockExtractor, Job, TeacherFactory, probe
+from dinov3_ray.datasets.layout import LEDGER, MANIFEST, PARTS, PLAN, Folder
+from dinov3_ray.datasets.opening import open_source
+from dinov3_ray.datasets.placement import Placement, place
+from dinov3_ray.datasets.progress import Meter, metering
+from dinov3_ray.datasets.schema import spec_to_json
+from dinov3_ray.datasets.store import FeatureStore
+from dinov3_ray.datasets.writer import finish
+from dinov3_ray.errors import ConfigError, DinoV3Error, StoreError
+from dinov3_ray.features import FeatureSpec
+from dinov3_ray.pool.cluster import connect
+from dinov3_ray.pool.remote import RemoteTeacher
+from dinov3_ray.teacher import Extractor
+
+__all__ = ["Extraction", "extract"]
+
+logger = logging.getLogger("dinov3_ray")
+
+_BATCH = 32
+_PROBED_IMAGES = 8
+_POOL_THREADS = 4
+_CALLS = 3  # an actor's at a time: one waits for pixels, one computes, one writes
+
+
+@dataclass(frozen=True)
+class Extraction:
+    """What a run did.
+
+    Attributes:
+        forecast: what it was going to write.
+        manifest: of the finished store; None after a dry run.
+        blocks, images: that this run computed; those that it found finished are not counted.
+        seconds: for them.
+    """
+
+    forecast: plans.Forecast
+    manifest: dict[str, Any] | None = None
+    blocks: int = 0
+    images: int = 0
+    seconds: float = 0.0
+
+
+def extract(
+    source: str | os.PathLike[str] | ray.data.Dataset,
+    out: str | os.PathLike[str],
+    config: DinoV3Config | str | os.PathLike[str] | Callable[[], Extractor] | None = None,
+    spec: FeatureSpec = FeatureSpec(cls=True, feature_map=True),  # noqa: B008 - frozen
+    *,
+    pool: str | None = None,
+    batch_size: int | None = None,
+    block_size: int | None = None,
+    replicas: int | None = None,
+    num_gpus: float | None = None,
+    decoders: int | None = None,
+    image_column: str | None = None,
+    id_column: str | None = None,
+    max_pixels: int = MAX_PIXELS,
+    background: tuple[int, int, int] = (255, 255, 255),
+    filesystem: Any = None,
+    out_filesystem: Any = None,
+    address: str | None = None,
+    progress: bool | None = None,
+    check_space: bool = True,
+    dry_run: bool = False,
+    on_forecast: Callable[[plans.Forecast], None] | None = None,
+) -> Extraction:
+    """Write the teacher's features of every image of ``source`` to ``out``; see :class:`FeatureStore` for reading.
+
+    The same call resumes a run that ended early, however it ended: blocks in its ledger are neither computed nor read
+    again, the source is not listed again (files that came since are not seen), and the result is the undisturbed
+    run's, row for row. Blocks that were on the way are computed anew.
+
+    Ray is used as this process has it, joined at ``address``, or started for the run. Teachers run in an actor pool of
+    Ray Data, one a GPU where the cluster has any; decoding runs in tasks on its CPUs.
+
+    Args:
+        source: a folder, file, glob or URI of images, WebDataset shards (.tar) or Parquet files; or a Ray Dataset with
+            a column of images (bytes, or uint8 arrays) and one of ids. A Dataset is read again when it is resumed, and
+            should give its rows in the same order; what is finished is dropped from it.
+        out: a folder; local, or a URI.
+        config: the teacher: a configuration, the path of a model directory, or a picklable factory.
+        spec: what to extract. Its ``dtype`` is the stored one: float32, float16, int8, or native (the compute dtype;
+            bfloat16 is stored as float32, without loss).
+        pool: the name of a running pool, in place of ``config``.
+        batch_size: images a forward pass; 32.
+        block_size: images a block, the unit that is committed and resumed; by default so many that their features take
+            about 128 MB (16 to 512).
+        replicas, num_gpus: of the teacher's actors; by default all GPUs, or one actor a node without any.
+        decoders: decoding tasks for each block that is under way; by default as many as an actor's share of the CPUs.
+        image_column, id_column: of a Parquet source or a Dataset; guessed from usual names.
+        max_pixels: larger images are errors, taken for decompression bombs.
+        background: RGB under transparent pixels.
+        filesystem, out_filesystem: pyarrow file systems, for places without a URI.
+        address: of the Ray cluster, if this process is not connected to one.
+        progress: show a bar; by default, if standard error is a terminal.
+        check_space: refuse to start what does not fit the disk.
+        dry_run: plan and forecast only; nothing is written.
+        on_forecast: called with the forecast before work begins.
+
+    Raises:
+        StoreError: nothing to read, no room, ``out`` is in use, or it holds another run's features: says what differs.
+        ConfigError, CheckpointError, SpecError: the teacher or the spec is wrong.
+        NumericsError: the stored dtype cannot hold the values.
+        PoolError: Ray or the pool cannot be reached.
+    """
+    spec.require_outputs()
+    if (config is None) == (pool is None):
+        raise ConfigError("exactly one of config and pool must be given: they say who computes")
+    for name, value in (("batch_size", batch_size), ("block_size", block_size)):
+        if value is not None and value < 1:
+            raise ConfigError(f"{name} must be at least 1; got {value}")
+    folder = Folder.at(out, out_filesystem)
+    decoder = Decoder(max_pixels, background=background)
+    images = None
+    if not isinstance(source, ray.data.Dataset):
+        images = open_source(
+            source, filesystem=filesystem, image_column=image_column, id_column=id_column, exclude=folder.path
+        )
+    factory = None if config is None or isinstance(config, (DinoV3Config, str, os.PathLike)) else config
+    model = None if config is None or factory is not None else DinoV3Config.of(config)  # type: ignore[arg-type]
+    if pool is not None:
+        factory = partial(RemoteTeacher, pool)
+    runtime = connect(address, may_start=True)
+    try:
+        nodes = sum(node["Alive"] for node in ray.nodes())
+        placement = place(
+            ray.cluster_resources(),
+            max(1, nodes),
+            replicas=replicas,
+            num_gpus=num_gpus,
+            decoders=decoders,
+            pooled=pool is not None,
+        )
+        job = Job(
+            teacher=TeacherFactory(model, factory, placement.threads),
+            folder=folder,
+            identity={},
+            spec=spec,
+            decoder=decoder,
+            source=images,
+            batch_size=batch_size or 0,
+            teacher_threads=1 if pool is None else _POOL_THREADS,
+            window=placement.window,
+            decode_cpus=placement.decode_cpus,
+            image_column=image_column,
+            id_column=id_column,
+        )
+        run = _Run(job, placement, source if images is None else None, block_size)
+        with _lock(folder, dry_run):
+            return run.execute(progress, check_space, dry_run, on_forecast)
+    except DinoV3Error:
+        raise
+    except ray.exceptions.RayError as error:
+        raise (_own_error(error) or error) from error
+    finally:
+        runtime.close()
+
+
+class _Run:
+    """One call of :func:`extract`, with Ray at hand."""
+
+    def __init__(
+        self, job: Job, placement: Placement, dataset: ray.data.Dataset | None, block_size: int | None
+    ) -> None:
+        self.job = job
+        self.folder = job.folder
+        self.placement = placement
+        self.dataset = dataset
+        self.block_size = block_size
+
+    def execute(
+        self,
+        progress: bool | None,
+        check_space: bool,
+        dry_run: bool,
+        on_forecast: Callable[[plans.Forecast], None] | None,
+    ) -> Extraction:
+        old = self.folder.read_json(PLAN) if self.folder.exists(PLAN) else None
+        rows = None if old is not None or self.job.source is None else self.job.source.rows()
+        identity, blocks = self._identify(old, rows)
+        if old is not None:
+            plans.check_same_run(self.folder, identity)
+        finished = {name.removesuffix(".json") for name in self.folder.names(LEDGER, ".json")}
+        todo = [index for index in range(len(blocks)) if plans.block_name(index) not in finished]
+        forecast = self._forecast(identity, blocks, todo)
+        if on_forecast is not None:
+            on_forecast(forecast)
+        if dry_run:
+            return Extraction(forecast)
+        if self.folder.exists(MANIFEST):
+            return Extraction(forecast, self.folder.read_json(MANIFEST))
+        if check_space and not forecast.fits:
+            raise StoreError(f"out must have room for the features: {forecast} (check_space=False starts all the same)")
+        for name in ("", PARTS, LEDGER):
+            self.folder.make(name)
+        self.folder.sweep(PARTS)
+        self.folder.sweep(LEDGER)
+        if rows is not None:
+            plans.save_rows(self.folder, rows, _spans(blocks))
+        if old is None:
+            self.folder.write_json(PLAN, identity)
+        self.job = replace(self.job, identity=identity, batch_size=identity["batch_size"])
+        computed = 0
+        total = forecast.images
+        done = 0 if total is None or forecast.remaining is None else total - forecast.remaining
+        with metering(progress, total, done) as meter:
+            for result in self._results(todo, identity["block_size"]):
+                computed += bool(result["computed"])
+                meter.add(int(result["rows"] + result["errors"]), int(result["bytes"]))
+        manifest = finish(self.folder, identity)
+        self._report(meter, manifest)
+        return Extraction(forecast, manifest, computed, meter.images, round(meter.seconds, 3))
+
+    def _identify(self, old: dict[str, Any] | None, rows: Any) -> tuple[dict[str, Any], list[int]]:
+        """What tells this run from others, and the number of rows of each planned block.
+
+        Sizes of batches and blocks that are not asked for are those of the run that is resumed.
+        """
+        given = {"batch_size": self.job.batch_size or None, "block_size": self.block_size}
+        kept = old or {}
+        pieces = [] if rows is None else self._first_pieces(rows)
+        found = self._probe(pieces)
+        self.job = replace(self.job, decoder=replace(self.job.decoder, min_side=found["min_side"]))
+        size = plans.row_bytes(found["outputs"])
+        # A row's shapes may depend on the image, and without a listing the probe had none of this source's.
+        outputs = kept.get("outputs", found["outputs"])
+        batch_size = given["batch_size"] or kept.get("batch_size") or _BATCH
+        block_size = given["block_size"] or kept.get("block_size") or plans.block_size_for(size)
+        source = self.job.source
+        identity = {
+            "format": 1,
+            "fingerprint": found["fingerprint"],
+            "spec": spec_to_json(self.job.spec),
+            "result_dtype": found["result_dtype"],
+            "outputs": outputs,
+            "preprocessing": found["preprocessing"],
+            "decoding": {
+                "max_pixels": self.job.decoder.max_pixels,
+                "min_side": self.job.decoder.min_side,
+                "background": list(self.job.decoder.background),
+            },
+            "source": {"kind": "dataset"} if source is None else source.describe(),
+            "batch_size": batch_size,
+            "block_size": block_size,
+            "versions": plans.versions(),
+        }
+        if rows is not None:
+            assert source is not None
+            spans = plans.cut_blocks(rows, block_size, by_file=source.by_file)
+            return identity, [stop - start for start, stop in spans]
+        return identity, [] if source is None else plans.block_rows(self.folder)
+
+    def _first_pieces(self, rows: Any) -> list[Piece]:
+        source = self.job.source
+        assert source is not None
+        first = islice(source.slices(rows.slice(0, _PROBED_IMAGES)), 1)
+        return [Piece(range(len(part)), part["id"].to_pylist(), partial(source.read, part)) for part in first]
+
+    def _probe(self, pieces: list[Piece]) -> dict[str, Any]:
+        task = ray.remote(num_cpus=self.placement.num_cpus, num_gpus=self.placement.num_gpus, max_retries=1)(probe)
+        found: dict[str, Any] = ray.get(task.remote(self.job.teacher, self.job.spec, pieces, self.job.decoder))
+        return found
+
+    def _forecast(self, identity: dict[str, Any], blocks: list[int], todo: list[int]) -> plans.Forecast:
+        images: int | None = sum(blocks)
+        remaining: int | None = sum(blocks[index] for index in todo)
+        if self.dataset is not None:
+            # Counting a Dataset that is not at hand would mean running it.
+            images = remaining = (
+                self.dataset.count() if isinstance(self.dataset, ray.data.MaterializedDataset) else None
+            )
+        outputs = identity["outputs"]
+        maps = self.job.spec.feature_map or bool(self.job.spec.layers)
+        return plans.Forecast(
+            images,
+            remaining,
+            plans.row_bytes(outputs),
+            not maps or self.job.spec.map_size is not None or self.job.teacher.mixes_sizes,
+            plans.free_bytes(self.folder),
+            plans.storage_note(identity["result_dtype"], outputs),
+        )
+
+    def _results(self, todo: list[int], block_size: int) -> Iterator[dict[str, Any]]:
+        """What the extractors say of each block, as they finish."""
+        if self.dataset is not None:
+            dataset, rows = self.dataset, block_size
+            self.job = replace(self.job, finished_ids=ray.put(self._finished_ids()))
+        elif todo:
+            dataset = ray.data.from_items([{"block": index} for index in todo], override_num_blocks=len(todo))
+            rows = 1
+        else:
+            return
+        dataset = dataset.map_batches(
+            BlockExtractor,
+            fn_constructor_args=(self.job,),
+            batch_size=rows,
+            batch_format="numpy",
+            num_cpus=self.placement.num_cpus,
+            num_gpus=self.placement.num_gpus or None,
+            **_actor_pool(self.placement.replicas),
+        )
+        context = dataset.context
+        context.enable_progress_bars = False
+        context.print_on_execution_start = False
+        # A Dataset's rows must fall into the same blocks each time.
+        context.execution_options.preserve_order = self.dataset is not None
+        for batch in dataset.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=0):
+            for values in zip(*batch.values(), strict=True):
+                yield dict(zip(batch, values, strict=True))
+
+    def _finished_ids(self) -> frozenset[str]:
+        store = FeatureStore(self.folder.path, filesystem=self.folder.system, partial=True)
+        return frozenset([*store.ids, *store.errors["id"].to_pylist()])
+
+    def _report(self, meter: Meter, manifest: dict[str, Any]) -> None:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in manifest["errors_by_kind"].items())
+        logger.info(
+            "extracted %d images into %s (%s): %d rows, %d errors%s",
+            meter.images,
+            self.folder.path,
+            meter,
+            manifest["rows"],
+            manifest["errors"],
+            f" ({kinds})" if kinds else "",
+        )
+
+
+def _actor_pool(size: int) -> dict[str, Any]:
+    """Arguments of ``map_batches`` for a pool of actors that take several calls at a time.
+
+    The number of calls is an argument of the strategy in newer releases (2.60 has it, 2.54 has not), and an actor's own
+    option in older ones, where newer ones deprecate it.
+    """
+    options: dict[str, Any] = {"size": size, "max_tasks_in_flight_per_actor": 2 * _CALLS}
+    options["enable_true_multi_threading"] = True
+    parameters = inspect.signature(ray.data.ActorPoolStrategy.__init__).parameters
+    if "max_concurrent_calls_per_actor" in parameters:
+        return {"compute": ray.data.ActorPoolStrategy(**options, max_concurrent_calls_per_actor=_CALLS)}
+    return {"compute": ray.data.ActorPoolStrategy(**options), "max_concurrency": _CALLS}
+
+
+def _spans(sizes: list[int]) -> list[tuple[int, int]]:
+    spans, start = [], 0
+    for size in sizes:
+        spans.append((start, start + size))
+        start += size
+    return spans
+
+
+def _own_error(error: BaseException) -> DinoV3Error | None:
+    """This package's own error within what Ray wrapped around it."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, DinoV3Error):
+            return seen
+        cause = getattr(seen, "cause", None)
+        seen = cause if isinstance(cause, BaseException) else seen.__cause__ or seen.__context__
+    return None
+
+
+@contextlib.contextmanager
+def _lock(folder: Folder, dry_run: bool) -> Iterator[None]:
+    """One run at a time into a local folder. The lock is the kernel's, and ends with the process, however that ends."""
+    if not folder.is_local or dry_run:
+        yield
+        return
+    folder.make()
+    with open(folder.join(".lock"), "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise StoreError(f"{folder.path} is being written by another run: wait for it, or end it") from error
+        yield

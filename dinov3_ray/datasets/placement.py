@@ -1,0 +1,73 @@
+"""Who computes where: a pure decision from what the cluster has."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from dinov3_ray.errors import ConfigError
+
+__all__ = ["Placement", "place"]
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Of the teacher's actors and the decoding tasks.
+
+    Attributes:
+        replicas: actors.
+        num_gpus, num_cpus: that each reserves.
+        decode_cpus: that a decoding task reserves.
+        window: decoding tasks that each call of an actor keeps going.
+        threads: torch's, in an actor that computes on CPUs; None leaves them to torch.
+    """
+
+    replicas: int
+    num_gpus: float
+    num_cpus: float
+    decode_cpus: float
+    window: int
+    threads: int | None
+
+
+def place(
+    resources: Mapping[str, float],
+    nodes: int,
+    *,
+    replicas: int | None = None,
+    num_gpus: float | None = None,
+    decoders: int | None = None,
+    pooled: bool = False,
+) -> Placement:
+    """One actor a GPU where the cluster has any, else one a node; for a pool, one actor that asks it.
+
+    Actors reserve at most one CPU each and half of all together, whatever they use, so that decoding never starves.
+
+    Raises:
+        ConfigError: an option is out of range, or the cluster has not got that much.
+    """
+    for name, value in (("replicas", replicas), ("decoders", decoders)):
+        if value is not None and value < 1:
+            raise ConfigError(f"{name} must be at least 1; got {value}")
+    gpus, cpus = resources.get("GPU", 0.0), max(resources.get("CPU", 1.0), 1.0)
+    if pooled:
+        num_gpus = 0.0
+    elif num_gpus is None:
+        num_gpus = 1.0 if gpus >= 1 else 0.0
+    if num_gpus < 0 or (replicas or 1) * num_gpus > gpus:
+        raise ConfigError(
+            f"replicas x num_gpus must fit the cluster's {gpus:g} GPUs; got {replicas or 1} x {num_gpus:g}"
+        )
+    if replicas is None:
+        replicas = 1 if pooled else int(gpus // num_gpus) if num_gpus else nodes
+    num_cpus = min(1.0, cpus / 2 / replicas)
+    on_cpu = not num_gpus and not pooled
+    return Placement(
+        replicas,
+        num_gpus,
+        num_cpus,
+        min(1.0, cpus - replicas * num_cpus),
+        decoders or max(2, math.ceil(cpus / replicas)),
+        max(1, int(cpus / nodes) // math.ceil(replicas / nodes)) if on_cpu else None,
+    )
