@@ -26,6 +26,7 @@ class Lazy(NamedTuple):
 
 COMMANDS = {
     "checkpoint": Lazy("dinov3_ray.checkpoint.commands:checkpoint", "Make, convert, check and describe checkpoints."),
+    "demo": Lazy("dinov3_ray.demo.commands:demo", "Teach a small student with a pool of teachers, in about a minute."),
 }
 
 

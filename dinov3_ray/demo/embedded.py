@@ -1,0 +1,135 @@
+"""A Ray of the demonstration's own, of which nothing is left when it ends; or the one that the user names."""
+
+from __future__ import annotations
+
+import math
+import os
+import secrets
+import shutil
+import signal
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+
+import ray
+
+from dinov3_ray.pool.cluster import Runtime, connect
+
+__all__ = ["DemoRay", "gpus_a_replica", "make_folder", "remove_folder"]
+
+_OBJECT_STORE_BYTES = 200 * 2**20  # a batch and its maps are about 5 MB
+_PATIENCE = 10.0  # seconds that Ray's processes get to end by themselves
+
+
+class DemoRay:
+    """Ray for one run. :meth:`close` may be called at any time, and again, until it has come to its end.
+
+    Args:
+        address: ``host:port`` of a running Ray; None takes RAY_ADDRESS, or else starts one in ``folder``, with a token
+            of its own, no dashboard and a small object store.
+        folder: for the files of a Ray that is started. Its path must be short: those of Ray's sockets may have about
+            100 characters.
+    """
+
+    def __init__(self, address: str | None, folder: Path) -> None:
+        self._address = address or os.environ.get("RAY_ADDRESS") or None
+        self._folder = folder
+        self._runtime: Runtime | None = None
+        self._environment: dict[str, str | None] = {}
+
+    @property
+    def embedded(self) -> bool:
+        return self._address is None
+
+    def start(self) -> None:
+        """Connect.
+
+        Raises:
+            PoolError: Ray cannot be reached or started.
+        """
+        if not self.embedded:
+            self._runtime = connect(self._address)
+            return
+        token = self._folder / "token"
+        token.touch(mode=0o600)
+        token.write_text(secrets.token_hex(32))
+        # Without a path Ray writes its token to ~/.ray, for anyone to read. No report of use leaves the machine.
+        self._set_environment({"RAY_AUTH_TOKEN_PATH": str(token), "RAY_USAGE_STATS_ENABLED": "0"})
+        self._runtime = connect(
+            may_start=True,
+            object_store_memory=_OBJECT_STORE_BYTES,
+            _temp_dir=str(self._folder / "ray"),
+            logging_level="ERROR",  # else it warns that it uses the token
+        )
+
+    def close(self) -> None:
+        """Part from Ray; end one that was started here, to its last process."""
+        if self._runtime is not None:
+            self._runtime.close()
+        if self.embedded:
+            _end_users_of(self._folder)
+        self._set_environment(dict(self._environment))
+
+    def _set_environment(self, values: Mapping[str, str | None]) -> None:
+        for name, value in values.items():
+            self._environment.setdefault(name, os.environ.get(name))
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def make_folder() -> Path:
+    """A new folder with a short path, for this user alone."""
+    # As Ray does for itself: some systems' own choice, such as macOS's, is too long a path for sockets.
+    parent = "/tmp" if os.path.isdir("/tmp") else None  # noqa: S108 - mkdtemp makes it safe
+    return Path(tempfile.mkdtemp(prefix="dinov3-", dir=parent))
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove it; processes that end at this moment may still write a last line of log into it."""
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def gpus_a_replica(replicas: int) -> float:
+    """The share of a GPU for each of ``replicas``, so that all find room at once; 0 where no GPU is free."""
+    free = int(ray.available_resources().get("GPU", 0))
+    if not free:
+        return 0.0
+    sharers = math.ceil(replicas / free)
+    return 1.0 if sharers == 1 else math.floor(1e4 / sharers) / 1e4  # Ray counts in ten-thousandths
+
+
+def _end_users_of(folder: Path) -> None:
+    """Wait until no other process has a file below ``folder`` open, as all of Ray's have; then end those that still do.
+
+    Ray itself does not wait for its workers, nor for those that are being started as it ends. Where there is no /proc,
+    that must do.
+    """
+    deadline = time.monotonic() + _PATIENCE
+    while users := _users_of(folder):
+        if time.monotonic() > deadline:
+            for pid in users:
+                with suppress(ProcessLookupError):  # it has ended meanwhile
+                    os.kill(pid, signal.SIGKILL)
+        time.sleep(0.02)
+
+
+def _users_of(folder: Path) -> list[int]:
+    prefix = f"{folder.resolve()}/"
+    own = str(os.getpid())
+    return [
+        int(process.name)
+        for process in Path("/proc").glob("[0-9]*")
+        if process.name != own and any(target.startswith(prefix) for target in _open_files(process))
+    ]
+
+
+def _open_files(process: Path) -> Iterator[str]:
+    try:
+        for entry in os.scandir(process / "fd"):
+            yield os.readlink(entry.path)
+    except OSError:
+        return  # it has ended, or is another user's

@@ -1,0 +1,81 @@
+"""Ctrl-C at any moment, with nothing left half started or half ended.
+
+It imports nothing heavy: it is in force before torch and Ray are loaded.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType, TracebackType
+from typing import Any, Self
+
+__all__ = ["Interrupts"]
+
+_SIGNALS = tuple(
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
+)  # Windows has no SIGHUP
+
+
+class Interrupts:
+    """While entered, the first SIGINT, SIGTERM or SIGHUP raises KeyboardInterrupt; under :meth:`held`, at its end.
+
+    Later ones raise nothing, so that what tidies up after the first is not cut short. For the main thread.
+
+    Attributes:
+        signal: the first one that came.
+    """
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self._raised = False
+        self._held = 0
+        self._before: dict[int, Any] = {}
+
+    @property
+    def exit_code(self) -> int:
+        """What a shell expects of a command that this signal ended; 0 if none came."""
+        return 128 + self.signal if self.signal is not None else 0
+
+    def install(self) -> None:
+        """Take the signals; again after code that may have taken them itself, as ray.init() does."""
+        for number in _SIGNALS:
+            before = signal.signal(number, self._note)
+            self._before.setdefault(number, before)
+
+    def check(self) -> None:
+        """Raise what came but was lost: a library may have caught the exception."""
+        if self.signal is not None:
+            self._raise()
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """A stretch that must not be cut in two; a signal within it takes effect at its end."""
+        self._held += 1
+        try:
+            yield
+        finally:
+            self._held -= 1
+        if self.signal is not None and not self._raised and not self._held:
+            self._raise()
+
+    def __enter__(self) -> Self:
+        self.install()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for number, before in self._before.items():
+            signal.signal(number, before)
+
+    def _note(self, number: int, _frame: FrameType | None) -> None:
+        if self.signal is None:
+            self.signal = number
+        if not self._held and not self._raised:
+            self._raise()
+
+    def _raise(self) -> None:
+        self._raised = True
+        raise KeyboardInterrupt

@@ -1,0 +1,88 @@
+"""What a demonstration leaves behind: its loss curve, its pictures, and its figures for scripts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from dinov3_ray.pictures import PcaBasis, save_grid
+
+__all__ = ["LOSS_FILE", "MAPS_FILE", "SUMMARY_FILE", "Summary", "save_loss_curve", "save_maps", "save_summary"]
+
+LOSS_FILE, MAPS_FILE, SUMMARY_FILE = "loss.png", "maps.png", "summary.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """One run in figures.
+
+    Attributes:
+        teacher: what the pool says that it serves.
+        fingerprint: of it.
+        replicas: of the pool.
+        pictures: that the views were cut from.
+        batch: views a step.
+        losses: of each step: 1 - cosine between student and teacher, averaged over the views' patches.
+        first_loss: of the first step.
+        last_loss: mean over the last tenth of the steps.
+        images_per_second: over the training, the filling of the pipeline included.
+        wait_share: of the training's time, that was spent waiting for the teacher.
+        training_seconds: of the training.
+        total_seconds: from the start of the command to the writing of this.
+    """
+
+    teacher: str
+    fingerprint: str | None
+    replicas: int
+    pictures: int
+    batch: int
+    losses: tuple[float, ...]
+    first_loss: float
+    last_loss: float
+    images_per_second: float
+    wait_share: float
+    training_seconds: float
+    total_seconds: float
+
+
+def save_summary(folder: Path, summary: Summary) -> None:
+    (folder / SUMMARY_FILE).write_text(json.dumps(asdict(summary), indent=2) + "\n", encoding="utf-8")
+
+
+def save_loss_curve(folder: Path, losses: Sequence[float]) -> None:
+    figure = Figure(figsize=(7, 4), dpi=100, layout="constrained")
+    axes = figure.subplots()
+    steps = range(1, len(losses) + 1)
+    axes.plot(steps, losses, color="#9db8d9", linewidth=1, label="each step")
+    axes.plot(steps, _smoothed(losses), color="#1f4e8c", linewidth=2, label="smoothed")
+    axes.set(xlabel="step", ylabel="1 - cosine(student, teacher)", title="Distillation loss", ylim=(0, None))
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(folder / LOSS_FILE)
+
+
+def _smoothed(losses: Sequence[float], weight: float = 0.85) -> list[float]:
+    """The exponential mean, without its bias towards the first value."""
+    total = norm = 0.0
+    smoothed = []
+    for loss in losses:
+        total, norm = weight * total + loss, weight * norm + 1
+        smoothed.append(total / norm)
+    return smoothed
+
+
+def save_maps(folder: Path, pictures: Sequence[Tensor], teacher_BDhw: Tensor, student_BDhw: Tensor) -> None:
+    """Pictures uint8 [3,H,W] beside both maps, in the colours of the teacher's principal components."""
+    basis = PcaBasis.fit(teacher_BDhw)
+    columns = {
+        "image": pictures,
+        "teacher's map": list(basis.rgb(teacher_BDhw)),
+        "student's map": list(basis.rgb(student_BDhw)),
+    }
+    save_grid(folder / MAPS_FILE, columns)

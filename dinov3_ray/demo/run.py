@@ -1,0 +1,206 @@
+"""The demonstration: a pool of teachers, a student, and a training loop that is fed ahead of time.
+
+Shapes: B views, D teacher channels, h × w the teacher's grid.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import secrets
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dinov3_ray.checkpoint import init_checkpoint
+from dinov3_ray.config import DinoV3Config
+from dinov3_ray.demo.augment import Views, crop_centre
+from dinov3_ray.demo.display import Display
+from dinov3_ray.demo.embedded import DemoRay, gpus_a_replica, make_folder, remove_folder
+from dinov3_ray.demo.interrupts import Interrupts
+from dinov3_ray.demo.photographs import read_photographs
+from dinov3_ray.demo.results import Summary, save_loss_curve, save_maps, save_summary
+from dinov3_ray.demo.scenes import draw_scene
+from dinov3_ray.demo.student import Student
+from dinov3_ray.errors import ConfigError
+from dinov3_ray.features import FeatureSpec
+from dinov3_ray.pool.remote import RemoteTeacher
+from dinov3_ray.pool.teacher_pool import TeacherPool
+from dinov3_ray.training.losses import DistillationLoss
+
+__all__ = ["Settings", "run"]
+
+_SPEC = FeatureSpec(feature_map=True)
+_VARIANT, _IMAGE_SIZE = "vit-test", 256  # a pass of a batch takes a CPU core a fraction of a second
+_SCENES, _SHOWN = 40, 4
+_MOST_PHOTOGRAPHS = 200
+_LEARNING_RATE = 4e-3
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What the command's options say; see their help."""
+
+    out: Path
+    images: Path | None = None
+    root: Path | None = None
+    steps: int = 150
+    replicas: int = 2
+    batch: int = 8
+    address: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Trained:
+    """What the training loop leaves."""
+
+    student: Student
+    losses: tuple[float, ...]
+    wait_share: float
+    seconds: float
+
+
+def run(settings: Settings, display: Display, interrupts: Interrupts) -> Summary:
+    """Do all of it, and leave the files in ``settings.out``. However it ends, its pool and its own Ray are gone then.
+
+    Raises:
+        ConfigError, CheckpointError, InputError, PoolError: an option, a file or the cluster is wrong.
+        KeyboardInterrupt: a signal came.
+    """
+    begun = time.monotonic()
+    logging.getLogger("dinov3_ray").addFilter(_says_more_than_the_bar)
+    # The replicas have the other half of the cores.
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // 2))
+    _make_out(settings.out)
+    with interrupts.held():
+        folder = make_folder()
+        ray = DemoRay(settings.address, folder)
+    # Twice: should the first interrupt come within the first tidying up, the second one completes it.
+    try:
+        try:
+            return _run(settings, display, interrupts, ray, folder, begun)
+        finally:
+            _tidy(ray, folder)
+    finally:
+        _tidy(ray, folder)
+
+
+def _run(
+    settings: Settings, display: Display, interrupts: Interrupts, ray: DemoRay, folder: Path, begun: float
+) -> Summary:
+    root = settings.root or init_checkpoint(_VARIANT, folder / "teacher", image_size=_IMAGE_SIZE)
+    config = DinoV3Config(root)
+    pictures, shown = _pictures(settings, display, max(config.image_size))
+    with display.phase(f"{'starting' if ray.embedded else 'joining'} Ray"), interrupts.held():
+        ray.start()
+        interrupts.install()  # ray.init() has a handler of its own for SIGTERM
+    name = f"demo-{secrets.token_hex(4)}"
+    with display.phase(f"starting {settings.replicas} teachers"):
+        pool = TeacherPool.start(
+            config, name=name, replicas=settings.replicas, num_gpus=gpus_a_replica(settings.replicas)
+        )
+    with pool:
+        teacher = pool.teacher()
+        views = Views(pictures, config.image_size, batch=settings.batch, steps=settings.steps, seed=0)
+        trained = _train(teacher, views, config.hidden_size, settings.batch, display, interrupts)
+        centres = [crop_centre(picture, config.image_size) for picture in shown]
+        teacher_map = teacher.extract_feature_map(torch.stack(centres))
+        described, fingerprint = teacher.info.description, teacher.fingerprint
+    save_maps(settings.out, centres, teacher_map, _map_of(trained.student, torch.stack(centres)))
+    save_loss_curve(settings.out, trained.losses)
+    tail = trained.losses[-max(1, len(trained.losses) // 10) :]
+    summary = Summary(
+        teacher=described,
+        fingerprint=fingerprint,
+        replicas=settings.replicas,
+        pictures=len(pictures),
+        batch=settings.batch,
+        losses=trained.losses,
+        first_loss=trained.losses[0],
+        last_loss=sum(tail) / len(tail),
+        images_per_second=len(trained.losses) * settings.batch / trained.seconds,
+        wait_share=trained.wait_share,
+        training_seconds=trained.seconds,
+        total_seconds=time.monotonic() - begun,
+    )
+    save_summary(settings.out, summary)
+    return summary
+
+
+def _train(
+    teacher: RemoteTeacher, views: Views, channels: int, batch: int, display: Display, interrupts: Interrupts
+) -> _Trained:
+    torch.manual_seed(0)
+    student = Student(channels)
+    distill = DistillationLoss("cosine", align="teacher")
+    optimizer = torch.optim.AdamW(student.parameters(), lr=_LEARNING_RATE)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, len(views)))
+    losses: list[float] = []
+    begun = time.monotonic()
+    prefetch = teacher.prefetch(views, _SPEC, images=lambda views_B3HW: views_B3HW)
+    with display.training(len(views)) as report:
+        for views_B3HW, targets in prefetch:
+            loss = distill(student(views_B3HW), targets)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            losses.append(loss.item())
+            interrupts.check()
+            seconds = time.monotonic() - begun
+            report(len(losses), losses[-1], batch * len(losses) / seconds, prefetch.wait_share)
+    return _Trained(student, tuple(losses), prefetch.wait_share, time.monotonic() - begun)
+
+
+def _rate(step: int, steps: int) -> float:
+    """The learning rate's factor: a rise over the first tenth of the steps, then half a cosine down to 0."""
+    rise = max(1, steps // 10)
+    if step < rise:
+        return (step + 1) / rise
+    return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
+
+
+def _map_of(student: Student, views_B3HW: Tensor) -> Tensor:
+    with torch.no_grad():
+        map_BDhw: Tensor = student.eval()(views_B3HW)
+    return map_BDhw
+
+
+def _pictures(settings: Settings, display: Display, size: int) -> tuple[list[Tensor], list[Tensor]]:
+    """Those to train on, and those to show at the end; the latter are new to the student where there are enough."""
+    if settings.images is None:
+        with display.phase(f"drawing {_SCENES} scenes"):
+            found = [draw_scene(seed) for seed in range(_SCENES)]
+    else:
+        with display.phase(f"reading photographs in {settings.images}"):
+            read = read_photographs(settings.images, at_most=_MOST_PHOTOGRAPHS, shorter_side=2 * size)
+        for line in read.skipped:
+            display.note(f"skipped: {line}")
+        found = list(read.pictures)
+    if len(found) < 2 * _SHOWN:
+        return found, found[:_SHOWN]
+    return found[_SHOWN:], found[:_SHOWN]
+
+
+def _make_out(out: Path) -> None:
+    """Now, so that a folder that cannot be written shows before the work is done."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--out must be a folder that can be written; got {out} ({error.strerror})") from error
+    if not os.access(out, os.W_OK | os.X_OK):
+        raise ConfigError(f"--out must be a folder that can be written; {out} may not be by this user")
+
+
+def _tidy(ray: DemoRay, folder: Path) -> None:
+    ray.close()
+    remove_folder(folder)
+
+
+def _says_more_than_the_bar(record: logging.LogRecord) -> bool:
+    """Not the hint on waiting for the teacher: the bar shows the share, and here both share one machine's cores."""
+    return record.module != "prefetch"
