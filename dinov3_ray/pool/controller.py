@@ -17,6 +17,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from dinov3_ray.errors import ReplicaError
+from dinov3_ray.metrics import Publisher
 from dinov3_ray.pool.autoscaling import Autoscaler
 from dinov3_ray.pool.cluster import list_actors, replica_name
 from dinov3_ray.pool.declaration import Declaration
@@ -24,6 +25,7 @@ from dinov3_ray.pool.ledger import Ledger
 from dinov3_ray.pool.membership import Action, ActionKind, Membership, MemberState, serial_of
 from dinov3_ray.pool.messages import PoolView, ReplicaView, TeacherInfo
 from dinov3_ray.pool.processes import kill_process
+from dinov3_ray.pool.readings import read_controller
 from dinov3_ray.pool.replica import ReplicaStatistics
 from dinov3_ray.pool.replica_actor import Birth, Place, ReplicaActor
 from dinov3_ray.pool.status import PoolStatus, ReplicaStatus
@@ -64,6 +66,7 @@ class Controller:
         self._autoscaler = Autoscaler(
             busy_seconds=declared.options.busy_seconds, idle_seconds=declared.options.idle_seconds
         )
+        self._publisher = Publisher(name)
         self._wake = asyncio.Event()
         self._published = asyncio.Condition()
         self._closed = False
@@ -158,6 +161,7 @@ class Controller:
                 self._carry_out(action)
             if self._membership.epoch != epoch:
                 self._save()
+            self._publish_metrics()
             async with self._published:
                 self._published.notify_all()
             pause = self._declaration.options.health_interval
@@ -345,6 +349,13 @@ class Controller:
             device=tended.info.device if tended.info else None,
             golden_cosine=tended.info.golden_cosine if tended.info else None,
             statistics=tended.statistics,
+        )
+
+    def _publish_metrics(self) -> None:
+        membership = self._membership
+        states = [member.state for member in membership.members]
+        self._publisher.publish(
+            read_controller(states, target=membership.target, clients=len(self._clients), restarts=membership.restarts)
         )
 
     def _save(self) -> None:

@@ -17,7 +17,9 @@ import numpy as np
 from dinov3_ray.pool.declaration import Declaration
 from dinov3_ray.pool.membership import ActionKind, Membership, MemberState
 from dinov3_ray.pool.messages import PoolView, ReplicaView, RequestHeader, TeacherInfo
+from dinov3_ray.pool.readings import ClientSeconds
 from dinov3_ray.pool.replica import Replica
+from dinov3_ray.pool.routing import RoutingStatistics
 from dinov3_ray.pool.source import CheckedSource, builder
 from dinov3_ray.pool.status import PoolStatus, ReplicaStatus
 from dinov3_ray.pool.transport import OnAnswer, OnView
@@ -231,6 +233,9 @@ class LocalTransport:
 
     def report(self, replica_id: str, reason: str) -> None:
         """Nothing to do: the replica's own counters show it, and a thread cannot be replaced."""
+
+    def publish(self, routing: RoutingStatistics, seconds: ClientSeconds) -> None:
+        """Nobody to tell: metrics go out through Ray."""
 
     def leave(self, client_id: str) -> None:
         self._controller.leave(client_id)

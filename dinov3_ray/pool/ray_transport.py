@@ -14,8 +14,11 @@ from typing import Any
 import numpy as np
 import ray
 
+from dinov3_ray.metrics import Publisher
 from dinov3_ray.pool.ledger import Ledger
 from dinov3_ray.pool.messages import ReplicaView, RequestHeader
+from dinov3_ray.pool.readings import ClientSeconds, read_client
+from dinov3_ray.pool.routing import RoutingStatistics
 from dinov3_ray.pool.transport import Gone, OnAnswer, OnView, Unreachable
 from dinov3_ray.pool.wire import Array
 
@@ -35,6 +38,7 @@ class RayTransport:
         self.default_max_bytes = int(min((size for size in stores if size), default=2**30) * _STORE_SHARE)
         self._controller = controller
         self._ledger = Ledger(namespace, pool)
+        self._publisher = Publisher(pool)
         self._kept_bytes = 0
         self._kept_lock = threading.Lock()
 
@@ -98,7 +102,11 @@ class RayTransport:
     def report(self, replica_id: str, reason: str) -> None:
         self._controller.report.remote(replica_id, reason)
 
+    def publish(self, routing: RoutingStatistics, seconds: ClientSeconds) -> None:
+        self._publisher.publish(read_client(routing, seconds))
+
     def leave(self, client_id: str) -> None:
+        self._publisher.close()
         if ray.is_initialized():
             self._controller.leave.remote(client_id)
 

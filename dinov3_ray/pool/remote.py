@@ -159,7 +159,7 @@ class RemoteTeacher:
             depth: batches in flight ahead of the loop; ``auto`` finds it.
             device: where the targets shall be; None leaves them on the CPU.
         """
-        return Prefetch(self, loader, spec, images=images, depth=depth, device=device)
+        return Prefetch(self, loader, spec, images=images, depth=depth, device=device, on_step=self._count_step)
 
     @property
     def parallelism(self) -> int:
@@ -224,6 +224,11 @@ class RemoteTeacher:
     def __repr__(self) -> str:
         state = "closed" if self._closed else repr(self._router) if self._router else "not connected yet"
         return f"<RemoteTeacher {self._settings.name!r}: {state}>"
+
+    def _count_step(self, waited: float, seconds: float) -> None:
+        router = self._router
+        if router is not None:
+            router.seconds.add_step(waited, seconds)
 
     # Connecting -----------------------------------------------------------------------------------------------------
 

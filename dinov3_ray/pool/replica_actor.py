@@ -11,10 +11,12 @@ import ray
 from ray import cloudpickle
 
 from dinov3_ray.errors import ReplicaError
+from dinov3_ray.metrics import Publisher
 from dinov3_ray.pool.ledger import Ledger
 from dinov3_ray.pool.messages import Answer, Outcome, RequestHeader, TeacherInfo
 from dinov3_ray.pool.options import PoolOptions
 from dinov3_ray.pool.processes import process_start
+from dinov3_ray.pool.readings import read_replica
 from dinov3_ray.pool.replica import Replica, ReplicaStatistics
 from dinov3_ray.pool.source import builder
 from dinov3_ray.pool.wire import Array
@@ -68,6 +70,7 @@ class ReplicaActor:
             on_suspect=lambda request_id: ledger.begin_suspect(birth.replica_id, request_id),
         )
         self._loading = False
+        self._publisher = Publisher(birth.pool, birth.replica_id)
 
     @ray.method(concurrency_group="control")
     async def place(self) -> Place:
@@ -88,7 +91,9 @@ class ReplicaActor:
 
     @ray.method(concurrency_group="control")
     async def health(self) -> ReplicaStatistics:
-        return self._replica.statistics()
+        statistics = self._replica.statistics()
+        self._publisher.publish(read_replica(statistics))
+        return statistics
 
     @ray.method(concurrency_group="control")
     async def forget(self, client_id: str) -> int:

@@ -28,6 +28,7 @@ from dinov3_ray.features import FeatureSpec
 from dinov3_ray.images import ImageBatch
 from dinov3_ray.pool.handle import Handle, Part
 from dinov3_ray.pool.messages import Answer, Outcome, PoolView, ReplicaView, RequestHeader
+from dinov3_ray.pool.readings import ClientSeconds
 from dinov3_ray.pool.routing import Failure, Limits, RoutingBook, RoutingStatistics, Send, Verdict
 from dinov3_ray.pool.sizing import ResultSizes
 from dinov3_ray.pool.transport import Gone, Transport, Unreachable
@@ -52,6 +53,7 @@ class _Sent:
     nbytes: int
     cancel: Callable[[], None] | None = None
     error: BaseException | None = None
+    sent_at: float = 0.0
 
 
 class Router:
@@ -72,6 +74,7 @@ class Router:
         self.client_id = uuid.uuid4().hex[:12]
         self.pool = pool
         self.timeout = timeout
+        self.seconds = ClientSeconds()
         self.max_bytes = limits.max_bytes or transport.default_max_bytes
         self._transport = transport
         self._book = RoutingBook(replace(limits, max_bytes=self.max_bytes))
@@ -198,12 +201,14 @@ class Router:
     def _shut(self) -> None:
         for sent in list(self._requests.values()):
             self._give_up(sent, PoolClosedError(f"the client of pool {self.pool!r} was closed with this in flight"))
+        self._transport.publish(self._book.statistics(), self.seconds)
         self._transport.leave(self.client_id)
 
     # Views ----------------------------------------------------------------------------------------------------------
 
     def _follow(self) -> None:
         self._follow_at = None
+        self._transport.publish(self._book.statistics(), self.seconds)
         epoch = self._view.epoch if self._view else -1
         self._transport.follow(self.client_id, epoch, lambda view: self._events.put(lambda: self._on_view(view)))
 
@@ -256,6 +261,7 @@ class Router:
         sent = self._requests[send.request_id]
         backlog = self._book.statistics().waiting * sent.header.rows
         header = replace(sent.header, suspect=send.suspect, urgent=send.urgent, backlog=backlog)
+        sent.sent_at = time.monotonic()
         sent.cancel = self._transport.send(
             self._replicas[send.replica_id],
             header,
@@ -295,6 +301,7 @@ class Router:
             # Another replica computed the same images well: those that did not are sick.
             for replica_id in history:
                 self._transport.report(replica_id, f"sick: {sent.error}")
+        self.seconds.transfer += max(0.0, time.monotonic() - sent.sent_at - answer.seconds.total)
         self._sizes.learn(sent.header.spec, sent.header.rows, sum(array.nbytes for array in arrays))
         sent.part.answer, sent.part.arrays = answer, self._transport.adopt(arrays)
         handle = sent.part.handle

@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from dinov3_ray.pool.messages import Answer, PoolView, ReplicaView, RequestHeader
+from dinov3_ray.pool.readings import ClientSeconds
+from dinov3_ray.pool.routing import RoutingStatistics
 from dinov3_ray.pool.wire import Array
 
 __all__ = ["Gone", "OnAnswer", "OnView", "Transport", "Unreachable"]
@@ -59,6 +61,10 @@ class Transport(Protocol):
 
     def report(self, replica_id: str, reason: str) -> None:
         """Tell the controller of a replica that misbehaves."""
+        ...
+
+    def publish(self, routing: RoutingStatistics, seconds: ClientSeconds) -> None:
+        """Tell the operator's metrics how this client stands; called every few seconds, and at its end."""
         ...
 
     def leave(self, client_id: str) -> None:

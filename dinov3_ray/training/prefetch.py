@@ -89,6 +89,7 @@ class Prefetch(Generic[Batch]):
         the
             loop had to wait, and gives one back after a long time without a wait.
         device: where the targets shall be; None leaves them where the teacher puts them.
+        on_step: told of each step after the first: seconds waited for the teacher, and seconds in all.
 
     Raises:
         ConfigError: ``depth`` is neither ``auto`` nor a whole number of at least 1.
@@ -103,6 +104,7 @@ class Prefetch(Generic[Batch]):
         images: Callable[[Batch], Images],
         depth: int | Literal["auto"] = "auto",
         device: torch.device | str | None = None,
+        on_step: Callable[[float, float], None] | None = None,
     ) -> None:
         if depth != "auto" and (isinstance(depth, bool) or not isinstance(depth, int) or depth < 1):
             raise ConfigError(f'depth must be "auto" or a whole number >= 1; got {depth!r}')
@@ -113,6 +115,7 @@ class Prefetch(Generic[Batch]):
         self._images = images
         self._fixed_depth = None if depth == "auto" else depth
         self._device = None if device is None else torch.device(device)
+        self._on_step = on_step
         self._depth = self._fixed_depth or 2
         self._calm = 0
         self._steps = 0
@@ -193,6 +196,8 @@ class Prefetch(Generic[Batch]):
     def _count(self, waited: float, seconds: float) -> None:
         self._wait_seconds += waited
         self._seconds += seconds
+        if self._on_step is not None:
+            self._on_step(waited, seconds)
         if self._fixed_depth is None:
             self._tune(waited)
         if self._steps >= _WARN_AFTER and not self._warned and self.wait_share > _WARN_SHARE:
