@@ -161,7 +161,7 @@ class Controller:
                 self._carry_out(action)
             if self._membership.epoch != epoch:
                 self._save()
-            self._publish_metrics()
+            self._publisher.publish(read_controller(self._membership, clients=len(self._clients)))
             async with self._published:
                 self._published.notify_all()
             pause = self._declaration.options.health_interval
@@ -349,13 +349,6 @@ class Controller:
             device=tended.info.device if tended.info else None,
             golden_cosine=tended.info.golden_cosine if tended.info else None,
             statistics=tended.statistics,
-        )
-
-    def _publish_metrics(self) -> None:
-        membership = self._membership
-        states = [member.state for member in membership.members]
-        self._publisher.publish(
-            read_controller(states, target=membership.target, clients=len(self._clients), restarts=membership.restarts)
         )
 
     def _save(self) -> None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from dinov3_ray.metrics import Reading
-from dinov3_ray.pool.membership import MemberState
+from dinov3_ray.pool.membership import Membership, MemberState
 from dinov3_ray.pool.replica import ReplicaStatistics
 from dinov3_ray.pool.routing import RoutingStatistics
 
@@ -57,10 +57,10 @@ def read_client(routing: RoutingStatistics, seconds: ClientSeconds) -> Iterator[
     yield Reading("dinov3_trainer_wait_seconds", seconds.trainer_wait)
 
 
-def read_controller(states: Iterable[MemberState], *, target: int, clients: int, restarts: int) -> Iterator[Reading]:
-    counts = Counter(states)
+def read_controller(membership: Membership, *, clients: int) -> Iterator[Reading]:
+    counts = Counter(member.state for member in membership.members)
     for state in MemberState:
         yield Reading("dinov3_replicas", counts[state], str(state))
-    yield Reading("dinov3_replicas_target", target)
+    yield Reading("dinov3_replicas_target", membership.target)
     yield Reading("dinov3_clients", clients)
-    yield Reading("dinov3_restarts", restarts)
+    yield Reading("dinov3_restarts", membership.restarts)
