@@ -34,6 +34,7 @@ __all__ = ["Controller"]
 
 log = logging.getLogger("dinov3_ray")
 
+_FAREWELL = 0.1  # seconds in which the last answers leave this process
 _SICK_AFTER_ERRORS = 3  # forward passes in a row that raised, after which a replica is replaced
 
 
@@ -63,6 +64,7 @@ class Controller:
         self._membership.resize(declared.target)
         self._tended: dict[str, _Tended] = {}
         self._clients: dict[str, float] = {}
+        self._watching = 0
         self._autoscaler = Autoscaler(
             busy_seconds=declared.options.busy_seconds, idle_seconds=declared.options.idle_seconds
         )
@@ -81,11 +83,14 @@ class Controller:
         Being in this call, or having been lately, is what tells that a client lives.
         """
         self._clients[client_id] = time.monotonic()
+        self._watching += 1
         try:
             async with asyncio.timeout(timeout), self._published:
                 await self._published.wait_for(lambda: self._membership.epoch != known_epoch or self._closed)
         except TimeoutError:
             log.debug("nothing new for client %s within %s s", client_id, timeout)
+        finally:
+            self._watching -= 1
         if client_id in self._clients:
             self._clients[client_id] = time.monotonic()
         return self._view()
@@ -145,6 +150,10 @@ class Controller:
         self._membership.epoch += 1
         async with self._published:
             self._published.notify_all()
+        # The caller ends this actor next: let the clients' answers leave first.
+        while self._watching:
+            await asyncio.sleep(0)
+        await asyncio.sleep(_FAREWELL)
         return places
 
     # Supervision ----------------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """Requests to replicas that are Ray actors.
 
-Inputs above Ray's inlining limit are put into the object store once, and sent by reference however often they are
+Inputs beyond a small size are put into the object store once, and sent by reference however often they are
 re-sent. Answers come back as arrays that alias the object store.
 """
 
@@ -15,6 +15,7 @@ import numpy as np
 import ray
 
 from dinov3_ray.metrics import Publisher
+from dinov3_ray.pool.framing import frame_request, is_small, open_answer
 from dinov3_ray.pool.ledger import Ledger
 from dinov3_ray.pool.messages import ReplicaView, RequestHeader
 from dinov3_ray.pool.readings import ClientSeconds, read_client
@@ -24,7 +25,6 @@ from dinov3_ray.pool.wire import Array
 
 __all__ = ["RayTransport"]
 
-_INLINE_BYTES = 64 * 1024  # below this, Ray carries arguments inside the call itself
 _STORE_SHARE = 0.3  # of one node's object store: what one client may have in flight, and what its results may keep
 _WATCH_SECONDS = 5.0
 
@@ -48,26 +48,35 @@ class RayTransport:
 
         def watched(future: Any) -> None:
             error = future.exception()
-            on_view(future.result() if error is None else Gone(_first_line(error)))
+            if error is None:
+                on_view(future.result())
+            elif isinstance(error, ray.exceptions.ActorDiedError):
+                on_view(Gone(_first_line(error)))  # for good: it is restarted as long as its pool lives
+            else:
+                on_view(Unreachable(_first_line(error)))
 
         ref.future().add_done_callback(watched)
 
     def stage(self, arrays: Sequence[Array], *, send_now: bool) -> list[Any]:
-        if send_now and sum(array.nbytes for array in arrays) > _INLINE_BYTES:
+        if send_now and not is_small(arrays):
             return [ray.put(array) for array in arrays]
         return [np.array(array) for array in arrays]
 
     def send(
         self, replica: ReplicaView, header: RequestHeader, staged: list[Any], on_answer: OnAnswer
     ) -> Callable[[], None]:
-        if isinstance(staged[0], np.ndarray) and sum(array.nbytes for array in staged) > _INLINE_BYTES:
+        small = isinstance(staged[0], np.ndarray) and is_small(staged)
+        if not small and isinstance(staged[0], np.ndarray):
             staged[:] = [ray.put(array) for array in staged]  # in place: a re-send finds it put already
-        ref = replica.actor.infer.remote(header, *staged)
+        ref = replica.actor.infer.remote(*frame_request(header, staged, small=small))
 
         def answered(future: Any) -> None:
             error = future.exception()
             if error is None:
-                on_answer(future.result())
+                try:
+                    on_answer(open_answer(future.result()))
+                except Exception as unreadable:  # noqa: BLE001 - unpickling runs foreign code; an answer is never lost
+                    on_answer(unreadable)
             elif isinstance(error, ray.exceptions.ActorUnavailableError):
                 on_answer(Unreachable(_first_line(error)))
             elif isinstance(error, (ray.exceptions.RayActorError, ray.exceptions.ObjectLostError)):

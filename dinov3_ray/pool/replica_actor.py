@@ -12,8 +12,9 @@ from ray import cloudpickle
 
 from dinov3_ray.errors import ReplicaError
 from dinov3_ray.metrics import Publisher
+from dinov3_ray.pool.framing import Reply, frame_answer, open_request
 from dinov3_ray.pool.ledger import Ledger
-from dinov3_ray.pool.messages import Answer, Outcome, RequestHeader, TeacherInfo
+from dinov3_ray.pool.messages import Answer, Outcome, TeacherInfo
 from dinov3_ray.pool.options import PoolOptions
 from dinov3_ray.pool.processes import process_start
 from dinov3_ray.pool.readings import read_replica
@@ -64,7 +65,8 @@ class ReplicaActor:
         ledger = Ledger(birth.namespace, birth.pool)
         self._replica = Replica(
             birth.replica_id,
-            builder(cloudpickle.loads(birth.source), birth.device),
+            # Unpickled when it is built: a class that is missing on this node is a reason to report like any other.
+            lambda: builder(cloudpickle.loads(birth.source), birth.device)(),
             birth.options,
             threads=birth.threads,
             on_suspect=lambda request_id: ledger.begin_suspect(birth.replica_id, request_id),
@@ -105,16 +107,17 @@ class ReplicaActor:
         return await asyncio.to_thread(self._replica.wait_idle, timeout)
 
     @ray.method(concurrency_group="infer")
-    async def infer(self, header: RequestHeader, *arrays: Array) -> tuple[Answer, list[Array]]:
+    async def infer(self, message: bytes, *arrays: Array) -> Reply:
+        header, arrays_given = open_request(message, arrays)
         loop = asyncio.get_running_loop()
         answered: asyncio.Future[tuple[Answer, list[Array]]] = loop.create_future()
 
         def done(answer: Answer, results: list[Array]) -> None:
             loop.call_soon_threadsafe(_set, answered, (answer, results))
 
-        self._replica.offer(header, arrays, done)
+        self._replica.offer(header, arrays_given, done)
         answer, results = await answered
-        return (_portable(answer) if answer.outcome is Outcome.FAILED else answer), results
+        return frame_answer(_portable(answer) if answer.outcome is Outcome.FAILED else answer, results)
 
 
 def _set(future: asyncio.Future[Any], result: Any) -> None:

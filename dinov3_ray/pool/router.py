@@ -89,7 +89,7 @@ class Router:
         self._lock = threading.Lock()
         self._staged_bytes = 0
         self._batches = 0
-        self._closed = False
+        self._closed = self._ended = False
         self._thread = threading.Thread(target=self._run, name=f"dinov3-router-{pool}", daemon=True)
         self._thread.start()
         self._events.put(self._follow)
@@ -113,6 +113,8 @@ class Router:
         """
         if self._closed:
             raise PoolClosedError(f"this client of pool {self.pool!r} is closed")
+        if self._ended:
+            raise self._was_ended()
         with self._lock:
             handle = Handle(self._batches, len(images), spec, self._cancel)
             self._batches += 1
@@ -212,20 +214,21 @@ class Router:
         epoch = self._view.epoch if self._view else -1
         self._transport.follow(self.client_id, epoch, lambda view: self._events.put(lambda: self._on_view(view)))
 
-    def _on_view(self, view: PoolView | Gone) -> None:
-        if isinstance(view, Gone):
+    def _on_view(self, view: PoolView | Gone | Unreachable) -> None:
+        if isinstance(view, Unreachable):
             # Requests go on meanwhile over the replicas that are known.
             log.debug("the controller of pool %s is away: %s", self.pool, view)
             self._follow_at = time.monotonic() + _CONTROLLER_RETRY
             return
-        self._view = view
-        self._viewed.set()
-        if view.closed:
-            for sent in list(self._requests.values()):
-                self._give_up(sent, PoolClosedError(f"pool {self.pool!r} was shut down"))
+        if isinstance(view, Gone) or view.closed:
+            self._ended = True
             self._replicas = {}
             self._book.set_replicas([])
+            for sent in list(self._requests.values()):
+                self._give_up(sent, self._was_ended())
             return
+        self._view = view
+        self._viewed.set()
         self._sizes.learn_teacher(view.info)
         self._book.window = view.options.window
         self._replicas.update({replica.replica_id: replica for replica in view.replicas})
@@ -235,6 +238,9 @@ class Router:
         )
         self._forget_lost()
         self._follow()
+
+    def _was_ended(self) -> PoolClosedError:
+        return PoolClosedError(f"pool {self.pool!r} was shut down")
 
     def _forget_lost(self) -> None:
         """Drop handles of replicas that the book no longer has."""
@@ -252,6 +258,8 @@ class Router:
         for sent in requests:
             self._requests[sent.part.request_id] = sent
             self._enter(sent)
+        if self._ended:
+            self._give_up(requests[0], self._was_ended())
 
     def _enter(self, sent: _Sent, fingerprint: str | None = None) -> None:
         nbytes = sent.nbytes + self._sizes.expect(sent.header.spec, sent.header.rows)

@@ -25,7 +25,8 @@ OnAnswer = Callable[[tuple[Answer, list[Array]] | Exception], None]
 """Called once, from any thread, with an answer and its arrays, with :class:`Gone` or :class:`Unreachable`, or with an
 error on the way."""
 
-OnView = Callable[[PoolView | Gone], None]
+OnView = Callable[[PoolView | Gone | Unreachable], None]
+"""Called once, from any thread: with a view, :class:`Gone` if the pool is no more, or :class:`Unreachable`."""
 
 
 class Transport(Protocol):
