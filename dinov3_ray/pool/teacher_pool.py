@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any, Protocol, Self
 
@@ -67,6 +67,7 @@ class TeacherPool:
         address: str | None = None,
         namespace: str = NAMESPACE,
         timeout: float = 300.0,
+        on_status: Callable[[PoolStatus], None] | None = None,
         **options: Any,
     ) -> Self:
         """Start a pool and wait until it serves with as many replicas as were asked for (the minimum of a range).
@@ -88,6 +89,7 @@ class TeacherPool:
             address: ``host:port`` of a running Ray.
             namespace: the Ray namespace of the pool's actors.
             timeout: seconds until which the replicas must be ready.
+            on_status: told of each look at the pool until then, to show how it gets on.
             options: those of :class:`~dinov3_ray.pool.options.PoolOptions`, such as ``max_batch`` or ``batching``.
 
         Raises:
@@ -118,7 +120,7 @@ class TeacherPool:
                 raise
         pool = cls(name, namespace, control, started=True)
         try:
-            pool.wait_ready(timeout)
+            pool.wait_ready(timeout, on_status=on_status)
         except BaseException:
             pool.shutdown()
             raise
@@ -187,9 +189,9 @@ class TeacherPool:
         if wait:
             self.wait_ready(timeout)
 
-    def wait_ready(self, timeout: float) -> PoolStatus:
+    def wait_ready(self, timeout: float, *, on_status: Callable[[PoolStatus], None] | None = None) -> PoolStatus:
         """Wait until the pool is what was asked for: its minimum of replicas ready, all of the newest teacher, none to
-        spare.
+        spare. ``on_status`` is told of each look at it.
 
         Raises:
             ReplicaError: a pool that never had a replica ready fails to start them.
@@ -199,6 +201,8 @@ class TeacherPool:
         deadline = time.monotonic() + timeout
         while True:
             status = self._control.status()
+            if on_status is not None:
+                on_status(status)
             current = [replica for replica in status.replicas if replica.generation == status.generation]
             ready = sum(replica.state == "ready" for replica in current)
             if ready >= status.low and len(status.replicas) <= status.high and len(current) == len(status.replicas):
