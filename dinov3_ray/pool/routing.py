@@ -1,26 +1,20 @@
-"""Where each request goes, what is in flight, and what to do when an answer does not come. Pure: no Ray, no clock.
+"""What one client has asked for, what is in flight, and what to do when an answer does not come.
 
-One client's book. Every request is in exactly one place: waiting, in flight at one replica, or done with. The
-decision is the better of two random replicas with a free place ("power of two choices"): the one that will be
-through with its rows
-first, counting this client's own book, the load that replicas report with their answers, and each replica's measured
-speed. Mitzenmacher (2001) shows that the second look takes the longest queue from log n to log log n, where always
-taking
-the least reported one would send every client to the same replica between two reports.
+Pure: no Ray, no clock. Every request is in exactly one place: waiting, in flight at one replica, or done with. Which
+replica it goes to is the choice of :class:`~dinov3_ray.pool.candidates.Candidates`.
 """
 
 from __future__ import annotations
 
-import random
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
+from math import inf
+
+from dinov3_ray.pool.candidates import Candidates
 
 __all__ = ["Failure", "Limits", "RoutingBook", "RoutingStatistics", "Send", "Verdict"]
-
-_SMOOTHING = 0.2  # weight of the newest answer in a replica's measured speed
-_REPORT_LIFE = 2.0  # seconds after which a reported load says nothing any more
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,25 +87,12 @@ class _Request:
     rows: int
     nbytes: int
     fingerprint: str | None
-    attempt: int = 0
+    attempt: int = 0  # the number of its last send
     replica_id: str | None = None
     errors: int = 0
     deaths: int = 0
     losses: int = 0
     tried: set[str] = field(default_factory=set)
-
-
-@dataclass(slots=True)
-class _Replica:
-    replica_id: str
-    local: bool
-    fingerprint: str | None
-    in_flight: dict[str, int] = field(default_factory=dict)  # request -> rows
-    rows: int = 0
-    other_rows: int = 0
-    reported: float = 0.0
-    seconds_per_row: float | None = None
-    paused_until: float = 0.0
 
 
 class RoutingBook:
@@ -122,26 +103,27 @@ class RoutingBook:
     """
 
     def __init__(self, limits: Limits, *, window: int = 2, seed: int | None = None) -> None:
-        #: Requests that this client keeps at one replica.
-        self.window = window
         self._limits = limits
-        self._random = random.Random(seed)  # noqa: S311 - a load balancer's choice, not a secret
         self._requests: dict[str, _Request] = {}
         self._waiting: deque[str] = deque()
         self._urgent: deque[str] = deque()
-        self._replicas: dict[str, _Replica] = {}
-        # Replicas with a free place, in a list with positions: choosing and removing cost O(1) at any pool size.
-        self._open: list[str] = []
-        self._open_at: dict[str, int] = {}
-        self._paused: set[str] = set()
+        self._candidates = Candidates(window, seed)
         self._dead: set[str] = set()
         # Every send has the same patience, so deadlines stand in the order of sending.
         self._deadlines: deque[tuple[float, str, int]] = deque()
-        self._in_flight = self._in_flight_bytes = self._answered = self._resends = 0
+        self._in_flight = self._in_flight_bytes = self._answered = self._sends = self._resends = 0
         self._peak_in_flight = self._peak_bytes = 0
-        self._mean_speed: float | None = None
 
     # Replicas -------------------------------------------------------------------------------------------------------
+
+    @property
+    def window(self) -> int:
+        """Requests that this client keeps at one replica."""
+        return self._candidates.window
+
+    @window.setter
+    def window(self, window: int) -> None:
+        self._candidates.window = window
 
     def set_replicas(self, replicas: Iterable[tuple[str, bool, str | None]]) -> list[str]:
         """Replace the list of replicas by ``(replica_id, on this node, fingerprint)``.
@@ -150,51 +132,48 @@ class RoutingBook:
             Requests in flight at replicas that are gone from the list. They stay in flight, since a replica being
             drained still answers; the caller fails them if it does not want to wait.
         """
-        wanted = {replica_id: (local, fingerprint) for replica_id, local, fingerprint in replicas}
+        listed = {replica_id: (local, fingerprint) for replica_id, local, fingerprint in replicas}
         # The pool may hear of a death later than this client does; names are never used again.
-        self._dead &= wanted.keys()
+        self._dead &= listed.keys()
         for replica_id in self._dead:
-            del wanted[replica_id]
-        orphans: list[str] = []
-        for replica_id in [known for known in self._replicas if known not in wanted]:
-            orphans += self._drop_replica(replica_id)
-        for replica_id, (local, fingerprint) in wanted.items():
-            if replica_id not in self._replicas:
-                self._replicas[replica_id] = _Replica(replica_id, local, fingerprint)
-            self._replicas[replica_id].fingerprint = fingerprint
-            self._refresh(replica_id)
-        return orphans
-
-    def _drop_replica(self, replica_id: str) -> list[str]:
-        self._close(replica_id)
-        self._paused.discard(replica_id)
-        return list(self._replicas.pop(replica_id).in_flight)
+            del listed[replica_id]
+        gone = self._candidates.replace(listed)
+        return [one.request_id for one in self._requests.values() if one.replica_id in gone] if gone else []
 
     # Requests -------------------------------------------------------------------------------------------------------
 
     def submit(self, request_id: str, *, rows: int, nbytes: int, fingerprint: str | None = None) -> None:
         """Take a request: ``nbytes`` is what its images and its expected result occupy while it is in flight.
 
-        With ``fingerprint``, only a replica whose teacher has it will do.
+        With ``fingerprint``, only a replica whose teacher has it will do, as long as the pool has one.
         """
         assert request_id not in self._requests, request_id
         self._requests[request_id] = _Request(request_id, rows, nbytes, fingerprint)
         self._waiting.append(request_id)
 
     def next_sends(self, now: float) -> list[Send]:
-        """Take from the queue, in order, all that limits and replicas allow now."""
-        self._resume(now)
+        """Take from the queue, in order, all that limits and replicas allow now.
+
+        A request that must wait for one certain replica does not hold up those behind it; one that must wait for room
+        in the budgets does, or small requests would keep a large one waiting for ever.
+        """
+        self._candidates.resume(now)
         sends: list[Send] = []
+        room = True
         for queue in (self._urgent, self._waiting):
-            while queue:
+            held: list[str] = []
+            while queue and room and self._candidates.open:
                 request = self._requests[queue[0]]
-                if not self._has_room(request.nbytes):
-                    return sends
-                replica = self._choose(request, now)
-                if replica is None:
+                room = self._has_room(request.nbytes)
+                if not room:
                     break
                 queue.popleft()
-                sends.append(self._send(request, replica, now))
+                replica_id = self._candidates.take(request.rows, now, request.fingerprint, request.tried)
+                if replica_id is None:
+                    held.append(request.request_id)
+                else:
+                    sends.append(self._send(request, replica_id, now))
+            queue.extendleft(reversed(held))
         return sends
 
     def answered(self, request_id: str, replica_id: str, now: float, *, seconds: float, other_rows: int) -> bool:
@@ -204,17 +183,12 @@ class RoutingBook:
             Whether it is the request's first answer. A late answer to an earlier send counts too: the result is the
             same, and the later send is forgotten.
         """
+        self._candidates.unpause(replica_id)  # it answers, so it may work again
         request = self._requests.get(request_id)
-        replica = self._replicas.get(replica_id)
-        if replica is not None and replica_id in self._paused:
-            replica.paused_until = now  # it answers, so it may work again
-            self._resume(now)
         if request is None:
             return False
-        if replica is not None:
-            self._learn(replica, request.rows, seconds, other_rows, now)
-        self._withdraw(request)
-        del self._requests[request_id]
+        self._candidates.learn(replica_id, request.rows, seconds, other_rows, now)
+        self._forget(request)
         self._answered += 1
         return True
 
@@ -238,15 +212,13 @@ class RoutingBook:
         if request is None or request.attempt != attempt or request.replica_id is None:
             return Verdict.STALE
         replica_id = request.replica_id
-        self._withdraw(request)
-        if failure in (Failure.DIED, Failure.GONE) and replica_id in self._replicas:
+        self._land(request)
+        if failure in (Failure.DIED, Failure.GONE) and replica_id in self._candidates:
             # Others in flight there will each fail by themselves; no more are sent.
-            self._drop_replica(replica_id)
+            self._candidates.remove(replica_id)
             self._dead.add(replica_id)
-        elif pause and replica_id in self._replicas:
-            self._replicas[replica_id].paused_until = now + pause
-            self._close(replica_id)
-            self._paused.add(replica_id)
+        elif pause:
+            self._candidates.pause(replica_id, now + pause)
         verdict = self._judge(request, failure, computing)
         if verdict is Verdict.RESEND:
             if failure is not Failure.FULL:
@@ -272,13 +244,10 @@ class RoutingBook:
 
     def cancel(self, request_id: str) -> bool:
         """Forget a request, wherever it is; False if it is not known (any more)."""
-        request = self._requests.pop(request_id, None)
+        request = self._requests.get(request_id)
         if request is None:
             return False
-        self._withdraw(request)
-        for queue in (self._urgent, self._waiting):
-            if request_id in queue:
-                queue.remove(request_id)
+        self._forget(request)
         return True
 
     # Time -----------------------------------------------------------------------------------------------------------
@@ -296,10 +265,10 @@ class RoutingBook:
         """When to look again if nothing happens before."""
         while self._deadlines and not self._is_current(*self._deadlines[0][1:]):
             self._deadlines.popleft()
-        deadlines = [self._deadlines[0][0]] if self._deadlines else []
+        deadline = self._deadlines[0][0] if self._deadlines else inf
         if self._urgent or self._waiting:
-            deadlines += [self._replicas[replica_id].paused_until for replica_id in self._paused]
-        return min(deadlines, default=None)
+            deadline = min(deadline, self._candidates.resume_at)
+        return None if deadline == inf else deadline
 
     def _is_current(self, request_id: str, attempt: int) -> bool:
         request = self._requests.get(request_id)
@@ -309,7 +278,7 @@ class RoutingBook:
 
     def knows(self, replica_id: str) -> bool:
         """Whether a replica is among those that may get work, now or later."""
-        return replica_id in self._replicas
+        return replica_id in self._candidates
 
     def replica_of(self, request_id: str) -> str | None:
         """Where a request is in flight."""
@@ -327,7 +296,7 @@ class RoutingBook:
 
     def statistics(self) -> RoutingStatistics:
         return RoutingStatistics(
-            replicas=len(self._replicas),
+            replicas=len(self._candidates),
             waiting=len(self._waiting) + len(self._urgent),
             in_flight=self._in_flight,
             in_flight_bytes=self._in_flight_bytes,
@@ -338,37 +307,13 @@ class RoutingBook:
         )
 
     def __repr__(self) -> str:
+        now = self.statistics()
         return (
-            f"<RoutingBook {len(self._replicas)} replicas ({len(self._open)} open), {self._in_flight} in flight, "
-            f"{len(self._waiting) + len(self._urgent)} waiting>"
+            f"<RoutingBook {now.replicas} replicas ({self._candidates.open} open), {now.in_flight} in flight, "
+            f"{now.waiting} waiting>"
         )
 
-    # The decision ---------------------------------------------------------------------------------------------------
-
-    def _choose(self, request: _Request, now: float) -> _Replica | None:
-        candidates = self._open
-        if request.fingerprint is not None:
-            candidates = [one for one in candidates if self._replicas[one].fingerprint == request.fingerprint]
-        if request.tried:
-            # A replica on which it failed is the last resort: it is taken only if there is no other at all.
-            fresh = [one for one in candidates if one not in request.tried]
-            candidates = fresh if fresh or any(one not in request.tried for one in self._replicas) else candidates
-        if not candidates:
-            return None
-        if len(candidates) == 1:
-            return self._replicas[candidates[0]]
-        # Two different random positions: random.sample costs ten times as much.
-        first = int(self._random.random() * len(candidates))
-        second = (first + 1 + int(self._random.random() * (len(candidates) - 1))) % len(candidates)
-        one, other = self._replicas[candidates[first]], self._replicas[candidates[second]]
-        return one if self._cost(one, request, now) <= self._cost(other, request, now) else other
-
-    def _cost(self, replica: _Replica, request: _Request, now: float) -> tuple[float, bool]:
-        """Seconds until ``replica`` would be through with ``request``; the replica on this node wins a tie."""
-        age = now - replica.reported
-        others = replica.other_rows * max(0.0, 1 - age / _REPORT_LIFE)
-        speed = replica.seconds_per_row or self._mean_speed or 1.0
-        return (others + replica.rows + request.rows) * speed, not replica.local
+    # The books ------------------------------------------------------------------------------------------------------
 
     def _has_room(self, nbytes: int) -> bool:
         if self._in_flight == 0:
@@ -376,68 +321,35 @@ class RoutingBook:
         within_count = self._in_flight < self._limits.max_requests
         return within_count and self._in_flight_bytes + nbytes <= self._limits.max_bytes
 
-    # The books ------------------------------------------------------------------------------------------------------
-
-    def _send(self, request: _Request, replica: _Replica, now: float) -> Send:
-        request.attempt += 1
-        request.replica_id = replica.replica_id
+    def _send(self, request: _Request, replica_id: str, now: float) -> Send:
+        # Numbered through all requests: one may be submitted again under its name, and its old sends must not count.
+        self._sends += 1
+        request.attempt = self._sends
+        request.replica_id = replica_id
         self._deadlines.append((now + self._limits.attempt_timeout, request.request_id, request.attempt))
-        replica.in_flight[request.request_id] = request.rows
-        replica.rows += request.rows
         self._in_flight += 1
         self._in_flight_bytes += request.nbytes
         self._peak_in_flight = max(self._peak_in_flight, self._in_flight)
         self._peak_bytes = max(self._peak_bytes, self._in_flight_bytes)
-        self._refresh(replica.replica_id)
         urgent = request.losses + request.errors > 0
-        return Send(request.request_id, request.attempt, replica.replica_id, request.losses > 0, urgent)
+        return Send(request.request_id, request.attempt, replica_id, request.losses > 0, urgent)
 
-    def _withdraw(self, request: _Request) -> None:
-        """Take a request out of flight, if it is: the one place where what is in flight shrinks."""
+    def _land(self, request: _Request) -> None:
+        """Take a request out of flight: the one place where what is in flight shrinks."""
         replica_id, request.replica_id = request.replica_id, None
-        if replica_id is None:
-            # It waits to be sent again, and a late answer came first.
-            if request.request_id in self._urgent:
-                self._urgent.remove(request.request_id)
-            return
+        assert replica_id is not None, "a request was taken out of flight twice"
+        self._candidates.give_back(replica_id, request.rows)
         self._in_flight -= 1
         self._in_flight_bytes -= request.nbytes
-        assert self._in_flight >= 0, "a request was taken out of flight twice"
+        assert self._in_flight >= 0
         assert self._in_flight_bytes >= 0
-        replica = self._replicas.get(replica_id)
-        if replica is not None and replica.in_flight.pop(request.request_id, None) is not None:
-            replica.rows -= request.rows
-            self._refresh(replica_id)
 
-    def _learn(self, replica: _Replica, rows: int, seconds: float, other_rows: int, now: float) -> None:
-        sample = seconds / rows
-        known = replica.seconds_per_row
-        replica.seconds_per_row = sample if known is None else known + _SMOOTHING * (sample - known)
-        mean = self._mean_speed
-        self._mean_speed = sample if mean is None else mean + _SMOOTHING * (sample - mean)
-        replica.other_rows = other_rows
-        replica.reported = now
-
-    def _resume(self, now: float) -> None:
-        for replica_id in [one for one in self._paused if self._replicas[one].paused_until <= now]:
-            self._paused.discard(replica_id)
-            self._refresh(replica_id)
-
-    def _refresh(self, replica_id: str) -> None:
-        """Open or close a replica by whether it has a free place."""
-        replica = self._replicas[replica_id]
-        free = len(replica.in_flight) < self.window and replica_id not in self._paused
-        if not free:
-            self._close(replica_id)
-        elif replica_id not in self._open_at:
-            self._open_at[replica_id] = len(self._open)
-            self._open.append(replica_id)
-
-    def _close(self, replica_id: str) -> None:
-        position = self._open_at.pop(replica_id, None)
-        if position is None:
+    def _forget(self, request: _Request) -> None:
+        """Take a request out of the book, wherever it is."""
+        del self._requests[request.request_id]
+        if request.replica_id is not None:
+            self._land(request)
             return
-        last = self._open.pop()
-        if last != replica_id:
-            self._open[position] = last
-            self._open_at[last] = position
+        # It waits: to be sent again, when the late answer to an earlier send comes first, or as its caller gives it up.
+        queue = self._urgent if request.request_id in self._urgent else self._waiting
+        queue.remove(request.request_id)
