@@ -21,7 +21,7 @@ from dinov3_ray.pool.messages import PoolView, TeacherInfo
 from dinov3_ray.pool.registry import open_transport
 from dinov3_ray.pool.router import Router
 from dinov3_ray.pool.routing import Limits, RoutingStatistics
-from dinov3_ray.training.prefetch import Prefetch
+from dinov3_ray.training.prefetch import OnReload, Prefetch, prefetch
 
 __all__ = ["RemoteTeacher"]
 
@@ -146,20 +146,25 @@ class RemoteTeacher:
         loader: Iterable[Batch],
         spec: FeatureSpec,
         *,
-        images: Callable[[Batch], Images],
+        images: Callable[[Batch], Images] | None = None,
         depth: int | Literal["auto"] = "auto",
-        device: torch.device | str | None = None,
-    ) -> Prefetch[Batch]:
+        device: torch.device | str | int | None = None,
+        on_reload: OnReload = "warn",
+    ) -> Prefetch[Batch, Features]:
         """``(batch, targets)`` for each batch of ``loader``, in order, computed ahead of the loop.
 
         Args:
             loader: any iterable of batches, such as a DataLoader with workers.
             spec: what to compute.
-            images: takes a batch's images out of it: the very view that the student sees.
+            images: takes a batch's images out of it: the very view that the student sees. None finds them where a batch
+                is a tensor, ``(images, ...)`` or a dict with ``img``, ``images`` or ``pixel_values``.
             depth: batches in flight ahead of the loop; ``auto`` finds it.
             device: where the targets shall be; None leaves them on the CPU.
+            on_reload: ``warn`` or ``raise`` when the pool's teacher changes in mid-stream.
+
+        More in :func:`dinov3_ray.training.prefetch.prefetch`, which also takes several teachers at once.
         """
-        return Prefetch(self, loader, spec, images=images, depth=depth, device=device, on_step=self._count_step)
+        return prefetch(self, loader, spec, images=images, depth=depth, device=device, on_reload=on_reload)
 
     @property
     def parallelism(self) -> int:
@@ -225,7 +230,8 @@ class RemoteTeacher:
         state = "closed" if self._closed else repr(self._router) if self._router else "not connected yet"
         return f"<RemoteTeacher {self._settings.name!r}: {state}>"
 
-    def _count_step(self, waited: float, seconds: float) -> None:
+    def count_step(self, waited: float, seconds: float) -> None:
+        """For a prefetch: a step of a loop took ``seconds``, of which it ``waited`` for this teacher."""
         router = self._router
         if router is not None:
             router.seconds.add_step(waited, seconds)

@@ -1,72 +1,65 @@
 """Targets ahead of the training loop: while the student computes one batch, the teacher computes the next ones.
 
-It knows teachers by two methods only, ``submit`` and ``parallelism`` (see :class:`Submitter`), and nothing of Ray.
+It knows teachers by :class:`~dinov3_ray.training.sources.Submitter` and :class:`~dinov3_ray.teacher.Extractor` only,
+and nothing of Ray.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sized
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass
-from typing import Generic, Literal, Protocol, TypeVar
+from typing import Any, Generic, Literal, TypeVar, cast, overload
 
 import torch
 
-from dinov3_ray.errors import ConfigError
+from dinov3_ray.errors import ConfigError, PoolError
 from dinov3_ray.features import Features, FeatureSpec
 from dinov3_ray.images import Images
+from dinov3_ray.teacher import Extractor
+from dinov3_ray.training.batches import find_images
+from dinov3_ray.training.depth import Depth
+from dinov3_ray.training.pipeline import Pipeline
+from dinov3_ray.training.sources import Submitter, as_source
 
-__all__ = ["Prefetch", "PrefetchStatistics", "Submitted", "Submitter"]
+__all__ = ["AnyTeacher", "OnReload", "Prefetch", "PrefetchStatistics", "prefetch"]
+
+AnyTeacher = Submitter | Extractor
+"""A pool's client, or a teacher of this process: local, stored, cached, fake, or one's own with ``extract``."""
+
+OnReload = Literal["warn", "raise"]
 
 log = logging.getLogger("dinov3_ray")
 
 Batch = TypeVar("Batch")
+Targets = TypeVar("Targets")
 
-_WAITED = 1e-3  # seconds from which on a wait counts as one
-_CALM_STEPS = 50  # steps without a wait after which one batch less is kept ahead
 _WARN_SHARE = 0.05
-_WARN_AFTER = 50  # steps: the first ones fill the pipeline and always wait
-
-
-class Submitted(Protocol):
-    """A batch that is being answered."""
-
-    def result(self, timeout: float | None = None) -> Features: ...
-
-    def done(self) -> bool: ...
-
-    def cancel(self) -> None: ...
-
-
-class Submitter(Protocol):
-    """What can be sent batches ahead of time."""
-
-    @property
-    def parallelism(self) -> int:
-        """Batches that it can usefully have in flight now."""
-        ...
-
-    def submit(self, images: Images, spec: FeatureSpec) -> Submitted: ...
+_WARN_AFTER = 20  # steps
+_DRAWS_WHEN_READY = 2  # batches to draw from the loader a step while the teacher is ahead: the pipeline fills gently
+_THE_ONE = ""  # the name of a teacher that is not one of several
 
 
 @dataclass(frozen=True, slots=True)
 class PrefetchStatistics:
-    """How the loop fared, over all epochs so far.
+    """How the loop fared, over all passes so far.
 
     Attributes:
         steps: batches delivered.
-        seconds: in the loop, from the first delivery on: the student's time and the waits.
-        wait_seconds: of these, waiting for the teacher (the first batch of an epoch, which nothing could be ahead of,
-            is left out; so is the time in the loader).
-        depth: batches kept in flight ahead of the loop now.
+        seconds: in the loop, from each pass's first delivery on: the student's time and the waits, without the loader's
+            time.
+        wait_seconds: of these, waiting for the teacher. The first batch of a pass, which nothing could be ahead of, is
+            left out.
+        depth: batches kept ahead of the loop now.
+        resends: requests that the teachers' pools had to send again since the first pass began; 0 without a pool.
     """
 
     steps: int = 0
     seconds: float = 0.0
     wait_seconds: float = 0.0
     depth: int = 0
+    resends: int = 0
 
     @property
     def wait_share(self) -> float:
@@ -74,56 +67,48 @@ class PrefetchStatistics:
         return self.wait_seconds / self.seconds if self.seconds else 0.0
 
 
-class Prefetch(Generic[Batch]):
-    """Iterates over ``(batch, targets)``, in the loader's order, with the teacher working ahead.
+class Prefetch(Generic[Batch, Targets]):
+    """Iterates over ``(batch, targets)``, in the loader's order, with the teacher working ahead; see :func:`prefetch`.
 
     Each ``for`` begins a new pass over the loader. Leaving the loop early, by ``break``, an exception or Ctrl-C, gives
-    up what is in flight. An error of the loader, of the teacher, or of the loop's body reaches the caller as itself.
-
-    Args:
-        teacher: a pool's ``RemoteTeacher``, or anything else that takes batches ahead of time.
-        loader: any iterable of batches, such as a DataLoader with workers.
-        spec: what to compute for each batch.
-        images: takes a batch's images out of it. uint8 crosses the network in a quarter of float32's bytes.
-        depth: batches in flight ahead of the loop; ``auto`` begins with what keeps each replica busy, adds one whenever
-        the
-            loop had to wait, and gives one back after a long time without a wait.
-        device: where the targets shall be; None leaves them where the teacher puts them.
-        on_step: told of each step after the first: seconds waited for the teacher, and seconds in all.
-
-    Raises:
-        ConfigError: ``depth`` is neither ``auto`` nor a whole number of at least 1.
+    up what is in flight, as does ``close()`` of the iterator for those who hold it themselves.
     """
 
     def __init__(
         self,
-        teacher: Submitter,
+        teachers: AnyTeacher | Mapping[str, AnyTeacher],
         loader: Iterable[Batch],
-        spec: FeatureSpec,
+        spec: FeatureSpec | Mapping[str, FeatureSpec],
         *,
-        images: Callable[[Batch], Images],
+        images: Callable[[Batch], Images] | None = None,
         depth: int | Literal["auto"] = "auto",
-        device: torch.device | str | None = None,
-        on_step: Callable[[float, float], None] | None = None,
+        device: torch.device | str | int | None = None,
+        on_reload: OnReload = "warn",
     ) -> None:
-        if depth != "auto" and (isinstance(depth, bool) or not isinstance(depth, int) or depth < 1):
-            raise ConfigError(f'depth must be "auto" or a whole number >= 1; got {depth!r}')
-        spec.require_outputs()
-        self._teacher = teacher
+        if images is not None and not callable(images):
+            raise ConfigError(f"images must be a function of a batch, such as lambda batch: batch['img']; got {images}")
+        if on_reload not in ("warn", "raise"):
+            raise ConfigError(f"on_reload must be 'warn' or 'raise'; got {on_reload!r}")
+        self._several = isinstance(teachers, Mapping)
+        self._teachers = dict(teachers) if isinstance(teachers, Mapping) else {_THE_ONE: teachers}
+        if not self._teachers:
+            raise ConfigError("teacher must be a teacher or a dict of at least one; got an empty one")
+        self._sources = {name: as_source(teacher) for name, teacher in self._teachers.items()}
+        self._specs = _by_teacher(spec, list(self._teachers))
         self._loader = loader
-        self._spec = spec
-        self._images = images
-        self._fixed_depth = None if depth == "auto" else depth
+        self._images = images or find_images
         self._device = None if device is None else torch.device(device)
-        self._on_step = on_step
-        self._depth = self._fixed_depth or 2
-        self._calm = 0
+        self._raise_on_reload = on_reload == "raise"
+        self._depth = Depth(depth)
         self._steps = 0
         self._seconds = 0.0
         self._wait_seconds = 0.0
         self._warned = False
+        self._fingerprints: dict[str, str | None] = {}
+        self._resends_before: int | None = None
+        self._resends = 0
 
-    def __iter__(self) -> Iterator[tuple[Batch, Features]]:
+    def __iter__(self) -> Iterator[tuple[Batch, Targets]]:
         return self._pass()
 
     def __len__(self) -> int:
@@ -132,8 +117,14 @@ class Prefetch(Generic[Batch]):
             raise TypeError(f"the loader, a {type(self._loader).__name__}, has no length")
         return len(self._loader)
 
+    @property
+    def loader(self) -> Iterable[Batch]:
+        """What it was given to iterate over."""
+        return self._loader
+
     def statistics(self) -> PrefetchStatistics:
-        return PrefetchStatistics(self._steps, self._seconds, self._wait_seconds, self._depth)
+        """A snapshot; it stays readable after the loop."""
+        return PrefetchStatistics(self._steps, self._seconds, self._wait_seconds, self._depth.batches, self._resends)
 
     @property
     def wait_seconds(self) -> float:
@@ -143,81 +134,189 @@ class Prefetch(Generic[Batch]):
     @property
     def wait_share(self) -> float:
         """See :class:`PrefetchStatistics`."""
-        return self.statistics().wait_share
+        return self._wait_seconds / self._seconds if self._seconds else 0.0
+
+    @property
+    def depth(self) -> int:
+        """See :class:`PrefetchStatistics`."""
+        return self._depth.batches
+
+    @property
+    def resends(self) -> int:
+        """See :class:`PrefetchStatistics`."""
+        return self._resends
 
     def __repr__(self) -> str:
-        return f"<Prefetch {self._steps} batches, depth {self._depth}, {self.wait_share:.1%} of the time waited>"
+        return (
+            f"<Prefetch {self._steps} batches, depth {self._depth.batches}, waited {self.wait_share:.1%} of the time>"
+        )
 
-    def _pass(self) -> Generator[tuple[Batch, Features], None, None]:
-        ahead: deque[tuple[Batch, Submitted]] = deque()
+    # One pass -------------------------------------------------------------------------------------------------------
+
+    def _pass(self) -> Generator[tuple[Batch, Targets], None, None]:
+        # Here, in the caller's thread, clients connect: an error shows at once, and Ctrl-C is heard.
+        self._depth.begin(self._parallelism())
+        if self._resends_before is None:
+            self._resends_before = self._pool_resends()
         batches = iter(self._loader)
-        fingerprint: str | None = None
+        pipeline: Pipeline[Batch] = Pipeline(self._sources, self._specs, self._device)
         exhausted = False
-        resumed: float | None = None  # when the loop's body began with the last batch
-        if self._fixed_depth is None:
-            self._depth = max(self._depth, self._teacher.parallelism)
+        loop_began: float | None = None  # when the loop's body began with the last batch, put off by the loader's time
         try:
             while True:
-                while not exhausted and len(ahead) < self._depth:
-                    begun = time.perf_counter()
+                drawn, waited = 0, 0.0
+                while not exhausted and self._wants_more(pipeline, drawn):
+                    began = time.perf_counter()
                     batch = next(batches, _END)
-                    if resumed is not None:
-                        resumed += time.perf_counter() - begun  # the loader's time is neither loop nor wait
+                    loaded = time.perf_counter()
+                    if loop_began is not None:
+                        loop_began += loaded - began
                     if isinstance(batch, _End):
                         exhausted = True
                     else:
-                        ahead.append((batch, self._teacher.submit(self._images(batch), self._spec)))
-                if not ahead:
+                        pipeline.put(batch, self._images(batch))
+                        drawn += 1
+                    del batch
+                    waited += time.perf_counter() - loaded
+                if not len(pipeline):
                     return
-                batch, submitted = ahead.popleft()
-                begun = time.perf_counter()
-                try:
-                    features = submitted.result()
-                except BaseException:
-                    submitted.cancel()
-                    raise
-                if self._device is not None:
-                    features = features.to(self._device, non_blocking=True)
+                began = time.perf_counter()
+                batch, features = pipeline.take()
                 now = time.perf_counter()
-                if resumed is not None:
-                    self._count(now - begun, now - resumed)
-                if fingerprint is not None and features.fingerprint != fingerprint:
-                    log.warning(
-                        "the pool's teacher changed from %s to %s in mid-stream", fingerprint, features.fingerprint
-                    )
-                fingerprint = features.fingerprint
+                waited += now - began
+                self._check_fingerprints(features)
                 self._steps += 1
-                resumed = now
-                yield batch, features
+                self._resends = self._pool_resends() - self._resends_before
+                if loop_began is not None:
+                    self._count(waited, now - loop_began)
+                loop_began = now
+                yield batch, self._targets(features)
+                del batch, features  # they are the caller's now: not to be kept while the next ones come
         finally:
-            for _, submitted in ahead:
-                submitted.cancel()
+            pipeline.close()
+            close = getattr(batches, "close", None)  # a generator's; a DataLoader's workers end with its iterator
+            if callable(close):
+                close()
+
+    def _wants_more(self, pipeline: Pipeline[Batch], drawn: int) -> bool:
+        """Whether to draw another batch before the next is delivered."""
+        if len(pipeline) >= self._depth.batches:
+            return False
+        # A slow loader must not hold up a batch whose targets are there.
+        return not len(pipeline) or drawn < _DRAWS_WHEN_READY or not pipeline.ready()
+
+    def _targets(self, features: dict[str, Features]) -> Targets:
+        return cast(Targets, features if self._several else features[_THE_ONE])
+
+    def _parallelism(self) -> int:
+        return max(source.parallelism for source in self._sources.values())
+
+    def _pool_resends(self) -> int:
+        total = 0
+        for source in self._sources.values():
+            statistics = getattr(source, "statistics", None)
+            total += getattr(statistics(), "resends", 0) if callable(statistics) else 0
+        return total
+
+    def _check_fingerprints(self, features: dict[str, Features]) -> None:
+        for name, each in features.items():
+            before = self._fingerprints.setdefault(name, each.fingerprint)
+            if each.fingerprint == before:
+                continue
+            which = f"teacher {name!r}" if name else "the teacher"
+            message = (
+                f"{which} changed from {before} to {each.fingerprint} after {self._steps} batches of this stream: "
+                "targets before and after are not of one model"
+            )
+            if self._raise_on_reload:
+                raise PoolError(f"{message} (on_reload='warn' goes on)")
+            self._fingerprints[name] = each.fingerprint
+            log.warning("%s (on_reload='raise' stops there)", message)
 
     def _count(self, waited: float, seconds: float) -> None:
         self._wait_seconds += waited
         self._seconds += seconds
-        if self._on_step is not None:
-            self._on_step(waited, seconds)
-        if self._fixed_depth is None:
-            self._tune(waited)
-        if self._steps >= _WARN_AFTER and not self._warned and self.wait_share > _WARN_SHARE:
+        self._depth.learn(waited, seconds, self._parallelism())
+        for source in self._sources.values():
+            count_step = getattr(source, "count_step", None)
+            if callable(count_step):
+                count_step(waited, seconds)
+        if not self._warned and self._steps > _WARN_AFTER and self.wait_share > _WARN_SHARE:
             self._warned = True
             log.warning(
-                "the loop waits for its teacher %.0f%% of the time: more replicas (pool.scale), smaller maps "
+                "the student waits for its teacher %.0f%% of the time: more replicas (pool.scale), smaller maps "
                 "(FeatureSpec.map_size) or narrower ones (dtype='int8') would help",
                 100 * self.wait_share,
             )
 
-    def _tune(self, waited: float) -> None:
-        enough = self._teacher.parallelism
-        if waited > _WAITED:
-            self._calm = 0
-            self._depth = min(self._depth + 1, 2 * enough)
-        else:
-            self._calm += 1
-            if self._calm >= _CALM_STEPS:
-                self._calm = 0
-                self._depth = max(self._depth - 1, 2)
+
+@overload
+def prefetch(
+    teacher: Mapping[str, AnyTeacher],
+    loader: Iterable[Batch],
+    spec: FeatureSpec | Mapping[str, FeatureSpec],
+    *,
+    images: Callable[[Batch], Images] | None = None,
+    depth: int | Literal["auto"] = "auto",
+    device: torch.device | str | int | None = None,
+    on_reload: OnReload = "warn",
+) -> Prefetch[Batch, dict[str, Features]]: ...
+@overload
+def prefetch(
+    teacher: AnyTeacher,
+    loader: Iterable[Batch],
+    spec: FeatureSpec,
+    *,
+    images: Callable[[Batch], Images] | None = None,
+    depth: int | Literal["auto"] = "auto",
+    device: torch.device | str | int | None = None,
+    on_reload: OnReload = "warn",
+) -> Prefetch[Batch, Features]: ...
+def prefetch(teacher: Any, loader: Any, spec: Any, **options: Any) -> Prefetch[Any, Any]:
+    """``(batch, targets)`` for each batch of ``loader``, in order, with the targets computed ahead of the loop.
+
+    ::
+
+        for batch, targets in prefetch(teacher, loader, FeatureSpec(feature_map=True), device="cuda"):
+            loss = detection_loss(student(batch), batch) + distill(tap.take(), targets)
+
+    Memory is bounded by ``depth``: so many batches with their targets, of which two are on the device.
+
+    Errors reach the caller as themselves: the loader's when it raises, a teacher's when its batch's turn comes, the
+    loop's own at once; nothing is left in flight then.
+
+    Args:
+        teacher: a pool's ``RemoteTeacher``; any teacher of this process, which then computes in a thread beside the
+            loop (or, on the very accelerator that the targets are for, in the caller's own thread: a GPU shared with
+            the student has nothing to gain from a second one); or a dict of several by name, all of which get each
+            batch: ``targets`` is then a dict too.
+        loader: any iterable of batches, such as a DataLoader with workers. It is drawn from in the caller's thread.
+        spec: what to compute; with several teachers, one for all or one for each by name.
+        images: takes a batch's images out of it: the very view that the student sees. uint8 crosses the network in a
+            quarter of float32's bytes, and images on the CPU need not be fetched from the GPU. It must not change them
+            later. By default found by the rule of :func:`~dinov3_ray.training.batches.find_images`.
+        depth: batches kept ahead of the loop; ``auto`` finds it (:class:`~dinov3_ray.training.depth.Depth`).
+        device: where targets shall be; None leaves them where the teacher puts them (a pool's: the CPU).
+        on_reload: what to do when a teacher's fingerprint changes within the life of this object (a pool was
+            reloaded): ``warn``, or ``raise`` PoolError before the first batch of the new teacher is delivered.
+
+    Raises:
+        ConfigError, SpecError: for options that cannot be, at once.
+    """
+    return Prefetch(teacher, loader, spec, **options)
+
+
+def _by_teacher(spec: FeatureSpec | Mapping[str, FeatureSpec], names: list[str]) -> dict[str, FeatureSpec]:
+    specs = dict(spec) if isinstance(spec, Mapping) else dict.fromkeys(names, spec)
+    if set(specs) != set(names):
+        raise ConfigError(
+            f"spec must have one FeatureSpec for each teacher ({', '.join(names)}); got {', '.join(specs)}"
+        )
+    for each in specs.values():
+        if not isinstance(each, FeatureSpec):
+            raise ConfigError(f"spec must be a FeatureSpec; got {each!r}")
+        each.require_outputs()
+    return specs
 
 
 class _End:

@@ -1,0 +1,69 @@
+"""How many batches to keep ahead of a training loop."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from dinov3_ray.errors import ConfigError
+
+__all__ = ["Depth"]
+
+_LEAST = 2
+_WAITED_SECONDS = 1e-3  # from which on a wait counts as one,
+_WAITED_SHARE = 0.01  # if it is this much of the step too
+_CALM_STEPS = 50  # without a wait, after which one batch less is tried
+_CALM_STEPS_MOST = 3200
+
+
+class Depth:
+    """The depth of a prefetch: fixed, or found by watching how long the loop waits. Pure: it has no clock.
+
+    It begins with what keeps the teacher busy, adds one whenever the loop had to wait, and gives one back after a calm
+    time, so that memory is held only while it helps. A wait after giving back doubles the calm time that the next try
+    needs. It never exceeds twice what the teacher can have in flight: beyond that, the teacher is simply slower than
+    the student, and more depth would hold memory for nothing.
+
+    Args:
+        fixed: a number of batches, or ``auto``.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+
+    def __init__(self, fixed: int | Literal["auto"]) -> None:
+        if fixed != "auto" and (isinstance(fixed, bool) or not isinstance(fixed, int) or fixed < 1):
+            raise ConfigError(f'depth must be "auto" or a whole number >= 1; got {fixed!r}')
+        self._fixed = fixed != "auto"
+        self.batches = _LEAST if fixed == "auto" else fixed
+        self._calm = 0
+        self._calm_needed = _CALM_STEPS
+        self._gave_back = False
+        self._begun = False
+
+    def begin(self, parallelism: int) -> None:
+        """A pass begins; what was found in the passes before is kept."""
+        if not self._fixed and not self._begun:
+            self.batches = max(_LEAST, parallelism)
+        self._begun = True
+
+    def learn(self, waited: float, step_seconds: float, parallelism: int) -> None:
+        """A step took ``step_seconds``, of which the loop waited ``waited`` for the teacher.
+
+        Args:
+            parallelism: batches that the teacher can usefully have in flight now; a pool may have grown or shrunk.
+        """
+        if self._fixed:
+            return
+        if waited > max(_WAITED_SECONDS, _WAITED_SHARE * step_seconds):
+            if self._gave_back:
+                self._calm_needed = min(2 * self._calm_needed, _CALM_STEPS_MOST)
+                self._gave_back = False
+            self._calm = 0
+            self.batches += 1
+        else:
+            self._calm += 1
+            if self._calm >= self._calm_needed:
+                self._calm = 0
+                self._gave_back = True
+                self.batches -= 1
+        self.batches = min(max(self.batches, _LEAST), max(_LEAST, 2 * parallelism))
