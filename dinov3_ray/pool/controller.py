@@ -279,16 +279,18 @@ class Controller:
             self._wake.set()
 
     async def _drain(self, replica_id: str) -> None:
-        tended = self._tended[replica_id]
+        tended = self._tended.get(replica_id)
+        if tended is None:
+            return  # it was lost before its turn came
         patience = self._declaration.options.drain_timeout
         if tended.statistics is not None:
             try:
                 await asyncio.wait_for(tended.actor.drain.remote(patience), patience + 1)
             except (TimeoutError, ray.exceptions.RayError) as error:
                 log.warning("pool %s: replica %s did not drain: %s", self._name, replica_id, _reason(error))
-        self._membership.drained(replica_id)
-        self._bury(replica_id)
-        self._wake.set()
+        if self._membership.drained(replica_id):  # or it was lost meanwhile, and buried
+            self._bury(replica_id)
+            self._wake.set()
 
     def _bury(self, replica_id: str, *, silent: bool = False) -> None:
         """End a replica, and by force the process of one that has fallen silent."""
