@@ -260,6 +260,9 @@ class Replica:
             self._compute(teacher, jobs)
             with self._changed:
                 self._busy_since = None
+                # A client with more to send keeps something here: one that does not has no backlog any more.
+                backlog = self._state.backlog
+                self._state.backlog = {client: rows for client, rows in backlog.items() if self._queue.rows(client)}
                 self._changed.notify_all()
 
     def _next_jobs(self) -> list[_Job] | None:
