@@ -13,8 +13,9 @@ class Autoscaler:
     """Grows a pool by one when requests wait too long, and shrinks it by one when it has been idle for long.
 
     The wait is what a request that arrives now has before it: all rows that wait, at replicas and at their clients, at
-    the measured speed of the pool. While a replica is starting the pool does not grow further, so that one burst does
-    not start more than it takes.
+    the measured speed of the pool. While the pool has fewer than it wants, or one is starting, it does not grow
+    further, so that one burst does not start more than it takes; and it does not shrink while no replica is there to
+    say whether there is work.
     """
 
     def __init__(self, *, busy_seconds: float, idle_seconds: float) -> None:
@@ -28,9 +29,9 @@ class Autoscaler:
         images = sum(one.images for one in ready)
         idle = images == self._images and not any(one.waiting or one.busy_for or one.clients_backlog for one in ready)
         self._images = images
-        if not idle:
+        if not idle or not ready:
             self._idle_since = None
-            grow = not starting and expected_wait(ready) > self._busy_seconds
+            grow = not starting and len(ready) >= current and expected_wait(ready) > self._busy_seconds
             return current + 1 if grow else current
         if self._idle_since is None:
             self._idle_since = now
@@ -46,6 +47,7 @@ def expected_wait(ready: Sequence[ReplicaStatistics]) -> float:
         return 0.0
     images = sum(one.images for one in ready)
     seconds = sum(one.busy_seconds for one in ready)
-    rows = sum(one.waiting_rows + one.clients_backlog for one in ready)
+    # Each client tells every replica that it sends to of all that waits with it: it counts once.
+    rows = sum(one.waiting_rows for one in ready) + max(one.clients_backlog for one in ready)
     by_work = rows * seconds / images / len(ready) if images else 0.0
     return max(by_work, max(one.oldest_wait for one in ready))

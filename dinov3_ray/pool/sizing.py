@@ -41,7 +41,8 @@ class ResultSizes:
         height, width = spec.map_size or info.grid_size
         maps = int(spec.feature_map) + len(spec.layers)
         tokens = int(spec.cls) + int(spec.registers) * (info.num_register_tokens or 0) + maps * height * width
-        return tokens * info.hidden_size * _item_bytes(spec.dtype, info.dtype)
+        scale = _ITEM_BYTES["float32"] if spec.dtype == "int8" else 0  # one a token
+        return tokens * (info.hidden_size * _item_bytes(spec.dtype, info.dtype) + scale)
 
 
 def _item_bytes(wanted: str, computed: str | None) -> int:
