@@ -13,6 +13,7 @@ __all__ = ["Action", "ActionKind", "Member", "MemberState", "Membership"]
 
 _FIRST_BACKOFF = 1.0
 _LONGEST_BACKOFF = 30.0
+_MOST_DOUBLINGS = 8  # more than it takes to the longest; 2**1024 is no float
 _KEPT_TROUBLES = 8
 
 
@@ -72,13 +73,15 @@ class Membership:
         member = self._members.get(replica_id)
         if member is not None and member.state is MemberState.STARTING:
             member.state, member.since = MemberState.READY, now
-            self._failures, self._not_before = 0, 0.0
             self.epoch += 1
+            if member.generation == self.generation:
+                self._failures, self._not_before = 0, 0.0
 
     def lost(self, replica_id: str, reason: str, now: float) -> bool:
         """A replica died, hung, failed to start or was found sick; False if it was not a member.
 
         One that fails before it was ready delays the next start, ever longer: its trouble is likely to be everyone's.
+        Those that fail while a delay runs were started together with it, and count once.
         """
         member = self._members.pop(replica_id, None)
         if member is None:
@@ -88,15 +91,18 @@ class Membership:
             return True
         self.restarts += 1
         self.troubles.append(f"{replica_id}: {reason}")
-        if member.state is MemberState.STARTING:
-            delay = min(_FIRST_BACKOFF * 2**self._failures, _LONGEST_BACKOFF)
-            self._failures += 1
-            self._not_before = now + delay
+        failed = member.state is MemberState.STARTING and member.generation == self.generation
+        if failed and now >= self._not_before:
+            self._not_before = now + min(_FIRST_BACKOFF * 2**self._failures, _LONGEST_BACKOFF)
+            self._failures = min(self._failures + 1, _MOST_DOUBLINGS)
         return True
 
-    def drained(self, replica_id: str) -> None:
-        if self._members.pop(replica_id, None) is not None:
-            self.epoch += 1
+    def drained(self, replica_id: str) -> bool:
+        """A replica has finished what it held; False if it was not a member (any more)."""
+        if self._members.pop(replica_id, None) is None:
+            return False
+        self.epoch += 1
+        return True
 
     # What is wanted -------------------------------------------------------------------------------------------------
 
@@ -121,34 +127,40 @@ class Membership:
     def plan(self, now: float) -> list[Action]:
         """Bring the members one step nearer to what is wanted; what it returns is booked as begun."""
         actions: list[Action] = []
-        current = self._of(self.generation, MemberState.STARTING, MemberState.READY)
         old = [member for member in self.members if member.generation < self.generation]
-        old_serving = [member for member in old if member.state is not MemberState.DRAINING]
-        # A rolling change starts one successor at a time beside the old members; else all that are missing at once.
-        starting = [member for member in current if member.state is MemberState.STARTING]
-        missing = self.target - len(current)
-        if old_serving:
-            missing = min(missing, 1 - len(starting))
-        if missing > 0 and now >= self._not_before:
-            actions += [self._start(now) for _ in range(missing)]
-        # The newest go first when the pool shrinks: what is not ready yet is missed by nobody.
+        # Those that are not ready yet are missed by nobody, and hold places that their successors need.
+        unready = [member for member in old if member.state is MemberState.STARTING]
+        actions += [self._drain(member, now) for member in unready]
+        if now >= self._not_before:
+            actions += [self._start(now) for _ in range(self._missing())]
+        # The newest go first when the pool shrinks, and those that are not ready yet before all.
+        current = self._of(self.generation, MemberState.STARTING, MemberState.READY)
         surplus = len(current) - self.target
         if surplus > 0:
             ranked = sorted(current, key=lambda member: (member.state is MemberState.READY, -member.since))
             actions += [self._drain(member, now) for member in ranked[:surplus]]
-        ready = len(self._of(self.generation, MemberState.READY))
-        leaving = ready + len(old_serving) - self.target
-        if leaving > 0:
-            ranked = sorted(old_serving, key=lambda member: (member.state is MemberState.READY, member.since))
-            actions += [self._drain(member, now) for member in ranked[:leaving]]
+        serving = sorted(self._old_ready(), key=lambda member: member.since)
+        leaving = len(self._of(self.generation, MemberState.READY)) + len(serving) - self.target
+        actions += [self._drain(member, now) for member in serving[: max(leaving, 0)]]
         if actions:
             self.epoch += 1
         return actions
 
     def next_change(self, now: float) -> float | None:
         """Seconds until a delayed start is due, if one is."""
-        missing = self.target > len(self._of(self.generation, MemberState.STARTING, MemberState.READY))
-        return max(0.0, self._not_before - now) if missing else None
+        return max(0.0, self._not_before - now) if self._missing() else None
+
+    def _missing(self) -> int:
+        """Replicas to start: all that are missing at once, or one at a time beside those of an earlier generation."""
+        current = self._of(self.generation, MemberState.STARTING, MemberState.READY)
+        missing = self.target - len(current)
+        if self._old_ready():
+            starting = [member for member in current if member.state is MemberState.STARTING]
+            missing = min(missing, 1 - len(starting))
+        return max(missing, 0)
+
+    def _old_ready(self) -> list[Member]:
+        return [member for member in self.ready() if member.generation < self.generation]
 
     # Looking in -----------------------------------------------------------------------------------------------------
 
