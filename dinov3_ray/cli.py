@@ -27,6 +27,13 @@ class Lazy(NamedTuple):
 COMMANDS = {
     "checkpoint": Lazy("dinov3_ray.checkpoint.commands:checkpoint", "Make, convert, check and describe checkpoints."),
     "demo": Lazy("dinov3_ray.demo.commands:demo", "Teach a small student with a pool of teachers, in about a minute."),
+    "extract": Lazy("dinov3_ray.datasets.commands:extract_command", "Extract the features of a whole data set."),
+    "show": Lazy("dinov3_ray.datasets.commands:show_command", "Make a picture of a feature map."),
+    "up": Lazy("dinov3_ray.pool.commands:up", "Start a pool in a running Ray, and leave it running."),
+    "status": Lazy("dinov3_ray.pool.commands:status", "Show a pool: its replicas, their speed, their troubles."),
+    "scale": Lazy("dinov3_ray.pool.commands:scale", "Change the number of replicas, or its range."),
+    "reload": Lazy("dinov3_ray.pool.commands:reload", "Replace a pool's teacher, replica by replica, while it serves."),
+    "down": Lazy("dinov3_ray.pool.commands:down", "End a pool, all of it."),
 }
 
 

@@ -1,132 +1,137 @@
-"""Feature maps as pictures: principal components as colours, and labelled grids of pictures.
+"""Feature maps as pictures: the three directions in which a map varies most, as red, green and blue.
 
-Shapes: B images, D channels, h × w locations, N = B·h·w.
+Shapes: D channels, h × w patches.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Self
 
+import numpy as np
 import torch
-import torch.nn.functional as F
-from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
 from torch import Tensor
 
-from dinov3_ray.errors import ConfigError, InputError
+from dinov3_ray.errors import InputError
 
-__all__ = ["PcaBasis", "save_grid"]
+__all__ = ["PcaBasis", "pca_rgb", "save_grid"]
 
-_COLOURS = 3
-_TAIL = 0.01  # of the locations, at either end of a component, that may be clipped to the darkest or brightest
+_CLIP = 0.01
+_PANEL_INCHES = 3.2
+_DPI = 150
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class PcaBasis:
-    """Three directions in feature space as red, green and blue.
+    """Three directions, and the range of colours along them; fitted on one map, it shows others alike.
 
-    Fitted on one map and applied to others, so that equal colours mean equal features: a student's map shown in its
-    teacher's basis. Only the direction of a feature counts, as in a cosine; its length does not.
-
-    Attributes:
-        mean: [D], of the features that the basis was fitted on, each at unit length.
-        components: [D, 3], orthonormal, by falling variance.
-        low, high: [3], the projections that become 0 and 255.
+    Show a teacher's and a student's map in the teacher's basis, and equal colours mean equal features.
     """
 
-    mean: Tensor
-    components: Tensor
-    low: Tensor
-    high: Tensor
+    mean_D: Tensor
+    directions_D3: Tensor
+    low_3: Tensor
+    high_3: Tensor
 
     @classmethod
-    def fit(cls, map_BDhw: Tensor) -> Self:
-        """The basis of the three directions in which the features of ``map_BDhw`` (any floating dtype) vary most.
+    def fit(cls, map_Dhw: Tensor) -> PcaBasis:
+        """The principal directions of a map [D, h, w], or of maps [B, D, h, w] together.
+
+        Each direction's sign is such that its largest weight is positive, so that a picture does not change its colours
+        from run to run. Colours span all but the outermost 1% of values at either end, which would darken the rest.
 
         Raises:
-            InputError: it is no map, has fewer than 3 channels, or values that are not finite.
+            InputError: not such a map, not finite, or fewer than 2 patches.
         """
-        features_ND = _unit_features(map_BDhw)
-        if min(features_ND.shape) < _COLOURS:
-            raise InputError(
-                f"a map must have at least {_COLOURS} channels and as many locations to be shown in colours; "
-                f"got {list(map_BDhw.shape)}"
-            )
-        mean_D = features_ND.mean(0)
-        centred_ND = features_ND - mean_D
-        # float64: the small differences of a near-constant map are all there is to see of it.
-        _, vectors_DD = torch.linalg.eigh((centred_ND.T @ centred_ND).double())  # by rising eigenvalue
-        components_D3 = vectors_DD[:, -_COLOURS:].flip(1).float()
-        # An eigenvector's sign is arbitrary; this choice makes a picture the same on every machine.
-        largest_3 = components_D3.abs().argmax(0)
-        components_D3 = components_D3 * components_D3[largest_3, torch.arange(_COLOURS)].sign()
-        projected_N3 = (centred_ND @ components_D3).sort(0).values
-        tail = int(_TAIL * (len(projected_N3) - 1))
-        return cls(mean_D, components_D3, projected_N3[tail], projected_N3[-1 - tail])
+        tokens_ND = _tokens(map_Dhw)
+        if len(tokens_ND) < 2:
+            raise InputError(f"map must have at least 2 patches to find directions in; got shape {list(map_Dhw.shape)}")
+        mean_D = tokens_ND.mean(dim=0)
+        _, _, rows = torch.linalg.svd(tokens_ND - mean_D, full_matrices=False)
+        directions_D3 = torch.zeros(tokens_ND.shape[1], 3, dtype=torch.float64)
+        count = min(3, len(rows))
+        directions_D3[:, :count] = rows[:count].T
+        strongest = directions_D3.abs().argmax(dim=0, keepdim=True)
+        directions_D3 = directions_D3 * directions_D3.gather(0, strongest).sign()
+        projected_N3 = (tokens_ND - mean_D) @ directions_D3
+        low_3, high_3 = torch.quantile(projected_N3, torch.tensor([_CLIP, 1 - _CLIP], dtype=torch.float64), dim=0)
+        return cls(mean_D, directions_D3, low_3, high_3)
 
-    def rgb(self, map_BDhw: Tensor) -> Tensor:
-        """``map_BDhw`` in the colours of this basis: uint8 [B,3,h,w].
+    def rgb(self, map_Dhw: Tensor) -> np.ndarray:
+        """A map [D, h, w] as uint8 [h, w, 3].
 
         Raises:
-            InputError: it is no map of as many channels as the basis, or has values that are not finite.
+            InputError: not a map of this basis's D.
         """
-        features_ND = _unit_features(map_BDhw)
-        if features_ND.shape[1] != len(self.mean):
-            raise InputError(f"the map must have the basis' {len(self.mean)} channels; got {list(map_BDhw.shape)}")
-        projected_N3 = (features_ND - self.mean) @ self.components
-        span_3 = (self.high - self.low).clamp_min(torch.finfo(torch.float32).tiny)
-        colours_N3 = ((projected_N3 - self.low) / span_3).clamp(0, 1).mul(255).round().to(torch.uint8)
-        batch, _, height, width = map_BDhw.shape
-        return colours_N3.view(batch, height, width, _COLOURS).permute(0, 3, 1, 2).contiguous()
+        if map_Dhw.ndim != 3 or map_Dhw.shape[0] != len(self.mean_D):
+            raise InputError(f"map must be [{len(self.mean_D)}, h, w] for this basis; got shape {list(map_Dhw.shape)}")
+        projected_N3 = (_tokens(map_Dhw) - self.mean_D) @ self.directions_D3
+        # A direction along which nothing varies is shown as mid-grey, not as the noise of its division.
+        span_3 = self.high_3 - self.low_3
+        flat_3 = span_3 <= 1e-9 * (self.high_3.abs() + self.low_3.abs() + self.mean_D.abs().amax() + 1e-30)
+        scaled_N3 = torch.where(flat_3, 0.5, (projected_N3 - self.low_3) / torch.where(flat_3, 1.0, span_3))
+        pixels = (scaled_N3.clamp(0, 1) * 255).round().to(torch.uint8)
+        picture: np.ndarray = pixels.reshape(*map_Dhw.shape[1:], 3).numpy()
+        return picture
 
 
-def _unit_features(map_BDhw: Tensor) -> Tensor:
-    """[N, D], float32, each of unit length."""
-    if map_BDhw.ndim != 4 or not map_BDhw.is_floating_point():
-        raise InputError(
-            f"a map must be a floating-point tensor [B,D,h,w]; got {map_BDhw.dtype} {list(map_BDhw.shape)}"
-        )
-    features_ND = map_BDhw.detach().float().cpu().permute(0, 2, 3, 1).flatten(0, 2)
-    if not features_ND.isfinite().all():
-        raise InputError("a map must be finite to be shown in colours; it holds NaN or infinity")
-    return F.normalize(features_ND, dim=1)
+def pca_rgb(map_Dhw: Tensor, basis: PcaBasis | None = None) -> np.ndarray:
+    """A map [D, h, w] as uint8 [h, w, 3], in ``basis`` or in its own."""
+    return (basis or PcaBasis.fit(map_Dhw)).rgb(map_Dhw)
 
 
 def save_grid(
-    path: str | PathLike[str], columns: Mapping[str, Sequence[Tensor]], *, cell: float = 2.2, smooth: bool = False
+    rows: Sequence[Sequence[np.ndarray]], path: str | PathLike[str], titles: Sequence[str] = (), *, heading: str = ""
 ) -> Path:
-    """Write a grid of pictures to ``path``: a column for each name, a row for each place in the columns.
+    """Save rows of pictures side by side, such as image | teacher's map | student's map.
+
+    All panels of a row have the shape of its first picture; maps are enlarged patch by patch, without smoothing.
 
     Args:
-        path: of a PNG file (or another kind that matplotlib writes).
-        columns: by their titles, pictures uint8 [3,H,W]; of any sizes, but one row's should have one shape.
-        cell: inches a picture; a file has 100 pixels an inch.
-        smooth: interpolate pictures smaller than their cell, in place of showing their pixels as squares.
+        rows: uint8 pictures [H, W, 3] of any sizes; as many in each row.
+        path: its suffix says the format; .png if there is none.
+        titles: one a column.
 
     Raises:
-        ConfigError: the columns are empty or of different lengths.
+        InputError: no pictures, rows of different lengths, or titles for another number of columns.
     """
-    counts = {len(pictures) for pictures in columns.values()}
-    if len(counts) != 1 or counts == {0}:
-        raise ConfigError(
-            "columns must be at least one, all with as many pictures, at least one; got "
-            f"{ {title: len(pictures) for title, pictures in columns.items()} }"
-        )
-    rows = counts.pop()
-    # A Figure of its own, not pyplot's: no window system is looked for, and nothing stays behind in this process.
-    figure = Figure(figsize=(cell * len(columns), cell * rows + 0.35), dpi=100)
-    figure.set_layout_engine(ConstrainedLayoutEngine(w_pad=0.02, h_pad=0.02, wspace=0.01, hspace=0.01))
-    axes = figure.subplots(rows, len(columns), squeeze=False)
-    for column, (title, pictures) in enumerate(columns.items()):
-        axes[0][column].set_title(title, fontsize=11)
-        for row, picture_3HW in enumerate(pictures):
-            axes[row][column].imshow(
-                picture_3HW.permute(1, 2, 0).numpy(), interpolation="bicubic" if smooth else "nearest"
-            )
-            axes[row][column].set_axis_off()
-    figure.savefig(path)
-    return Path(path)
+    # Lazy, since it takes most of a second; a Figure of its own needs no display, and no state of pyplot's.
+    from matplotlib.figure import Figure
+
+    widths = {len(row) for row in rows}
+    if len(widths) != 1 or 0 in widths:
+        raise InputError(f"rows must hold equally many pictures, at least one; got {[len(row) for row in rows]}")
+    columns = widths.pop()
+    if titles and len(titles) != columns:
+        raise InputError(f"titles must name each of the {columns} columns; got {list(titles)}")
+    heights = [_PANEL_INCHES * row[0].shape[0] / row[0].shape[1] for row in rows]
+    top = 0.3 * bool(titles) + 0.35 * bool(heading)
+    figure = Figure(figsize=(_PANEL_INCHES * columns, sum(heights) + top), dpi=_DPI, layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.03, h_pad=0.03, wspace=0.0, hspace=0.0)
+    axes = figure.subplots(len(rows), columns, squeeze=False, height_ratios=heights)
+    for row_axes, row in zip(axes, rows, strict=True):
+        extent = (0, row[0].shape[1], row[0].shape[0], 0)
+        for axis, picture in zip(row_axes, row, strict=True):
+            enlarged = picture.shape[0] < row[0].shape[0]
+            axis.imshow(picture, extent=extent, interpolation="nearest" if enlarged else "antialiased")
+            axis.set_axis_off()
+    for axis, title in zip(axes[0], titles, strict=False):
+        axis.set_title(title, fontsize=11, pad=4)
+    if heading:
+        figure.suptitle(heading, fontsize=12)
+    target = Path(path)
+    target = target if target.suffix else target.with_suffix(".png")
+    figure.savefig(target, facecolor="white")
+    return target
+
+
+def _tokens(maps: Tensor) -> Tensor:
+    """[D, h, w] or [B, D, h, w] as float64 [N, D] on the CPU; in float32, directions of nearly equal weight blur."""
+    if maps.ndim not in (3, 4):
+        raise InputError(f"map must be [D, h, w] or [B, D, h, w]; got shape {list(maps.shape)}")
+    tokens_ND = maps.detach().to("cpu", torch.float64).movedim(-3, -1).reshape(-1, maps.shape[-3])
+    if not torch.isfinite(tokens_ND).all():
+        raise InputError("map must be finite; it holds NaN or infinity")
+    return tokens_ND

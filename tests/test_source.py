@@ -56,7 +56,7 @@ def test_a_folder_gives_every_file_by_its_relative_path(tmp_path: Path) -> None:
 def test_a_relative_path_is_made_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path, ["images/1.jpg"])
     monkeypatch.chdir(tmp_path)
-    assert open_source("images").describe() == {"kind": "files", "path": str(tmp_path / "images")}
+    assert open_source("images").describe()["path"] == str(tmp_path / "images")
 
 
 def test_globs(tmp_path: Path) -> None:

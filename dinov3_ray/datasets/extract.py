@@ -74,6 +74,7 @@ def extract(
     replicas: int | None = None,
     num_gpus: float | None = None,
     decoders: int | None = None,
+    threads: int | None = None,
     image_column: str | None = None,
     id_column: str | None = None,
     max_pixels: int = MAX_PIXELS,
@@ -109,6 +110,7 @@ def extract(
             about 128 MB (16 to 512).
         replicas, num_gpus: of the teacher's actors; by default all GPUs, or one actor a node without any.
         decoders: decoding tasks for each block that is under way; by default as many as an actor's share of the CPUs.
+        threads: torch's, of an actor that computes on CPUs; by default its share of the node's.
         image_column, id_column: of a Parquet source or a Dataset; guessed from usual names.
         max_pixels: larger images are errors, taken for decompression bombs.
         background: RGB under transparent pixels.
@@ -151,6 +153,7 @@ def extract(
             replicas=replicas,
             num_gpus=num_gpus,
             decoders=decoders,
+            threads=threads,
             pooled=pool is not None,
         )
         job = Job(

@@ -38,6 +38,7 @@ def place(
     replicas: int | None = None,
     num_gpus: float | None = None,
     decoders: int | None = None,
+    threads: int | None = None,
     pooled: bool = False,
 ) -> Placement:
     """One actor a GPU where the cluster has any, else one a node; for a pool, one actor that asks it.
@@ -47,7 +48,7 @@ def place(
     Raises:
         ConfigError: an option is out of range, or the cluster has not got that much.
     """
-    for name, value in (("replicas", replicas), ("decoders", decoders)):
+    for name, value in (("replicas", replicas), ("decoders", decoders), ("threads", threads)):
         if value is not None and value < 1:
             raise ConfigError(f"{name} must be at least 1; got {value}")
     gpus, cpus = resources.get("GPU", 0.0), max(resources.get("CPU", 1.0), 1.0)
@@ -62,12 +63,13 @@ def place(
     if replicas is None:
         replicas = 1 if pooled else int(gpus // num_gpus) if num_gpus else nodes
     num_cpus = min(1.0, cpus / 2 / replicas)
-    on_cpu = not num_gpus and not pooled
+    if threads is None and not num_gpus and not pooled:
+        threads = max(1, int(cpus / nodes) // math.ceil(replicas / nodes))
     return Placement(
         replicas,
         num_gpus,
         num_cpus,
         min(1.0, cpus - replicas * num_cpus),
         decoders or max(2, math.ceil(cpus / replicas)),
-        max(1, int(cpus / nodes) // math.ceil(replicas / nodes)) if on_cpu else None,
+        threads,
     )

@@ -65,7 +65,7 @@ class FileSource:
     by_file: bool = False
 
     def describe(self) -> dict[str, Any]:
-        return {"kind": "files", "path": self.name}
+        return {"kind": "files", "path": self.name, "root": self.root}
 
     def rows(self) -> pa.Table:
         assert self.infos is not None

@@ -1,0 +1,253 @@
+"""FeatureStore: what comes back is what was written, mapped where Parquet lets it; StoredTeacher and TargetDataset."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from pyarrow import fs as pafs
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from dinov3_ray.config import DinoV3Config
+from dinov3_ray.datasets import FeatureStore, StoredTeacher, TargetDataset
+from dinov3_ray.datasets.decode import Unreadable
+from dinov3_ray.datasets.layout import Folder
+from dinov3_ray.datasets.schema import Row, encode_columns, spec_to_json
+from dinov3_ray.datasets.views import view_digest
+from dinov3_ray.datasets.writer import BlockWriter, finish
+from dinov3_ray.errors import MissingViewError, NumericsError, SpecError, StoreError
+from dinov3_ray.features import Features, FeatureSpec, deliver
+from dinov3_ray.model import DinoV3Teacher
+from dinov3_ray.testing import FakeTeacher
+
+SPEC = FeatureSpec(cls=True, feature_map=True, registers=True, layers=(-1, 0), map_size=(3, 5))
+COUNT = 50
+
+
+def views(seed: int = 0) -> Tensor:
+    return torch.randint(0, 256, (COUNT, 3, 48, 80), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+
+
+def ids() -> list[str]:
+    return [f"folder {index % 3}/ä{index:03}.jpg" for index in range(COUNT)]
+
+
+def build(out: Path, spec: FeatureSpec, teacher: FakeTeacher | DinoV3Teacher, *, end: bool = True) -> Features:
+    """A store of three blocks of COUNT images in all, and one failure; gives what the teacher says for ``spec``."""
+    folder = Folder.at(out)
+    folder.make("parts")
+    folder.make("ledger")
+    images = views()
+    native = teacher.extract(images, spec.native())
+    _, result_dtype = encode_columns(native, spec)
+    identity = {
+        "fingerprint": teacher.fingerprint,
+        "spec": spec_to_json(spec),
+        "result_dtype": result_dtype,
+        "preprocessing": None,
+    }
+    folder.write_json("plan.json", identity)
+    for block, start in enumerate(range(0, COUNT, 20)):
+        stop = min(start + 20, COUNT)
+        writer = BlockWriter(folder, f"{block:07}", identity)
+        rows = [Row(ids()[index], 48, 80, view_digest(images[index].numpy())) for index in range(start, stop)]
+        # Batches come in any order, and are not those of the block.
+        for low, high in ((13, 20), (0, 13)):
+            low, high = start + low, min(start + high, stop)
+            if low < high:
+                positions = list(range(low - start, high - start))
+                part = [rows[position] for position in positions]
+                writer.add(positions, part, encode_columns(native.rows(low, high), spec)[0])
+        if block == 1:
+            writer.fail(20, "bad.jpg", Unreadable("truncated", "it ends early"))
+        writer.commit()
+    if end:
+        finish(folder, identity)
+    return deliver(native, spec)
+
+
+def same(left: Features, right: Features) -> bool:
+    pairs = list(zip(left.named(), right.named(), strict=True))
+    return all(a[0] == b[0] and a[1].dtype == b[1].dtype and torch.equal(a[1], b[1]) for a, b in pairs)
+
+
+@pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", ["native", "float32", "bfloat16", "float16", "int8"])
+def test_what_comes_back_is_what_the_teacher_gives(dtype: str, compute: torch.dtype, tmp_path: Path) -> None:
+    spec = FeatureSpec(cls=True, feature_map=True, registers=True, layers=(-1, 0), dtype=dtype)  # type: ignore[arg-type]
+    expected = build(tmp_path, spec, FakeTeacher(dtype=compute))
+    store = FeatureStore(tmp_path)
+    assert len(store) == COUNT
+    assert list(store.ids) == list(store) == ids()
+    assert store.fingerprint == "fake"
+    assert store.spec == spec
+    for index in (0, 19, 20, COUNT - 1, 7):
+        features = store[ids()[index]]
+        assert len(features) == 1
+        assert features.fingerprint == "fake"
+        assert same(features, expected.rows(index, index + 1))
+    batches = list(store.iter_batches(7))
+    assert [id_ for names, _ in batches for id_ in names] == ids()
+    assert same(Features.cat([features for _, features in batches]), expected)
+    assert [len(features) for _, features in store.iter_batches(20, drop_last=True)] == [20, 20]
+    order = [33, 3, 4, 5, 21, 3]
+    assert same(store.read([ids()[index] for index in order]), Features.cat([expected.rows(i, i + 1) for i in order]))
+
+
+def test_float_columns_are_mapped_and_int8_is_compact(tmp_path: Path) -> None:
+    build(tmp_path / "half", FeatureSpec(feature_map=True, dtype="float16"), FakeTeacher(hidden_size=64))
+    store = FeatureStore(tmp_path / "half")
+    array = store.arrays(ids()[21])["feature_map"]
+    assert not array.flags.owndata
+    assert not array.flags.writeable
+    with pytest.raises(ValueError, match="read-only"):
+        array[...] = 0
+    first = store[ids()[0]].feature_map
+    assert first is not None
+    first.zero_()  # the caller's own memory
+    assert store[ids()[0]].feature_map.any()  # type: ignore[union-attr]
+    build(tmp_path / "bytes", FeatureSpec(feature_map=True, dtype="int8"), FakeTeacher(hidden_size=64))
+    sizes = {name: sum(f.stat().st_size for f in (tmp_path / name / "parts").iterdir()) for name in ("half", "bytes")}
+    assert sizes["bytes"] < 0.75 * sizes["half"]  # with scales and small row groups
+    assert FeatureStore(tmp_path / "bytes").arrays(ids()[0])["feature_map"].dtype == np.int8
+
+
+def test_any_parquet_reader_reads_the_parts(tmp_path: Path) -> None:
+    expected = build(tmp_path, SPEC, FakeTeacher())
+    table = pq.read_table(sorted((tmp_path / "parts").iterdir()))
+    assert table["id"].to_pylist() == ids()
+    maps = np.concatenate([chunk.to_numpy_ndarray() for chunk in table["feature_map"].chunks])
+    assert np.array_equal(maps, expected.feature_map.numpy())  # type: ignore[union-attr]
+
+
+def test_int8_of_random_weights_keeps_the_direction(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """Documented: cosine at least 0.999 for every token, and at most 1/254 of a token's largest channel off."""
+    teacher = DinoV3Teacher(DinoV3Config(tiny_checkpoint, dtype="float32"))
+    build(tmp_path, FeatureSpec(cls=True, feature_map=True, layers=(1,), dtype="int8"), teacher)
+    exact = teacher.extract(views(), FeatureSpec(cls=True, feature_map=True, layers=(1,)))
+    stored = FeatureStore(tmp_path).read(ids())
+    for (_, mine), (_, other) in zip(stored.named(), exact.named(), strict=True):
+        assert torch.nn.functional.cosine_similarity(mine, other, dim=1).min() > 0.999
+        assert ((mine - other).abs() <= other.abs().amax(dim=1, keepdim=True) / 254 * 1.001).all()
+
+
+def test_a_value_that_float16_cannot_hold_is_an_error() -> None:
+    features = Features(cls=torch.tensor([[1.0, 70_000.0]]))
+    with pytest.raises(NumericsError, match="holds values up to 65504; output cls reaches 7e"):
+        encode_columns(features, FeatureSpec(cls=True, dtype="float16"))
+
+
+def test_remote_file_systems_read_what_they_need(tmp_path: Path) -> None:
+    expected = build(tmp_path / "x" / "store", SPEC, FakeTeacher())
+    store = FeatureStore("store", filesystem=pafs.SubTreeFileSystem(str(tmp_path / "x"), pafs.LocalFileSystem()))
+    assert same(store.read(ids()), expected)
+    assert same(FeatureStore((tmp_path / "x" / "store").as_uri())[ids()[3]], expected.rows(3, 4))
+
+
+def test_pickled_and_in_loader_workers(tmp_path: Path) -> None:
+    expected = build(tmp_path, SPEC, FakeTeacher())
+    store = pickle.loads(pickle.dumps(FeatureStore(tmp_path)))
+    images = dict(zip(ids(), views(), strict=True))
+    dataset = TargetDataset(store, images.__getitem__)
+    assert len(dataset) == COUNT
+    loader = DataLoader(
+        dataset, batch_size=8, num_workers=2, collate_fn=TargetDataset.collate, multiprocessing_context="fork"
+    )
+    pixels, targets = zip(*loader, strict=True)
+    assert torch.equal(torch.cat(pixels), views())
+    assert same(Features.cat(targets), expected)
+    subset = TargetDataset(store, images.__getitem__, ids=[ids()[5], ids()[2]])
+    assert torch.equal(subset[1][0], views()[2])
+    with pytest.raises(StoreError, match="has no image 'nope'"):
+        TargetDataset(store, images.__getitem__, ids=["nope"])
+
+
+def test_what_is_not_there_says_why(tmp_path: Path) -> None:
+    build(tmp_path, SPEC, FakeTeacher())
+    store = FeatureStore(tmp_path)
+    with pytest.raises(StoreError, match=r"'bad\.jpg' has no features.*\(truncated\): it ends early"):
+        store["bad.jpg"]
+    with pytest.raises(StoreError, match=r"has no image 'nope'; its ids look like \('folder 0/ä000\.jpg',\)"):
+        store["nope"]
+    with pytest.raises(StoreError, match=r"an image's id must be a str.*got 3"):
+        store[3]  # type: ignore[index]
+    assert "nope" not in store
+    assert ids()[0] in store
+    assert store.errors.to_pylist() == [{"id": "bad.jpg", "kind": "truncated", "detail": "it ends early"}]
+    assert store.manifest["errors_by_kind"] == {"truncated": 1}
+    assert repr(store).endswith("50 images, teacher fake)")
+    with pytest.raises(StoreError, match=r"is not a feature store: it has no plan\.json"):
+        FeatureStore(tmp_path / "parts")
+
+
+def test_an_unfinished_store_is_read_on_request_only(tmp_path: Path) -> None:
+    expected = build(tmp_path, SPEC, FakeTeacher(), end=False)
+    with pytest.raises(StoreError, match="is not finished"):
+        FeatureStore(tmp_path)
+    (tmp_path / "ledger" / "0000001.json").unlink()
+    store = FeatureStore(tmp_path, partial=True)
+    assert list(store.ids) == ids()[:20] + ids()[40:]
+    assert same(store[ids()[45]], expected.rows(45, 46))
+    assert "unfinished" in repr(store)
+
+
+def test_a_stored_teacher_answers_for_stored_views_only(tmp_path: Path) -> None:
+    expected = build(tmp_path, SPEC, FakeTeacher())
+    teacher = StoredTeacher(FeatureStore(tmp_path))
+    images = views()[[4, 40, 4]]
+    wanted = Features.cat([expected.rows(index, index + 1) for index in (4, 40, 4)])
+    names = [ids()[index] for index in (4, 40, 4)]
+    for form in (
+        images,
+        images.float() / 255,
+        images.float() * (1 / 255),
+        images.double() / 255,
+        images.numpy(),
+        list(images),
+    ):
+        assert same(teacher.extract(form, SPEC), wanted)
+    assert same(teacher.extract(names, SPEC), wanted)
+    assert same(teacher.extract(images, SPEC, ids=names), wanted)
+    assert torch.equal(teacher.extract_features(names), wanted.cls)  # type: ignore[arg-type]
+    assert torch.equal(teacher.extract_feature_map(images), wanted.feature_map)  # type: ignore[arg-type]
+    others = [
+        images.flip(-1),
+        images.float() / 255 * 0.999,
+        images[..., :32],
+        images.float() / 255 + 1e-4,
+        views(seed=1)[:3],
+    ]
+    for other in others:
+        with pytest.raises(MissingViewError, match=r"images\[0\] is no view that the store holds"):
+            teacher.extract(other, SPEC)
+        with pytest.raises(MissingViewError, match=r"images\[0\] is no"):
+            teacher.extract(other, SPEC, ids=names)
+    with pytest.raises(MissingViewError, match=r"images\[1\] is not the view of"):
+        teacher.extract(images, SPEC, ids=[names[0], names[0], names[2]])
+    with pytest.raises(MissingViewError, match=r"holds no view 'bad\.jpg'"):
+        teacher.extract("bad.jpg", SPEC)
+
+
+def test_a_stored_teacher_gives_what_was_extracted_and_no_more(tmp_path: Path) -> None:
+    expected = build(
+        tmp_path, FeatureSpec(feature_map=True, layers=(-1, 0), map_size=(3, 5), dtype="float16"), FakeTeacher()
+    )
+    teacher = StoredTeacher(FeatureStore(tmp_path))
+    part = teacher.extract(ids()[:2], FeatureSpec(layers=(0,), map_size=(3, 5)))
+    assert [name for name, _ in part.named()] == ["layers.0"]
+    assert torch.equal(part.layers[0], expected.layers[0][:2])
+    wide = teacher.extract(ids()[0], FeatureSpec(feature_map=True, map_size=(3, 5), dtype="float32")).feature_map
+    assert torch.equal(wide, expected.feature_map[:1].float())  # type: ignore[arg-type, index]
+    for spec, message in (
+        (FeatureSpec(cls=True, layers=(1,), map_size=(3, 5)), "does not hold cls, layers 1"),
+        (FeatureSpec(layers=(0,), norm=False, map_size=(3, 5)), "norm must be True"),
+        (FeatureSpec(feature_map=True, map_size=(2, 2)), r"map_size must be \(3, 5\)"),
+        (FeatureSpec(), "at least one of"),
+    ):
+        with pytest.raises(SpecError, match=message):
+            teacher.extract(ids()[0], spec)
