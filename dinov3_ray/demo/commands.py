@@ -46,18 +46,19 @@ def demo(
 
     Without options it needs no files and no network: it draws its pictures and makes up its teacher's weights.
     """
-    interrupts = Interrupts()
+    interrupts = Interrupts("interrupted: the pool and what was started for it are gone")
     try:
         with interrupts:
-            # Here, since torch and Ray take seconds to import, in which Ctrl-C is to work too.
-            from dinov3_ray.demo.display import Display
-            from dinov3_ray.demo.results import LOSS_FILE, MAPS_FILE, SUMMARY_FILE
-            from dinov3_ray.demo.run import Settings, run
+            with interrupts.at_once():
+                # Here, since torch and Ray take seconds to import, in which Ctrl-C is to work too.
+                from dinov3_ray.demo.display import Display
+                from dinov3_ray.demo.results import LOSS_FILE, MAPS_FILE, SUMMARY_FILE
+                from dinov3_ray.demo.run import Settings, run
 
             settings = Settings(out, images, root, steps, replicas, batch, address)
             summary = run(settings, Display(), interrupts)
     except KeyboardInterrupt:
-        click.echo("interrupted: the pool and what was started for it are gone", err=True)
+        click.echo(interrupts.last_words, err=True)
         context.exit(interrupts.exit_code)
     click.echo(f"loss      {summary.first_loss:.3f} -> {summary.last_loss:.3f} (1 - cosine, {steps} steps of {batch})")
     click.echo(f"speed     {summary.images_per_second:.1f} img/s, {summary.total_seconds:.0f} s in all")

@@ -20,7 +20,8 @@ from dinov3_ray.pool.cluster import Runtime, connect
 __all__ = ["DemoRay", "gpus_a_replica", "make_folder", "remove_folder"]
 
 _OBJECT_STORE_BYTES = 200 * 2**20  # a batch and its maps are about 5 MB
-_PATIENCE = 10.0  # seconds that Ray's processes get to end by themselves
+_PATIENCE = 2.0  # seconds that Ray's processes get to end by themselves: they hold nothing worth saving
+_AUTH_MODE = "RAY_AUTH_MODE"
 
 
 class DemoRay:
@@ -43,12 +44,18 @@ class DemoRay:
     def embedded(self) -> bool:
         return self._address is None
 
+    @property
+    def free_gpus(self) -> float:
+        """Of the whole cluster, now."""
+        return float(ray.available_resources().get("GPU", 0))
+
     def start(self) -> None:
-        """Connect.
+        """Connect. An interrupt may cut this short anywhere; :meth:`close` tidies up after that too.
 
         Raises:
             PoolError: Ray cannot be reached or started.
         """
+        self._set_environment({_AUTH_MODE: os.environ.get(_AUTH_MODE)})  # ray.init() changes it: to be put back
         if not self.embedded:
             self._runtime = connect(self._address)
             return
@@ -68,6 +75,7 @@ class DemoRay:
         """Part from Ray; end one that was started here, to its last process."""
         if self._runtime is not None:
             self._runtime.close()
+        ray.shutdown()  # of a connection that was not completed
         if self.embedded:
             _end_users_of(self._folder)
         self._set_environment(dict(self._environment))
@@ -93,12 +101,11 @@ def remove_folder(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def gpus_a_replica(replicas: int) -> float:
-    """The share of a GPU for each of ``replicas``, so that all find room at once; 0 where no GPU is free."""
-    free = int(ray.available_resources().get("GPU", 0))
-    if not free:
+def gpus_a_replica(replicas: int, free_gpus: float) -> float:
+    """The share of a GPU for each of ``replicas``, so that all find room at once; 0 where no whole GPU is free."""
+    if free_gpus < 1:
         return 0.0
-    sharers = math.ceil(replicas / free)
+    sharers = math.ceil(replicas / int(free_gpus))
     return 1.0 if sharers == 1 else math.floor(1e4 / sharers) / 1e4  # Ray counts in ten-thousandths
 
 

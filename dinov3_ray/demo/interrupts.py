@@ -5,6 +5,7 @@ It imports nothing heavy: it is in force before torch and Ray are loaded.
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,12 +24,17 @@ class Interrupts:
 
     Later ones raise nothing, so that what tidies up after the first is not cut short. For the main thread.
 
+    Args:
+        last_words: for :meth:`at_once`.
+
     Attributes:
         signal: the first one that came.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, last_words: str) -> None:
+        self.last_words = last_words
         self.signal: int | None = None
+        self._at_once = False
         self._raised = False
         self._held = 0
         self._before: dict[int, Any] = {}
@@ -48,6 +54,18 @@ class Interrupts:
         """Raise what came but was lost: a library may have caught the exception."""
         if self.signal is not None:
             self._raise()
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """A stretch that leaves nothing to tidy up: a signal within it writes the last words, and ends the process.
+
+        For imports: an exception in the middle of one leaves a module half made, over which its own exit hooks stumble.
+        """
+        self._at_once = True
+        try:
+            yield
+        finally:
+            self._at_once = False
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -73,6 +91,9 @@ class Interrupts:
     def _note(self, number: int, _frame: FrameType | None) -> None:
         if self.signal is None:
             self.signal = number
+        if self._at_once:
+            os.write(2, f"{self.last_words}\n".encode())
+            os._exit(self.exit_code)
         if not self._held and not self._raised:
             self._raise()
 

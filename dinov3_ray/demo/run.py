@@ -34,6 +34,8 @@ from dinov3_ray.training.losses import DistillationLoss
 
 __all__ = ["Settings", "run"]
 
+log = logging.getLogger("dinov3_ray")
+
 _SPEC = FeatureSpec(feature_map=True)
 _VARIANT, _IMAGE_SIZE = "vit-test", 256  # a pass of a batch takes a CPU core a fraction of a second
 _SCENES, _SHOWN = 40, 4
@@ -72,13 +74,13 @@ def run(settings: Settings, display: Display, interrupts: Interrupts) -> Summary
         KeyboardInterrupt: a signal came.
     """
     begun = time.monotonic()
-    logging.getLogger("dinov3_ray").addFilter(_says_more_than_the_bar)
-    # The replicas have the other half of the cores.
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // 2))
     _make_out(settings.out)
     with interrupts.held():
         folder = make_folder()
         ray = DemoRay(settings.address, folder)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, threads // 2))  # the replicas have the other half of the cores
+    log.addFilter(_says_more_than_the_bar)
     # Twice: should the first interrupt come within the first tidying up, the second one completes it.
     try:
         try:
@@ -87,6 +89,8 @@ def run(settings: Settings, display: Display, interrupts: Interrupts) -> Summary
             _tidy(ray, folder)
     finally:
         _tidy(ray, folder)
+        log.removeFilter(_says_more_than_the_bar)
+        torch.set_num_threads(threads)
 
 
 def _run(
@@ -95,13 +99,13 @@ def _run(
     root = settings.root or init_checkpoint(_VARIANT, folder / "teacher", image_size=_IMAGE_SIZE)
     config = DinoV3Config(root)
     pictures, shown = _pictures(settings, display, max(config.image_size))
-    with display.phase(f"{'starting' if ray.embedded else 'joining'} Ray"), interrupts.held():
+    with display.phase(f"{'starting' if ray.embedded else 'joining'} Ray"):
         ray.start()
         interrupts.install()  # ray.init() has a handler of its own for SIGTERM
     name = f"demo-{secrets.token_hex(4)}"
     with display.phase(f"starting {settings.replicas} teachers"):
         pool = TeacherPool.start(
-            config, name=name, replicas=settings.replicas, num_gpus=gpus_a_replica(settings.replicas)
+            config, name=name, replicas=settings.replicas, num_gpus=gpus_a_replica(settings.replicas, ray.free_gpus)
         )
     with pool:
         teacher = pool.teacher()

@@ -43,8 +43,7 @@ def draw_scene(seed: int, side: int = 320) -> Tensor:
     image = Image.new("RGB", (size, size), _varied(chance, chance.choice(_GROUND)))
     draw = ImageDraw.Draw(image)
     _draw_fields(draw, chance, size)
-    if chance.random() < 0.5:
-        _draw_water(draw, chance, size)
+    lake = _draw_lake(draw, chance, size) if chance.random() < 0.5 else None
     roads = [_road(chance, size) for _ in range(chance.randint(1, 2))]
     width = size / chance.uniform(12, 18)
     for start, end in roads:
@@ -52,7 +51,8 @@ def draw_scene(seed: int, side: int = 320) -> Tensor:
         draw.line([start, end], fill=(206, 202, 170), width=max(1, round(width / 16)))
     for _ in range(chance.randint(6, 14)):
         spot = (chance.uniform(0, size), chance.uniform(0, size))
-        if all(_distance(spot, road) > 1.6 * width for road in roads):
+        dry = lake is None or math.dist(spot, lake[0]) > lake[1] + size / 12
+        if dry and all(_distance(spot, road) > 1.6 * width for road in roads):
             _draw_house(draw, chance, spot, size)
     for _ in range(chance.randint(2, 5)):
         _draw_grove(draw, chance, size)
@@ -84,7 +84,8 @@ def _draw_fields(draw: ImageDraw.ImageDraw, chance: random.Random, size: int) ->
         at += breadth
 
 
-def _draw_water(draw: ImageDraw.ImageDraw, chance: random.Random, size: int) -> None:
+def _draw_lake(draw: ImageDraw.ImageDraw, chance: random.Random, size: int) -> tuple[Point, float]:
+    """Draws one, and returns its middle and how far it reaches from there."""
     centre = (chance.uniform(0, size), chance.uniform(0, size))
     radius = chance.uniform(0.15, 0.4) * size
     phase = chance.uniform(0, math.tau)
@@ -93,6 +94,7 @@ def _draw_water(draw: ImageDraw.ImageDraw, chance: random.Random, size: int) -> 
         for turn in (math.tau * step / 60 for step in range(60))
     ]
     draw.polygon(shore, fill=_varied(chance, _WATER), outline=(196, 184, 140), width=round(size / 100))
+    return centre, 1.25 * radius
 
 
 def _road(chance: random.Random, size: int) -> tuple[Point, Point]:
