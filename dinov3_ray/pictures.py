@@ -28,12 +28,17 @@ class PcaBasis:
     """Three directions, and the range of colours along them; fitted on one map, it shows others alike.
 
     Show a teacher's and a student's map in the teacher's basis, and equal colours mean equal features.
+
+    Attributes:
+        mean: float64 [D].
+        directions: float64 [D, 3].
+        low, high: float64 [3], what is shown as 0 and as 255 along each direction.
     """
 
-    mean_D: Tensor
-    directions_D3: Tensor
-    low_3: Tensor
-    high_3: Tensor
+    mean: Tensor
+    directions: Tensor
+    low: Tensor
+    high: Tensor
 
     @classmethod
     def fit(cls, map_Dhw: Tensor) -> PcaBasis:
@@ -65,13 +70,13 @@ class PcaBasis:
         Raises:
             InputError: not a map of this basis's D.
         """
-        if map_Dhw.ndim != 3 or map_Dhw.shape[0] != len(self.mean_D):
-            raise InputError(f"map must be [{len(self.mean_D)}, h, w] for this basis; got shape {list(map_Dhw.shape)}")
-        projected_N3 = (_tokens(map_Dhw) - self.mean_D) @ self.directions_D3
+        if map_Dhw.ndim != 3 or map_Dhw.shape[0] != len(self.mean):
+            raise InputError(f"map must be [{len(self.mean)}, h, w] for this basis; got shape {list(map_Dhw.shape)}")
+        projected_N3 = (_tokens(map_Dhw) - self.mean) @ self.directions
         # A direction along which nothing varies is shown as mid-grey, not as the noise of its division.
-        span_3 = self.high_3 - self.low_3
-        flat_3 = span_3 <= 1e-9 * (self.high_3.abs() + self.low_3.abs() + self.mean_D.abs().amax() + 1e-30)
-        scaled_N3 = torch.where(flat_3, 0.5, (projected_N3 - self.low_3) / torch.where(flat_3, 1.0, span_3))
+        span_3 = self.high - self.low
+        flat_3 = span_3 <= 1e-9 * (self.high.abs() + self.low.abs() + self.mean.abs().amax() + 1e-30)
+        scaled_N3 = torch.where(flat_3, 0.5, (projected_N3 - self.low) / torch.where(flat_3, 1.0, span_3))
         pixels = (scaled_N3.clamp(0, 1) * 255).round().to(torch.uint8)
         picture: np.ndarray = pixels.reshape(*map_Dhw.shape[1:], 3).numpy()
         return picture
@@ -99,6 +104,7 @@ def save_grid(
     """
     # Lazy, since it takes most of a second; a Figure of its own needs no display, and no state of pyplot's.
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     widths = {len(row) for row in rows}
     if len(widths) != 1 or 0 in widths:
@@ -108,8 +114,8 @@ def save_grid(
         raise InputError(f"titles must name each of the {columns} columns; got {list(titles)}")
     heights = [_PANEL_INCHES * row[0].shape[0] / row[0].shape[1] for row in rows]
     top = 0.3 * bool(titles) + 0.35 * bool(heading)
-    figure = Figure(figsize=(_PANEL_INCHES * columns, sum(heights) + top), dpi=_DPI, layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.03, h_pad=0.03, wspace=0.0, hspace=0.0)
+    layout = ConstrainedLayoutEngine(w_pad=0.03, h_pad=0.03, wspace=0.0, hspace=0.0)
+    figure = Figure(figsize=(_PANEL_INCHES * columns, sum(heights) + top), dpi=_DPI, layout=layout)
     axes = figure.subplots(len(rows), columns, squeeze=False, height_ratios=heights)
     for row_axes, row in zip(axes, rows, strict=True):
         extent = (0, row[0].shape[1], row[0].shape[0], 0)
