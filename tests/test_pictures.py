@@ -1,4 +1,4 @@
-"""Feature maps as colours, and grids of pictures on disk."""
+"""Pictures of feature maps: alike features have alike colours, and the panels are what was given."""
 
 from __future__ import annotations
 
@@ -8,87 +8,85 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
-from dinov3_ray.errors import ConfigError, InputError
-from dinov3_ray.pictures import PcaBasis, save_grid
-
-
-def map_of(seed: int, channels: int = 8) -> torch.Tensor:
-    return torch.randn(2, channels, 5, 7, generator=torch.Generator().manual_seed(seed))
+from dinov3_ray.errors import InputError
+from dinov3_ray.pictures import PcaBasis, pca_rgb, save_grid
 
 
-def test_the_basis_is_that_of_numpys_singular_values() -> None:
-    features_BDhw = map_of(0)
-    basis = PcaBasis.fit(features_BDhw)
-    rows_ND = features_BDhw.permute(0, 2, 3, 1).reshape(-1, 8).double().numpy()
-    rows_ND = rows_ND / np.linalg.norm(rows_ND, axis=1, keepdims=True)
-    _, _, right_DD = np.linalg.svd(rows_ND - rows_ND.mean(0), full_matrices=False)
-    overlap_33 = np.abs(right_DD[:3] @ basis.components.double().numpy())
-    np.testing.assert_allclose(overlap_33, np.eye(3), atol=1e-5)
+def some_map(channels: int = 24, seed: int = 0) -> Tensor:
+    return torch.randn(channels, 9, 14, generator=torch.Generator().manual_seed(seed))
 
 
-def test_colours_spread_over_the_whole_range_and_forget_the_length_of_features() -> None:
-    features_BDhw = map_of(1)
-    basis = PcaBasis.fit(features_BDhw)
-    colours_B3hw = basis.rgb(features_BDhw)
-    assert colours_B3hw.dtype == torch.uint8
-    assert colours_B3hw.shape == (2, 3, 5, 7)
-    assert colours_B3hw.amin((0, 2, 3)).tolist() == [0, 0, 0]
-    assert colours_B3hw.amax((0, 2, 3)).tolist() == [255, 255, 255]
-    difference = colours_B3hw.int() - basis.rgb(7 * features_BDhw).int()
-    assert difference.abs().max() <= 1  # of rounding alone
+def test_a_picture_has_the_maps_grid_and_uses_the_range_of_colours() -> None:
+    picture = pca_rgb(some_map())
+    assert picture.shape == (9, 14, 3)
+    assert picture.dtype == np.uint8
+    for channel in range(3):
+        assert picture[..., channel].min() == 0
+        assert picture[..., channel].max() == 255
 
 
-def test_one_basis_gives_equal_features_equal_colours_in_any_map() -> None:
-    first, second = map_of(2), map_of(3)
-    basis = PcaBasis.fit(first)
-    both = basis.rgb(torch.cat([second, first]))
-    assert torch.equal(both[:2], basis.rgb(second))
-    assert torch.equal(both[2:], basis.rgb(first))
-    assert not torch.equal(both[:2], both[2:])
+def test_regions_of_one_kind_have_one_colour() -> None:
+    kinds = torch.randint(0, 4, (9, 14), generator=torch.Generator().manual_seed(1))
+    prototypes = some_map(24)[:, 0, :4]
+    picture = pca_rgb(prototypes[:, kinds])
+    colours = [{tuple(colour) for colour in picture[kinds.numpy() == kind]} for kind in range(4)]
+    assert all(len(found) == 1 for found in colours)
+    assert len(set.union(*colours)) == 4
 
 
-def test_a_constant_map_has_one_colour() -> None:
-    basis = PcaBasis.fit(torch.ones(1, 4, 3, 3))
-    assert basis.rgb(torch.ones(1, 4, 3, 3)).flatten(2).unique(dim=2).shape[2] == 1
+def test_one_basis_shows_two_maps_alike() -> None:
+    teacher = some_map()
+    basis = PcaBasis.fit(teacher)
+    assert np.array_equal(pca_rgb(teacher, basis), pca_rgb(teacher))
+    near = basis.rgb(teacher + 0.01 * some_map(seed=2)).astype(int)
+    far = basis.rgb(some_map(seed=3)).astype(int)
+    shown = basis.rgb(teacher).astype(int)
+    assert np.abs(near - shown).mean() < 3 < 30 < np.abs(far - shown).mean()
 
 
-@pytest.mark.parametrize(
-    ("wrong", "words"),
-    [
-        (torch.zeros(4, 8), r"\[B,D,h,w\]"),
-        (torch.zeros(1, 8, 4, 4, dtype=torch.int64), "floating-point"),
-        (torch.zeros(1, 2, 4, 4), "at least 3 channels"),
-        (torch.full((1, 8, 4, 4), float("nan")), "finite"),
-    ],
-)
-def test_what_is_no_map_is_refused(wrong: torch.Tensor, words: str) -> None:
-    with pytest.raises(InputError, match=words):
-        PcaBasis.fit(wrong)
+def test_colours_do_not_depend_on_the_order_of_patches_or_the_dtype() -> None:
+    full = some_map()
+    assert np.array_equal(pca_rgb(full.flip(-1)), pca_rgb(full)[:, ::-1])
+    assert np.abs(pca_rgb(full.bfloat16()).astype(int) - pca_rgb(full)).max() <= 4
+    assert np.array_equal(PcaBasis.fit(full[None]).rgb(full), pca_rgb(full))
 
 
-def test_a_map_of_other_channels_is_refused() -> None:
-    with pytest.raises(InputError, match="basis' 8 channels"):
-        PcaBasis.fit(map_of(4)).rgb(map_of(4, channels=9))
+def test_maps_that_hardly_vary_are_grey_not_noise() -> None:
+    assert (pca_rgb(torch.ones(24, 9, 14)) == 128).all()
+    line = torch.linspace(0, 1, 9 * 14).reshape(1, 9, 14) * torch.ones(24, 1, 1)
+    picture = pca_rgb(line)
+    assert (picture[..., 1:] == 128).all()
+    assert picture[..., 0].max() == 255
 
 
-def test_a_grid_shows_every_picture(tmp_path: Path) -> None:
-    colours = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0)]
-    pictures = [torch.tensor(colour, dtype=torch.uint8).view(3, 1, 1).expand(3, 6, 6) for colour in colours]
-    path = save_grid(tmp_path / "grid.png", {"left": pictures[:2], "right": pictures[2:]})
+def test_what_is_no_map_is_refused() -> None:
+    with pytest.raises(InputError, match=r"must be \[24, h, w\] for this basis; got shape \[8, 9, 14\]"):
+        PcaBasis.fit(some_map()).rgb(some_map(8))
+    with pytest.raises(InputError, match="holds NaN or infinity"):
+        pca_rgb(some_map().index_fill(0, torch.tensor([3]), torch.nan))
+    with pytest.raises(InputError, match="at least 2 patches"):
+        pca_rgb(torch.ones(24, 1, 1))
+    with pytest.raises(InputError, match=r"\[D, h, w\] or \[B, D, h, w\]"):
+        PcaBasis.fit(torch.ones(24, 3))
+
+
+def test_a_grid_is_saved_with_its_panels(tmp_path: Path, photographs: list[Tensor]) -> None:
+    photograph = photographs[0].permute(1, 2, 0).numpy()
+    red, blue = np.zeros((4, 4, 3), np.uint8), np.zeros((4, 4, 3), np.uint8)
+    red[..., 0] = blue[..., 2] = 255
+    path = save_grid(
+        [[photograph, red, blue]] * 2, tmp_path / "grid", ["image", "teacher", "student"], heading="Step 7"
+    )
+    assert path == tmp_path / "grid.png"
     with Image.open(path) as image:
-        seen = {colour for _, colour in image.convert("RGB").getcolors(2**24)}
-        width, height = image.size
-        where = {
-            colour: image.convert("RGB").getpixel((width * x // 4, height * y // 4))
-            for colour, (x, y) in zip(colours, [(1, 1), (1, 3), (3, 1), (3, 3)], strict=True)
-        }
-    assert seen.issuperset(colours)
-    assert where == {colour: colour for colour in colours}
-
-
-@pytest.mark.parametrize("columns", [{}, {"a": []}, {"a": [torch.zeros(3, 2, 2, dtype=torch.uint8)], "b": []}])
-def test_uneven_or_empty_columns_are_refused(tmp_path: Path, columns: dict[str, list[torch.Tensor]]) -> None:
-    with pytest.raises(ConfigError, match="columns must be"):
-        save_grid(tmp_path / "grid.png", columns)
-    assert not list(tmp_path.iterdir())
+        pixels = np.asarray(image.convert("RGB"))
+    assert pixels.shape[1] > 1200
+    row = pixels[pixels.shape[0] // 4]
+    assert row[len(row) // 2].tolist() == [255, 0, 0]
+    assert row[len(row) * 5 // 6].tolist() == [0, 0, 255]
+    with pytest.raises(InputError, match=r"equally many pictures, at least one; got \[2, 1\]"):
+        save_grid([[red, blue], [red]], path)
+    with pytest.raises(InputError, match="each of the 2 columns"):
+        save_grid([[red, blue]], path, ["one"])
