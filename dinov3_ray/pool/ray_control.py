@@ -20,13 +20,35 @@ from dinov3_ray.pool.replica_actor import Place
 from dinov3_ray.pool.source import CheckedSource
 from dinov3_ray.pool.status import PoolStatus
 
-__all__ = ["RayControl"]
+__all__ = ["RayControl", "end_replicas"]
 
 log = logging.getLogger("dinov3_ray")
 
 _PATIENCE = 60.0  # seconds in which a killed controller is back, with room to spare
 _RETRY = 0.2
 _WATCHERS = 10_000  # clients that may be in a call to the controller at the same time
+
+
+def end_replicas(namespace: str, pool: str, timeout: float = 20.0) -> list[str]:
+    """End the replicas of a pool that has no controller any more, and wait until they are gone.
+
+    Returns:
+        Which there were.
+
+    Raises:
+        PoolTimeoutError: some are still there, ``timeout`` seconds later.
+    """
+    deadline = time.monotonic() + timeout
+    found: set[str] = set()
+    while leftover := list_actors(namespace, pool):
+        for replica_id, actor in leftover:
+            found.add(replica_id)
+            ray.kill(actor)
+        if time.monotonic() > deadline:
+            names = ", ".join(replica_id for replica_id, _ in leftover)
+            raise PoolTimeoutError(f"replicas {names} of pool {pool!r} did not end within {timeout:g} s")
+        time.sleep(_RETRY)
+    return sorted(found)
 
 
 class RayControl:
@@ -98,14 +120,7 @@ class RayControl:
         except PoolNotFoundError:
             places = []  # somebody else ended it
         ray.kill(self._controller, no_restart=True)
-        deadline = time.monotonic() + timeout
-        while leftover := list_actors(self._namespace, self.name):
-            for _, actor in leftover:
-                ray.kill(actor)
-            if time.monotonic() > deadline:
-                names = ", ".join(replica_id for replica_id, _ in leftover)
-                raise PoolTimeoutError(f"replicas {names} of pool {self.name!r} did not end within {timeout:g} s")
-            time.sleep(_RETRY)
+        end_replicas(self._namespace, self.name, timeout)
         self._end_stopped_processes(places)
 
     def _end_stopped_processes(self, places: list[Place]) -> None:

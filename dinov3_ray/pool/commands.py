@@ -1,0 +1,350 @@
+"""``dinov3-ray up | status | scale | reload | down``: a pool's life from the shell."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+import click
+import ray
+from rich.console import Console
+from rich.live import Live
+
+from dinov3_ray.checkpoint.commands import parse_image_size
+from dinov3_ray.config import ComputeDtype, DinoV3Config
+from dinov3_ray.errors import PoolError, PoolNotFoundError
+from dinov3_ray.pool.cluster import NAMESPACE, connect
+from dinov3_ray.pool.ledger import Ledger
+from dinov3_ray.pool.options import Batching
+from dinov3_ray.pool.ray_control import end_replicas
+from dinov3_ray.pool.status import PoolStatus
+from dinov3_ray.pool.table import is_healthy, rates, render, summary
+from dinov3_ray.pool.teacher_pool import TeacherPool
+
+__all__ = ["down", "reload", "scale", "status", "up"]
+
+_DEGRADED = 3  # exit status: fewer replicas ready than wanted
+_WIDE = 160  # columns of a table that goes to no terminal
+_REACH_SECONDS = 10.0
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def _parse_replicas(_context: click.Context, _option: click.Parameter, value: str) -> int | str | tuple[int, int]:
+    """``4``, ``2-8``, or ``auto``; the pool judges the numbers."""
+    low, dash, high = value.partition("-")
+    if low.isdecimal() and (high.isdecimal() or not dash):
+        return (int(low), int(high)) if dash else int(low)
+    if value == "auto":
+        return value
+    raise click.BadParameter(f"{value!r} is no number of replicas: write 4, or 2-8 for a range")
+
+
+def _parse_pairs(_context: click.Context, _option: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
+    """``NAME=VALUE``, any number of times."""
+    for value in values:
+        if not value.partition("=")[0] or "=" not in value:
+            raise click.BadParameter(f"{value!r} is no NAME=VALUE")
+    return dict(value.split("=", 1) for value in values)
+
+
+def _pool_options(command: Command) -> Command:
+    """Which pool, and where."""
+    for option in (
+        click.option("--namespace", default=NAMESPACE, show_default=True, help="Ray namespace that the pool lives in."),
+        click.option("--address", metavar="HOST:PORT", help="The Ray to join. [default: RAY_ADDRESS]"),
+        click.option("--name", default="dinov3", show_default=True, help="The pool's name."),
+    ):
+        command = option(command)
+    return command
+
+
+def _teacher_options(command: Command) -> Command:
+    """Which teacher, and how it computes."""
+    for option in (
+        click.option("--attention", default="auto", show_default=True, help="Attention kernel: auto, sdpa, eager ..."),
+        click.option("--compile/--no-compile", "compiled", default=False, help="Run it through torch.compile."),
+        click.option(
+            "--image-size",
+            metavar="SIZE",
+            callback=lambda *given: None if given[-1] is None else parse_image_size(*given),
+            help="Model input: 518, or 384x640 (height x width). [default: the directory's]",
+        ),
+        click.option(
+            "--dtype", type=click.Choice(get_args(ComputeDtype)), default="auto", help="To compute in. [default: auto]"
+        ),
+        click.option(
+            "--root",
+            type=click.Path(path_type=Path),
+            required=True,
+            help="The model directory, at the same path on every node.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+_timeout = click.option("--timeout", type=float, default=600.0, show_default=True, help="Seconds to wait at most.")
+
+
+@click.command()
+@_teacher_options
+@click.option("--replicas", callback=_parse_replicas, default="auto", show_default=True, metavar="N|MIN-MAX|auto")
+@click.option("--num-gpus", type=float, help="GPUs a replica. [default: 1 where the cluster has any, else 0]")
+@click.option("--num-cpus", type=float, default=0, show_default=True, help="CPUs that each replica reserves.")
+@click.option(
+    "--label", "labels", multiple=True, callback=_parse_pairs, metavar="KEY=VALUE", help="Label that nodes must have."
+)
+@click.option("--batching", type=click.Choice(get_args(Batching)), help="How requests share passes. [default: exact]")
+@click.option("--max-batch", type=int, help="Most images in one forward pass. [default: 32]")
+@click.option("--max-wait", type=float, help="Seconds that a request may wait for company. [default: 0.005]")
+@click.option("--threads", type=int, help="CPU threads a replica. [default: the cluster's CPUs, shared out]")
+@click.option(
+    "--set", "others", multiple=True, callback=_parse_pairs, metavar="NAME=VALUE", help="Another pool option."
+)
+@_timeout
+@_pool_options
+def up(
+    name: str,
+    address: str | None,
+    namespace: str,
+    root: Path,
+    dtype: ComputeDtype,
+    image_size: tuple[int, int] | None,
+    compiled: bool,
+    attention: str,
+    replicas: Any,
+    num_gpus: float | None,
+    num_cpus: float,
+    labels: dict[str, str],
+    timeout: float,
+    others: dict[str, str],
+    **options: Any,
+) -> None:
+    """Start a pool in a running Ray, and leave it running."""
+    config = DinoV3Config(root, dtype=dtype, image_size=image_size, compile=compiled, attention=attention)
+    options = {key: value for key, value in options.items() if value is not None}
+    options |= {key: _number(value) for key, value in others.items()}
+    with _joined(address) as here, _progress(f"pool {name}") as report:
+        pool = TeacherPool.start(
+            config,
+            name=name,
+            namespace=namespace,
+            replicas=replicas,
+            num_gpus=num_gpus,
+            num_cpus=num_cpus,
+            label_selector=labels,
+            timeout=timeout,
+            on_status=report,
+            **options,
+        )
+        started = pool.status()
+    click.echo(f"pool {name!r} is up: {summary(started)}; teacher {started.fingerprint}")
+    elsewhere = "" if namespace == NAMESPACE else f", namespace={namespace!r}"
+    click.echo(f"use it with RemoteTeacher({name!r}, address={here!r}{elsewhere})")
+
+
+@click.command()
+@click.option("--watch", is_flag=True, help="Show it again and again, until Ctrl-C.")
+@click.option(
+    "--interval", type=click.FloatRange(min=0.1), default=2.0, show_default=True, help="Seconds, for --watch."
+)
+@click.option("--json", "as_json", is_flag=True, help="For scripts; with --watch one line each time.")
+@_pool_options
+@click.pass_context
+def status(
+    context: click.Context,
+    name: str,
+    address: str | None,
+    namespace: str,
+    watch: bool,
+    interval: float,
+    as_json: bool,
+) -> None:
+    """Show a pool: its replicas, their speed, their troubles.
+
+    Images a second, and the share of the time that a replica computes, are of the last interval under --watch, and else
+    since the replica started. golden is the cosine of its results to plain float32's, found before it took work.
+
+    Exits with 0 if as many replicas as wanted are ready, with 3 if fewer are, with 1 if there is no such pool.
+    """
+    with _connected(name, address, namespace) as pool:
+        if watch:
+            _watch(pool, interval, as_json)
+            return
+        seen = pool.status()
+    if as_json:
+        click.echo(json.dumps(seen.as_dict(), indent=2))
+    else:
+        _console().print(render(seen, rates(None, seen)))
+    context.exit(0 if is_healthy(seen) else _DEGRADED)
+
+
+def _watch(pool: TeacherPool, interval: float, as_json: bool) -> None:
+    console = _console()
+    before: PoolStatus | None = None
+    try:
+        with Live(console=console, auto_refresh=False, transient=not console.is_terminal) as live:
+            while True:
+                seen = pool.status()
+                if as_json:
+                    click.echo(json.dumps(seen.as_dict()))
+                elif console.is_terminal:
+                    live.update(render(seen, rates(before, seen)), refresh=True)
+                else:
+                    console.print(render(seen, rates(before, seen)))
+                before = seen
+                time.sleep(interval)
+    except KeyboardInterrupt:
+        return  # how a person leaves it
+
+
+@click.command()
+@click.argument("replicas", callback=_parse_replicas, metavar="N|MIN-MAX")
+@click.option("--wait", is_flag=True, help="Until that many are ready and those to go have gone.")
+@_timeout
+@_pool_options
+def scale(name: str, address: str | None, namespace: str, replicas: Any, wait: bool, timeout: float) -> None:
+    """Change the number of replicas, or the range in which load may move it."""
+    if replicas == "auto":
+        raise click.BadParameter("write 4, or 2-8 for a range", param_hint="N|MIN-MAX")
+    with _connected(name, address, namespace) as pool:
+        pool.scale(replicas)
+        if wait:
+            with _progress(f"pool {name}") as report:
+                pool.wait_ready(timeout, on_status=report)
+        click.echo(f"pool {name!r}: {summary(pool.status())}")
+
+
+@click.command()
+@_teacher_options
+@click.option("--wait/--no-wait", default=True, show_default=True, help="Until all replicas have the new teacher.")
+@_timeout
+@_pool_options
+def reload(
+    name: str,
+    address: str | None,
+    namespace: str,
+    root: Path,
+    dtype: ComputeDtype,
+    image_size: tuple[int, int] | None,
+    compiled: bool,
+    attention: str,
+    wait: bool,
+    timeout: float,
+) -> None:
+    """Replace a pool's teacher, replica by replica, while it serves.
+
+    The options describe the new teacher in full: none is taken over from the former one.
+    """
+    config = DinoV3Config(root, dtype=dtype, image_size=image_size, compile=compiled, attention=attention)
+    with _connected(name, address, namespace) as pool:
+        former = pool.status().fingerprint
+        pool.reload(config, wait=False)
+        if not wait:
+            click.echo(f"pool {name!r}: replacing teacher {former}")
+            return
+        with _progress(f"pool {name}") as report:
+            now = pool.wait_ready(timeout, on_status=report)
+    click.echo(f"pool {name!r}: teacher {former} -> {now.fingerprint}; {summary(now)}")
+
+
+@click.command()
+@_pool_options
+def down(name: str, address: str | None, namespace: str) -> None:
+    """End a pool, all of it. Does nothing where there is none."""
+    with _joined(address):
+        try:
+            pool = TeacherPool.connect(name, namespace=namespace)
+        except PoolNotFoundError as error:
+            click.echo(_end_orphans(name, namespace) or f"nothing to end: {error}")
+            return
+        pool.shutdown()
+    click.echo(f"pool {name!r} has ended")
+
+
+def _end_orphans(name: str, namespace: str) -> str:
+    """End replicas whose controller is gone, such as after a shutdown that was interrupted; "" if there are none."""
+    orphans = end_replicas(namespace, name)
+    Ledger(namespace, name).clear()
+    return f"pool {name!r} had no controller; its replicas {', '.join(orphans)} have ended" if orphans else ""
+
+
+@contextmanager
+def _joined(address: str | None) -> Iterator[str]:
+    """A connection to a running Ray, for the time of a command; gives its address.
+
+    Raises:
+        PoolError: none is named, or it cannot be reached.
+    """
+    if address is None and not os.environ.get("RAY_ADDRESS") and not ray.is_initialized():
+        raise PoolError(
+            "no Ray is named: pass --address HOST:PORT or set RAY_ADDRESS. To start one on this machine: "
+            "`ray start --head --port 6379`, then --address 127.0.0.1:6379"
+        )
+    _require_listener(address or os.environ.get("RAY_ADDRESS") or "")
+    runtime = connect(address)
+    try:
+        yield runtime.address
+    finally:
+        runtime.close()
+
+
+def _require_listener(address: str) -> None:
+    """Raise PoolError if nothing answers at ``host:port``; Ray itself would try for minutes."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal():
+        return  # "auto" and the like, which Ray resolves
+    try:
+        socket.create_connection((host, int(port)), timeout=_REACH_SECONDS).close()
+    except OSError as error:
+        raise PoolError(f"no Ray answers at address {address}: {error}") from error
+
+
+@contextmanager
+def _connected(name: str, address: str | None, namespace: str) -> Iterator[TeacherPool]:
+    """A connection to a running pool, for the time of a command."""
+    with _joined(address), TeacherPool.connect(name, namespace=namespace) as pool:
+        yield pool
+
+
+@contextmanager
+def _progress(what: str) -> Iterator[Callable[[PoolStatus], None]]:
+    """Tells on standard error how a pool gets on: a line that changes, or lines where that is no terminal."""
+    console = Console(stderr=True)
+    shown = ""
+
+    def report(seen: PoolStatus) -> None:
+        nonlocal shown
+        line = f"{what}: {summary(seen)}"
+        if seen.troubles:
+            line += f" (last trouble: {seen.troubles[-1]})"
+        if line != shown:
+            shown = line
+            spinner.update(line)
+            if not console.is_terminal:
+                console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    with console.status(what) as spinner:
+        yield report
+
+
+def _console() -> Console:
+    console = Console()
+    return console if console.is_terminal else Console(width=_WIDE)
+
+
+def _number(text: str) -> int | float | str:
+    """A pool option's value; what is no number is left to the pool to judge."""
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
