@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -79,10 +80,11 @@ def _smoothed(losses: Sequence[float], weight: float = 0.85) -> list[float]:
 
 def save_maps(folder: Path, pictures: Sequence[Tensor], teacher_BDhw: Tensor, student_BDhw: Tensor) -> None:
     """Pictures uint8 [3,H,W] beside both maps, in the colours of the teacher's principal components."""
+    # The loss is a cosine: it leaves the length of the student's features open.
+    teacher_BDhw, student_BDhw = (F.normalize(map_BDhw, dim=1) for map_BDhw in (teacher_BDhw, student_BDhw))
     basis = PcaBasis.fit(teacher_BDhw)
-    columns = {
-        "image": pictures,
-        "teacher's map": list(basis.rgb(teacher_BDhw)),
-        "student's map": list(basis.rgb(student_BDhw)),
-    }
-    save_grid(folder / MAPS_FILE, columns)
+    rows = [
+        [picture.permute(1, 2, 0).numpy(), basis.rgb(teacher_Dhw), basis.rgb(student_Dhw)]
+        for picture, teacher_Dhw, student_Dhw in zip(pictures, teacher_BDhw, student_BDhw, strict=True)
+    ]
+    save_grid(rows, folder / MAPS_FILE, ["image", "teacher's map", "student's map"])
