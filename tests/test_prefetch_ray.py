@@ -1,0 +1,63 @@
+"""A training run's epochs over a pool of Ray actors, with a loader's workers and replicas that die."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+import torch
+from streams import Pictures, VariedBatches, picture
+from torch.utils.data import DataLoader
+
+from dinov3_ray import FeatureSpec, TeacherPool
+from dinov3_ray.testing import FakeTeacher
+
+SPEC = FeatureSpec(cls=True, feature_map=True)
+IMAGES = 60
+
+
+def a_replicas_pid(pool: TeacherPool) -> int | None:
+    return next((replica.pid for replica in pool.status().replicas if replica.pid and replica.state == "ready"), None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("start", ["fork", "spawn"])
+def test_every_target_matches_its_batch_though_a_replica_is_killed_in_each_epoch(ray_cluster: str, start: str) -> None:
+    loader = DataLoader(
+        Pictures(),
+        batch_sampler=VariedBatches(IMAGES),
+        num_workers=2,
+        multiprocessing_context=start,
+        persistent_workers=start == "spawn",  # which take seconds to start
+    )
+    fake = FakeTeacher()
+    options = {"health_interval": 0.2, "health_timeout": 6.0}
+    with TeacherPool.start(FakeTeacher.factory(delay=0.02), name="epochs", replicas=2, **options) as pool:
+        remote = pool.teacher()
+        stream = remote.prefetch(loader, SPEC)
+        killed = 0
+        for _ in range(3):
+            seen: list[int] = []
+            killed_now = False
+            for batch, targets in stream:
+                images, indices = batch["img"], batch["index"].tolist()
+                wanted = [picture(index, images.shape[2:]) for index in indices]
+                assert torch.equal(images, torch.stack(wanted))
+                expected = fake.extract(images, SPEC)
+                assert torch.equal(targets.cls, expected.cls)
+                assert torch.equal(targets.feature_map, expected.feature_map)
+                seen += indices
+                if not killed_now and len(seen) >= IMAGES // 3:
+                    victim = a_replicas_pid(pool)
+                    if victim is not None:
+                        os.kill(victim, signal.SIGKILL)
+                        killed_now = True
+                        killed += 1
+            assert sorted(seen) == list(range(IMAGES)), "each image once"
+        assert killed == 3
+        statistics = remote.statistics()
+        assert statistics.in_flight == statistics.waiting == 0
+        assert statistics.answered == stream.statistics().steps
+        assert stream.resends == statistics.resends
+        print(stream, stream.statistics(), statistics)
