@@ -119,7 +119,9 @@ def test_it_teaches_on_the_users_photographs_and_leaves_nothing_but_its_files(
 
 def test_an_interrupt_leaves_no_process_and_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    process = start_demo("--steps", "1000000", "--out", str(tmp_path / "out"), home=tmp_path / "home")
+    process = start_demo(
+        "--steps", "1000000", "--seconds", "600", "--out", str(tmp_path / "out"), home=tmp_path / "home"
+    )
     read_until(process, "step 1/")
     commands = " ".join(processes_of(process.pid).values())
     assert "raylet" in commands
@@ -142,7 +144,18 @@ def test_an_interrupt_leaves_no_actor_in_a_ray_that_it_joined(ray_cluster: str, 
         actors = ray.util.list_named_actors(all_namespaces=True)
         return [actor["name"] for actor in actors if "/demo-" in actor["name"]]
 
-    arguments = ["--steps", "1000000", "--replicas", "1", "--address", ray_cluster, "--out", str(tmp_path / "out")]
+    arguments = [
+        "--steps",
+        "1000000",
+        "--seconds",
+        "600",
+        "--replicas",
+        "1",
+        "--address",
+        ray_cluster,
+        "--out",
+        str(tmp_path / "out"),
+    ]
     process = start_demo(*arguments, home=tmp_path / "home")
     read_until(process, "step 1/")
     assert not any("raylet" in command for command in processes_of(process.pid).values())

@@ -26,6 +26,13 @@ __all__ = ["demo"]
     "--root", type=click.Path(path_type=Path), help="Your own teacher's model directory, in place of random weights."
 )
 @click.option("--steps", type=click.IntRange(min=2), default=150, show_default=True, help="Of training.")
+@click.option(
+    "--seconds",
+    type=click.FloatRange(min=0, min_open=True),
+    default=40.0,
+    show_default=True,
+    help="Of training, at most: a slow machine does fewer steps.",
+)
 @click.option("--replicas", type=click.IntRange(min=1), default=2, show_default=True, help="Teachers in the pool.")
 @click.option("--batch", type=click.IntRange(min=1), default=8, show_default=True, help="Views a step.")
 @click.option(
@@ -38,6 +45,7 @@ def demo(
     images: Path | None,
     root: Path | None,
     steps: int,
+    seconds: float,
     replicas: int,
     batch: int,
     address: str | None,
@@ -55,11 +63,12 @@ def demo(
                 from dinov3_ray.demo.results import LOSS_FILE, MAPS_FILE, SUMMARY_FILE
                 from dinov3_ray.demo.run import Settings, run
 
-            settings = Settings(out, images, root, steps, replicas, batch, address)
+            settings = Settings(out, images, root, steps, seconds, replicas, batch, address)
             summary = run(settings, Display(), interrupts)
     except KeyboardInterrupt:
         click.echo(interrupts.last_words, err=True)
         context.exit(interrupts.exit_code)
+    steps = len(summary.losses)  # fewer than asked for, if the time was up
     click.echo(f"loss      {summary.first_loss:.3f} -> {summary.last_loss:.3f} (1 - cosine, {steps} steps of {batch})")
     click.echo(f"speed     {summary.images_per_second:.1f} img/s, {summary.total_seconds:.0f} s in all")
     click.echo(f"waiting   {summary.wait_share:.0%} of the training's time for the teacher")

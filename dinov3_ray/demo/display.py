@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 __all__ = ["Display", "Report"]
 
@@ -39,11 +39,9 @@ class Display:
             yield lambda step, *numbers: self._line(step, steps, *numbers)
             return
         bar = Progress(
-            TextColumn("training"),
             BarColumn(bar_width=None),
             MofNCompleteColumn(),
             TextColumn("{task.fields[numbers]}"),
-            TimeRemainingColumn(),
             console=self._console,
             expand=True,
         )
@@ -57,7 +55,7 @@ class Display:
 
 
 def _numbers(loss: float, rate: float, waiting: float) -> str:
-    return f"loss {loss:.3f}  {rate:.1f} img/s  waiting for the teacher {waiting:.0%}"
+    return f"loss {loss:.3f}  {rate:.1f} img/s  {waiting:.0%} waiting for the teacher"
 
 
 @contextmanager

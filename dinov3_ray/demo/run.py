@@ -41,6 +41,7 @@ _VARIANT, _IMAGE_SIZE = "vit-test", 256  # a pass of a batch takes a CPU core a 
 _SCENES, _SHOWN = 40, 4
 _MOST_PHOTOGRAPHS = 200
 _LEARNING_RATE = 4e-3
+_RISE = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +52,7 @@ class Settings:
     images: Path | None = None
     root: Path | None = None
     steps: int = 150
+    seconds: float = 40.0
     replicas: int = 2
     batch: int = 8
     address: str | None = None
@@ -110,7 +112,7 @@ def _run(
     with pool:
         teacher = pool.teacher()
         views = Views(pictures, config.image_size, batch=settings.batch, steps=settings.steps, seed=0)
-        trained = _train(teacher, views, config.hidden_size, settings.batch, display, interrupts)
+        trained = _train(teacher, views, config.hidden_size, settings, display, interrupts)
         centres = [crop_centre(picture, config.image_size) for picture in shown]
         teacher_map = teacher.extract_feature_map(torch.stack(centres))
         described, fingerprint = teacher.info.description, teacher.fingerprint
@@ -136,36 +138,41 @@ def _run(
 
 
 def _train(
-    teacher: RemoteTeacher, views: Views, channels: int, batch: int, display: Display, interrupts: Interrupts
+    teacher: RemoteTeacher, views: Views, channels: int, settings: Settings, display: Display, interrupts: Interrupts
 ) -> _Trained:
     torch.manual_seed(0)
     student = Student(channels)
     distill = DistillationLoss("cosine", align="teacher")
     optimizer = torch.optim.AdamW(student.parameters(), lr=_LEARNING_RATE)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, len(views)))
     losses: list[float] = []
     begun = time.monotonic()
     prefetch = teacher.prefetch(views, _SPEC, images=lambda views_B3HW: views_B3HW)
     with display.training(len(views)) as report:
         for views_B3HW, targets in prefetch:
+            spent = (time.monotonic() - begun) / settings.seconds
+            for group in optimizer.param_groups:
+                group["lr"] = _LEARNING_RATE * _rate(max(len(losses) / settings.steps, spent))
             loss = distill(student(views_B3HW), targets)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            schedule.step()
             losses.append(loss.item())
             interrupts.check()
             seconds = time.monotonic() - begun
-            report(len(losses), losses[-1], batch * len(losses) / seconds, prefetch.wait_share)
+            report(len(losses), losses[-1], settings.batch * len(losses) / seconds, prefetch.wait_share)
+            if seconds > settings.seconds and len(losses) > 1:
+                break  # a slow or busy machine: what was learnt by now must do
     return _Trained(student, tuple(losses), prefetch.wait_share, time.monotonic() - begun)
 
 
-def _rate(step: int, steps: int) -> float:
-    """The learning rate's factor: a rise over the first tenth of the steps, then half a cosine down to 0."""
-    rise = max(1, steps // 10)
-    if step < rise:
-        return (step + 1) / rise
-    return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
+def _rate(progress: float) -> float:
+    """The learning rate's factor at ``progress`` (0 to 1): a rise over the first tenth, then half a cosine down to 0.
+
+    Progress is that of the steps or of the time, whichever is further, so that training ends at a low rate either way.
+    """
+    if progress < _RISE:
+        return 0.1 + 0.9 * progress / _RISE
+    return 0.5 * (1 + math.cos(math.pi * (min(progress, 1.0) - _RISE) / (1 - _RISE)))
 
 
 def _map_of(student: Student, views_B3HW: Tensor) -> Tensor:
