@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from math import inf
 
-from dinov3_ray.pool.candidates import Candidates
+from dinov3_ray.pool.candidates import Candidates, Listing
 
 __all__ = ["Failure", "Limits", "RoutingBook", "RoutingStatistics", "Send", "Verdict"]
 
@@ -125,14 +125,14 @@ class RoutingBook:
     def window(self, window: int) -> None:
         self._candidates.window = window
 
-    def set_replicas(self, replicas: Iterable[tuple[str, bool, str | None]]) -> list[str]:
+    def set_replicas(self, replicas: Iterable[Listing]) -> list[str]:
         """Replace the list of replicas by ``(replica_id, on this node, fingerprint)``.
 
         Returns:
             Requests in flight at replicas that are gone from the list. They stay in flight, since a replica being
             drained still answers; the caller fails them if it does not want to wait.
         """
-        listed = {replica_id: (local, fingerprint) for replica_id, local, fingerprint in replicas}
+        listed = {replica[0]: replica for replica in replicas}
         # The pool may hear of a death later than this client does; names are never used again.
         self._dead &= listed.keys()
         for replica_id in self._dead:
