@@ -30,6 +30,7 @@ class Wanted:
     deadline: float = inf
     errors: int = 0
     losses: int = 0
+    died: int = 0
     deaths: int = 0
     tried: set[str] = field(default_factory=set)
 
@@ -46,6 +47,7 @@ class RoutingMachine(RuleBasedStateMachine):
         self.replicas: dict[str, str | None] = {}
         self.ever: list[str] = []
         self.dead: set[str] = set()
+        self.deaths = 0
         self.paused: dict[str, float] = {}
         self.sends: list[Send] = []  # all of them, ever
         self.names = 0
@@ -188,15 +190,19 @@ class RoutingMachine(RuleBasedStateMachine):
         if failure in (Failure.DIED, Failure.GONE):
             if self.replicas.pop(send.replica_id, "absent") != "absent":
                 self.dead.add(send.replica_id)
+                self.deaths += failure is Failure.DIED
             self.paused.pop(send.replica_id, None)
         elif pause and send.replica_id in self.replicas:
             self.paused[send.replica_id] = self.now + pause
         request.errors += failure is Failure.ERROR
         request.losses += failure in LOSSES
+        request.died += failure is Failure.DIED
         request.deaths += failure in LOSSES and computing
+        unrelated = max(self.deaths - request.died, 0)
+        poison = min(LIMITS.max_deaths + unrelated, 3 * LIMITS.max_deaths)
         if failure is Failure.ERROR and request.errors == LIMITS.max_errors:
             assert verdict is Verdict.RAISE
-        elif failure in LOSSES and request.deaths == LIMITS.max_deaths:
+        elif failure in LOSSES and request.deaths >= poison:
             assert verdict is Verdict.POISON
         elif failure in LOSSES and request.losses == LIMITS.max_attempts:
             assert verdict is Verdict.EXHAUSTED

@@ -90,15 +90,29 @@ def test_a_view_that_has_not_heard_of_a_death_does_not_bring_the_dead_back() -> 
     assert book.next_sends(0.0) == []
 
 
-def test_poison_is_what_kills_each_replica_that_computes_it_alone() -> None:
-    book = a_book(4)
+def test_where_replicas_die_anyway_poison_takes_more_proof() -> None:
+    book = a_book(20)
+    for number in range(2):
+        book.submit(f"other{number}", rows=1, nbytes=1)
+        send = send_one(book)
+        book.failed(send.request_id, send.attempt, Failure.DIED, 0.0)
+        book.cancel(send.request_id)
     book.submit("bad", rows=1, nbytes=1)
     verdicts = []
-    for computing in (False, True, True):
+    while not verdicts or verdicts[-1] is Verdict.RESEND:
+        verdicts.append(book.failed("bad", send_one(book).attempt, Failure.DIED, 0.0, computing=True))
+    assert verdicts == [Verdict.RESEND] * 4 + [Verdict.POISON], "three, and one for each unrelated death"
+
+
+def test_poison_is_what_kills_each_replica_that_computes_it_alone() -> None:
+    book = a_book(5)
+    book.submit("bad", rows=1, nbytes=1)
+    verdicts = []
+    for computing in (False, True, True, True):
         send = send_one(book)
         verdicts.append(book.failed("bad", send.attempt, Failure.DIED, 0.0, computing=computing))
     # The first death proves nothing: the request was in company.
-    assert verdicts == [Verdict.RESEND, Verdict.RESEND, Verdict.POISON]
+    assert verdicts == [Verdict.RESEND, Verdict.RESEND, Verdict.RESEND, Verdict.POISON]
     assert book.statistics().replicas == 1
     assert book.statistics().waiting == book.statistics().in_flight == 0
 

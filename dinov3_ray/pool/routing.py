@@ -25,11 +25,11 @@ class Limits:
     max_bytes: int = 2**30
     attempt_timeout: float = 120.0
     #: Sends of one request whose replica died or fell silent, before it is given up.
-    max_attempts: int = 10
+    max_attempts: int = 20
     #: Replicas whose teacher raised on one request, before its error is the caller's.
     max_errors: int = 3
-    #: Replicas that died while computing one request alone, before it is called poison.
-    max_deaths: int = 2
+    #: Replicas that died while computing one request alone, before it is called poison; more where others die too.
+    max_deaths: int = 3
 
 
 class Failure(StrEnum):
@@ -90,8 +90,9 @@ class _Request:
     attempt: int = 0  # the number of its last send
     replica_id: str | None = None
     errors: int = 0
-    deaths: int = 0
-    losses: int = 0
+    died: int = 0  # its replica died
+    deaths: int = 0  # likewise, in the middle of computing it alone
+    losses: int = 0  # its replica died or did not answer
     tried: set[str] = field(default_factory=set)
 
 
@@ -109,6 +110,7 @@ class RoutingBook:
         self._urgent: deque[str] = deque()
         self._candidates = Candidates(window, seed)
         self._dead: set[str] = set()
+        self._deaths = 0
         # Every send has the same patience, so deadlines stand in the order of sending.
         self._deadlines: deque[tuple[float, str, int]] = deque()
         self._in_flight = self._in_flight_bytes = self._answered = self._sends = self._resends = 0
@@ -217,6 +219,7 @@ class RoutingBook:
             # Others in flight there will each fail by themselves; no more are sent.
             self._candidates.remove(replica_id)
             self._dead.add(replica_id)
+            self._deaths += failure is Failure.DIED
         elif pause:
             self._candidates.pause(replica_id, now + pause)
         verdict = self._judge(request, failure, computing)
@@ -235,12 +238,23 @@ class RoutingBook:
             return Verdict.RAISE if request.errors >= self._limits.max_errors else Verdict.RESEND
         if failure in (Failure.DIED, Failure.TIMEOUT):
             request.losses += 1
+            request.died += failure is Failure.DIED
             request.deaths += computing
-            if request.deaths >= self._limits.max_deaths:
+            if self._is_poison(request):
                 return Verdict.POISON
             if request.losses >= self._limits.max_attempts:
                 return Verdict.EXHAUSTED
         return Verdict.RESEND
+
+    def _is_poison(self, request: _Request) -> bool:
+        """Whether replicas die *of* a request, and not just *with* it.
+
+        Where nothing else dies, a few deaths in the middle of computing it are proof. Where replicas die anyway (a
+        cluster of preemptible nodes), an innocent request meets such a death by chance now and then, so each unrelated
+        death raises the number, up to three times as many.
+        """
+        unrelated = max(self._deaths - request.died, 0)
+        return request.deaths >= min(self._limits.max_deaths + unrelated, 3 * self._limits.max_deaths)
 
     def cancel(self, request_id: str) -> bool:
         """Forget a request, wherever it is; False if it is not known (any more)."""
