@@ -6,8 +6,9 @@ answers, and their measured speeds. One of the two is any, at random; the other 
 memory (Mitzenmacher, Prabhakar and Shah 2002) matters where a pool is large and a client small: of a thousand replicas
 it has heard of ten, and two random ones are nearly always two that it knows nothing of.
 
-What failed, in the simulation (tests/test_simulation.py: replicas whose speeds differ by 10, 80% load). Figures are mean
-latencies; a random choice has 114 ms with 1,000 replicas and 10,000 clients of 6 requests each, 270 ms with 100 and 64.
+What failed, in the simulation (tests/test_simulation.py: replicas whose speeds differ by 10, 80% load). The figures are
+mean latencies; a random choice has 114 ms with 1,000 replicas and 10,000 clients of 6 requests each, 270 ms with 100
+replicas and 64 clients.
 
 - Two random candidates, a report that fades to nothing within two seconds: no better than a random replica in the large
   pool, because those that a client has not heard of look idle beside those it has.

@@ -88,8 +88,9 @@ class PoolOptions:
             "drain_timeout",
         ):
             _require(name, getattr(self, name), whole=False)
-        if not (isinstance(self.max_wait, (int, float)) and 0 <= self.max_wait < math.inf):
-            raise ConfigError(f"max_wait must be at least 0 seconds; got {self.max_wait!r}")
+        number = isinstance(self.max_wait, (int, float)) and not isinstance(self.max_wait, bool)
+        if not (number and 0 <= self.max_wait < math.inf):
+            raise ConfigError(f"max_wait must be at least 0 seconds, and finite; got {self.max_wait!r}")
 
 
 def _require(name: str, value: object, *, whole: bool) -> None:
@@ -111,7 +112,7 @@ def parse_replicas(replicas: object, *, auto: int) -> tuple[int, int]:
         return replicas, replicas
     if isinstance(replicas, (tuple, list)) and len(replicas) == 2:
         low, high = replicas
-        if isinstance(low, int) and isinstance(high, int):
+        if type(low) is type(high) is int:  # a bool is no count
             if 1 <= low <= high:
                 return low, high
             if low >= 1:
