@@ -52,13 +52,13 @@ def finished(process: subprocess.Popen[str], status: int) -> tuple[str, str]:
 
 @pytest.fixture(scope="module")
 def pool(ray_cluster: str, tiny_checkpoint: Path) -> Iterator[str]:
-    """A pool of two, started and ended by commands; its name."""
-    options = ("--replicas", 2, "--dtype", "float32", "--max-batch", 4, "--set", "health_interval=0.2")
+    """A pool of one (each replica takes seconds to start), started and ended by commands; its name."""
+    options = ("--replicas", 1, "--dtype", "float32", "--max-batch", 4, "--set", "health_interval=0.2")
     up = command("up", "--name", NAME, "--root", tiny_checkpoint, *options, address=ray_cluster)
     out, err = finished(up, 0)
-    assert f"pool {NAME!r} is up: 2 of 2 ready; teacher " in out
+    assert f"pool {NAME!r} is up: 1 of 1 ready; teacher " in out
     assert f"RemoteTeacher({NAME!r}, address={ray_cluster!r})" in out
-    assert "0 of 2 ready; 2 starting" in err, "no progress is shown"
+    assert "0 of 1 ready; 1 starting" in err, "no progress is shown"
     yield NAME
     out, _ = finished(command("down", "--name", NAME, address=ray_cluster), 0)
     assert out == f"pool {NAME!r} has ended\n"
@@ -77,13 +77,13 @@ def test_a_pool_serves_after_the_command_that_started_it(pool: str) -> None:
 def test_status(pool: str) -> None:
     shown = run("status", "--name", pool)
     assert shown.exit_code == 0
-    assert f"{pool} healthy  2 of 2 ready · DinoV3Teacher" in shown.output
-    assert shown.output.count("ready") == 3
+    assert f"{pool} healthy  1 of 1 ready · DinoV3Teacher" in shown.output
+    assert shown.output.count("ready") == 2
 
     told = run("status", "--name", pool, "--json")
     assert told.exit_code == 0
     seen = json.loads(told.output)
-    assert (seen["name"], seen["ready"], seen["target"], seen["batching"]) == (pool, 2, 2, "exact")
+    assert (seen["name"], seen["ready"], seen["target"], seen["batching"]) == (pool, 1, 1, "exact")
     assert all(replica["golden_cosine"] > 0.999 for replica in seen["replicas"])
     assert {replica["statistics"]["errors"] for replica in seen["replicas"]} == {0}
 
@@ -111,14 +111,14 @@ def test_watch_until_interrupted(pool: str, ray_cluster: str) -> None:
 
 
 def test_scale_and_a_degraded_status(pool: str) -> None:
-    assert "2 of 3 ready" in run("scale", 3, "--name", pool).output
-    shown = run("status", "--name", pool)  # a third replica takes seconds to load
+    assert "1 of 2 ready" in run("scale", 2, "--name", pool).output
+    shown = run("status", "--name", pool)  # a second replica takes seconds to load
     assert shown.exit_code == 3
-    assert "degraded  2 of 3 ready" in shown.output
-    back = run("scale", "1-2", "--wait", "--timeout", 120, "--name", pool)
+    assert "degraded  1 of 2 ready" in shown.output
+    back = run("scale", "1", "--wait", "--timeout", 120, "--name", pool)
     assert back.exit_code == 0
+    assert back.output.endswith(f"pool {pool!r}: 1 of 1 ready\n")
     assert run("status", "--name", pool).exit_code == 0
-    assert run("scale", "2", "--wait", "--timeout", 120, "--name", pool).exit_code == 0
 
 
 def test_reload(pool: str, tmp_path: Path) -> None:
@@ -128,7 +128,7 @@ def test_reload(pool: str, tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     now = json.loads(run("status", "--name", pool, "--json").output)
     assert now["fingerprint"] != former
-    assert f"teacher {former} -> {now['fingerprint']}; 2 of 2 ready" in done.output
+    assert f"teacher {former} -> {now['fingerprint']}; 1 of 1 ready" in done.output
     assert now["generation"] == 1
 
 
