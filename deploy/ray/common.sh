@@ -93,6 +93,8 @@ become_ray() {
     use_token
     use_tls
     export RAY_USAGE_STATS_ENABLED=${RAY_USAGE_STATS_ENABLED:-0}
+    # Seconds; Ray's own 30 are not enough on a machine that is busy, and the node would not come up.
+    export RAY_raylet_start_wait_time_s=${RAY_raylet_start_wait_time_s:-180}
     [[ $worker_ports =~ ^[0-9]+-[0-9]+$ ]] ||
         die "--worker-ports must be a range such as 20000-20999; got '$worker_ports'"
     [[ $ports_from =~ ^[0-9]+$ ]] || die "--ports-from must be a port; got '$ports_from'"

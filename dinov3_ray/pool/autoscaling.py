@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from dinov3_ray.pool.options import PoolOptions
 from dinov3_ray.pool.replica import ReplicaStatistics
 
 __all__ = ["Autoscaler"]
@@ -23,6 +24,11 @@ class Autoscaler:
         self._idle_seconds = idle_seconds
         self._images = 0
         self._idle_since: float | None = None
+
+    @classmethod
+    def of(cls, options: PoolOptions) -> Autoscaler:
+        """As a pool's options say."""
+        return cls(busy_seconds=options.busy_seconds, idle_seconds=options.idle_seconds)
 
     def target(self, current: int, ready: Sequence[ReplicaStatistics], starting: int, now: float) -> int:
         """The number of replicas wanted, given ``current`` as the present target and what the ready ones report."""

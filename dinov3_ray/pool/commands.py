@@ -20,8 +20,11 @@ from dinov3_ray.checkpoint.commands import parse_image_size
 from dinov3_ray.config import ComputeDtype, DinoV3Config
 from dinov3_ray.errors import PoolError, PoolNotFoundError
 from dinov3_ray.pool.cluster import NAMESPACE, connect
+from dinov3_ray.pool.declaring import plan_pool
 from dinov3_ray.pool.ledger import Ledger
 from dinov3_ray.pool.options import Batching
+from dinov3_ray.pool.optionvalues import parse_number, parse_pairs, parse_replicas
+from dinov3_ray.pool.poolfile import PoolFile
 from dinov3_ray.pool.ray_control import end_replicas
 from dinov3_ray.pool.status import PoolStatus
 from dinov3_ray.pool.table import is_healthy, rates, render, summary
@@ -34,24 +37,6 @@ _WIDE = 160  # columns of a table that goes to no terminal
 _REACH_SECONDS = 10.0
 
 Command = TypeVar("Command", bound=Callable[..., Any])
-
-
-def _parse_replicas(_context: click.Context, _option: click.Parameter, value: str) -> int | str | tuple[int, int]:
-    """``4``, ``2-8``, or ``auto``; the pool judges the numbers."""
-    low, dash, high = value.partition("-")
-    if low.isdecimal() and (high.isdecimal() or not dash):
-        return (int(low), int(high)) if dash else int(low)
-    if value == "auto":
-        return value
-    raise click.BadParameter(f"{value!r} is no number of replicas: write 4, or 2-8 for a range")
-
-
-def _parse_pairs(_context: click.Context, _option: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
-    """``NAME=VALUE``, any number of times."""
-    for value in values:
-        if not value.partition("=")[0] or "=" not in value:
-            raise click.BadParameter(f"{value!r} is no NAME=VALUE")
-    return dict(value.split("=", 1) for value in values)
 
 
 def _pool_options(command: Command) -> Command:
@@ -67,6 +52,19 @@ def _pool_options(command: Command) -> Command:
 
 def _teacher_options(command: Command) -> Command:
     """Which teacher, and how it computes."""
+    return _root_option(required=True)(_computing_options(command))
+
+
+def _root_option(*, required: bool) -> Callable[[Command], Command]:
+    return click.option(
+        "--root",
+        type=click.Path(path_type=Path),
+        required=required,
+        help="The model directory, at the same path on every node.",
+    )
+
+
+def _computing_options(command: Command) -> Command:
     for option in (
         click.option("--attention", default="auto", show_default=True, help="Attention kernel: auto, sdpa, eager ..."),
         click.option("--compile/--no-compile", "compiled", default=False, help="Run it through torch.compile."),
@@ -79,12 +77,6 @@ def _teacher_options(command: Command) -> Command:
         click.option(
             "--dtype", type=click.Choice(get_args(ComputeDtype)), default="auto", help="To compute in. [default: auto]"
         ),
-        click.option(
-            "--root",
-            type=click.Path(path_type=Path),
-            required=True,
-            help="The model directory, at the same path on every node.",
-        ),
     ):
         command = option(command)
     return command
@@ -94,27 +86,35 @@ _timeout = click.option("--timeout", type=float, default=600.0, show_default=Tru
 
 
 @click.command()
-@_teacher_options
-@click.option("--replicas", callback=_parse_replicas, default="auto", show_default=True, metavar="N|MIN-MAX|auto")
+@click.option("--dry-run", is_flag=True, help="With --config: show what would change, and change nothing.")
+@click.option(
+    "--config",
+    "file",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="The pool declared in a YAML file, in place of the options below; a pool that runs is changed to it.",
+)
+@_root_option(required=False)
+@_computing_options
+@click.option("--replicas", callback=parse_replicas, default="auto", show_default=True, metavar="N|MIN-MAX|auto")
 @click.option("--num-gpus", type=float, help="GPUs a replica. [default: 1 where the cluster has any, else 0]")
 @click.option("--num-cpus", type=float, default=0, show_default=True, help="CPUs that each replica reserves.")
 @click.option(
-    "--label", "labels", multiple=True, callback=_parse_pairs, metavar="KEY=VALUE", help="Label that nodes must have."
+    "--label", "labels", multiple=True, callback=parse_pairs, metavar="KEY=VALUE", help="Label that nodes must have."
 )
 @click.option("--batching", type=click.Choice(get_args(Batching)), help="How requests share passes. [default: exact]")
 @click.option("--max-batch", type=int, help="Most images in one forward pass. [default: 32]")
 @click.option("--max-wait", type=float, help="Seconds that a request may wait for company. [default: 0.005]")
 @click.option("--threads", type=int, help="CPU threads a replica. [default: the cluster's CPUs, shared out]")
-@click.option(
-    "--set", "others", multiple=True, callback=_parse_pairs, metavar="NAME=VALUE", help="Another pool option."
-)
+@click.option("--set", "others", multiple=True, callback=parse_pairs, metavar="NAME=VALUE", help="Another pool option.")
 @_timeout
 @_pool_options
 def up(
     name: str,
     address: str | None,
     namespace: str,
-    root: Path,
+    file: Path | None,
+    dry_run: bool,
+    root: Path | None,
     dtype: ComputeDtype,
     image_size: tuple[int, int] | None,
     compiled: bool,
@@ -127,10 +127,21 @@ def up(
     others: dict[str, str],
     **options: Any,
 ) -> None:
-    """Start a pool in a running Ray, and leave it running."""
+    """Start a pool in a running Ray, and leave it running.
+
+    With --config, the pool becomes what the file says: it is started, changed while it serves, or left as it is.
+    """
+    if file is not None:
+        _refuse_beside_config(click.get_current_context())
+        _up_as_declared(file, address, timeout, dry_run=dry_run)
+        return
+    if dry_run:
+        raise click.UsageError("--dry-run goes with --config")
+    if root is None:
+        raise click.UsageError("name the model directory with --root, or declare the pool in a file: --config")
     config = DinoV3Config(root, dtype=dtype, image_size=image_size, compile=compiled, attention=attention)
     options = {key: value for key, value in options.items() if value is not None}
-    options |= {key: _number(value) for key, value in others.items()}
+    options |= {key: parse_number(value) for key, value in others.items()}
     with _joined(address) as here, _progress(f"pool {name}") as report:
         pool = TeacherPool.start(
             config,
@@ -148,6 +159,31 @@ def up(
     click.echo(f"pool {name!r} is up: {summary(started)}; teacher {started.fingerprint}")
     elsewhere = "" if namespace == NAMESPACE else f", namespace={namespace!r}"
     click.echo(f"use it with RemoteTeacher({name!r}, address={here!r}{elsewhere})")
+
+
+def _refuse_beside_config(context: click.Context) -> None:
+    for parameter in context.command.get_params(context):
+        beside = parameter.name not in ("file", "dry_run", "address", "timeout")
+        source = context.get_parameter_source(parameter.name or "")
+        if beside and source is click.core.ParameterSource.COMMANDLINE:
+            raise click.UsageError(f"{parameter.opts[0]} does not go with --config: say it in the file")
+
+
+def _up_as_declared(file: Path, address: str | None, timeout: float, *, dry_run: bool) -> None:
+    wanted = PoolFile.read(file)
+    with _joined(address) as here:
+        plan = plan_pool(wanted, here)
+        for change in plan.changes or ():
+            click.echo(f"  {change}")
+        if plan.changes is None:
+            click.echo(f"pool {wanted.name!r} does not run: it {'would be' if dry_run else 'is being'} started")
+        elif not plan.changes:
+            click.echo(f"pool {wanted.name!r} is as {file} says: nothing to change")
+        if dry_run or plan.changes == ():
+            return
+        with _progress(f"pool {wanted.name}") as report:
+            now = plan.carry_out(timeout, report)
+        click.echo(f"pool {wanted.name!r} is as {file} says: {summary(now)}; teacher {now.fingerprint}")
 
 
 @click.command()
@@ -206,7 +242,7 @@ def _watch(pool: TeacherPool, interval: float, as_json: bool) -> None:
 
 
 @click.command()
-@click.argument("replicas", callback=_parse_replicas, metavar="N|MIN-MAX")
+@click.argument("replicas", callback=parse_replicas, metavar="N|MIN-MAX")
 @click.option("--wait", is_flag=True, help="Until that many are ready and those to go have gone.")
 @_timeout
 @_pool_options
@@ -338,13 +374,3 @@ def _progress(what: str) -> Iterator[Callable[[PoolStatus], None]]:
 def _console() -> Console:
     console = Console()
     return console if console.is_terminal else Console(width=_WIDE)
-
-
-def _number(text: str) -> int | float | str:
-    """A pool option's value; what is no number is left to the pool to judge."""
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text

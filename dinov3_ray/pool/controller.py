@@ -65,9 +65,7 @@ class Controller:
         self._tended: dict[str, _Tended] = {}
         self._clients: dict[str, float] = {}
         self._watching = 0
-        self._autoscaler = Autoscaler(
-            busy_seconds=declared.options.busy_seconds, idle_seconds=declared.options.idle_seconds
-        )
+        self._autoscaler = Autoscaler.of(declared.options)
         self._publisher = Publisher(name)
         self._wake = asyncio.Event()
         self._published = asyncio.Condition()
@@ -109,17 +107,21 @@ class Controller:
         self._membership.scale(low, high)
         self._save()
 
-    async def reload(self, source: bytes, generation: int) -> None:
-        """Begin to replace the teacher; ``generation`` makes a call that is sent twice count once."""
+    async def declaration(self) -> Declaration:
+        return self._declaration
+
+    async def redeclare(self, declared: Declaration, generation: int) -> None:
+        """Begin to replace the replicas by such as ``declared`` describes, as many as there are to be now.
+
+        ``generation`` makes a call that is sent twice count once.
+        """
         if generation <= self._membership.generation:
             return
-        self._declaration = replace(self._declaration, source=source)
+        self._declaration = declared
+        self._autoscaler = Autoscaler.of(declared.options)
         while self._membership.generation < generation:
             self._membership.reload()
         self._save()
-
-    async def generation(self) -> int:
-        return self._membership.generation
 
     async def status(self) -> PoolStatus:
         membership = self._membership

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -105,9 +106,19 @@ class RayControl:
     def scale(self, low: int, high: int) -> None:
         self._call("scale", low, high)
 
-    def reload(self, source: CheckedSource) -> None:
+    def declaration(self) -> Declaration:
+        """The pool as it was last declared."""
+        declared = self._call("declaration")
+        assert isinstance(declared, Declaration)
+        return declared
+
+    def redeclare(self, declared: Declaration) -> None:
+        """Begin to replace the replicas by such as ``declared`` describes; their number stays."""
         # Named by its number, so that a call which is sent again to a restarted controller counts once.
-        self._call("reload", cloudpickle.dumps(source), self._call("generation") + 1)
+        self._call("redeclare", declared, self.declaration().generation + 1)
+
+    def reload(self, source: CheckedSource) -> None:
+        self.redeclare(replace(self.declaration(), source=cloudpickle.dumps(source)))
 
     def shutdown(self, timeout: float = 20.0) -> None:
         """End replicas and controller, and wait until they are gone.

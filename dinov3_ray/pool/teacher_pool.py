@@ -21,7 +21,7 @@ from dinov3_ray.pool.remote import RemoteTeacher
 from dinov3_ray.pool.source import CheckedSource, TeacherSource, check_source
 from dinov3_ray.pool.status import PoolStatus
 
-__all__ = ["TeacherPool"]
+__all__ = ["TeacherPool", "place"]
 
 _POLL = 0.02
 _HOPELESS_STARTS = 2  # failed starts, none having succeeded, after which a new pool is given up
@@ -111,7 +111,7 @@ class TeacherPool:
             parse_replicas(replicas, auto=1)  # a wrong number shows before Ray starts
             runtime = connect(address, may_start=True)
             try:
-                placement = _place(num_gpus, num_cpus, label_selector or {})
+                placement = place(num_gpus, num_cpus, label_selector or {})
                 low, high = parse_replicas(replicas, auto=_free_replicas(placement))
                 declaration = Declaration(cloudpickle.dumps(source), low, high, placement, pool_options, low)
                 control = RayControl.start(name, namespace, runtime, declaration)
@@ -274,7 +274,8 @@ def _start_local(name: str, source: CheckedSource, declaration: Declaration) -> 
     return controller
 
 
-def _place(num_gpus: float | None, num_cpus: float, label_selector: Mapping[str, str]) -> Placement:
+def place(num_gpus: float | None, num_cpus: float, label_selector: Mapping[str, str]) -> Placement:
+    """What each replica asks of the cluster; ``num_gpus=None`` is 1 where it has GPUs, else 0."""
     if num_gpus is None:
         num_gpus = 1 if ray.cluster_resources().get("GPU", 0) else 0
     return Placement(num_gpus=num_gpus, num_cpus=num_cpus, label_selector=dict(label_selector))
