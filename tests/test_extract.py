@@ -26,6 +26,7 @@ from torch import Tensor
 from dinov3_ray.config import DinoV3Config
 from dinov3_ray.datasets import FeatureStore, StoredTeacher, extract
 from dinov3_ray.datasets.decode import Decoder
+from dinov3_ray.datasets.layout import Folder
 from dinov3_ray.errors import ConfigError, MissingViewError, StoreError
 from dinov3_ray.features import Features, FeatureSpec
 from dinov3_ray.model import DinoV3Teacher
@@ -397,6 +398,14 @@ def test_the_forecast_comes_first_and_a_full_disk_is_refused(few: Path, tmp_path
     with pytest.raises(StoreError, match=r"out must have room for the features: .* free on the disk"):
         extract(few, tmp_path / "out", FakeTeacher.factory(hidden_size=1, depth=1), huge)
     assert not (tmp_path / "out" / "plan.json").exists()
+
+
+def test_two_runs_into_one_folder_are_refused(few: Path, tmp_path: Path, ray_cluster: str) -> None:
+    with (
+        Folder.at(tmp_path / "out").exclusive(),
+        pytest.raises(StoreError, match="is being written by another run"),
+    ):
+        extract(few, tmp_path / "out", FakeTeacher.factory(), SPEC)
 
 
 def test_options_that_contradict_each_other(few: Path, tmp_path: Path, ray_cluster: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ import numpy as np
 import ray
 
 from dinov3_ray.datasets.decode import Decoder, Unreadable
-from dinov3_ray.datasets.source import Content
+from dinov3_ray.datasets.source import Content, Source
 from dinov3_ray.datasets.views import view_digest
 
 __all__ = ["Decoded", "Piece", "decode_piece", "decode_task"]
@@ -28,23 +28,29 @@ class Decoded:
 
 @dataclass(frozen=True)
 class Piece:
-    """Images of a block that one task reads: at ``positions``, called ``ids``."""
+    """Images of a block that one task reads: those at ``first`` and after.
 
-    positions: Sequence[int]
+    Attributes:
+        rows: of ``source``'s listing; or, without a source, the images themselves: (id, content) each.
+    """
+
+    first: int
     ids: Sequence[str]
-    read: Callable[[], Iterator[tuple[str, Content]]]
+    source: Source | None
+    rows: Any
 
-    def only(self, index: int) -> Piece:
-        """The piece that holds the image at ``index`` of this one alone."""
-        read = self.read
+    @property
+    def positions(self) -> range:
+        return range(self.first, self.first + len(self.ids))
 
-        def read_one() -> Iterator[tuple[str, Content]]:
-            for place, item in enumerate(read()):
-                if place == index:
-                    yield item
-                    return
+    def read(self) -> Iterator[tuple[str, Content]]:
+        """The id and content of each image, in order."""
+        return iter(self.rows) if self.source is None else self.source.read(self.rows)
 
-        return Piece(self.positions[index : index + 1], self.ids[index : index + 1], read_one)
+    def part(self, start: int, stop: int) -> Piece:
+        """The images ``start`` to ``stop`` (exclusive) of this piece, read without the others."""
+        rows = self.rows[start:stop] if self.source is None else self.rows.slice(start, stop - start)
+        return Piece(self.first + start, self.ids[start:stop], self.source, rows)
 
 
 def decode_piece(piece: Piece, decoder: Decoder, chunk_bytes: int) -> Iterator[list[Decoded]]:

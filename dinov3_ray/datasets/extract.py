@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import inspect
 import logging
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice
 from typing import Any
 
+import numpy as np
 import ray
 import ray.data
+from ray.data.dataset import MaterializedDataset
 
 from dinov3_ray.config import DinoV3Config
 from dinov3_ray.datasets import plan as plans
 from dinov3_ray.datasets.decode import MAX_PIXELS, Decoder
-from dinov3_ray.datasets.decoding import Piece
+from dinov3_ray.datasets.decoding import Piece, decode_task
 from dinov3_ray.datasets.extractor import BlockExtractor, Job, TeacherFactory, probe
 from dinov3_ray.datasets.layout import LEDGER, MANIFEST, PARTS, PLAN, Folder
 from dinov3_ray.datasets.opening import open_source
@@ -171,12 +171,13 @@ def extract(
             id_column=id_column,
         )
         run = _Run(job, placement, source if images is None else None, block_size)
-        with _lock(folder, dry_run):
+        with contextlib.nullcontext() if dry_run else folder.exclusive():
             return run.execute(progress, check_space, dry_run, on_forecast)
-    except DinoV3Error:
-        raise
     except ray.exceptions.RayError as error:
-        raise (_own_error(error) or error) from error
+        own = _own_error(error)
+        if own is None:
+            raise
+        raise own from error
     finally:
         runtime.close()
 
@@ -243,8 +244,7 @@ class _Run:
         """
         given = {"batch_size": self.job.batch_size or None, "block_size": self.block_size}
         kept = old or {}
-        pieces = [] if rows is None else self._first_pieces(rows)
-        found = self._probe(pieces)
+        found = self._probe([] if rows is None else self._first_images(rows))
         self.job = replace(self.job, decoder=replace(self.job.decoder, min_side=found["min_side"]))
         size = plans.row_bytes(found["outputs"])
         # A row's shapes may depend on the image, and without a listing the probe had none of this source's.
@@ -275,15 +275,26 @@ class _Run:
             return identity, [stop - start for start, stop in spans]
         return identity, [] if source is None else plans.block_rows(self.folder)
 
-    def _first_pieces(self, rows: Any) -> list[Piece]:
+    def _first_images(self, rows: Any) -> list[np.ndarray]:
+        """The readable ones of the source's first images, decoded where a fault in a decoder does no harm."""
         source = self.job.source
         assert source is not None
-        first = islice(source.slices(rows.slice(0, _PROBED_IMAGES)), 1)
-        return [Piece(range(len(part)), part["id"].to_pylist(), partial(source.read, part)) for part in first]
+        first = rows.slice(0, _PROBED_IMAGES)
+        ids = first["id"].to_pylist()
+        pieces = [Piece(0, [id_], source, first.slice(index, 1)) for index, id_ in enumerate(ids)]
+        images = []
+        for piece in pieces:
+            task = decode_task.options(num_cpus=self.placement.decode_cpus, num_returns="streaming", max_retries=1)
+            with contextlib.suppress(ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError):
+                for chunk in task.remote(piece, self.job.decoder, 1):
+                    images += [found.image for found in ray.get(chunk) if isinstance(found.image, np.ndarray)]
+            if images:
+                break
+        return images
 
-    def _probe(self, pieces: list[Piece]) -> dict[str, Any]:
+    def _probe(self, images: list[np.ndarray]) -> dict[str, Any]:
         task = ray.remote(num_cpus=self.placement.num_cpus, num_gpus=self.placement.num_gpus, max_retries=1)(probe)
-        found: dict[str, Any] = ray.get(task.remote(self.job.teacher, self.job.spec, pieces, self.job.decoder))
+        found: dict[str, Any] = ray.get(task.remote(self.job.teacher, self.job.spec, images))
         return found
 
     def _forecast(self, identity: dict[str, Any], blocks: list[int], todo: list[int]) -> plans.Forecast:
@@ -291,9 +302,7 @@ class _Run:
         remaining: int | None = sum(blocks[index] for index in todo)
         if self.dataset is not None:
             # Counting a Dataset that is not at hand would mean running it.
-            images = remaining = (
-                self.dataset.count() if isinstance(self.dataset, ray.data.MaterializedDataset) else None
-            )
+            images = remaining = self.dataset.count() if isinstance(self.dataset, MaterializedDataset) else None
         outputs = identity["outputs"]
         maps = self.job.spec.feature_map or bool(self.job.spec.layers)
         return plans.Forecast(
@@ -374,25 +383,12 @@ def _spans(sizes: list[int]) -> list[tuple[int, int]]:
 
 def _own_error(error: BaseException) -> DinoV3Error | None:
     """This package's own error within what Ray wrapped around it."""
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, DinoV3Error):
-            return seen
-        cause = getattr(seen, "cause", None)
-        seen = cause if isinstance(cause, BaseException) else seen.__cause__ or seen.__context__
+    seen: list[BaseException] = []
+    inner: BaseException | None = error
+    while inner is not None and inner not in seen:
+        if isinstance(inner, DinoV3Error) and not isinstance(inner, ray.exceptions.RayError):
+            return inner
+        seen.append(inner)
+        cause = getattr(inner, "cause", None)
+        inner = cause if isinstance(cause, BaseException) else inner.__cause__ or inner.__context__
     return None
-
-
-@contextlib.contextmanager
-def _lock(folder: Folder, dry_run: bool) -> Iterator[None]:
-    """One run at a time into a local folder. The lock is the kernel's, and ends with the process, however that ends."""
-    if not folder.is_local or dry_run:
-        yield
-        return
-    folder.make()
-    with open(folder.join(".lock"), "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise StoreError(f"{folder.path} is being written by another run: wait for it, or end it") from error
-        yield

@@ -9,7 +9,6 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -87,20 +86,15 @@ class Job:
     finished_ids: Any = None
 
 
-def probe(teacher: TeacherFactory, spec: FeatureSpec, pieces: Sequence[Piece], decoder: Decoder) -> dict[str, Any]:
-    """What the teacher says of itself, and the shapes and dtypes of what it gives for the first image that is readable.
+def probe(teacher: TeacherFactory, spec: FeatureSpec, images: Sequence[np.ndarray]) -> dict[str, Any]:
+    """What the teacher says of itself, and the shapes and dtypes of what it gives for the first image it can take.
 
-    Where none is, or ``pieces`` is empty, a grey square stands for it.
+    ``images`` are uint8 [3,H,W]; where there is none, a grey square stands for them.
     """
     extractor = teacher()
     patch_size = int(getattr(extractor, "patch_size", 1))
-    image = np.full((3, 224, 224), 128, np.uint8)
-    contents = (content for piece in pieces for _, content in piece.read())
-    for content in contents:
-        decoded = content if isinstance(content, Unreadable | np.ndarray) else decoder.decode(content)
-        if isinstance(decoded, np.ndarray) and min(decoded.shape[1:]) >= patch_size:
-            image = decoded
-            break
+    large = (image for image in images if min(image.shape[1:]) >= patch_size)
+    image = np.array(next(large, np.full((3, 224, 224), 128, np.uint8)))
     features = extractor.extract(torch.from_numpy(image)[None], spec.native())
     columns, result_dtype = encode_columns(features, spec)
     config = getattr(extractor, "config", None)
@@ -154,7 +148,7 @@ class BlockExtractor:
         assert source is not None
         pieces, start = [], 0
         for rows in source.slices(load_block(self._job.folder, block)):
-            pieces.append(Piece(range(start, start + len(rows)), rows["id"].to_pylist(), partial(source.read, rows)))
+            pieces.append(Piece(start, rows["id"].to_pylist(), source, rows))
             start += len(rows)
         return block_name(block), pieces
 
@@ -165,11 +159,9 @@ class BlockExtractor:
         rows: list[tuple[str, Content]] = [
             (id_, _content(image)) for id_, image in zip(ids, images, strict=True) if id_ not in self._finished
         ]
+        whole = Piece(0, [id_ for id_, _ in rows], None, rows)
         step = self._job.batch_size
-        pieces = [
-            Piece(range(start, start + len(part)), [id_ for id_, _ in part], partial(iter, part))
-            for start, part in ((start, rows[start : start + step]) for start in range(0, len(rows), step))
-        ]
+        pieces = [whole.part(start, start + step) for start in range(0, len(rows), step)]
         return "k" + hashlib.sha256("\0".join(id_ for id_, _ in rows).encode()).hexdigest()[:24], pieces
 
     def _extract(self, name: str, pieces: Sequence[Piece]) -> dict[str, Any]:
@@ -254,20 +246,23 @@ class BlockExtractor:
         return options.remote(piece, self._job.decoder, _CHUNK_BYTES)
 
     def _drain(self, piece: Piece, stream: Any) -> Iterator[Decoded]:
-        """What a task gives. An image that ends process after process is tried alone, and then given up."""
+        """What a task gives. Of a piece that ends process after process, halves are tried, down to the one image."""
         taken = 0
         try:
             for chunk in _chunks(stream, piece):
                 yield from chunk
                 taken += len(chunk)
         except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError) as error:
-            if len(piece.ids) == 1:
-                detail = f"{type(error).__name__}, again and again"
-                yield Decoded(piece.positions[0], piece.ids[0], Unreadable("crashed the decoder", detail), b"")
+            left = len(piece.ids) - taken
+            if left == 0:
                 return
-            for index in range(taken, len(piece.ids)):
-                alone = piece.only(index)
-                yield from self._drain(alone, self._start(alone, retries=1))
+            if left == 1:
+                trouble = Unreadable("crashed the decoder", f"{type(error).__name__}, again and again")
+                yield Decoded(piece.positions[-1], piece.ids[-1], trouble, b"")
+                return
+            middle = taken + left // 2
+            for half in (piece.part(taken, middle), piece.part(middle, len(piece.ids))):
+                yield from self._drain(half, self._start(half, retries=1))
 
 
 def _chunks(stream: Any, piece: Piece) -> Iterator[list[Decoded]]:

@@ -15,9 +15,11 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import uuid
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
@@ -122,6 +124,26 @@ class Folder:
         with self.system.open_output_stream(temporary) as stream:
             stream.write(data)
         self.system.move(temporary, path)
+
+    @contextlib.contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """Make the folder, and hold it against other processes, if it is local.
+
+        The lock is the kernel's, and ends with the process, however that ends.
+
+        Raises:
+            StoreError: another process holds it.
+        """
+        self.make()
+        if not self.is_local:
+            yield
+            return
+        with open(self.join(".lock"), "w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise StoreError(f"{self.path} is being written by another run: wait for it, or end it") from error
+            yield
 
     def sweep(self, folder: str) -> int:
         """Delete what interrupted writes left in ``folder``; gives the number of files."""
