@@ -105,7 +105,7 @@ class _DistillationTrainer:
         """As Ultralytics' ``train``; the pool's client is closed at the end."""
         if self._self.ddp:
             # Ranks are processes that make the trainer again from its class and these arguments.
-            self._self.args.__dict__.update(self._arguments_for_ranks())
+            self._self.args.__dict__.update(self.arguments_for_ranks())
         try:
             return super().train()  # type: ignore[misc]
         finally:
@@ -163,7 +163,8 @@ class _DistillationTrainer:
             self._client = RemoteTeacher(teacher, address=self.distillation.teacher_address)
         return self._client
 
-    def _arguments_for_ranks(self) -> dict[str, Any]:
+    def arguments_for_ranks(self) -> dict[str, Any]:
+        """The options as arguments, with an address under which another process finds the pool."""
         arguments = {field.name: getattr(self.distillation, field.name) for field in fields(Distillation)}
         if arguments["teacher_address"] is None and ray.is_initialized():
             arguments["teacher_address"] = ray.get_runtime_context().gcs_address
