@@ -246,3 +246,26 @@ def test_the_lost_are_replaced_at_once_by_new_names(count: int) -> None:
     members = a_pool(count)
     members.lost("r0", "killed", 100.0)
     assert members.plan(100.0) == [Action(ActionKind.START, f"r{count}")]
+
+
+def test_in_a_full_cluster_an_old_replica_makes_room_for_its_successor() -> None:
+    members = Membership(2, 2)
+    for action in members.plan(0.0):
+        members.became_ready(action.replica_id, 0.0)
+    members.reload()
+    (start,) = members.plan(1.0)
+    assert members.plan(10.0, unplaced=[start.replica_id]) == [], "it may be placed yet"
+    (drain,) = members.plan(30.0, unplaced=[start.replica_id])
+    assert drain == Action(ActionKind.DRAIN, "r0")
+    assert members.plan(60.0, unplaced=[start.replica_id]) == [], "one at a time"
+    members.drained("r0")
+    members.became_ready(start.replica_id, 61.0)
+    assert len(members.ready()) == 2
+
+
+def test_names_go_on_where_the_last_controller_was() -> None:
+    members = Membership(1, 1)
+    members.begin_at(7)
+    members.adopt("r3", 0, READY, 0.0)
+    members.lost("r3", "died", 1.0)
+    assert [action.replica_id for action in members.plan(1.0)] == ["r7"]

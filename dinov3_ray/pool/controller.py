@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import time
 from dataclasses import replace
 from typing import Any
@@ -22,13 +23,14 @@ from dinov3_ray.pool.autoscaling import Autoscaler
 from dinov3_ray.pool.cluster import list_actors, replica_name
 from dinov3_ray.pool.declaration import Declaration
 from dinov3_ray.pool.ledger import Ledger
-from dinov3_ray.pool.membership import Action, ActionKind, Membership, MemberState, serial_of
-from dinov3_ray.pool.messages import PoolView, ReplicaView, TeacherInfo
+from dinov3_ray.pool.membership import Action, ActionKind, Membership, MemberState
+from dinov3_ray.pool.messages import PoolView
 from dinov3_ray.pool.processes import kill_process
 from dinov3_ray.pool.readings import read_controller
 from dinov3_ray.pool.replica import ReplicaStatistics
 from dinov3_ray.pool.replica_actor import Birth, Place, ReplicaActor
-from dinov3_ray.pool.status import PoolStatus, ReplicaStatus
+from dinov3_ray.pool.reports import Report, make_status, make_view
+from dinov3_ray.pool.status import PoolStatus
 
 __all__ = ["Controller"]
 
@@ -39,14 +41,16 @@ _SICK_AFTER_ERRORS = 3  # forward passes in a row that raised, after which a rep
 
 
 class _Tended:
-    """What the controller holds of one replica beside its membership."""
+    """A replica in the controller's care: what is known of it, where it runs, and the task that watches over it."""
 
     def __init__(self, actor: Any) -> None:
-        self.actor = actor
-        self.task: asyncio.Task[None] | None = None
+        self.report = Report(actor)
         self.place: Place | None = None
-        self.info: TeacherInfo | None = None
-        self.statistics: ReplicaStatistics | None = None
+        self.task: asyncio.Task[None] | None = None
+
+    @property
+    def actor(self) -> Any:
+        return self.report.actor
 
 
 class Controller:
@@ -70,8 +74,10 @@ class Controller:
         self._wake = asyncio.Event()
         self._published = asyncio.Condition()
         self._closed = False
+        #: Set once the replicas that run already are known: nobody is told of an empty pool before.
+        self._found = asyncio.Event()
         self._background: set[asyncio.Task[Any]] = set()
-        self._spawn(self._supervise())
+        self._supervision = self._spawn(self._supervise())
 
     # What clients and pools call ------------------------------------------------------------------------------------
 
@@ -83,6 +89,7 @@ class Controller:
         self._clients[client_id] = time.monotonic()
         self._watching += 1
         try:
+            await self._found.wait()
             async with asyncio.timeout(timeout), self._published:
                 await self._published.wait_for(lambda: self._membership.epoch != known_epoch or self._closed)
         except TimeoutError:
@@ -124,23 +131,9 @@ class Controller:
         self._save()
 
     async def status(self) -> PoolStatus:
-        membership = self._membership
-        view = self._view()
-        return PoolStatus(
-            name=self._name,
-            epoch=membership.epoch,
-            generation=membership.generation,
-            target=membership.target,
-            low=membership.low,
-            high=membership.high,
-            replicas=tuple(self._status_of(replica_id) for replica_id in sorted(self._tended, key=serial_of)),
-            fingerprint=view.info.fingerprint if view.info else None,
-            teacher=view.info.description if view.info else "",
-            batching=self._declaration.options.batching,
-            clients=len(self._clients),
-            restarts=membership.restarts,
-            troubles=tuple(membership.troubles),
-        )
+        await self._found.wait()
+        options = self._declaration.options
+        return make_status(self._name, self._membership, self._reports(), options, clients=len(self._clients))
 
     async def shutdown(self) -> list[Place]:
         """End all replicas and tell the clients; returns where replicas ran, so that the caller can see them gone."""
@@ -148,8 +141,8 @@ class Controller:
         self._ledger.clear()
         places = [tended.place for tended in self._tended.values() if tended.place]
         for replica_id in list(self._tended):
+            self._membership.drained(replica_id)
             self._bury(replica_id)
-        self._membership.epoch += 1
         async with self._published:
             self._published.notify_all()
         # The caller ends this actor next: let the clients' answers leave first.
@@ -162,13 +155,15 @@ class Controller:
 
     async def _supervise(self) -> None:
         await self._find_replicas()
+        self._found.set()
         self._save()
         while not self._closed:
             epoch = self._membership.epoch
             now = time.monotonic()
             self._drop_silent_clients(now)
             self._autoscale(now)
-            for action in self._membership.plan(now):
+            unplaced = [replica_id for replica_id, tended in self._tended.items() if tended.place is None]
+            for action in self._membership.plan(now, unplaced):
                 self._carry_out(action)
             if self._membership.epoch != epoch:
                 self._save()
@@ -187,17 +182,24 @@ class Controller:
 
     async def _find_replicas(self) -> None:
         """Adopt replicas that run already, after a restart."""
-        for replica_id, actor in list_actors(self._namespace, self._name):
-            try:
-                place = await asyncio.wait_for(actor.place.remote(), self._declaration.options.health_timeout)
-                ready = await asyncio.wait_for(actor.ready.remote(), self._declaration.options.health_timeout)
-            except (TimeoutError, ray.exceptions.RayError) as error:
-                log.warning("pool %s: replica %s is not taken over: %s", self._name, replica_id, error)
-                ray.kill(actor)
-                continue
-            state = MemberState.READY if ready else MemberState.STARTING
-            self._membership.adopt(replica_id, place.generation, state, time.monotonic())
-            self._tend(replica_id, actor)
+        self._membership.begin_at(self._declaration.serial)
+        found = list_actors(self._namespace, self._name)
+        await asyncio.gather(*(self._adopt(replica_id, actor) for replica_id, actor in found))
+
+    async def _adopt(self, replica_id: str, actor: Any) -> None:
+        patience = self._declaration.options.health_timeout
+        try:
+            place = await asyncio.wait_for(actor.place.remote(), patience)
+            state = await asyncio.wait_for(actor.state.remote(), patience)
+        except (TimeoutError, ray.exceptions.RayError) as error:
+            # Dead, silent, or still without a place: a successor is as good.
+            log.warning("pool %s: replica %s is not taken over: %s", self._name, replica_id, _reason(error))
+            ray.kill(actor)
+            return
+        self._membership.adopt(replica_id, place.generation, state, time.monotonic())
+        self._tend(replica_id, actor)
+        if state is MemberState.DRAINING:
+            self._spawn(self._drain(replica_id))
 
     def _carry_out(self, action: Action) -> None:
         if action.kind is ActionKind.START:
@@ -252,16 +254,17 @@ class Controller:
         try:
             # No deadline here: a replica that waits for its place is what makes Ray's autoscaler add a node.
             tended.place = await tended.actor.place.remote()
-            tended.info = await asyncio.wait_for(tended.actor.load.remote(), options.startup_timeout)
+            tended.report.node_id, tended.report.pid = tended.place.node_id, tended.place.pid
+            tended.report.info = await asyncio.wait_for(tended.actor.load.remote(), options.startup_timeout)
             self._membership.became_ready(replica_id, time.monotonic())
             self._wake.set()
             while True:
                 seen: ReplicaStatistics = await asyncio.wait_for(tended.actor.health.remote(), options.health_timeout)
-                tended.statistics = seen
+                tended.report.statistics = seen
                 self._require_healthy(seen)
                 await asyncio.sleep(options.health_interval)
         except TimeoutError:
-            ready = tended.statistics is not None
+            ready = tended.report.statistics is not None
             waited = options.health_timeout if ready else options.startup_timeout
             self._lose(replica_id, f"no answer to {'health' if ready else 'load'} within {waited:g} s", silent=True)
         except (ray.exceptions.RayError, ReplicaError) as error:
@@ -285,7 +288,7 @@ class Controller:
         if tended is None:
             return  # it was lost before its turn came
         patience = self._declaration.options.drain_timeout
-        if tended.statistics is not None:
+        if tended.report.statistics is not None:
             try:
                 await asyncio.wait_for(tended.actor.drain.remote(patience), patience + 1)
             except (TimeoutError, ray.exceptions.RayError) as error:
@@ -320,49 +323,18 @@ class Controller:
         membership = self._membership
         if membership.low == membership.high:
             return
-        ready = [self._tended[member.replica_id].statistics for member in membership.ready()]
+        ready = [self._tended[member.replica_id].report.statistics for member in membership.ready()]
         starting = sum(member.state is MemberState.STARTING for member in membership.members)
         known = [statistics for statistics in ready if statistics is not None]
         membership.resize(self._autoscaler.target(membership.target, known, starting, now))
 
     # Small parts ----------------------------------------------------------------------------------------------------
 
-    def _view(self) -> PoolView:
-        ready = [(member, self._tended[member.replica_id]) for member in self._membership.ready()]
-        newest = max(ready, key=lambda pair: pair[0].generation, default=None)
-        return PoolView(
-            epoch=self._membership.epoch,
-            replicas=tuple(
-                ReplicaView(
-                    member.replica_id,
-                    tended.actor,
-                    tended.place.node_id if tended.place else "",
-                    tended.info.fingerprint if tended.info else None,
-                )
-                for member, tended in ready
-            ),
-            options=self._declaration.options,
-            info=newest[1].info if newest else None,
-            target=self._membership.target,
-            closed=self._closed,
-            troubles=tuple(self._membership.troubles),
-        )
+    def _reports(self) -> dict[str, Report]:
+        return {replica_id: tended.report for replica_id, tended in self._tended.items()}
 
-    def _status_of(self, replica_id: str) -> ReplicaStatus:
-        tended, member = self._tended[replica_id], self._membership.get(replica_id)
-        assert member is not None
-        return ReplicaStatus(
-            replica_id=replica_id,
-            state=str(member.state),
-            generation=member.generation,
-            seconds_in_state=time.monotonic() - member.since,
-            node_id=tended.place.node_id if tended.place else None,
-            pid=tended.place.pid if tended.place else None,
-            fingerprint=tended.info.fingerprint if tended.info else None,
-            device=tended.info.device if tended.info else None,
-            golden_cosine=tended.info.golden_cosine if tended.info else None,
-            statistics=tended.statistics,
-        )
+    def _view(self) -> PoolView:
+        return make_view(self._membership, self._reports(), self._declaration.options, closed=self._closed)
 
     def _save(self) -> None:
         if self._closed:
@@ -374,6 +346,7 @@ class Controller:
             high=membership.high,
             target=membership.target,
             generation=membership.generation,
+            serial=membership.serial,
         )
         self._ledger.save_declaration(self._declaration)
         self._wake.set()
@@ -388,6 +361,9 @@ class Controller:
         self._background.discard(task)
         if not task.cancelled() and task.exception() is not None:
             log.error("pool %s: a task of the controller failed", self._name, exc_info=task.exception())
+            if task is self._supervision:
+                # One that watches over nothing any more is worse than one that begins anew: Ray restarts it.
+                os._exit(1)
 
 
 def _reason(error: BaseException) -> str:

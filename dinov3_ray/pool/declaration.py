@@ -57,3 +57,5 @@ class Declaration:
     options: PoolOptions
     target: int
     generation: int = 0
+    #: The number of the next replica: names are never used again, since clients remember the dead by them.
+    serial: int = 0

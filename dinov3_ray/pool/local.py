@@ -16,12 +16,13 @@ import numpy as np
 
 from dinov3_ray.pool.declaration import Declaration
 from dinov3_ray.pool.membership import ActionKind, Membership, MemberState
-from dinov3_ray.pool.messages import PoolView, ReplicaView, RequestHeader, TeacherInfo
+from dinov3_ray.pool.messages import PoolView, ReplicaView, RequestHeader
 from dinov3_ray.pool.readings import ClientSeconds
 from dinov3_ray.pool.replica import Replica
+from dinov3_ray.pool.reports import Report, make_status, make_view
 from dinov3_ray.pool.routing import RoutingStatistics
 from dinov3_ray.pool.source import CheckedSource, builder
-from dinov3_ray.pool.status import PoolStatus, ReplicaStatus
+from dinov3_ray.pool.status import PoolStatus
 from dinov3_ray.pool.transport import OnAnswer, OnView
 from dinov3_ray.pool.wire import Array
 
@@ -84,36 +85,8 @@ class LocalController:
 
     def status(self) -> PoolStatus:
         with self._changed:
-            membership, view = self._membership, self._view()
-            return PoolStatus(
-                name=self.name,
-                epoch=membership.epoch,
-                generation=membership.generation,
-                target=membership.target,
-                low=membership.low,
-                high=membership.high,
-                replicas=tuple(
-                    ReplicaStatus(
-                        replica_id=member.replica_id,
-                        state=str(member.state),
-                        generation=member.generation,
-                        seconds_in_state=time.monotonic() - member.since,
-                        node_id=_NODE,
-                        fingerprint=info.fingerprint,
-                        device=info.device,
-                        golden_cosine=info.golden_cosine,
-                        statistics=self._replicas[member.replica_id].statistics(),
-                    )
-                    for member in membership.members
-                    for info in [self._info(member.replica_id)]
-                ),
-                fingerprint=view.info.fingerprint if view.info else None,
-                teacher=view.info.description if view.info else "",
-                batching=self._options.batching,
-                clients=len(self._clients),
-                restarts=membership.restarts,
-                troubles=tuple(membership.troubles),
-            )
+            clients = len(self._clients)
+            return make_status(self.name, self._membership, self._reports(), self._options, clients=clients)
 
     def shutdown(self) -> None:
         with self._changed:
@@ -178,29 +151,16 @@ class LocalController:
             on_view(view)
 
     def _view(self) -> PoolView:
-        ready = self._membership.ready()
-        newest = max(ready, key=lambda member: member.generation, default=None)
-        return PoolView(
-            epoch=self._membership.epoch,
-            replicas=tuple(
-                ReplicaView(
-                    member.replica_id,
-                    self._replicas[member.replica_id],
-                    _NODE,
-                    self._info(member.replica_id).fingerprint,
-                )
-                for member in ready
-            ),
-            options=self._options,
-            info=self._info(newest.replica_id) if newest else None,
-            target=self._membership.target,
-            closed=self._closed,
-            troubles=tuple(self._membership.troubles),
-        )
+        return make_view(self._membership, self._reports(), self._options, closed=self._closed)
 
-    def _info(self, replica_id: str) -> TeacherInfo:
-        loaded = self._replicas[replica_id].loaded
-        return loaded.result() if loaded.done() and loaded.exception() is None else TeacherInfo()
+    def _reports(self) -> dict[str, Report]:
+        return {replica_id: report_on(replica) for replica_id, replica in self._replicas.items()}
+
+
+def report_on(replica: Replica) -> Report:
+    ready = replica.loaded.done() and replica.loaded.exception() is None
+    info = replica.loaded.result() if ready else None
+    return Report(replica, node_id=_NODE, info=info, statistics=replica.statistics())
 
 
 class LocalTransport:

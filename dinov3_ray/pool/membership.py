@@ -6,6 +6,7 @@ The controller tells it what happened and carries out what :meth:`Membership.pla
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Collection
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -15,6 +16,7 @@ _FIRST_BACKOFF = 1.0
 _LONGEST_BACKOFF = 30.0
 _MOST_DOUBLINGS = 8  # more than it takes to the longest; 2**1024 is no float
 _KEPT_TROUBLES = 8
+_PLACE_PATIENCE = 20.0  # seconds that a successor waits for a place before an old replica makes room for it
 
 
 class MemberState(StrEnum):
@@ -46,7 +48,8 @@ class Membership:
     """Members, their states, and the number wanted.
 
     A generation is one teacher: :meth:`reload` begins the next one, and members of earlier generations are replaced one
-    by one, each only after its successor is ready, so that the pool never serves with fewer than it should.
+    by one, each only after its successor is ready, so that the pool does not serve with fewer than it should; unless
+    the cluster is full, where one of them has to make room first.
     """
 
     def __init__(self, low: int, high: int) -> None:
@@ -57,16 +60,21 @@ class Membership:
         self.troubles: deque[str] = deque(maxlen=_KEPT_TROUBLES)
         self.restarts = 0
         self._members: dict[str, Member] = {}
-        self._serial = 0
+        #: The number of the next replica.
+        self.serial = 0
         self._failures = 0
         self._not_before = 0.0
 
     # What happened --------------------------------------------------------------------------------------------------
 
+    def begin_at(self, serial: int) -> None:
+        """Number the next replica ``serial``, or higher (a restarted controller goes on where the last one was)."""
+        self.serial = max(self.serial, serial)
+
     def adopt(self, replica_id: str, generation: int, state: MemberState, now: float) -> None:
         """Take in a replica that runs already (a restarted controller finds its pool again)."""
         self._members[replica_id] = Member(replica_id, generation, state, now)
-        self._serial = max(self._serial, serial_of(replica_id) + 1)
+        self.serial = max(self.serial, serial_of(replica_id) + 1)
         self.epoch += 1
 
     def became_ready(self, replica_id: str, now: float) -> None:
@@ -124,8 +132,12 @@ class Membership:
         self._failures, self._not_before = 0, 0.0
         self.epoch += 1
 
-    def plan(self, now: float) -> list[Action]:
-        """Bring the members one step nearer to what is wanted; what it returns is booked as begun."""
+    def plan(self, now: float, unplaced: Collection[str] = ()) -> list[Action]:
+        """Bring the members one step nearer to what is wanted; what it returns is booked as begun.
+
+        Args:
+            unplaced: members that wait for a place in the cluster.
+        """
         actions: list[Action] = []
         old = [member for member in self.members if member.generation < self.generation]
         # Those that are not ready yet are missed by nobody, and hold places that their successors need.
@@ -141,10 +153,19 @@ class Membership:
             actions += [self._drain(member, now) for member in ranked[:surplus]]
         serving = sorted(self._old_ready(), key=lambda member: member.since)
         leaving = len(self._of(self.generation, MemberState.READY)) + len(serving) - self.target
+        if leaving <= 0 and self._is_stuck(now, unplaced):
+            leaving = 1
         actions += [self._drain(member, now) for member in serving[: max(leaving, 0)]]
         if actions:
             self.epoch += 1
         return actions
+
+    def _is_stuck(self, now: float, unplaced: Collection[str]) -> bool:
+        """Whether a successor has waited long for a place, and no old member is about to leave one."""
+        if any(member.state is MemberState.DRAINING for member in self.members):
+            return False
+        starting = self._of(self.generation, MemberState.STARTING)
+        return any(one.replica_id in unplaced and now - one.since >= _PLACE_PATIENCE for one in starting)
 
     def next_change(self, now: float) -> float | None:
         """Seconds until a delayed start is due, if one is."""
@@ -182,8 +203,8 @@ class Membership:
         return [member for member in self.members if member.generation == generation and member.state in states]
 
     def _start(self, now: float) -> Action:
-        replica_id = f"r{self._serial}"
-        self._serial += 1
+        replica_id = f"r{self.serial}"
+        self.serial += 1
         self._members[replica_id] = Member(replica_id, self.generation, MemberState.STARTING, now)
         return Action(ActionKind.START, replica_id)
 

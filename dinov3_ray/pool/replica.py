@@ -146,6 +146,11 @@ class Replica:
             self._draining = True
             self._changed.notify_all()
 
+    @property
+    def draining(self) -> bool:
+        """Whether it takes no more requests."""
+        return self._draining
+
     def wait_idle(self, timeout: float) -> bool:
         """Wait until nothing is queued or computed; False if that took longer than ``timeout`` seconds."""
         with self._changed:

@@ -14,6 +14,7 @@ from dinov3_ray.errors import ReplicaError
 from dinov3_ray.metrics import Publisher
 from dinov3_ray.pool.framing import Reply, frame_answer, open_request
 from dinov3_ray.pool.ledger import Ledger
+from dinov3_ray.pool.membership import MemberState
 from dinov3_ray.pool.messages import Answer, Outcome, TeacherInfo
 from dinov3_ray.pool.options import PoolOptions
 from dinov3_ray.pool.processes import process_start
@@ -88,8 +89,12 @@ class ReplicaActor:
         return await asyncio.wrap_future(self._replica.loaded)
 
     @ray.method(concurrency_group="control")
-    async def ready(self) -> bool:
-        return self._replica.loaded.done() and self._replica.loaded.exception() is None
+    async def state(self) -> MemberState:
+        """What a controller that has just been restarted takes it for."""
+        if self._replica.draining:
+            return MemberState.DRAINING
+        loaded = self._replica.loaded.done() and self._replica.loaded.exception() is None
+        return MemberState.READY if loaded else MemberState.STARTING
 
     @ray.method(concurrency_group="control")
     async def health(self) -> ReplicaStatistics:
