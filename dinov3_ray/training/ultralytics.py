@@ -132,7 +132,8 @@ class _DistillationTrainer:
         self._loss = self._make_loss()
         projector = list(self._loss.parameters())
         if projector:
-            optimizer.add_param_group({"params": projector, "weight_decay": 0.0, "param_group": "distill"})
+            rate = optimizer.param_groups[0]["lr"]  # not the optimizer's default, which Ultralytics leaves unused
+            optimizer.add_param_group({"params": projector, "lr": rate, "weight_decay": 0.0, "param_group": "distill"})
         return optimizer
 
     def _setup_train(self) -> None:
