@@ -47,7 +47,8 @@ def slurm(tmp_path: Path) -> dict[str, str]:
         # A node: runs until it is told to end.
         "ray": 'trap "echo ended >>$NOTES/nodes; exit" TERM; echo "$@" >>"$NOTES/nodes"; while :; do sleep 0.1; done',
         # As the real one does, it waits for the nodes.
-        "dinov3-ray": 'until [[ $(wc -l <"$NOTES/nodes") -ge 3 ]]; do sleep 0.1; done 2>/dev/null; echo "$@ $RAY_ADDRESS $RAY_AUTH_MODE" >>"$NOTES/pools"; exit "${UP_STATUS:-0}"',
+        "dinov3-ray": 'until [[ $(wc -l <"$NOTES/nodes") -ge 3 ]]; do sleep 0.1; done 2>/dev/null\n'
+        'echo "$@ $RAY_ADDRESS $RAY_AUTH_MODE" >>"$NOTES/pools"; exit "${UP_STATUS:-0}"',
         "train": 'cat "$RAY_AUTH_TOKEN_PATH" >"$NOTES/token"; exit 7',
     }
     for name, body in programs.items():
