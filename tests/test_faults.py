@@ -38,16 +38,18 @@ QUICK = {"health_interval": 0.2, "health_timeout": 6.0, "hang_timeout": 3.0}
 ray.cloudpickle.register_pickle_by_value(faulty)  # replicas cannot import the tests
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    return tmp_path
-
-
-@pytest.fixture
-def pool(ray_cluster: str, folder: Path) -> Iterator[TeacherPool]:
-    factory = functools.partial(FaultyTeacher, folder, delay=0.02)
+@pytest.fixture(scope="module")
+def shared_pool(ray_cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TeacherPool]:
+    factory = functools.partial(FaultyTeacher, tmp_path_factory.mktemp("once"), delay=0.02)
     with TeacherPool.start(factory, name="faults", replicas=2, **QUICK) as pool:
         yield pool
+
+
+@pytest.fixture
+def pool(shared_pool: TeacherPool) -> TeacherPool:
+    """A pool of two replicas, whole again after what the last test did to it."""
+    shared_pool.wait_ready(60)
+    return shared_pool
 
 
 def equals_undisturbed(handle: Handle, number: int, mark: int = 0) -> bool:
@@ -74,13 +76,13 @@ def pids(pool: TeacherPool) -> list[int]:
 def test_replica_killed_under_load(pool: TeacherPool) -> None:
     remote = pool.teacher()
     handles = [remote.submit(batch_of(number), SPEC) for number in range(60)]
-    victim = pids(pool)[0]
+    victim, restarts = pids(pool)[0], pool.status().restarts
     handles[5].result(60)
     os.kill(victim, signal.SIGKILL)
     assert all(equals_undisturbed(handle, number) for number, handle in enumerate(handles))
     until(lambda: len(pids(pool)) == 2, "the replica is replaced")
     assert victim not in pids(pool)
-    assert pool.status().restarts == 1
+    assert pool.status().restarts == restarts + 1
     assert "process died" in pool.status().troubles[-1]
 
 
@@ -94,6 +96,7 @@ def test_controller_killed_under_load(pool: TeacherPool) -> None:
     pool.scale(3, wait=True)
     assert len(pids(pool)) == 3
     assert equals_undisturbed(remote.submit(batch_of(99), SPEC), 99)
+    pool.scale(2, wait=True)
 
 
 def test_hung_forward_pass(pool: TeacherPool) -> None:
@@ -165,28 +168,29 @@ def test_constructor_failure_says_why(ray_cluster: str) -> None:
         TeacherPool.connect("hopeless")
 
 
-def test_names_and_ends(pool: TeacherPool) -> None:
+def test_names_and_ends(pool: TeacherPool, tmp_path: Path) -> None:
     with pytest.raises(PoolExistsError, match="'faults' is running already"):
         TeacherPool.start(FakeTeacher.factory(), name="faults")
-    remote = pool.teacher()
+    ending = TeacherPool.start(functools.partial(FaultyTeacher, tmp_path), name="ending", replicas=1)
+    remote = ending.teacher()
     assert equals_undisturbed(remote.submit(batch_of(0), SPEC), 0)
-    elsewhere = RemoteTeacher("faults")
+    elsewhere = RemoteTeacher("ending")
     pending = elsewhere.submit(batch_of(1, HANG_ONCE), SPEC)
-    processes = pids(pool)
-    pool.shutdown()
+    processes = pids(ending)
+    ending.shutdown()
     with pytest.raises(PoolClosedError):
         pending.result(30)
     with pytest.raises(PoolClosedError):
         remote.submit(batch_of(0), SPEC)
-    until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in processes), "the replicas' processes are gone")
-    assert not [actor for actor in ray.util.list_named_actors(all_namespaces=True) if "faults" in actor["name"]]
+    until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in processes), "the replica's process is gone")
+    assert not [actor for actor in ray.util.list_named_actors(all_namespaces=True) if "ending" in actor["name"]]
     elsewhere.close()
 
 
 CLIENT = """
 import sys, torch
 from dinov3_ray import FeatureSpec, RemoteTeacher
-remote = RemoteTeacher("faults", address=sys.argv[1])
+remote = RemoteTeacher("crowd", address=sys.argv[1])
 handles = [remote.submit(torch.zeros(2, 3, 32, 48, dtype=torch.uint8), FeatureSpec(cls=True)) for _ in range(400)]
 handles[0].result(60)
 print("under way", flush=True)
@@ -194,9 +198,9 @@ sys.stdin.read()
 """
 
 
-def test_client_killed_frees_what_it_queued(ray_cluster: str, folder: Path) -> None:
-    factory = functools.partial(FaultyTeacher, folder, delay=0.3)
-    with TeacherPool.start(factory, name="faults", replicas=1, client_timeout=7.0, window=64, **QUICK) as pool:
+def test_client_killed_frees_what_it_queued(ray_cluster: str) -> None:
+    factory = FakeTeacher.factory(delay=0.3)
+    with TeacherPool.start(factory, name="crowd", replicas=1, client_timeout=7.0, window=64, **QUICK) as pool:
         command = [sys.executable, "-c", CLIENT, ray_cluster]
         with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as client:
             assert client.stdout is not None
