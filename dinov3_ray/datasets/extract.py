@@ -157,7 +157,7 @@ def extract(
             pooled=pool is not None,
         )
         job = Job(
-            teacher=TeacherFactory(model, factory, placement.threads),
+            teacher=TeacherFactory(model, factory, "cuda" if placement.num_gpus else "cpu", placement.threads),
             folder=folder,
             identity={},
             spec=spec,

@@ -43,6 +43,7 @@ class TeacherFactory:
 
     config: DinoV3Config | None
     factory: Callable[[], Extractor] | None
+    device: str
     threads: int | None
 
     def __call__(self) -> Extractor:
@@ -52,7 +53,7 @@ class TeacherFactory:
         if self.config is None:
             assert self.factory is not None
             return self.factory()
-        return DinoV3Teacher(self.config, "cuda" if torch.cuda.is_available() else "cpu")
+        return DinoV3Teacher(self.config, self.device)
 
     @property
     def mixes_sizes(self) -> bool:
@@ -99,10 +100,7 @@ def probe(teacher: TeacherFactory, spec: FeatureSpec, images: Sequence[np.ndarra
     columns, result_dtype = encode_columns(features, spec)
     config = getattr(extractor, "config", None)
     rule = asdict(config.preprocessing) if isinstance(config, DinoV3Config) else None
-    close = getattr(extractor, "close", None)
-    if close is not None:  # a pool's client; its process goes on to other work
-        close()
-    return {
+    found = {
         "fingerprint": getattr(extractor, "fingerprint", None) or features.fingerprint,
         # By way of JSON, so that what is compared with a former run's is of the same types.
         "preprocessing": json.loads(json.dumps(rule)),
@@ -112,6 +110,10 @@ def probe(teacher: TeacherFactory, spec: FeatureSpec, images: Sequence[np.ndarra
             name: {"dtype": array.dtype.str, "shape": list(array.shape[1:])} for name, array in columns.items()
         },
     }
+    close = getattr(extractor, "close", None)
+    if close is not None:  # a pool's client; its process goes on to other work
+        close()
+    return found
 
 
 class BlockExtractor:
