@@ -27,6 +27,7 @@ class Lazy(NamedTuple):
 COMMANDS = {
     "checkpoint": Lazy("dinov3_ray.checkpoint.commands:checkpoint", "Make, convert, check and describe checkpoints."),
     "demo": Lazy("dinov3_ray.demo.commands:demo", "Teach a small student with a pool of teachers, in about a minute."),
+    "doctor": Lazy("dinov3_ray.doctor.commands:doctor", "Look at this machine and a cluster as a pool would."),
     "extract": Lazy("dinov3_ray.datasets.commands:extract_command", "Extract the features of a whole data set."),
     "show": Lazy("dinov3_ray.datasets.commands:show_command", "Make a picture of a feature map."),
     "up": Lazy("dinov3_ray.pool.commands:up", "Start a pool in a running Ray, and leave it running."),

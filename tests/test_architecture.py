@@ -34,7 +34,7 @@ FLOORS = [
     ["training"],
     ["datasets"],
     ["testing", "bench"],
-    ["demo", "cli", "commands"],
+    ["demo", "doctor", "cli", "commands"],
     ["__main__"],
 ]
 RAY_FREE_FLOORS = 7

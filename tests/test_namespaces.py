@@ -200,4 +200,4 @@ def test_tls(tiny_checkpoint: Path, tmp_path: Path) -> None:
         assert finish(trainer, tmp_path / "trainer")["resends"] == 0
         cluster.run("down")
         assert plain.wait(PATIENCE) == 1
-        assert "cannot reach Ray" in (tmp_path / "plain").read_text()
+        assert "RAY_USE_TLS=1" in (tmp_path / "plain").read_text()

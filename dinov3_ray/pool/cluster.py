@@ -10,6 +10,7 @@ from typing import Any
 import ray
 
 from dinov3_ray.errors import ConfigError, PoolError
+from dinov3_ray.pool.probe import find_obstacle
 
 __all__ = [
     "NAMESPACE",
@@ -78,6 +79,9 @@ def connect(address: str | None = None, *, may_start: bool = False, **init_optio
     if address is None:
         options.setdefault("include_dashboard", False)
     else:
+        obstacle = find_obstacle(address)
+        if obstacle is not None:
+            raise PoolError(f"{obstacle.message}. Remedy: {obstacle.remedy}")
         options["address"] = address
     try:
         ray.init(**options)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -34,7 +33,6 @@ __all__ = ["down", "reload", "scale", "status", "up"]
 
 _DEGRADED = 3  # exit status: fewer replicas ready than wanted
 _WIDE = 160  # columns of a table that goes to no terminal
-_REACH_SECONDS = 10.0
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -324,23 +322,11 @@ def _joined(address: str | None) -> Iterator[str]:
             "no Ray is named: pass --address HOST:PORT or set RAY_ADDRESS. To start one on this machine: "
             "`ray start --head --port 6379`, then --address 127.0.0.1:6379"
         )
-    _require_listener(address or os.environ.get("RAY_ADDRESS") or "")
     runtime = connect(address)
     try:
         yield runtime.address
     finally:
         runtime.close()
-
-
-def _require_listener(address: str) -> None:
-    """Raise PoolError if nothing answers at ``host:port``; Ray itself would try for minutes."""
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdecimal():
-        return  # "auto" and the like, which Ray resolves
-    try:
-        socket.create_connection((host, int(port)), timeout=_REACH_SECONDS).close()
-    except OSError as error:
-        raise PoolError(f"no Ray answers at address {address}: {error}") from error
 
 
 @contextmanager

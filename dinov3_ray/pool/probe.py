@@ -1,0 +1,67 @@
+"""Asks a cluster's head, in seconds, whether it would let this process in. Ray itself would try for minutes.
+
+The question is one without an argument that every client asks first. Ray keeps it in its own protocol, which may
+change: only a clear refusal counts.
+"""
+
+from __future__ import annotations
+
+import socket
+from dataclasses import dataclass
+
+import grpc
+from ray._private.grpc_utils import init_grpc_channel
+
+__all__ = ["Obstacle", "answers", "find_obstacle"]
+
+_PATIENCE = 10.0
+_QUESTION = "/ray.rpc.NodeInfoGcsService/GetClusterId"
+
+
+@dataclass(frozen=True, slots=True)
+class Obstacle:
+    """Why a cluster cannot be joined, and what to do about it."""
+
+    message: str
+    remedy: str
+
+
+def find_obstacle(address: str) -> Obstacle | None:
+    """What keeps this process from the head at ``host:port``; None if nothing shows, or the address is another kind."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal():
+        return None  # "auto" and the like, which Ray resolves
+    try:
+        socket.create_connection((host, int(port)), timeout=_PATIENCE).close()
+    except OSError as error:
+        return Obstacle(
+            f"no Ray answers at address {address}: {error}",
+            "start its head (deploy/ray/head.sh), and look at the address and at firewalls between here and there",
+        )
+    try:
+        # With this process's token and certificates, as Ray would.
+        with init_grpc_channel(address) as channel:
+            channel.unary_unary(_QUESTION)(b"", timeout=_PATIENCE)
+    except grpc.RpcError as error:
+        code = error.code() if isinstance(error, grpc.Call) else None
+        if code is grpc.StatusCode.UNAUTHENTICATED:
+            return Obstacle(
+                f"the Ray at {address} refuses this process's token, or its lack",
+                "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH to a file with the cluster's token",
+            )
+        if code is grpc.StatusCode.UNAVAILABLE:
+            return Obstacle(
+                f"the Ray at {address} does not speak with this process: one of them encrypts, and the other does not "
+                "or has another authority's certificates",
+                "set RAY_USE_TLS=1 and RAY_TLS_* if the cluster's nodes do, or unset them",
+            )
+    return None
+
+
+def answers(host: str, port: int) -> bool:
+    """Whether something listens there that can be reached from here."""
+    try:
+        socket.create_connection((host, port), timeout=_PATIENCE).close()
+    except OSError:
+        return False
+    return True
