@@ -161,7 +161,7 @@ def test_without_a_ray_it_says_how_to_get_one(tiny_checkpoint: Path) -> None:
         (["up", "--root", "{model}", "--set", "hang_timeout=soon"], 1, "hang_timeout must be more than 0 seconds"),
         (["up", "--root", "{model}", "--name", "a/b"], 1, "name must be 1 to 100 letters"),
         (["scale", "auto"], 2, "write 4, or 2-8 for a range"),
-        (["status", "--address", "127.0.0.1:1"], 1, "Error: no Ray answers at address 127.0.0.1:1"),
+        (["status", "--address", "127.0.0.1:1"], 1, "address is 127.0.0.1:1, but this process is connected to the Ray"),
         (["status", "--interval", "0"], 2, "0.0 is not in the range"),
     ],
 )

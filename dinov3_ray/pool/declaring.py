@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 
 from ray import cloudpickle
 
-from dinov3_ray.errors import PoolNotFoundError
+from dinov3_ray.errors import ConfigError, PoolNotFoundError
 from dinov3_ray.pool.cluster import Runtime
 from dinov3_ray.pool.declaration import Declaration
 from dinov3_ray.pool.options import parse_replicas
@@ -84,5 +84,11 @@ def plan_pool(wanted: PoolFile, address: str) -> Plan:
 
 def _state_of(declared: Declaration) -> PoolState:
     # The pool's own source, from the cluster whose word this process takes already.
-    source = cloudpickle.loads(declared.source)
+    try:
+        source = cloudpickle.loads(declared.source)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(
+            f"the running pool serves a factory that this process cannot load ({error}), so a file cannot be compared "
+            "with it: end that pool, or give the file another name"
+        ) from error
     return PoolState(source, declared.low, declared.high, declared.placement, declared.options)
