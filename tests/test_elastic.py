@@ -135,7 +135,7 @@ def test_ten_thousand_small_batches_leave_nothing_behind(ray_cluster: str) -> No
     with TeacherPool.start(FakeTeacher.factory(), name="flat", replicas=2) as pool:
         remote = pool.teacher()
         processes = [replica.pid for replica in pool.status().replicas if replica.pid]
-        images = torch.zeros(4, 3, 160, 160, dtype=torch.uint8)  # above what travels inside a call
+        images = torch.zeros(1, 3, 160, 160, dtype=torch.uint8)  # above what travels inside a call
         memory: list[tuple[int, int, int]] = []
         for _ in range(10):
             for _ in remote.prefetch(range(1000), SPEC, images=lambda _: images):
