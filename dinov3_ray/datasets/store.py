@@ -28,9 +28,9 @@ _INDEX_COLUMNS = ["id", "height", "width", "view"]
 class FeatureStore:
     """The teacher features of a data set, as :func:`extract` left them.
 
-    Local parts are memory-mapped: opening a store of any size costs only its index, and a row is copied once, from the
-    page cache into the tensors that are returned, which are the caller's own. :meth:`arrays` makes no copy at all.
-    int8 columns, and stores on remote file systems, are read a row group or a row at a time.
+    Opening a store of any size costs only its index. A row of a local store is copied once, from the page cache into
+    the tensors that are returned, which are the caller's own; :meth:`arrays` maps the files, and makes no copy at all.
+    int8 columns must be decoded, a small row group at a time; remote stores are read by byte ranges.
 
     Instances may be pickled, and used in forked or spawned DataLoader workers and from several threads.
 
@@ -220,12 +220,13 @@ class _Part:
     def __post_init__(self) -> None:
         self.shapes = tuple((name, column.shape) for name, column in self.columns.items())
         self._map: np.ndarray | None = None
+        self._row_bytes = {name: column.row_bytes for name, column in self.columns.items()}
         self._reset()
 
     def _reset(self) -> None:
         self._lock = threading.Lock()
         self._parquet: pq.ParquetFile | None = None
-        self._groups: dict[str, tuple[int, np.ndarray]] = {}
+        self._group: tuple[int, dict[str, np.ndarray]] = (-1, {})
 
     def __getstate__(self) -> dict[str, Any]:
         return {"folder": self.folder, "file": self.file, "columns": self.columns}
@@ -248,7 +249,7 @@ class _Part:
             out[:] = self._decoded(name, start, stop)
             return
         # Byte by byte, since a mapped column need not stand at a multiple of its item size.
-        size = column.row_bytes
+        size = self._row_bytes[name]
         out.reshape(-1).view(np.uint8)[:] = self._bytes(column.offset + start * size, column.offset + stop * size)
 
     def rows(self, name: str, start: int, stop: int) -> np.ndarray:
@@ -257,37 +258,45 @@ class _Part:
         if column.offset is None:
             array = self._decoded(name, start, stop)
         else:
-            size = column.row_bytes
+            size = self._row_bytes[name]
             raw = self._bytes(column.offset + start * size, column.offset + stop * size)
             array = raw.view(column.dtype).reshape(stop - start, *column.shape)
         array.flags.writeable = False
         return array
 
+    @property
+    def _path(self) -> str:
+        return self.folder.join(f"{PARTS}/{self.file}")
+
     def _bytes(self, start: int, stop: int) -> np.ndarray:
         if not self.folder.is_local:
-            with self.folder.system.open_input_file(self.folder.join(f"{PARTS}/{self.file}")) as file:
+            with self.folder.system.open_input_file(self._path) as file:
                 return np.frombuffer(file.read_at(stop - start, start), np.uint8)
         if self._map is None:
-            with open(self.folder.join(f"{PARTS}/{self.file}"), "rb") as file:
+            with open(self._path, "rb") as file:
                 self._map = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
         return self._map[start:stop]
 
     def _decoded(self, name: str, start: int, stop: int) -> np.ndarray:
-        """Rows of a column that Parquet must decode; the last group of each is kept, as rows often come in order."""
+        """Rows of a column that Parquet must decode.
+
+        A row group's columns are decoded at once, and those of the last one are kept: the next call is for another of
+        its columns, or for its next row.
+        """
         with self._lock:
             if self._parquet is None:
-                path = self.folder.join(f"{PARTS}/{self.file}")
-                self._parquet = pq.ParquetFile(self.folder.system.open_input_file(path))
+                self._parquet = pq.ParquetFile(self.folder.system.open_input_file(self._path))
             group_rows = self._parquet.metadata.row_group(0).num_rows
             pieces = []
             for group in range(start // group_rows, (stop - 1) // group_rows + 1):
-                if name not in self._groups or self._groups[name][0] != group:
-                    # By leaf name: "cls.scale" is a column of its own, not a field of "cls".
-                    array = self._parquet.read_row_group(group, columns=[f"{name}.list.element"])[name].combine_chunks()
-                    self._groups[name] = group, array.to_numpy_ndarray()
-                values = self._groups[name][1]
+                if self._group[0] != group:
+                    # By leaf names: "cls.scale" is a column of its own, not a field of "cls".
+                    leaves = [f"{name}.list.element" for name, column in self.columns.items() if column.offset is None]
+                    table = self._parquet.read_row_group(group, columns=leaves, use_threads=False)
+                    arrays = {field: table[field].combine_chunks().to_numpy_ndarray() for field in table.column_names}
+                    self._group = group, arrays
                 first = group * group_rows
-                pieces.append(values[max(start - first, 0) : stop - first])
+                pieces.append(self._group[1][name][max(start - first, 0) : stop - first])
         return np.concatenate(pieces)
 
 
