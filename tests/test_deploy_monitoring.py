@@ -238,3 +238,5 @@ def test_every_query_finds_what_a_live_pool_exports(prometheus: str, tmp_path: P
                 assert time.monotonic() < deadline, f"these find nothing: {[*open_.values()]}"
             assert all(answer["metric"]["pool"] == POOL for answer in found[panels()["Replicas"][0]])
             assert len(found) >= len(queries())
+            for query, answer in found.items():  # `pytest -rP` shows what each found
+                print(f"{len(answer)} series, the first at {answer[0]['value'][1]}: {query}")

@@ -48,7 +48,7 @@ class Placement:
 
 @dataclass(frozen=True, slots=True)
 class Declaration:
-    """A pool as it was last declared; ``source`` is the pickled teacher source, which its controller never unpickles."""
+    """A pool as it was last declared; ``source`` is the pickled teacher, which its controller never unpickles."""
 
     source: bytes
     low: int
