@@ -55,6 +55,9 @@ class Pipeline(Generic[Batch]):
     ) -> None:
         self._sources, self._specs = sources, specs
         self._entries: deque[_Entry[Batch]] = deque()
+        # What was sent, in the same order. Written where the sending is done, in a thread that no Ctrl-C interrupts: an
+        # interrupt in put() may lose an entry, but nothing that is in flight.
+        self._in_flight: deque[dict[str, Submitted]] = deque()
         self._delivery = Delivery(device)
         inline = runs_inline(sources, device)
         self._sender: Executor = _Here() if inline else ThreadPoolExecutor(1, "dinov3-prefetch-send")
@@ -85,13 +88,14 @@ class Pipeline(Generic[Batch]):
         assert delivered is not None
         features = self._delivery.receive(delivered.result())
         entry = self._entries.popleft()
+        self._in_flight.popleft()
         self._deliver_ahead()
         return entry.batch, features
 
     def close(self) -> None:
         """Give up all that is in the pipeline. When this returns, nothing of it is in flight any more."""
         self._sender.shutdown(wait=True, cancel_futures=True)
-        submitted = [each for entry in self._entries for each in _outcome(entry.sent)]
+        submitted = [each for group in self._in_flight for each in group.values()]
         for each in submitted:
             each.cancel()
         self._receiver.shutdown(wait=True, cancel_futures=True)
@@ -99,16 +103,13 @@ class Pipeline(Generic[Batch]):
         while not all(each.done() for each in submitted) and time.monotonic() < deadline:
             time.sleep(1e-3)
         self._entries.clear()
+        self._in_flight.clear()
 
     def _submit(self, images: Images) -> dict[str, Submitted]:
         submitted: dict[str, Submitted] = {}
-        try:
-            for name, source in self._sources.items():
-                submitted[name] = source.submit(images, self._specs[name])
-        except BaseException:
-            for each in submitted.values():
-                each.cancel()
-            raise
+        self._in_flight.append(submitted)
+        for name, source in self._sources.items():
+            submitted[name] = source.submit(images, self._specs[name])
         return submitted
 
     def _deliver_ahead(self) -> None:
@@ -135,11 +136,6 @@ class _Here(Executor):
         except Exception as error:  # noqa: BLE001 - an executor keeps any error for who asks for the result
             future.set_exception(error)
         return future
-
-
-def _outcome(sent: Future[dict[str, Submitted]]) -> list[Submitted]:
-    """What was sent; nothing if sending failed or never began."""
-    return [] if sent.cancelled() or sent.exception() is not None else list(sent.result().values())
 
 
 def _on_accelerator(images: Any) -> bool:
