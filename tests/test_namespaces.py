@@ -86,13 +86,6 @@ class Cluster:
         assert status == 0, text
         return text
 
-    def status(self) -> dict[str, Any]:
-        host = self.hosts[0]
-        _, text = host.run(["dinov3-ray", "status", "--json"], env=self.env(host=host))
-        found = json.loads(text[text.index("{") :])
-        assert isinstance(found, dict)
-        return found
-
 
 def until(what: Callable[[], object], else_: Callable[[], str], timeout: float = PATIENCE) -> None:
     deadline = time.monotonic() + timeout
@@ -155,18 +148,27 @@ def test_three_nodes_one_lost_one_joined(tiny_checkpoint: Path, tmp_path: Path) 
         assert "2 of 2 ready" in cluster.run("up", "--root", tiny_checkpoint, *options)
         trainer = train(cluster, tiny_checkpoint, tmp_path / "trainer")
         steps = steps_beyond(trainer, tmp_path / "trainer", 0)
-        before = cluster.status()
+        # One process that goes on telling: each takes seconds to start.
+        watch = ["dinov3-ray", "status", "--watch", "--json", "--interval", "0.5"]
+        watcher = head.start(watch, env=cluster.env(host=head), stderr=tmp_path / "watcher")
+        before = read_until(watcher, tmp_path / "watcher", lambda told: told["ready"] == 2)
         nodes = {replica["node_id"] for replica in before["replicas"]}
         assert len(nodes) == 2, "the replicas are on the two nodes that are labelled for them"
-        assert {replica["pid"] for replica in before["replicas"]} <= {*lost.pids(), *stays.pids()}
+        ran = {replica["pid"] for replica in before["replicas"]}
+        assert ran <= {*lost.pids(), *stays.pids()}
+        ran_there = ran & {*lost.pids()}
 
         # A machine goes: all of its processes at once.
         lost.end()
         steps = steps_beyond(trainer, tmp_path / "trainer", steps + 10)  # the other one goes on alone
         cluster.start(3)
         cluster.joined(3)
-        until(lambda: cluster.status()["ready"] == 2, lambda: str(cluster.status()))
-        after = cluster.status()
+        after = read_until(
+            watcher,
+            tmp_path / "watcher",
+            lambda told: told["ready"] == 2 and not ran_there & {replica["pid"] for replica in told["replicas"]},
+        )
+        watcher.send_signal(signal.SIGINT)
         assert {replica["pid"] for replica in after["replicas"]} <= {*stays.pids(), *new.pids()}
         steps_beyond(trainer, tmp_path / "trainer", steps + 20)
         ended = finish(trainer, tmp_path / "trainer")
