@@ -25,6 +25,7 @@ class Lazy(NamedTuple):
 
 
 COMMANDS = {
+    "bench": Lazy("dinov3_ray.bench.commands:bench", "Measure a pool beside its peers."),
     "checkpoint": Lazy("dinov3_ray.checkpoint.commands:checkpoint", "Make, convert, check and describe checkpoints."),
     "demo": Lazy("dinov3_ray.demo.commands:demo", "Teach a small student with a pool of teachers, in about a minute."),
     "doctor": Lazy("dinov3_ray.doctor.commands:doctor", "Look at this machine and a cluster as a pool would."),

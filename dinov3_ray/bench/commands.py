@@ -1,0 +1,80 @@
+"""The command ``dinov3-ray bench``."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from dinov3_ray.bench.simulated import Work
+from dinov3_ray.bench.throughput import describe_machine, measure
+from dinov3_ray.bench.transport import measure_transport
+from dinov3_ray.pool.cluster import connect
+
+__all__ = ["bench"]
+
+_OBJECT_STORE_BYTES = 2 * 2**30  # room for every contender's results in flight
+
+
+@click.group()
+def bench() -> None:
+    """Measure, beside peers that do the same work in the same run."""
+
+
+@bench.command()
+@click.option("--replicas", default=4, show_default=True, type=click.IntRange(1), help="Simulated accelerators.")
+@click.option("--batches", default=100, show_default=True, type=click.IntRange(1), help="Batches in each run.")
+@click.option("--repeats", default=3, show_default=True, type=click.IntRange(1), help="Runs that count.")
+@click.option("--quick", is_flag=True, help="A fifth of the batches, one run: to see that it works.")
+@click.option("--address", help="host:port of a running Ray; else RAY_ADDRESS, or a Ray of its own.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON in place of the table.")
+def pool(replicas: int, batches: int, repeats: int, quick: bool, address: str | None, as_json: bool) -> None:
+    """What a pool delivers of its accelerators' speed, beside ActorPool, Serve and Ray Data.
+
+    The accelerators are simulated: they wait 40 ms for 32 images and hand out maps of a ViT-L/16 at 224 px. What is
+    missing to 100% is what moving and steering the work costs on this machine.
+    """
+    work = Work(batches=max(1, batches // 5) if quick else batches, replicas=replicas)
+    console = Console(stderr=as_json)
+    runtime = connect(address, may_start=True, object_store_memory=_OBJECT_STORE_BYTES)
+    try:
+        with console.status("starting") as status:
+            result = measure(work, 1 if quick else repeats, lambda name: status.update(f"measuring {name}"))
+    finally:
+        runtime.close()
+    if as_json:
+        click.echo(json.dumps(result.as_dict(), indent=2))
+    else:
+        console.print(result.table())
+
+
+@bench.command()
+@click.option("--repeats", default=50, show_default=True, type=click.IntRange(1), help="Results that count.")
+@click.option("--address", help="host:port of a running Ray; else RAY_ADDRESS, or a Ray of its own.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON in place of the table.")
+def transport(repeats: int, address: str | None, as_json: bool) -> None:
+    """How fast one result [32, 1024, 14, 14] reaches the client, beside a plain actor that returns a torch tensor."""
+    runtime = connect(address, may_start=True, object_store_memory=_OBJECT_STORE_BYTES)
+    try:
+        with Console(stderr=True).status("measuring"):
+            result = measure_transport(Work(seconds=0.0, pixels=32), repeats)
+    finally:
+        runtime.close()
+    if as_json:
+        click.echo(json.dumps({**asdict(result), "ratio": result.ratio, "machine": describe_machine()}, indent=2))
+        return
+    size = result.result_bytes / 2**20
+    table = Table(title=f"One result of {size:.1f} MiB", caption=f"median of {repeats}\n{describe_machine()}")
+    for heading in ("", "ms", "results/s"):
+        table.add_column(heading, justify="right" if heading else "left")
+    rows = {
+        "RemoteTeacher.extract": result.pool,
+        "plain actor, torch tensor": result.torch_actor,
+        "bound: one copy in memory": result.copy,
+    }
+    for name, seconds in rows.items():
+        table.add_row(name, f"{seconds * 1e3:.1f}", f"{1 / seconds:.0f}")
+    Console().print(table, f"{result.ratio:.1f} times the plain actor's rate")

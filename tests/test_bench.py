@@ -1,0 +1,41 @@
+"""The bench runs, does the same work for everyone, and says so. What it measures is no test's business."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from dinov3_ray.bench.contenders import CONTENDERS, missing_reason
+
+
+def run(*arguments: str) -> dict[str, object]:
+    command = [sys.executable, "-m", "dinov3_ray", "bench", *arguments, "--json"]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    assert ran.returncode == 0, ran.stderr
+    report = json.loads(ran.stdout)
+    assert isinstance(report, dict)
+    return report
+
+
+@pytest.mark.slow
+def test_pool_beside_its_peers(ray_cluster: str) -> None:
+    report = run("pool", "--quick", "--replicas", "2", "--batches", "40", "--address", ray_cluster)
+    contenders = report["contenders"]
+    assert isinstance(contenders, list)
+    assert [row["name"] for row in contenders] == list(CONTENDERS)
+    for row in contenders:
+        if missing_reason(row["name"]) is None:
+            assert 0 < row["share_of_ideal"] <= 1.01, row
+        else:
+            assert row["missing"]
+        print(row)
+
+
+@pytest.mark.slow
+def test_transport(ray_cluster: str) -> None:
+    report = run("transport", "--repeats", "5", "--address", ray_cluster)
+    assert report["result_bytes"] == 32 * 1024 * 14 * 14 * 2
+    print(report)
