@@ -16,6 +16,7 @@ from collections.abc import Callable, Collection
 import torch
 from torch import Tensor
 
+from dinov3_ray.errors import InputError, SpecError
 from dinov3_ray.features import Features, FeatureSpec, deliver, resample_map
 from dinov3_ray.images import ImageBatch, Images
 
@@ -106,13 +107,22 @@ class FakeTeacher:
         batch = ImageBatch.of(images, min_side=self.patch_size)
         spec.require_outputs()
         blocks = spec.blocks(self.depth)
+        if spec.registers and not self.num_register_tokens:
+            raise SpecError("FeatureSpec.registers: this teacher has no register tokens")
+        if self.image_size is None and len({image.shape for image in batch}) > 1:
+            raise InputError("images must have one size where the teacher has none of its own: set image_size=(H, W)")
         with self._lock:
             call, self.calls = self.calls, self.calls + 1
         time.sleep(self._delay + self._delay_per_image * len(batch))
         if call in self._fail_on:
             raise self._error
+        # Results are ordinary tensors whatever mode the caller is in, as the local teacher's are.
+        with torch.inference_mode(False), torch.no_grad():
+            return deliver(self._compute(batch, spec, blocks), spec)
+
+    def _compute(self, batch: ImageBatch, spec: FeatureSpec, blocks: tuple[int, ...]) -> Features:
         map_BDhw = torch.cat([self._map(image) for image in batch])
-        cls_BD = map_BDhw.mean(dim=(2, 3))
+        cls_BD = map_BDhw.double().mean(dim=(2, 3)).float()
         named: dict[str, Tensor] = {}
         if spec.cls:
             named["cls"] = cls_BD
@@ -123,8 +133,7 @@ class FakeTeacher:
         for index, block in zip(spec.layers, blocks, strict=True):
             scale = 1.0 if spec.norm else 2.0
             named[f"layers.{index}"] = map_BDhw * scale * (block + 1)
-        features = Features.from_named(named, self.fingerprint).map(lambda name, t: self._finish(name, t, spec))
-        return deliver(features, spec)
+        return Features.from_named(named, self.fingerprint).map(lambda name, t: self._finish(name, t, spec))
 
     def eval(self) -> FakeTeacher:
         """Itself."""
@@ -137,8 +146,12 @@ class FakeTeacher:
         size = self.patch_size
         height, width = scaled.shape[1] // size, scaled.shape[2] // size
         patches = scaled[:, : height * size, : width * size].reshape(3, height, size, width, size)
-        colours_hw3 = patches.mean(dim=(2, 4)).permute(1, 2, 0)
-        return (colours_hw3 @ self._mix_3D).permute(2, 0, 1)[None]
+        # float64 means, and products added one by one: the bits depend on neither threads nor where the memory lies,
+        # as those of a matrix product may.
+        red, green, blue = patches.double().mean(dim=(2, 4)).float()
+        mix_D = self._mix_3D[:, :, None, None]
+        map_Dhw: Tensor = red * mix_D[0] + green * mix_D[1] + blue * mix_D[2]
+        return map_Dhw[None]
 
     def _finish(self, name: str, tensor: Tensor, spec: FeatureSpec) -> Tensor:
         if spec.map_size is not None and (name == "feature_map" or name.startswith("layers.")):

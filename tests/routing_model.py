@@ -28,6 +28,7 @@ class Wanted:
     at: str | None = None
     attempt: int = 0
     deadline: float = inf
+    renewals: int = 0
     errors: int = 0
     losses: int = 0
     died: int = 0
@@ -48,6 +49,7 @@ class RoutingMachine(RuleBasedStateMachine):
         self.ever: list[str] = []
         self.dead: set[str] = set()
         self.deaths = 0
+        self.heard: dict[str, float] = {}
         self.paused: dict[str, float] = {}
         self.sends: list[Send] = []  # all of them, ever
         self.names = 0
@@ -119,6 +121,7 @@ class RoutingMachine(RuleBasedStateMachine):
         before = set(self.replicas)
         self.dead &= known.keys()
         self.replicas = {name: has for name, has in known.items() if name not in self.dead}
+        self.heard = {name: when for name, when in self.heard.items() if name in self.replicas}
         self.paused = {name: until for name, until in self.paused.items() if name in self.replicas}
         orphans = self.book.set_replicas((name, name == "r0", has) for name, has in known.items())
         gone = before - self.replicas.keys()
@@ -150,6 +153,7 @@ class RoutingMachine(RuleBasedStateMachine):
                     assert send.urgent == (request.losses + request.errors > 0)
                     queue.remove(request_id)
                     request.at, request.attempt = send.replica_id, send.attempt
+                    request.renewals = 0
                     request.deadline = self.now + LIMITS.attempt_timeout
                     self.sends.append(send)
                     self.peak = max(self.peak, len(self.flying()))
@@ -163,6 +167,8 @@ class RoutingMachine(RuleBasedStateMachine):
         send = data.draw(st.sampled_from(self.sends))
         first = self.book.answered(send.request_id, send.replica_id, self.now, seconds=seconds, other_rows=others)
         self.paused.pop(send.replica_id, None)
+        if send.replica_id in self.replicas:
+            self.heard[send.replica_id] = self.now
         assert first == (send.request_id in self.requests)
         if first:
             self.answered += 1
@@ -217,7 +223,15 @@ class RoutingMachine(RuleBasedStateMachine):
 
     @rule()
     def expire(self) -> None:
-        late = [name for name, one in self.requests.items() if one.at is not None and one.deadline <= self.now]
+        late = []
+        for name, one in self.requests.items():
+            if one.at is None or one.deadline > self.now:
+                continue
+            if self.heard.get(one.at, -inf) > one.deadline - LIMITS.attempt_timeout and one.renewals < 5:
+                one.renewals += 1
+                one.deadline = self.now + LIMITS.attempt_timeout
+            else:
+                late.append(name)
         overdue = self.book.expired(self.now)
         assert sorted(overdue) == sorted((name, self.requests[name].attempt, self.requests[name].at) for name in late)
         for request_id, attempt, replica_id in overdue:

@@ -13,12 +13,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import deadly
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import ray
 import torch
+from deadly import Deadly
 from PIL import Image
 from pyarrow import fs as pafs
 from torch import Tensor
@@ -35,6 +37,7 @@ from dinov3_ray.testing import FakeTeacher
 
 # The workers cannot import the tests: what they need of this module travels with the tasks.
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+ray.cloudpickle.register_pickle_by_value(deadly)
 
 SPEC = FeatureSpec(cls=True, feature_map=True, layers=(1,), map_size=(2, 2))
 GOOD, BROKEN = 1960, 40
@@ -264,35 +267,6 @@ def test_a_killed_actor_costs_nothing_but_time(few: Path, fake_store: FeatureSto
     assert not failures
     assert len(list(pids.iterdir())) >= 3
     assert_equal(FeatureStore(out), fake_store)
-
-
-class Deadly(pafs.FileSystemHandler):
-    """The local file system, but one path ends the process that opens it, as a fault in a C library would."""
-
-    def __init__(self) -> None:
-        self.local = pafs.LocalFileSystem()
-
-    def open_input_file(self, path: str) -> object:
-        if path.endswith("0007.png"):
-            os._exit(139)
-        return self.local.open_input_file(path)
-
-    def get_file_info(self, paths: list[str]) -> object:
-        return self.local.get_file_info(paths)
-
-    def get_file_info_selector(self, selector: object) -> object:
-        return self.local.get_file_info(selector)
-
-    def get_type_name(self) -> str:
-        return "deadly"
-
-    def normalize_path(self, path: str) -> str:
-        return path
-
-
-for _name in Deadly.__abstractmethods__:  # those that reading does not need
-    setattr(Deadly, _name, None)
-Deadly.__abstractmethods__ = frozenset()
 
 
 def test_an_image_that_ends_its_process_fails_alone(few: Path, fake_store: FeatureStore, tmp_path: Path) -> None:

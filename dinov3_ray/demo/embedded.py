@@ -37,6 +37,7 @@ class DemoRay:
     def __init__(self, address: str | None, folder: Path) -> None:
         self._address = address or os.environ.get("RAY_ADDRESS") or None
         self._folder = folder
+        self._was_connected = ray.is_initialized()
         self._runtime: Runtime | None = None
         self._environment: dict[str, str | None] = {}
 
@@ -75,7 +76,8 @@ class DemoRay:
         """Part from Ray; end one that was started here, to its last process."""
         if self._runtime is not None:
             self._runtime.close()
-        ray.shutdown()  # of a connection that was not completed
+        if not self._was_connected:
+            ray.shutdown()  # of a connection that was not completed
         if self.embedded:
             _end_users_of(self._folder)
         self._set_environment(dict(self._environment))

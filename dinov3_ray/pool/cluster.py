@@ -9,7 +9,7 @@ from typing import Any
 
 import ray
 
-from dinov3_ray.errors import ConfigError, PoolError
+from dinov3_ray.errors import ConfigError, ForkedProcessError, PoolError
 from dinov3_ray.pool.probe import find_obstacle
 
 __all__ = [
@@ -50,6 +50,20 @@ class Runtime:
             os.environ[_AUTH_MODE] = self.auth_mode_before
 
 
+class _Fork:
+    """Whether this process was forked from one that was connected to Ray, where every call to Ray hangs."""
+
+    happened = False
+
+    @classmethod
+    def note(cls) -> None:
+        cls.happened = cls.happened or ray.is_initialized()
+
+
+# At import, since there is no other moment: a forked DataLoader worker runs none of our code before it needs to know.
+os.register_at_fork(after_in_child=_Fork.note)
+
+
 def connect(address: str | None = None, *, may_start: bool = False, **init_options: Any) -> Runtime:
     """Use the Ray that this process is connected to; else join ``address`` or RAY_ADDRESS; else start one.
 
@@ -61,6 +75,12 @@ def connect(address: str | None = None, *, may_start: bool = False, **init_optio
     Raises:
         PoolError: if the cluster cannot be reached, or this process is connected to another one.
     """
+    if _Fork.happened:
+        raise ForkedProcessError(
+            f"process {os.getpid()} was forked from one that is connected to Ray, where Ray would hang: keep the "
+            "teacher out of forked DataLoader workers (wrap the loader in teacher.prefetch(...) in the trainer's process), or "
+            "start workers with multiprocessing_context='spawn'"
+        )
     if ray.is_initialized():
         here = ray.get_runtime_context().gcs_address
         if address not in (None, "auto", here):

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import threading
 from collections.abc import Callable, Sequence
 
-from dinov3_ray.errors import PoolTimeoutError
+import torch
+
+from dinov3_ray.errors import ForkedProcessError, PoolTimeoutError
 from dinov3_ray.features import Features, FeatureSpec
 from dinov3_ray.pool.messages import Answer
 from dinov3_ray.pool.wire import Array, unpack_features
 
 __all__ = ["Handle", "Part"]
+
+log = logging.getLogger("dinov3_ray")
 
 
 class Part:
@@ -40,6 +46,9 @@ class Handle:
         self.index = index
         self.spec = spec
         self.parts: list[Part] = []
+        #: What must live as long as the batch is under way; see ``RemoteTeacher.submit``.
+        self.owner: object = None
+        self._pid = os.getpid()
         self._rows = rows
         self._cancel = cancel
         self._finished = threading.Event()
@@ -59,6 +68,10 @@ class Handle:
             PoolTimeoutError: ``timeout`` passed; the batch is still in flight and may be waited for again.
             Exception: what the teacher raised, as itself; or the reason why no replica could answer.
         """
+        if os.getpid() != self._pid:
+            raise ForkedProcessError(
+                f"batch {self.index} was submitted in process {self._pid}; its fork {os.getpid()} would wait for ever"
+            )
         if not self._finished.wait(timeout):
             done = sum(part.answer is not None for part in self.parts)
             raise PoolTimeoutError(
@@ -69,7 +82,9 @@ class Handle:
             raise self._error
         with self._taking:
             if self._features is None:
-                self._features = Features.cat([_unpack(part) for part in self.parts])
+                # Tensors made in inference mode could not be saved for backward, whoever asks for them.
+                with torch.inference_mode(False), torch.no_grad():
+                    self._features = Features.cat([_unpack(part) for part in self.parts])
                 self.parts = []  # the arrays live on in the features alone
             return self._features
 
@@ -101,9 +116,13 @@ class Handle:
                 return
             self._error = error
             self._finished.set()
+            self.owner = None
             callbacks, self._callbacks = self._callbacks, []
         for callback in callbacks:
-            callback(self)
+            try:
+                callback(self)
+            except Exception:
+                log.exception("a callback of %r failed", self)
 
     def __repr__(self) -> str:
         state = "failed" if self._error else "done" if self.done() else "in flight"

@@ -120,7 +120,12 @@ class LocalController:
 
     def _start(self, replica_id: str) -> None:
         # No thread count: it would be this whole process's.
-        replica = Replica(replica_id, builder(self._source, self._device), replace(self._options, threads=None))
+        replica = Replica(
+            replica_id,
+            builder(self._source, self._device),
+            replace(self._options, threads=None),
+            generation=self._membership.generation,
+        )
         self._replicas[replica_id] = replica
 
         def loaded(future: Any) -> None:

@@ -129,10 +129,19 @@ class RayControl:
         try:
             places: list[Place] = self._call("shutdown")
         except PoolNotFoundError:
-            places = []  # somebody else ended it
+            if self._has_successor():
+                return  # somebody else ended it, and started another of its name
+            places = []
         ray.kill(self._controller, no_restart=True)
         end_replicas(self._namespace, self.name, timeout)
         self._end_stopped_processes(places)
+
+    def _has_successor(self) -> bool:
+        """Whether another pool has this one's name by now."""
+        try:
+            return bool(find_controller(self.name, self._namespace) != self._controller)
+        except PoolNotFoundError:
+            return False
 
     def _end_stopped_processes(self, places: list[Place]) -> None:
         """Ray asks a process to end itself, which one that is stopped (SIGSTOP) or stuck in a driver does not hear."""

@@ -77,9 +77,9 @@ class RayTransport:
                     on_answer(open_answer(future.result()))
                 except Exception as unreadable:  # noqa: BLE001 - unpickling runs foreign code; an answer is never lost
                     on_answer(unreadable)
-            elif isinstance(error, ray.exceptions.ActorUnavailableError):
+            elif isinstance(error, (ray.exceptions.ActorUnavailableError, ray.exceptions.ObjectLostError)):
                 on_answer(Unreachable(_first_line(error)))
-            elif isinstance(error, (ray.exceptions.RayActorError, ray.exceptions.ObjectLostError)):
+            elif isinstance(error, ray.exceptions.RayActorError):
                 on_answer(Gone(_first_line(error)))
             else:
                 on_answer(error)

@@ -27,9 +27,11 @@ def register_local(controller: LocalController) -> None:
         _local_pools[controller.name] = controller
 
 
-def unregister_local(name: str) -> None:
+def unregister_local(controller: LocalController) -> None:
+    """Forget a local pool; one that has its name by now is left alone."""
     with _lock:
-        _local_pools.pop(name, None)
+        if _local_pools.get(controller.name) is controller:
+            del _local_pools[controller.name]
 
 
 def local_pool(name: str) -> LocalController | None:
@@ -57,7 +59,7 @@ def find_controller(name: str, namespace: str) -> Any:
 
 def open_transport(name: str, namespace: str, address: str | None) -> tuple[Transport, str | None]:
     """A way to the pool, and the address under which another process finds it (None: nowhere but here)."""
-    local = local_pool(name)
+    local = local_pool(name) if address is None else None
     if local is not None:
         return LocalTransport(local), None
     runtime = connect(address)

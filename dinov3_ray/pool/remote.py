@@ -12,7 +12,7 @@ from typing import Any, Literal, Self, TypeVar
 import torch
 from torch import Tensor
 
-from dinov3_ray.errors import ForkedProcessError, PoolClosedError
+from dinov3_ray.errors import ForkedProcessError, PoolClosedError, SpecError
 from dinov3_ray.features import Features, FeatureSpec
 from dinov3_ray.images import ImageBatch, Images
 from dinov3_ray.pool.cluster import NAMESPACE, check_name
@@ -113,7 +113,10 @@ class RemoteTeacher:
             handle.cancel()  # an interrupt leaves nothing in flight
             raise
         device = images.device if isinstance(images, Tensor) else torch.device("cpu")
-        return features if device.type == "cpu" else features.to(device)
+        if device.type == "cpu":
+            return features
+        with torch.inference_mode(False), torch.no_grad():
+            return features.to(device)
 
     def eval(self) -> Self:
         """Itself: the teacher is always in eval mode."""
@@ -139,7 +142,10 @@ class RemoteTeacher:
         info = self._view(router).info or TeacherInfo()
         batch = ImageBatch.of(images, min_side=info.patch_size)
         check_spec(spec, info)
-        return router.submit(batch, spec, self._view(router).options.max_batch)
+        handle = router.submit(batch, spec, self._view(router).options.max_batch)
+        if not handle.done():
+            handle.owner = self  # a teacher that nobody holds any more closes, and would give the batch up
+        return handle
 
     def prefetch(
         self,
@@ -280,7 +286,9 @@ def _rebuild(settings: _Settings, address: str | None) -> RemoteTeacher:
 def check_spec(spec: FeatureSpec, info: TeacherInfo) -> None:
     """Raise SpecError for what the pool's teacher cannot give, as far as it told of itself."""
     if not isinstance(spec, FeatureSpec):
-        raise TypeError(f"spec must be a FeatureSpec; got {spec!r}")
+        raise SpecError(f"spec must be a FeatureSpec; got {spec!r}")
     spec.require_outputs()
+    if spec.registers and info.num_register_tokens == 0:
+        raise SpecError("FeatureSpec.registers: this pool's teacher has no register tokens")
     if info.depth is not None:
         spec.blocks(info.depth)

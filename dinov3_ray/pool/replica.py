@@ -15,16 +15,14 @@ import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 
-from dinov3_ray.errors import DinoV3Error, NumericsError, PoolClosedError
-from dinov3_ray.features import Features
-from dinov3_ray.images import ImageBatch
+from dinov3_ray.errors import InputError, PoolClosedError, SpecError
 from dinov3_ray.pool.batching import BatchQueue, Waiting
 from dinov3_ray.pool.messages import Answer, Load, Outcome, RequestHeader, StageSeconds, TeacherInfo
 from dinov3_ray.pool.options import PoolOptions
+from dinov3_ray.pool.passes import describe, join, pad, run
 from dinov3_ray.pool.wire import Array, pack_features, unpack_images
 from dinov3_ray.teacher import Extractor
 
@@ -94,6 +92,7 @@ class Replica:
         replica_id: its name in the pool.
         build: makes the teacher; called once, on the device thread.
         options: the pool's.
+        generation: counts the pool's reloads.
         threads: CPU threads to compute with; None leaves torch's setting alone (it is the whole process's).
         on_suspect: called on the device thread just before a request runs that earlier replicas died with.
 
@@ -106,6 +105,7 @@ class Replica:
         build: Callable[[], Extractor],
         options: PoolOptions,
         *,
+        generation: int = 0,
         threads: int | None = None,
         on_suspect: Callable[[str], None] | None = None,
     ) -> None:
@@ -114,6 +114,7 @@ class Replica:
         self.loaded: Future[TeacherInfo] = Future()
         self._build = build
         self._options = options
+        self._generation = generation
         self._threads = threads
         self._on_suspect = on_suspect
         self._queue = BatchQueue(
@@ -254,7 +255,9 @@ class Replica:
                 # OpenMP keeps this number by thread: it must be set on the one that computes.
                 torch.set_num_threads(self._threads)
             teacher = self._build()
-            self._info = describe(teacher)
+            info = describe(teacher)
+            # A teacher that does not say who it is gets a name all the same, or a reload could mix two unnoticed.
+            self._info = replace(info, fingerprint=info.fingerprint or f"generation-{self._generation}")
             if self._stopped:
                 raise PoolClosedError(f"replica {self.replica_id} was stopped before it was ready")
         except BaseException as error:  # noqa: BLE001 - whatever a user's factory raises is the reason to report
@@ -283,19 +286,20 @@ class Replica:
 
     def _compute(self, teacher: Extractor, jobs: list[_Job]) -> None:
         begun = time.monotonic()
-        for job in jobs:
-            if job.header.suspect and self._on_suspect is not None:
-                self._on_suspect(job.header.request_id)
         spec = jobs[0].header.spec
         try:
+            for job in jobs:
+                if job.header.suspect and self._on_suspect is not None:
+                    self._on_suspect(job.header.request_id)
             batch = join([unpack_images(job.header.images, job.arrays) for job in jobs])
             rows = len(batch)
             if self._options.batching == "deterministic":
                 batch = pad(batch, self._options.max_batch)
-            features = teacher.extract(batch.tensors[0] if batch.stacked is not None else batch.ragged, spec.native())
-            if len(features) != len(batch):
-                raise DinoV3Error(f"the teacher gave features of {len(features)} images for a batch of {len(batch)}")
-            require_finite(features.rows(0, rows))
+            features = run(teacher, batch, spec.native())
+            computed = time.monotonic()
+            stops = list(itertools.accumulate(job.header.rows for job in jobs))
+            parts = [features.rows(stop - job.header.rows, stop) for job, stop in zip(jobs, stops, strict=True)]
+            packed = [pack_features(part, spec) for part in parts]
         except Exception as error:  # noqa: BLE001 - a teacher may raise anything, and the replica lives on
             if len(jobs) > 1:
                 # One request's fault must not be its neighbours': each runs by itself.
@@ -304,32 +308,23 @@ class Replica:
                 return
             self._fail(jobs[0], error)
             return
-        computed = time.monotonic()
         # Read after the results, which a device has to have finished: asking costs no wait.
         preprocess = min(getattr(teacher, "preprocess_seconds", 0.0), computed - begun)
-        forward = computed - begun - preprocess
-        start = 0
-        for job in jobs:
-            stop = start + job.header.rows
-            layout, arrays = pack_features(
-                features if len(batch) == job.header.rows else features.rows(start, stop), spec
-            )
-            start = stop
-            packed = time.monotonic()
+        now = time.monotonic()
+        for job, (layout, arrays) in zip(jobs, packed, strict=True):
             share = job.header.rows / rows
             seconds = StageSeconds(
                 queue=begun - job.arrived,
                 preprocess=preprocess * share,
-                forward=forward * share,
-                pack=packed - computed,
-                total=packed - job.arrived,
+                forward=(computed - begun - preprocess) * share,
+                pack=(now - computed) * share,
+                total=now - job.arrived,
             )
             with self._changed:
                 self._count(job, seconds)
                 load = self._load(job.header)
             fingerprint = features.fingerprint or self._info.fingerprint
             job.done(Answer(Outcome.DONE, layout, fingerprint, load, seconds), arrays)
-            computed = packed
         with self._changed:
             self._state.batches += 1
 
@@ -345,51 +340,10 @@ class Replica:
     def _fail(self, job: _Job, error: Exception) -> None:
         with self._changed:
             self._state.errors += 1
-            self._state.errors_in_a_row += 1
+            # What the caller did wrong says nothing of this replica's health.
+            self._state.errors_in_a_row += not isinstance(error, (InputError, SpecError))
             load = self._load(job.header)
         trace = "".join(traceback.format_exception(error))
         # Frames would keep the batch's tensors alive, and do not survive pickling anyway.
         error = error.with_traceback(None)
         job.done(Answer(Outcome.FAILED, load=load, error=error, trace=trace), [])
-
-
-def describe(teacher: Extractor) -> TeacherInfo:
-    """What clients need to know of ``teacher``, as far as it says; proves it first if it can be proved.
-
-    Raises:
-        NumericsError: the teacher's fast path does not agree with plain float32.
-    """
-    prove = getattr(teacher, "prove", None)
-    cosine = prove() if callable(prove) else None
-    told: dict[str, Any] = {name: getattr(teacher, name, None) for name in TeacherInfo.__dataclass_fields__}
-    told = {name: value for name, value in told.items() if value is not None}
-    for name in ("dtype", "device"):
-        if name in told:
-            told[name] = str(told[name])
-    return replace(TeacherInfo(**told), description=type(teacher).__name__, golden_cosine=cosine)
-
-
-def join(batches: list[ImageBatch]) -> ImageBatch:
-    """Several requests' images as one batch; a single one is not copied."""
-    if len(batches) == 1:
-        return batches[0]
-    if batches[0].stacked is None:
-        return ImageBatch(stacked=None, ragged=tuple(image for batch in batches for image in batch.ragged))
-    return ImageBatch(stacked=torch.cat([batch.tensors[0] for batch in batches]))
-
-
-def pad(batch: ImageBatch, size: int) -> ImageBatch:
-    """``batch`` with its first image repeated up to ``size`` images."""
-    missing = size - len(batch)
-    if missing <= 0:
-        return batch
-    first = batch.rows(0, 1)
-    return join([batch, *[first] * missing])
-
-
-def require_finite(features: Features) -> None:
-    """Raise NumericsError if any value is not finite."""
-    for name, tensor in features.named():
-        # A sum is not finite if any part is not; float32 holds the sum of finite float16 and bfloat16 values.
-        if not torch.isfinite(tensor.sum(dtype=torch.float32)) and not torch.isfinite(tensor).all():
-            raise NumericsError(f"the teacher's output {name} has values that are not finite (NaN or infinite)")

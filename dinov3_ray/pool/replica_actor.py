@@ -26,6 +26,9 @@ from dinov3_ray.pool.wire import Array
 __all__ = ["Birth", "Place", "ReplicaActor"]
 
 
+_ANSWER_SECONDS = 0.05  # in which an answer leaves this process
+
+
 @dataclass(frozen=True, slots=True)
 class Birth:
     """All that a replica is told at its start."""
@@ -69,10 +72,12 @@ class ReplicaActor:
             # Unpickled when it is built: a class that is missing on this node is a reason to report like any other.
             lambda: builder(cloudpickle.loads(birth.source), birth.device)(),
             birth.options,
+            generation=birth.generation,
             threads=birth.threads,
             on_suspect=lambda request_id: ledger.begin_suspect(birth.replica_id, request_id),
         )
         self._loading = False
+        self._answering = 0
         self._publisher = Publisher(birth.pool, birth.replica_id)
 
     @ray.method(concurrency_group="control")
@@ -109,7 +114,11 @@ class ReplicaActor:
     @ray.method(concurrency_group="control")
     async def drain(self, timeout: float) -> bool:
         self._replica.drain()
-        return await asyncio.to_thread(self._replica.wait_idle, timeout)
+        idle = await asyncio.to_thread(self._replica.wait_idle, timeout)
+        while idle and self._answering:  # computed, but still on the way out
+            await asyncio.sleep(_ANSWER_SECONDS)
+        await asyncio.sleep(_ANSWER_SECONDS)
+        return idle
 
     @ray.method(concurrency_group="infer")
     async def infer(self, message: bytes, *arrays: Array) -> Reply:
@@ -120,9 +129,13 @@ class ReplicaActor:
         def done(answer: Answer, results: list[Array]) -> None:
             loop.call_soon_threadsafe(_set, answered, (answer, results))
 
-        self._replica.offer(header, arrays_given, done)
-        answer, results = await answered
-        return frame_answer(_portable(answer) if answer.outcome is Outcome.FAILED else answer, results)
+        self._answering += 1
+        try:
+            self._replica.offer(header, arrays_given, done)
+            answer, results = await answered
+            return frame_answer(_portable(answer) if answer.outcome is Outcome.FAILED else answer, results)
+        finally:
+            self._answering -= 1
 
 
 def _set(future: asyncio.Future[Any], result: Any) -> None:

@@ -12,27 +12,28 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from dinov3_ray.errors import (
     InputError,
     NumericsError,
-    PoisonBatchError,
     PoolClosedError,
+    PoolError,
     PoolTimeoutError,
-    ReplicaError,
     SpecError,
 )
 from dinov3_ray.features import FeatureSpec
 from dinov3_ray.images import ImageBatch
+from dinov3_ray.pool.explain import failure_of, where_is, why_empty
 from dinov3_ray.pool.handle import Handle, Part
-from dinov3_ray.pool.messages import Answer, Outcome, PoolView, ReplicaView, RequestHeader
+from dinov3_ray.pool.messages import Answer, Outcome, PoolView, ReplicaView
+from dinov3_ray.pool.outbox import Outbox, Outgoing
 from dinov3_ray.pool.readings import ClientSeconds
 from dinov3_ray.pool.routing import Failure, Limits, RoutingBook, RoutingStatistics, Send, Verdict
 from dinov3_ray.pool.sizing import ResultSizes
 from dinov3_ray.pool.transport import Gone, Transport, Unreachable
-from dinov3_ray.pool.wire import Array, pack_images
+from dinov3_ray.pool.wire import Array
 
 __all__ = ["Router"]
 
@@ -41,19 +42,6 @@ log = logging.getLogger("dinov3_ray")
 _CONTROLLER_RETRY = 0.5  # seconds between tries to reach a controller that is away
 _REPLICA_RETRY = 1.0  # seconds until a replica whose connection broke is tried again
 _CALLERS_FAULT = (InputError, SpecError)  # no other replica would say anything else
-
-
-@dataclass(slots=True)
-class _Sent:
-    """A request the router holds: its header and images to send from, and how to cancel it where it is."""
-
-    part: Part
-    header: RequestHeader
-    staged: list[Any]
-    nbytes: int
-    cancel: Callable[[], None] | None = None
-    error: BaseException | None = None
-    sent_at: float = 0.0
 
 
 class Router:
@@ -80,14 +68,14 @@ class Router:
         self._book = RoutingBook(replace(limits, max_bytes=self.max_bytes))
         self._sizes = ResultSizes()
         self._events: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._requests: dict[str, _Sent] = {}
+        self._requests: dict[str, Outgoing] = {}
         self._replicas: dict[str, ReplicaView] = {}
         self._view: PoolView | None = None
         self._viewed = threading.Event()
         self._follow_at: float | None = None
         self._empty_since = time.monotonic()
         self._lock = threading.Lock()
-        self._staged_bytes = 0
+        self._outbox = Outbox(transport, self.client_id, self.max_bytes)
         self._batches = 0
         self._closed = self._ended = False
         self._thread = threading.Thread(target=self._run, name=f"dinov3-router-{pool}", daemon=True)
@@ -102,7 +90,10 @@ class Router:
         Raises:
             PoolTimeoutError: the controller did not answer within ``timeout`` seconds.
         """
-        if not self._viewed.wait(timeout) or self._view is None:
+        answered = self._viewed.wait(timeout)
+        if self._ended:
+            raise self._was_ended()
+        if not answered or self._view is None:
             raise PoolTimeoutError(f"the controller of pool {self.pool!r} did not answer within {timeout:g} s")
         return self._view
 
@@ -112,25 +103,20 @@ class Router:
         The images are copied before it returns: the caller may change them.
         """
         if self._closed:
-            raise PoolClosedError(f"this client of pool {self.pool!r} is closed")
+            raise self._was_closed()
         if self._ended:
             raise self._was_ended()
         with self._lock:
             handle = Handle(self._batches, len(images), spec, self._cancel)
             self._batches += 1
-        requests = []
-        for start in range(0, len(images), max_batch):
-            stop = min(start + max_batch, len(images))
-            part = Part(handle, f"{self.client_id}/{handle.index}/{start}", start, stop)
-            handle.parts.append(part)
-            layout, arrays = pack_images(images.rows(start, stop))
-            nbytes = sum(array.nbytes for array in arrays)
-            with self._lock:
-                send_now = self._staged_bytes + nbytes <= self.max_bytes
-                self._staged_bytes += nbytes
-            header = RequestHeader(part.request_id, self.client_id, spec, layout, stop - start)
-            requests.append(_Sent(part, header, self._transport.stage(arrays, send_now=send_now), nbytes))
-        self._events.put(lambda: self._accept(requests))
+        requests = self._outbox.cut(handle, images, spec, max_batch)
+        with self._lock:
+            # Under the lock, so that close() comes before or after it: an event behind its end would be lost.
+            if not self._closed:
+                self._events.put(lambda: self._accept(requests))
+                return handle
+        self._outbox.release(requests)
+        handle.finish(self._was_closed())
         return handle
 
     def statistics(self) -> RoutingStatistics:
@@ -142,9 +128,10 @@ class Router:
 
     def close(self) -> None:
         """Give up what is in flight and end the thread. Harmless when repeated."""
-        if not self._closed:
-            self._closed = True
-            self._events.put(None)
+        with self._lock:
+            if not self._closed:
+                self._closed = True
+                self._events.put(None)
         if threading.current_thread() is not self._thread:
             self._thread.join(timeout=10)
 
@@ -154,6 +141,16 @@ class Router:
     # The thread -----------------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
+        try:
+            self._loop()
+        except BaseException as error:
+            log.exception("pool %s: the router failed", self.pool)
+            with self._lock:
+                self._closed = True
+            for sent in list(self._requests.values()):
+                sent.part.handle.finish(PoolError(f"the router of pool {self.pool!r} failed: {error!r}"))
+
+    def _loop(self) -> None:
         while True:
             try:
                 event = self._events.get(timeout=self._pause())
@@ -181,38 +178,31 @@ class Router:
         now = time.monotonic()
         for request_id, attempt, replica_id in self._book.expired(now):
             log.warning("pool %s: replica %s has not answered request %s in time", self.pool, replica_id, request_id)
-            self._transport.report(replica_id, "silent: a client's request was not answered in time")
+            quietly(self._transport.report, replica_id, "silent: a client's request was not answered in time")
             self._failed(request_id, attempt, Failure.TIMEOUT, pause=self.timeout)
         if self._follow_at is not None and self._follow_at <= now:
             self._follow()
         if not self._replicas and self._requests and now >= self._empty_since + self.timeout:
-            reason = self._why_empty()
+            reason = why_empty(self.pool, self.timeout, self._view)
             for sent in list(self._requests.values()):
                 self._give_up(sent, PoolTimeoutError(reason))
-
-    def _why_empty(self) -> str:
-        view = self._view
-        if view is None:
-            return f"the controller of pool {self.pool!r} did not answer within timeout={self.timeout:g} s"
-        troubles = f"; last troubles: {'; '.join(view.troubles[-3:])}" if view.troubles else ""
-        return (
-            f"pool {self.pool!r} had no replica ready for timeout={self.timeout:g} s (0 of {view.target} wanted)"
-            f"{troubles}. See `dinov3-ray status --name {self.pool}`"
-        )
 
     def _shut(self) -> None:
         for sent in list(self._requests.values()):
             self._give_up(sent, PoolClosedError(f"the client of pool {self.pool!r} was closed with this in flight"))
-        self._transport.publish(self._book.statistics(), self.seconds)
-        self._transport.leave(self.client_id)
+        quietly(self._transport.publish, self._book.statistics(), self.seconds)
+        quietly(self._transport.leave, self.client_id)
 
     # Views ----------------------------------------------------------------------------------------------------------
 
     def _follow(self) -> None:
         self._follow_at = None
-        self._transport.publish(self._book.statistics(), self.seconds)
+        quietly(self._transport.publish, self._book.statistics(), self.seconds)
         epoch = self._view.epoch if self._view else -1
-        self._transport.follow(self.client_id, epoch, lambda view: self._events.put(lambda: self._on_view(view)))
+        try:
+            self._transport.follow(self.client_id, epoch, lambda view: self._events.put(lambda: self._on_view(view)))
+        except Exception as error:  # noqa: BLE001 - such as a Ray that this process has left
+            self._on_view(Unreachable(str(error)))
 
     def _on_view(self, view: PoolView | Gone | Unreachable) -> None:
         if isinstance(view, Unreachable):
@@ -222,6 +212,7 @@ class Router:
             return
         if isinstance(view, Gone) or view.closed:
             self._ended = True
+            self._viewed.set()
             self._replicas = {}
             self._book.set_replicas([])
             for sent in list(self._requests.values()):
@@ -239,6 +230,9 @@ class Router:
         self._forget_lost()
         self._follow()
 
+    def _was_closed(self) -> PoolClosedError:
+        return PoolClosedError(f"this client of pool {self.pool!r} is closed")
+
     def _was_ended(self) -> PoolClosedError:
         return PoolClosedError(f"pool {self.pool!r} was shut down")
 
@@ -252,7 +246,7 @@ class Router:
 
     # Requests -------------------------------------------------------------------------------------------------------
 
-    def _accept(self, requests: list[_Sent]) -> None:
+    def _accept(self, requests: list[Outgoing]) -> None:
         if not self._replicas and not self._requests:
             self._empty_since = time.monotonic()  # patience with an empty pool begins with the first who waits
         for sent in requests:
@@ -261,7 +255,7 @@ class Router:
         if self._ended:
             self._give_up(requests[0], self._was_ended())
 
-    def _enter(self, sent: _Sent, fingerprint: str | None = None) -> None:
+    def _enter(self, sent: Outgoing, fingerprint: str | None = None) -> None:
         nbytes = sent.nbytes + self._sizes.expect(sent.header.spec, sent.header.rows)
         self._book.submit(sent.part.request_id, rows=sent.header.rows, nbytes=nbytes, fingerprint=fingerprint)
 
@@ -270,17 +264,19 @@ class Router:
         backlog = self._book.statistics().waiting * sent.header.rows
         header = replace(sent.header, suspect=send.suspect, urgent=send.urgent, backlog=backlog)
         sent.sent_at = time.monotonic()
-        sent.cancel = self._transport.send(
-            self._replicas[send.replica_id],
-            header,
-            sent.staged,
-            lambda answer: self._events.put(lambda: self._on_answer(send, answer)),
-        )
+
+        def on_answer(answer: tuple[Answer, list[Array]] | Exception) -> None:
+            self._events.put(lambda: self._on_answer(send, answer))
+
+        try:
+            sent.cancel = self._transport.send(self._replicas[send.replica_id], header, sent.staged, on_answer)
+        except Exception as error:  # noqa: BLE001 - such as a full store: booked like any other failed send
+            on_answer(error)
 
     def _on_answer(self, send: Send, answer: tuple[Answer, list[Array]] | Exception) -> None:
         sent = self._requests.get(send.request_id)
         if isinstance(answer, Gone):
-            computing = send.suspect and self._transport.was_computing(send.replica_id, send.request_id)
+            computing = send.suspect and bool(quietly(self._transport.was_computing, send.replica_id, send.request_id))
             self._failed(send.request_id, send.attempt, Failure.DIED, computing=computing)
         elif isinstance(answer, Unreachable):
             self._failed(send.request_id, send.attempt, Failure.TIMEOUT, pause=_REPLICA_RETRY)
@@ -308,7 +304,7 @@ class Router:
         if isinstance(sent.error, NumericsError):
             # Another replica computed the same images well: those that did not are sick.
             for replica_id in history:
-                self._transport.report(replica_id, f"sick: {sent.error}")
+                quietly(self._transport.report, replica_id, f"sick: {sent.error}")
         self.seconds.transfer += max(0.0, time.monotonic() - sent.sent_at - answer.seconds.total)
         self._sizes.learn(sent.header.spec, sent.header.rows, sum(array.nbytes for array in arrays))
         sent.part.answer, sent.part.arrays = answer, self._transport.adopt(arrays)
@@ -356,32 +352,27 @@ class Router:
         sent = self._requests.get(request_id)
         if sent is None or verdict in (Verdict.RESEND, Verdict.STALE):
             return
-        part = sent.part
-        where = f"batch {part.handle.index} (rows {part.start} to {part.stop - 1}) of pool {self.pool!r}"
-        if verdict is Verdict.RAISE:
-            assert sent.error is not None
-            sent.error.add_note(f"{where}: every replica that was tried raised")
-            self._give_up(sent, sent.error)
-        elif verdict is Verdict.POISON:
-            self._give_up(sent, PoisonBatchError(f"{where}: replica after replica died while computing it"))
-        else:
-            self._give_up(sent, ReplicaError(f"{where}: given up, too many replicas died or fell silent with it"))
+        if verdict is not Verdict.RAISE:
+            self._give_up(sent, failure_of(sent.part, self.pool, verdict))
+            return
+        assert sent.error is not None
+        sent.error.add_note(f"{where_is(sent.part, self.pool)}: every replica that was tried raised")
+        self._give_up(sent, sent.error)
 
-    def _give_up(self, sent: _Sent, error: BaseException) -> None:
+    def _give_up(self, sent: Outgoing, error: BaseException) -> None:
         """Fail the batch that ``sent`` belongs to, with all its parts."""
         handle = sent.part.handle
         for part in handle.parts:
             held = self._requests.get(part.request_id)
             if self._book.cancel(part.request_id) and held is not None and held.cancel is not None:
-                held.cancel()
+                quietly(held.cancel)
             self._release(part.request_id)
         handle.finish(error)
 
     def _release(self, request_id: str) -> None:
         sent = self._requests.pop(request_id, None)
         if sent is not None:
-            with self._lock:
-                self._staged_bytes -= sent.nbytes
+            self._outbox.release([sent])
 
     def _cancel(self, handle: Handle) -> None:
         def cancel() -> None:
@@ -390,3 +381,12 @@ class Router:
                 self._give_up(sent, PoolClosedError(f"batch {handle.index} was cancelled"))
 
         self._events.put(cancel)
+
+
+def quietly(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call what is a courtesy: its failure is noted, and stops nothing."""
+    try:
+        return function(*arguments)
+    except Exception as error:  # noqa: BLE001 - see above
+        log.debug("%r failed: %s", function, error)
+        return None

@@ -17,6 +17,9 @@ from dinov3_ray.pool.candidates import Candidates, Listing
 __all__ = ["Failure", "Limits", "RoutingBook", "RoutingStatistics", "Send", "Verdict"]
 
 
+_MOST_RENEWALS = 5  # of a deadline, for a replica that answers others: no wait is without an end
+
+
 @dataclass(frozen=True, slots=True)
 class Limits:
     """What one client may have in flight, and how often a request is sent."""
@@ -88,6 +91,7 @@ class _Request:
     nbytes: int
     fingerprint: str | None
     attempt: int = 0  # the number of its last send
+    renewals: int = 0  # of its last send's deadline
     replica_id: str | None = None
     errors: int = 0
     died: int = 0  # its replica died
@@ -111,6 +115,7 @@ class RoutingBook:
         self._candidates = Candidates(window, seed)
         self._dead: set[str] = set()
         self._deaths = 0
+        self._heard: dict[str, float] = {}  # when each replica answered last
         # Every send has the same patience, so deadlines stand in the order of sending.
         self._deadlines: deque[tuple[float, str, int]] = deque()
         self._in_flight = self._in_flight_bytes = self._answered = self._sends = self._resends = 0
@@ -140,6 +145,7 @@ class RoutingBook:
         for replica_id in self._dead:
             del listed[replica_id]
         gone = self._candidates.replace(listed)
+        self._heard = {replica_id: heard for replica_id, heard in self._heard.items() if replica_id in listed}
         return [one.request_id for one in self._requests.values() if one.replica_id in gone] if gone else []
 
     # Requests -------------------------------------------------------------------------------------------------------
@@ -186,6 +192,8 @@ class RoutingBook:
             same, and the later send is forgotten.
         """
         self._candidates.unpause(replica_id)  # it answers, so it may work again
+        if replica_id in self._candidates:
+            self._heard[replica_id] = now
         request = self._requests.get(request_id)
         if request is None:
             return False
@@ -270,9 +278,18 @@ class RoutingBook:
         """(request, attempt, replica) of each send whose deadline has passed; the caller reports them as failed."""
         overdue = []
         while self._deadlines and self._deadlines[0][0] <= now:
-            _, request_id, attempt = self._deadlines.popleft()
-            if self._is_current(request_id, attempt):
-                overdue.append((request_id, attempt, self._requests[request_id].replica_id or ""))
+            deadline, request_id, attempt = self._deadlines.popleft()
+            if not self._is_current(request_id, attempt):
+                continue
+            request = self._requests[request_id]
+            replica_id = request.replica_id or ""
+            busy = self._heard.get(replica_id, -inf) > deadline - self._limits.attempt_timeout
+            if busy and request.renewals < _MOST_RENEWALS:
+                # It answers, so it is busy and not silent: this request may just be waiting its turn there.
+                request.renewals += 1
+                self._deadlines.append((now + self._limits.attempt_timeout, request_id, attempt))
+            else:
+                overdue.append((request_id, attempt, replica_id))
         return overdue
 
     def next_deadline(self) -> float | None:
@@ -340,6 +357,7 @@ class RoutingBook:
         self._sends += 1
         request.attempt = self._sends
         request.replica_id = replica_id
+        request.renewals = 0
         self._deadlines.append((now + self._limits.attempt_timeout, request.request_id, request.attempt))
         self._in_flight += 1
         self._in_flight_bytes += request.nbytes

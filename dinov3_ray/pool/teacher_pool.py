@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any, Protocol, Self
 
 import ray
+import torch
 from ray import cloudpickle
 
+from dinov3_ray.checkpoint import verify
+from dinov3_ray.config import DinoV3Config
 from dinov3_ray.errors import ConfigError, PoolClosedError, PoolTimeoutError, ReplicaError
 from dinov3_ray.pool.cluster import NAMESPACE, Runtime, check_name, connect
 from dinov3_ray.pool.declaration import Declaration, Placement
@@ -51,7 +55,7 @@ class TeacherPool:
         self._control = control
         self._started = started
         self._closed = False
-        self._teachers: list[RemoteTeacher] = []
+        self._teachers: weakref.WeakSet[RemoteTeacher] = weakref.WeakSet()
 
     @classmethod
     def start(
@@ -85,7 +89,8 @@ class TeacherPool:
             num_gpus: GPUs a replica; None is 1 where the cluster has GPUs, else 0.
             num_cpus: CPUs that each replica reserves in Ray.
             label_selector: labels that a replica's node must have, such as ``{"ray.io/accelerator-type": "H200"}``.
-            local_mode: no Ray at all: replicas are threads of this process.
+            local_mode: no Ray at all: replicas are threads of this process, on its GPU if it has one, unless
+                ``num_gpus=0``.
             address: ``host:port`` of a running Ray.
             namespace: the Ray namespace of the pool's actors.
             timeout: seconds until which the replicas must be ready.
@@ -102,10 +107,11 @@ class TeacherPool:
         pool_options = PoolOptions.of(options)
         source = check_source(teacher)
         if local_mode:
-            if num_gpus or address:
-                raise ConfigError("local_mode=True runs in this process: num_gpus and address do not go with it")
+            if address:
+                raise ConfigError(f"local_mode=True runs in this process: it goes with no address; got {address!r}")
             low, high = parse_replicas(replicas, auto=1)
-            placement = Placement(num_cpus=num_cpus)
+            has_gpu = torch.cuda.is_available()
+            placement = Placement(num_gpus=(1 if num_gpus is None else num_gpus) if has_gpu else 0, num_cpus=num_cpus)
             control: _Control = _start_local(name, source, Declaration(b"", low, high, placement, pool_options, low))
         else:
             parse_replicas(replicas, auto=1)  # a wrong number shows before Ray starts
@@ -135,7 +141,7 @@ class TeacherPool:
             PoolError: there is no Ray to look in.
         """
         check_name(name)
-        local = local_pool(name)
+        local = local_pool(name) if address is None else None
         if local is not None:
             return cls(name, namespace, local, started=False)
         runtime: Runtime = connect(address)
@@ -151,7 +157,7 @@ class TeacherPool:
         self._require_open()
         settings = {"address": self._control.address, "namespace": self._namespace, **settings}
         teacher = RemoteTeacher(self.name, **settings)
-        self._teachers.append(teacher)
+        self._teachers.add(teacher)
         return teacher
 
     def status(self) -> PoolStatus:
@@ -159,7 +165,7 @@ class TeacherPool:
         self._require_open()
         return self._control.status()
 
-    def scale(self, replicas: int | tuple[int, int], *, wait: bool = False, timeout: float = 300.0) -> None:
+    def scale(self, replicas: ReplicaCount, *, wait: bool = False, timeout: float = 300.0) -> None:
         """Change the number of replicas, or the range in which it moves. Those that leave finish their work first.
 
         Args:
@@ -170,7 +176,9 @@ class TeacherPool:
             PoolTimeoutError: with ``wait``, after ``timeout`` seconds.
         """
         self._require_open()
-        low, high = parse_replicas(replicas, auto=0)
+        if replicas == "auto":
+            raise ConfigError('replicas: scale() takes a number or (min, max); "auto" is for start()')
+        low, high = parse_replicas(replicas, auto=1)
         self._control.scale(low, high)
         if wait:
             self.wait_ready(timeout)
@@ -185,7 +193,10 @@ class TeacherPool:
             PoolTimeoutError: with ``wait``, the old replicas were not all replaced in time; they go on meanwhile.
         """
         self._require_open()
-        self._control.reload(check_source(teacher))
+        source = check_source(teacher)
+        if isinstance(source, DinoV3Config):
+            verify(source)  # a damaged file shows here, and not in replica after replica
+        self._control.reload(source)
         if wait:
             self.wait_ready(timeout)
 
@@ -194,11 +205,12 @@ class TeacherPool:
         spare. ``on_status`` is told of each look at it.
 
         Raises:
-            ReplicaError: a pool that never had a replica ready fails to start them.
+            ReplicaError: replicas fail to start, one after the other, and none of the newest teacher is ready.
             PoolTimeoutError: after ``timeout`` seconds.
         """
         self._require_open()
         deadline = time.monotonic() + timeout
+        restarts: int | None = None
         while True:
             status = self._control.status()
             if on_status is not None:
@@ -207,7 +219,8 @@ class TeacherPool:
             ready = sum(replica.state == "ready" for replica in current)
             if ready >= status.low and len(status.replicas) <= status.high and len(current) == len(status.replicas):
                 return status
-            if status.restarts >= _HOPELESS_STARTS and not status.ready and not status.images:
+            restarts = status.restarts if restarts is None else restarts
+            if status.restarts >= restarts + _HOPELESS_STARTS and not ready:
                 raise ReplicaError(f"the replicas of pool {self.name!r} do not start. {status.troubles[-1]}")
             if time.monotonic() > deadline:
                 raise PoolTimeoutError(
@@ -221,12 +234,13 @@ class TeacherPool:
         if self._closed:
             return
         self._closed = True
-        for teacher in self._teachers:
+        for teacher in list(self._teachers):
             teacher.close()
         try:
             self._control.shutdown()
         finally:
-            unregister_local(self.name) if isinstance(self._control, LocalController) else None
+            if isinstance(self._control, LocalController):
+                unregister_local(self._control)
             self._control.disconnect()
 
     def __enter__(self) -> Self:
@@ -239,7 +253,7 @@ class TeacherPool:
             self.shutdown()
         elif not self._closed:
             self._closed = True
-            for teacher in self._teachers:
+            for teacher in list(self._teachers):
                 teacher.close()
             self._control.disconnect()
 
@@ -265,7 +279,7 @@ def _waits_for(status: PoolStatus) -> str:
 
 
 def _start_local(name: str, source: CheckedSource, declaration: Declaration) -> LocalController:
-    controller = LocalController(name, source, declaration)
+    controller = LocalController(name, source, declaration, device=declaration.placement.device)
     try:
         register_local(controller)
     except BaseException:

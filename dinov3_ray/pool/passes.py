@@ -1,0 +1,76 @@
+"""The images of one forward pass, and what is to hold of its results. Pure tensor work, no queue and no thread."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from dinov3_ray.errors import DinoV3Error, InputError, NumericsError
+from dinov3_ray.features import Features, FeatureSpec
+from dinov3_ray.images import ImageBatch
+from dinov3_ray.pool.messages import TeacherInfo
+from dinov3_ray.teacher import Extractor
+
+__all__ = ["describe", "join", "pad", "run"]
+
+
+def describe(teacher: Extractor) -> TeacherInfo:
+    """What clients need to know of ``teacher``, as far as it says; proves it first if it can be proved.
+
+    Raises:
+        NumericsError: the teacher's fast path does not agree with plain float32.
+    """
+    prove = getattr(teacher, "prove", None)
+    cosine = prove() if callable(prove) else None
+    told: dict[str, Any] = {name: getattr(teacher, name, None) for name in TeacherInfo.__dataclass_fields__}
+    told = {name: value for name, value in told.items() if value is not None}
+    for name in ("dtype", "device"):
+        if name in told:
+            told[name] = str(told[name])
+    return replace(TeacherInfo(**told), description=type(teacher).__name__, golden_cosine=cosine)
+
+
+def join(batches: list[ImageBatch]) -> ImageBatch:
+    """Several requests' images as one batch; a single one is not copied."""
+    if len(batches) == 1:
+        return batches[0]
+    if batches[0].stacked is None:
+        return ImageBatch(stacked=None, ragged=tuple(image for batch in batches for image in batch.ragged))
+    return ImageBatch(stacked=torch.cat([batch.tensors[0] for batch in batches]))
+
+
+def pad(batch: ImageBatch, size: int) -> ImageBatch:
+    """``batch`` with its first image repeated up to ``size`` images."""
+    missing = size - len(batch)
+    if missing <= 0:
+        return batch
+    first = batch.rows(0, 1)
+    return join([batch, *[first] * missing])
+
+
+def run(teacher: Extractor, batch: ImageBatch, spec: FeatureSpec) -> Features:
+    """One forward pass, its results checked.
+
+    Raises:
+        InputError: the images hold values that are not finite.
+        NumericsError: the images are finite, and the results are not.
+        Exception: whatever the teacher raises.
+    """
+    features = teacher.extract(batch.tensors[0] if batch.stacked is not None else batch.ragged, spec)
+    if len(features) != len(batch):
+        raise DinoV3Error(f"the teacher gave features of {len(features)} images for a batch of {len(batch)}")
+    for name, tensor in features.named():
+        if is_finite(tensor):
+            continue
+        # Looked at only now: the caller's fault, or the device's?
+        if not all(is_finite(images) for images in batch.tensors if images.is_floating_point()):
+            raise InputError("images must be finite; these hold values that are not (NaN or infinite)")
+        raise NumericsError(f"the teacher's output {name} has values that are not finite (NaN or infinite)")
+    return features
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    # A sum is not finite if any part is not; float32 holds the sum of finite float16 and bfloat16 values.
+    return bool(torch.isfinite(tensor.sum(dtype=torch.float32))) or bool(torch.isfinite(tensor).all())
