@@ -78,8 +78,8 @@ def connect(address: str | None = None, *, may_start: bool = False, **init_optio
     if _Fork.happened:
         raise ForkedProcessError(
             f"process {os.getpid()} was forked from one that is connected to Ray, where Ray would hang: keep the "
-            "teacher out of forked DataLoader workers (wrap the loader in teacher.prefetch(...) in the trainer's process), or "
-            "start workers with multiprocessing_context='spawn'"
+            "teacher out of forked DataLoader workers (wrap the loader in teacher.prefetch(...) in the trainer's "
+            "process), or start workers with multiprocessing_context='spawn'"
         )
     if ray.is_initialized():
         here = ray.get_runtime_context().gcs_address
