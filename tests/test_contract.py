@@ -95,6 +95,15 @@ def test_results_may_be_saved_for_backward_and_written_to(teacher: Teacher, imag
     assert torch.equal(teacher.extract_features(images), before), "results share memory"
 
 
+def test_results_are_ordinary_tensors_even_in_inference_mode(teacher: Teacher, images: Tensor) -> None:
+    with torch.inference_mode():
+        tokens_BD = teacher.extract_features(images)
+        features = teacher.extract(images, FeatureSpec(feature_map=True, dtype="int8"))
+    assert not tokens_BD.is_inference()
+    assert features.feature_map is not None
+    assert not features.feature_map.is_inference()
+
+
 def test_images_are_left_alone(teacher: Teacher, images: Tensor) -> None:
     before = images.clone()
     teacher.extract(images, EVERYTHING)

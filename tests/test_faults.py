@@ -216,14 +216,15 @@ def waiting(pool: TeacherPool) -> int:
     return sum(replica.statistics.waiting for replica in pool.status().replicas if replica.statistics)
 
 
-def test_forked_process_is_told_at_once(pool: TeacherPool) -> None:
+@pytest.mark.parametrize("by_name", [False, True])
+def test_forked_process_is_told_at_once(pool: TeacherPool, by_name: bool) -> None:
     remote = pool.teacher()
     remote.extract(batch_of(0), SPEC)
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
         try:
-            remote.extract(batch_of(0), SPEC)
+            (RemoteTeacher("faults") if by_name else remote).extract(batch_of(0), SPEC)
             os.write(writing, b"answered")
         except ForkedProcessError as error:
             os.write(writing, str(error).encode())
