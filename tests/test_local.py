@@ -1,4 +1,4 @@
-"""What goes wrong in a pool must end neither a client's thread nor a replica's; shown in local mode, where it is quick."""
+"""What goes wrong in a pool ends neither a client's thread nor a replica's: shown in local mode, where it is quick."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_results_that_cannot_be_packed_reach_the_caller_as_an_error() -> None:
     with TeacherPool.start(Unpackable, name="unpackable", replicas=1, local_mode=True) as pool:
         remote = pool.teacher()
         for _ in range(2):
-            with pytest.raises((TypeError, RuntimeError), match="(?i)float8"):
+            with pytest.raises((TypeError, RuntimeError), match=r"(?i)float8"):
                 remote.submit(IMAGES, CLS).result(30)
         assert pool.status().ready == 1
 

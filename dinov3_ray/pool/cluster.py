@@ -64,13 +64,13 @@ class _Fork:
 os.register_at_fork(after_in_child=_Fork.note)
 
 
-def connect(address: str | None = None, *, may_start: bool = False, **init_options: Any) -> Runtime:
+def connect(address: str | None = None, *, may_start: bool = False, **start_options: Any) -> Runtime:
     """Use the Ray that this process is connected to; else join ``address`` or RAY_ADDRESS; else start one.
 
     Args:
         address: ``host:port`` of a running Ray's head, or ``auto``.
         may_start: whether to start a Ray of this process's own if none is named.
-        init_options: further arguments of ``ray.init`` in case it is called.
+        start_options: further arguments of ``ray.init`` for a Ray that is started here.
 
     Raises:
         PoolError: if the cluster cannot be reached, or this process is connected to another one.
@@ -90,14 +90,14 @@ def connect(address: str | None = None, *, may_start: bool = False, **init_optio
         return Runtime(here, owned=False)
     before = os.environ.get(_AUTH_MODE)
     address = address or os.environ.get("RAY_ADDRESS") or None
-    options: dict[str, Any] = {"log_to_driver": False, "logging_level": "WARNING", **init_options}
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": "WARNING"}
     if address is None and not may_start:
         raise PoolError(
             "this process is connected to no Ray, and none is named: pass address='host:port', set RAY_ADDRESS, or "
             "call ray.init() first"
         )
     if address is None:
-        options.setdefault("include_dashboard", False)
+        options |= {"include_dashboard": False, **start_options}
     else:
         obstacle = find_obstacle(address)
         if obstacle is not None:
