@@ -72,5 +72,7 @@ def run(teacher: Extractor, batch: ImageBatch, spec: FeatureSpec) -> Features:
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
-    # A sum is not finite if any part is not; float32 holds the sum of finite float16 and bfloat16 values.
-    return bool(torch.isfinite(tensor.sum(dtype=torch.float32))) or bool(torch.isfinite(tensor).all())
+    # A sum is not finite if any part is not, and is read at memory speed. The other way round only float16 sums can
+    # overflow in practice; float32 holds those. What looks wrong is looked at again, value by value.
+    total = tensor.sum(dtype=torch.float32 if tensor.dtype == torch.float16 else None)
+    return bool(torch.isfinite(total)) or bool(torch.isfinite(tensor).all())
