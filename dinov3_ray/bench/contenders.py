@@ -134,7 +134,7 @@ CONTENDERS: dict[str, Contender] = {
 def missing_reason(name: str) -> str | None:
     """Why a contender cannot run here; None if it can."""
     if name.startswith("Serve") and not (find_spec("fastapi") and find_spec("uvicorn")):
-        return "ray[serve] is not installed"
+        return "Ray Serve is not installed"
     return None
 
 
