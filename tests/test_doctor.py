@@ -15,6 +15,7 @@ import pytest
 import ray
 from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_put
 
+from dinov3_ray.doctor.cluster import check_packages
 from dinov3_ray.doctor.descriptors import check_descriptors
 from dinov3_ray.doctor.finding import Verdict
 from dinov3_ray.doctor.token import check_token
@@ -54,6 +55,7 @@ def test_healthy(ray_cluster: str, token: str, tiny_checkpoint: Path) -> None:
     assert status == 0
     assert str(tiny_checkpoint) in findings["model"]["message"]
     assert "a replica in the cluster was up" in findings["round trip"]["message"]
+    assert "dinov3-ray, ray, torch, transformers are the same" in findings["nodes' packages"]["message"]
     assert findings["nodes"]["message"].startswith("1 nodes with 4 CPUs")
     assert findings["object store"]["verdict"] == Verdict.WARNING, "the tests' store is small"
 
@@ -117,6 +119,20 @@ def test_version_mismatch(cluster_of_another_version: str, token: str) -> None:
     message = findings["cluster's versions"]["message"]
     assert "2.55.0" in message
     assert ray.__version__ in message
+
+
+def test_other_packages_on_a_node(ray_cluster: str) -> None:
+    found = check_packages({**installed_versions(), "dinov3-ray": "0.0.9", "no-such-package": "1"}, 60)
+    assert found.verdict is Verdict.PROBLEM
+    version = installed_versions()["dinov3-ray"]
+    assert f"has dinov3-ray {version} (here 0.0.9), no-such-package missing (here 1)" in found.message
+
+
+def test_token_file_missing(ray_cluster: str) -> None:
+    status, findings = doctor("--address", ray_cluster, token="/nowhere")
+    assert (status, problems(findings)) == (1, {"token", "cluster"})
+    assert "/nowhere" in findings["cluster"]["message"]
+    assert "RAY_AUTH_TOKEN_PATH" in findings["cluster"]["remedy"]
 
 
 def test_nothing_listens() -> None:

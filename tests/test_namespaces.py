@@ -47,6 +47,7 @@ class Cluster:
         """The environment of a client: on ``host`` with its certificate, and with the token where wanted."""
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         env = {"PATH": path, "HOME": str(self.folder), "OMP_NUM_THREADS": "1", "RAY_ADDRESS": self.address}
+        env["PYTHONPATH"] = os.environ.get("PYTHONPATH", "")  # for those who test a checkout that is not installed
         if token:
             env |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(self.token)}
         if host is not None and self.tls:
@@ -66,7 +67,7 @@ class Cluster:
         script = ["worker.sh", "--head", self.address] if number else ["head.sh"]
         rest = [] if number else ["--", "--include-dashboard", "false"]
         log = self.folder / f"{number}.log"
-        env = {name: value for name, value in self.env().items() if name in ("PATH", "HOME", "OMP_NUM_THREADS")}
+        env = {name: value for name, value in self.env().items() if not name.startswith("RAY_")}
         self.nodes[host] = host.start([RAY / script[0], *script[1:], *options, *rest], env=env, log=log)
 
     def joined(self, *numbers: int) -> None:

@@ -67,6 +67,7 @@ take_common_option() {
 # The token comes from a file that nobody else can read; one in the environment would show in /proc and win over it.
 use_token() {
     [[ -s $token ]] || die "there is no token in $token: make one with make-token.sh, and copy it to every node"
+    [[ -r $token ]] || die "$token cannot be read by $(id -un), who runs this: it must be that user's own"
     local mode
     mode=$(stat -Lc %a "$token")
     [[ $mode == 600 || $mode == 400 ]] || die "$token may be read by others (mode $mode): chmod 600 $token"

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from dinov3_ray.doctor.finding import Finding, fine, problem, warning
 from dinov3_ray.errors import PoolError
 from dinov3_ray.pool.cluster import Runtime, connect
 from dinov3_ray.pool.probe import answers, find_obstacle
 
-__all__ = ["check_nodes", "check_reach", "join"]
+__all__ = ["check_nodes", "check_packages", "check_reach", "join"]
 
 _LEAST_STORE = 2 * 2**30  # max_queued_bytes of one replica, by default
 _PORTS = {"NodeManagerPort": "node manager", "ObjectManagerPort": "object manager", "MetricsExportPort": "metrics"}
@@ -70,6 +72,41 @@ def check_nodes(wanted_gpus: int) -> Iterator[Finding]:
         yield problem("ports", f"shut from here: {', '.join(shut)}", remedy)
     else:
         yield fine("ports", f"{', '.join(_PORTS.values())} of each node answer from here")
+
+
+def check_packages(here: Mapping[str, str], timeout: float) -> Finding:
+    """Whether each node has the packages of this process, in its versions ``here``, within ``timeout`` seconds."""
+
+    # Inside, so that it is sent to the nodes as it stands: theirs may not have this module.
+    def installed(names: list[str]) -> dict[str, str]:
+        found = {}
+        for name in names:
+            try:
+                found[name] = version(name)
+            except PackageNotFoundError:
+                found[name] = "missing"
+        return found
+
+    task = ray.remote(num_cpus=0, max_retries=0)(installed)
+    nodes = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
+    asked = {
+        task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False)).remote([*here]): host
+        for node_id, host in nodes.items()
+    }
+    done, silent = ray.wait([*asked], num_returns=len(asked), timeout=timeout)
+    different = [f"no answer from {asked[ref]} within {timeout:g} s" for ref in silent]
+    for ref in done:
+        try:
+            there = ray.get(ref)
+        except ray.exceptions.RayError as error:
+            different.append(f"{asked[ref]} runs no task: {str(error).strip().splitlines()[-1]}")
+            continue
+        wrong = [f"{name} {there[name]} (here {here[name]})" for name in here if there[name] != here[name]]
+        different += [f"{asked[ref]} has {', '.join(wrong)}"] if wrong else []
+    if different:
+        remedy = "install the same on nodes and clients: pip install -c deploy/constraints.txt . in each one's checkout"
+        return problem("nodes' packages", "; ".join(different), remedy)
+    return fine("nodes' packages", f"{', '.join(here)} are the same on each node as here")
 
 
 def _ports(nodes: list[dict[str, Any]]) -> Iterator[tuple[str, str, int]]:

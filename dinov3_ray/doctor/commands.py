@@ -10,7 +10,7 @@ from pathlib import Path
 
 import click
 
-from dinov3_ray.doctor.cluster import check_nodes, check_reach, join
+from dinov3_ray.doctor.cluster import check_nodes, check_packages, check_reach, join
 from dinov3_ray.doctor.descriptors import check_descriptors
 from dinov3_ray.doctor.disk import check_disk
 from dinov3_ray.doctor.finding import Finding, Verdict, skipped
@@ -76,6 +76,11 @@ def examine(root: Path | None, address: str | None, gpus: int, timeout: float) -
         return
     try:
         yield from check_nodes(gpus)
+        packages = check_packages(installed_versions(), timeout)
+        yield packages
+        if packages.verdict is Verdict.PROBLEM:
+            yield skipped("round trip", "the nodes have other packages than this process")
+            return
         yield _round_trip(model, root, in_cluster=True, timeout=timeout)
     finally:
         runtime.close()

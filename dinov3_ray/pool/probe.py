@@ -10,6 +10,7 @@ import socket
 from dataclasses import dataclass
 
 import grpc
+import ray
 from ray._private.grpc_utils import init_grpc_channel
 
 __all__ = ["Obstacle", "answers", "find_obstacle"]
@@ -42,6 +43,12 @@ def find_obstacle(address: str) -> Obstacle | None:
         # With this process's token and certificates, as Ray would.
         with init_grpc_channel(address) as channel:
             channel.unary_unary(_QUESTION)(b"", timeout=_PATIENCE)
+    except ray.exceptions.AuthenticationError as error:
+        reason = str(error).split(". ")[0]
+        return Obstacle(
+            f"this process has no token to show to the Ray at {address}: {reason}",
+            "copy the cluster's token to that file, or name the one that has it in RAY_AUTH_TOKEN_PATH",
+        )
     except grpc.RpcError as error:
         code = error.code() if isinstance(error, grpc.Call) else None
         if code is grpc.StatusCode.UNAUTHENTICATED:
