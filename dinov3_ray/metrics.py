@@ -5,8 +5,9 @@ where Prometheus finds them. It adds labels of its own: the process (``WorkerId`
 each combination is a series that somebody stores: the pool, the replica, and the stage or state where there is one.
 
 Nothing is published while a request is served. Every process takes a snapshot of its counters every second or few, and
-publishes by how much they have grown. Ray collects that every 10 seconds (``metrics_report_interval_ms``): what a
-process counted since is lost with it when it is killed. Only pools in Ray publish; local mode has nobody to tell.
+publishes by how much they have grown; what has not happened yet as 0, since Prometheus takes no growth from a series
+that begins with its first event. Ray collects that every 10 seconds (``metrics_report_interval_ms``): what a process
+counted since is lost with it when it is killed. Only pools in Ray publish; local mode has nobody to tell.
 """
 
 from __future__ import annotations
@@ -118,14 +119,22 @@ class Publisher:
         for name, value, label in readings:
             if METRICS[name].kind is Kind.GAUGE:
                 self._level(name, value, label)
-            elif (growth := value - self._totals.get((name, label), 0.0)) > 0:
-                self._totals[name, label] = value
-                _instrument(name).inc(growth, self._tags_of(name, label))
+            else:
+                self._count(name, value, label)
 
     def close(self) -> None:
         """Take back this part's share of the gauges: what is no more is not in flight either."""
         for name, label in list(self._levels):
             self._level(name, 0.0, label)
+
+    def _count(self, name: str, value: float, label: str) -> None:
+        before = self._totals.get((name, label))
+        self._totals[name, label] = value
+        if before is None:
+            # Its first sample; inc() takes no 0. If more has been counted by now, it began before it could be seen.
+            _instrument(name)._record(value, self._tags_of(name, label))
+        elif value > before:
+            _instrument(name).inc(value - before, self._tags_of(name, label))
 
     def _level(self, name: str, value: float, label: str) -> None:
         tags = self._tags_of(name, label)

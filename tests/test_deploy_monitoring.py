@@ -109,12 +109,13 @@ FIRING = {
         'ray_dinov3_replicas{pool="p",state="ready"}': "2x60",
         'ray_dinov3_replicas_target{pool="p"}': "4x60",
     },
-    "DinoV3Restarts": {'ray_dinov3_restarts_total{pool="p"}': "0+1x60"},
+    # Replicas and the controller tell of what has not happened yet as 0: else the first one of these would not count.
+    "DinoV3Restarts": {'ray_dinov3_restarts_total{pool="p"}': "0x40 1 2 3x20"},
     "DinoV3Rejected": {
         'ray_dinov3_rejected_total{pool="p",replica="r1"}': "0+20x60",
         'ray_dinov3_batches_total{pool="p",replica="r1"}': "0+60x60",
     },
-    "DinoV3Errors": {'ray_dinov3_errors_total{pool="p",replica="r1"}': "0+1x60"},
+    "DinoV3Errors": {'ray_dinov3_errors_total{pool="p",replica="r1"}': "0x50 1x10"},
     "DinoV3SlowStage": {
         'ray_dinov3_stage_seconds_total{pool="p",stage="transfer"}': "0+30x60",
         'ray_dinov3_stage_seconds_total{pool="p",stage="forward",replica="r1"}': "0+20x60",
@@ -127,6 +128,8 @@ CALM = {
     'ray_dinov3_replicas{pool="p",state="ready"}': "4x60",
     'ray_dinov3_replicas_target{pool="p"}': "4x60",
     'ray_dinov3_rejected_total{pool="p",replica="r1"}': "3x60",
+    'ray_dinov3_errors_total{pool="p",replica="r1"}': "1x60",
+    'ray_dinov3_restarts_total{pool="p"}': "0x40 1 2x20",
     'ray_dinov3_batches_total{pool="p",replica="r1"}': "0+60x60",
     'ray_dinov3_stage_seconds_total{pool="p",stage="transfer"}': "0+5x60",
     'ray_dinov3_stage_seconds_total{pool="p",stage="forward",replica="r1"}': "0+20x60",
@@ -178,7 +181,8 @@ def prometheus(ray_cluster: str, tmp_path: Path) -> Iterator[str]:
     config["rule_files"] = [str(MONITORING / "alerts.yml")]
     nodes = tmp_path / "nodes.json"
     target = f"{node['NodeManagerAddress']}:{node['MetricsExportPort']}"
-    nodes.write_text(json.dumps([{"targets": [target], "labels": {"job": "dinov3-ray"}}]))
+    # As Ray writes it, with a label that would win over the job's name, and with metrics of its own head.
+    nodes.write_text(json.dumps([{"targets": [target, "127.0.0.1:44217"], "labels": {"job": "ray"}}]))
     config["scrape_configs"][0]["file_sd_configs"] = [{"files": [str(nodes)]}]
     (tmp_path / "prometheus.yml").write_text(yaml.safe_dump(config))
     with socket.socket() as probe:
@@ -238,5 +242,7 @@ def test_every_query_finds_what_a_live_pool_exports(prometheus: str, tmp_path: P
                 assert time.monotonic() < deadline, f"these find nothing: {[*open_.values()]}"
             assert all(answer["metric"]["pool"] == POOL for answer in found[panels()["Replicas"][0]])
             assert len(found) >= len(queries())
+            (node,) = ask(prometheus, "up")
+            assert (node["metric"]["job"], node["value"][1]) == ("dinov3-ray", "1"), "DinoV3NodeSilent goes by that"
             for query, answer in found.items():  # `pytest -rP` shows what each found
                 print(f"{len(answer)} series, the first at {answer[0]['value'][1]}: {query}")

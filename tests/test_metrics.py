@@ -100,6 +100,8 @@ def test_a_pool_at_work(pool: TeacherPool) -> None:
 def test_a_lost_replica_shows(pool: TeacherPool) -> None:
     pid = pool.status().replicas[0].pid
     assert pid is not None
+    samples = scrape_until("observed", lambda seen: "ray_dinov3_restarts_total" in seen)
+    assert total(samples, "dinov3_restarts") == 0, "growth shows from the first one on"
     os.kill(pid, signal.SIGKILL)
     samples = scrape_until("observed", lambda seen: total(seen, "dinov3_restarts") > 0)
     assert total(samples, "dinov3_restarts") == 1
@@ -122,8 +124,11 @@ def test_two_clients_of_one_process_add_up(ray_cluster: str) -> None:
 def test_every_metric_is_exported_as_it_says(ray_cluster: str) -> None:
     """Ray drops a metric whose name or labels it does not like, with no more than a warning."""
     publisher = Publisher("every", "r1")
-    publisher.publish(Reading(metric.name, 7, metric.by or "") for metric in METRICS.values())
+    publisher.publish(Reading(metric.name, 0, metric.by or "") for metric in METRICS.values())
     samples = scrape_until("every", lambda seen: len(seen) >= len(METRICS))
+    assert {value for found in samples.values() for value in found.values()} == {0}
+    publisher.publish(Reading(metric.name, 7, metric.by or "") for metric in METRICS.values())
+    samples = scrape_until("every", lambda seen: all(total(seen, name) == 7 for name in METRICS))
     for metric in METRICS.values():
         labels = {"replica": "r1"} if metric.per_replica else {}
         labels |= {metric.by: metric.by} if metric.by else {}
