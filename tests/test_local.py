@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dinov3_ray import Features, FeatureSpec, RemoteTeacher, TeacherPool
-from dinov3_ray.errors import ConfigError, InputError, PoolClosedError, PoolExistsError, SpecError
+from dinov3_ray.errors import ConfigError, InputError, PoolClosedError, PoolError, PoolExistsError, SpecError
 from dinov3_ray.images import Images
 from dinov3_ray.pool.handle import Handle
 from dinov3_ray.testing import FakeTeacher
@@ -59,6 +59,21 @@ def test_what_the_caller_did_wrong_says_nothing_of_a_replica(pool: TeacherPool) 
     assert [one.statistics.errors_in_a_row for one in pool.status().replicas if one.statistics] == [0, 0]
     with pytest.raises(SpecError, match="FeatureSpec"):
         remote.extract(IMAGES, None)  # type: ignore[arg-type]
+
+
+def test_one_bad_request_says_little_of_a_replica() -> None:
+    """It is sent again, here to the same one; that shall not look like several requests that raised."""
+    with TeacherPool.start(FakeTeacher.factory(fail_on=(0, 1, 2)), name="one", local_mode=True) as pool:
+        remote = pool.teacher()
+        with pytest.raises(RuntimeError):
+            remote.extract(IMAGES, CLS)
+        (replica,) = pool.status().replicas
+        assert replica.statistics is not None
+        assert (replica.statistics.errors, replica.statistics.errors_in_a_row) == (3, 1)
+        remote.extract(IMAGES, CLS)
+        (replica,) = pool.status().replicas
+        assert replica.statistics is not None
+        assert (replica.statistics.errors, replica.statistics.errors_in_a_row) == (3, 0)
 
 
 def test_a_handle_outlives_the_teacher_that_nobody_holds(pool: TeacherPool) -> None:
@@ -111,6 +126,28 @@ def test_a_teacher_without_a_name_of_its_own_is_named_by_its_generation() -> Non
         assert remote.extract(IMAGES, CLS).fingerprint == "generation-0"
         pool.reload(Nameless)
         assert remote.extract(IMAGES, CLS).fingerprint == "generation-1"
+
+
+def test_a_reload_is_told_that_another_has_overtaken_it(pool: TeacherPool) -> None:
+    begun, go_on = threading.Event(), threading.Event()
+
+    def slow() -> FakeTeacher:
+        begun.set()
+        assert go_on.wait(30)
+        return FakeTeacher(fingerprint="slow")
+
+    def overtake() -> None:
+        assert begun.wait(30)
+        pool.reload(FakeTeacher.factory(fingerprint="quick"), wait=False)
+        go_on.set()
+
+    overtaking = threading.Thread(target=overtake)
+    overtaking.start()
+    with pytest.raises(PoolError, match="another reload has overtaken"):
+        pool.reload(slow)
+    overtaking.join()
+    pool.wait_ready(30, generation=2)
+    assert pool.teacher().extract(IMAGES, CLS).fingerprint == "quick"
 
 
 def test_scale_takes_no_auto(pool: TeacherPool) -> None:

@@ -26,8 +26,10 @@ class MembershipMachine(RuleBasedStateMachine):
         self.low = self.high = low
         self.alive: dict[str, MemberState] = {}
         self.names: set[str] = set()
+        self.generations = {1}
+        self.served: set[int] = set()
         self.seen: tuple[int, object] = (-1, None)
-        self.members.generation = 1
+        self.members.generation = self.members.newest = 1
         for index, (generation, state) in enumerate(adopted):
             name = f"r{3 * index}"
             self.members.adopt(name, generation, state, self.now)
@@ -49,8 +51,9 @@ class MembershipMachine(RuleBasedStateMachine):
             self.carry_out(action)
         # Whoever drains, as many go on serving as were, or as are wanted.
         assert len(self.ready()) >= min(serving, target)
-        if any(one.generation < self.members.generation for one in self.ready()):
-            successors = [name for name in self.started() if members.get(name, 99) >= self.members.generation]
+        if any(one.generation != self.members.generation for one in self.ready()):
+            current = self.members.generation
+            successors = [name for name in self.started() if members.get(name, current) == current]
             before = [name for name in successors if name in members]
             # A rolling change takes one place more than the pool has, not twice as many.
             assert len(successors) <= max(1, len(before))
@@ -74,7 +77,9 @@ class MembershipMachine(RuleBasedStateMachine):
 
     @rule(data=st.data())
     def lose(self, data: st.DataObject) -> None:
-        name = data.draw(st.sampled_from(["r999", *self.alive]))
+        self.lose_one(data.draw(st.sampled_from(["r999", *self.alive])))
+
+    def lose_one(self, name: str) -> None:
         assert self.members.lost(name, "killed", self.now) == (name in self.alive)
         self.alive.pop(name, None)
 
@@ -98,7 +103,29 @@ class MembershipMachine(RuleBasedStateMachine):
 
     @rule()
     def reload(self) -> None:
-        self.members.reload()
+        alone = all(one.generation == self.members.generation for one in self.members.members) and self.ready()
+        settled = self.members.reload()
+        assert settled or not alone
+        self.generations.add(self.members.generation)
+        assert self.members.generation == max(self.generations), "numbers are never used again"
+
+    @precondition(lambda self: self.members.is_hopeless)
+    @rule()
+    def go_back(self) -> None:
+        assert self.members.generation != self.members.settled
+        self.members.go_back()
+        assert self.members.generation == self.members.settled
+        assert self.members.generation in self.served
+        assert not self.members.is_hopeless, "there is nothing further back"
+
+    @precondition(lambda self: self.started())
+    @rule(waves=st.integers(1, 3))
+    def fail_to_start(self, waves: int) -> None:
+        for _ in range(waves):
+            for name in self.started():
+                self.lose_one(name)
+            self.now += 40.0
+            self.plan()
 
     @rule(seconds=st.sampled_from([0.5, 2.0, 40.0]))
     def wait(self, seconds: float) -> None:
@@ -110,6 +137,11 @@ class MembershipMachine(RuleBasedStateMachine):
         assert members == self.alive
         assert self.low <= self.members.target <= self.high
         assert [one.replica_id for one in self.members.ready()] == [name for name in members if members[name] is READY]
+
+    @invariant()
+    def only_what_has_served_is_gone_back_to(self) -> None:
+        self.served |= {one.generation for one in self.members.ready()}
+        assert self.members.settled in (None, *self.served)
 
     @invariant()
     def whatever_clients_see_has_an_epoch_of_its_own(self) -> None:
@@ -170,6 +202,52 @@ def test_a_reload_replaces_one_by_one_and_each_only_after_its_successor_is_ready
         members.drained(old)
     assert starts == []
     assert [(member.generation, member.state) for member in members.members] == [(1, READY)] * 3
+
+
+def test_a_reload_that_does_not_start_is_given_up_and_nobody_who_serves_is_missed() -> None:
+    members, now = a_pool(3), 10.0
+    assert members.plan(now) == []
+    assert members.reload(), "the first generation has settled"
+    for _ in range(3):
+        assert not members.is_hopeless
+        (start,) = members.plan(now)
+        members.lost(start.replica_id, "no such file", now)
+        now += members.next_change(now) or 0.0
+    assert members.is_hopeless
+    members.go_back()
+    assert members.plan(now) == []
+    assert [(one.replica_id, one.generation) for one in members.ready()] == [("r0", 0), ("r1", 0), ("r2", 0)]
+    assert (members.generation, members.newest, members.settled) == (0, 1, 0)
+    members.reload()
+    assert members.generation == 2
+
+
+def test_a_reload_that_is_given_up_halfway_is_undone_one_by_one() -> None:
+    members, now = a_pool(2), 10.0
+    members.reload()
+    (first,) = members.plan(now)
+    members.became_ready(first.replica_id, now)
+    second, drain = members.plan(now)
+    members.drained(drain.replica_id)
+    for _ in range(3):
+        members.lost(second.replica_id, "no such file", now)
+        now += members.next_change(now) or 0.0
+        second = next(iter(members.plan(now)), second)
+    members.go_back()
+    unready, start = members.plan(now)
+    assert (unready.kind, start.kind) == (ActionKind.DRAIN, ActionKind.START)
+    assert len(members.ready()) == 2, "one of each, until the one that is started takes over"
+    members.became_ready(start.replica_id, now)
+    assert members.plan(now) == [Action(ActionKind.DRAIN, first.replica_id)]
+
+
+def test_a_reload_that_overtakes_another_falls_back_to_what_was_before_both() -> None:
+    members = a_pool(1)
+    assert members.reload()
+    (start,) = members.plan(10.0)
+    assert not members.reload()
+    members.lost(start.replica_id, "no such file", 10.0)
+    assert (members.generation, members.settled, members.is_hopeless) == (2, 0, False)
 
 
 def test_replicas_of_an_earlier_generation_that_are_not_ready_give_way_at_once() -> None:
@@ -261,6 +339,9 @@ def test_in_a_full_cluster_an_old_replica_makes_room_for_its_successor() -> None
     members.drained("r0")
     members.became_ready(start.replica_id, 61.0)
     assert len(members.ready()) == 2
+    # By now it is known to be full.
+    (start,) = members.plan(61.0)
+    assert members.plan(63.0, unplaced=[start.replica_id]) == [Action(ActionKind.DRAIN, "r1")]
 
 
 def test_names_go_on_where_the_last_controller_was() -> None:

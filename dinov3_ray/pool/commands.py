@@ -275,17 +275,19 @@ def reload(
 ) -> None:
     """Replace a pool's teacher, replica by replica, while it serves.
 
-    The options describe the new teacher in full: none is taken over from the former one.
+    The options describe the new teacher in full: none is taken over from the former one. If it fails to start three
+    times in a row, the pool goes back to the former one, and this exits with 1.
     """
     config = DinoV3Config(root, dtype=dtype, image_size=image_size, compile=compiled, attention=attention)
     with _connected(name, address, namespace) as pool:
         former = pool.status().fingerprint
-        pool.reload(config, wait=False)
         if not wait:
+            pool.reload(config, wait=False)
             click.echo(f"pool {name!r}: replacing teacher {former}")
             return
         with _progress(f"pool {name}") as report:
-            now = pool.wait_ready(timeout, on_status=report)
+            pool.reload(config, timeout=timeout, on_status=report)
+        now = pool.status()
     click.echo(f"pool {name!r}: teacher {former} -> {now.fingerprint}; {summary(now)}")
 
 

@@ -21,7 +21,7 @@ from dinov3_ray.errors import ReplicaError
 from dinov3_ray.metrics import Publisher
 from dinov3_ray.pool.autoscaling import Autoscaler
 from dinov3_ray.pool.cluster import list_actors, replica_name
-from dinov3_ray.pool.declaration import Declaration
+from dinov3_ray.pool.declaration import Declaration, Redeclaration
 from dinov3_ray.pool.ledger import Ledger
 from dinov3_ray.pool.membership import Action, ActionKind, Membership, MemberState
 from dinov3_ray.pool.messages import PoolView
@@ -37,7 +37,7 @@ __all__ = ["Controller"]
 log = logging.getLogger("dinov3_ray")
 
 _FAREWELL = 0.1  # seconds in which the last answers leave this process
-_SICK_AFTER_ERRORS = 3  # forward passes in a row that raised, after which a replica is replaced
+_SICK_AFTER_ERRORS = 3  # requests in a row that raised, after which a replica is replaced
 
 
 class _Tended:
@@ -64,7 +64,8 @@ class Controller:
         self._membership = Membership(declared.low, declared.high)
         # Views of a restarted controller must count as newer than those before.
         self._membership.epoch = time.time_ns() // 1_000_000
-        self._membership.generation = declared.generation
+        self._membership.generation, self._membership.newest = declared.generation, declared.newest
+        self._membership.settled = declared.former.generation if declared.former else None
         self._membership.resize(declared.target)
         self._tended: dict[str, _Tended] = {}
         self._clients: dict[str, float] = {}
@@ -117,17 +118,22 @@ class Controller:
     async def declaration(self) -> Declaration:
         return self._declaration
 
-    async def redeclare(self, declared: Declaration, generation: int) -> None:
-        """Begin to replace the replicas by such as ``declared`` describes, as many as there are to be now.
+    async def redeclare(self, change: Redeclaration) -> int:
+        """Begin to replace the replicas by such as ``change`` asks for; returns the number of their generation.
 
-        ``generation`` makes a call that is sent twice count once.
+        Calls are taken one after the other. One that comes while another's replicas are still being replaced
+        overtakes it, and falls back to what was there before both.
         """
-        if generation <= self._membership.generation:
-            return
+        if change.token in self._declaration.taken:
+            return self._declaration.taken[change.token]
+        settled = self._membership.reload()
+        generation = self._membership.generation
+        self._turn_to(self._declaration.redeclared(change, generation, settled=settled))
+        return generation
+
+    def _turn_to(self, declared: Declaration) -> None:
         self._declaration = declared
         self._autoscaler = Autoscaler.of(declared.options)
-        while self._membership.generation < generation:
-            self._membership.reload()
         self._save()
 
     async def status(self) -> PoolStatus:
@@ -162,6 +168,8 @@ class Controller:
             now = time.monotonic()
             self._drop_silent_clients(now)
             self._autoscale(now)
+            if self._membership.is_hopeless:
+                self._go_back()
             unplaced = [replica_id for replica_id, tended in self._tended.items() if tended.place is None]
             for action in self._membership.plan(now, unplaced):
                 self._carry_out(action)
@@ -179,6 +187,19 @@ class Controller:
                 continue  # nothing woke it: time for the next look
             finally:
                 self._wake.clear()
+
+    def _go_back(self) -> None:
+        membership = self._membership
+        given_up = membership.generation
+        membership.go_back()
+        log.error(
+            "pool %s: generation %d is given up, generation %d serves on: %s",
+            self._name,
+            given_up,
+            membership.generation,
+            membership.troubles[-1],
+        )
+        self._turn_to(self._declaration.gone_back())
 
     async def _find_replicas(self) -> None:
         """Adopt replicas that run already, after a restart."""
@@ -275,7 +296,7 @@ class Controller:
         if statistics.busy_for > limit:
             raise ReplicaError(f"one forward pass has taken {statistics.busy_for:.1f} s (hang_timeout is {limit:g} s)")
         if statistics.errors_in_a_row >= _SICK_AFTER_ERRORS:
-            raise ReplicaError(f"{statistics.errors_in_a_row} forward passes in a row raised")
+            raise ReplicaError(f"{statistics.errors_in_a_row} requests in a row raised")
 
     def _lose(self, replica_id: str, reason: str, *, silent: bool = False) -> None:
         if self._membership.lost(replica_id, reason, time.monotonic()):
@@ -345,8 +366,9 @@ class Controller:
             low=membership.low,
             high=membership.high,
             target=membership.target,
-            generation=membership.generation,
+            newest=membership.newest,
             serial=membership.serial,
+            former=None if membership.settled == membership.generation else self._declaration.former,
         )
         self._ledger.save_declaration(self._declaration)
         self._wake.set()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 
 from ray import cloudpickle
 
@@ -36,7 +36,8 @@ class Plan:
         """Start the pool, or change it replica by replica while it serves; waits until it is as declared.
 
         Raises:
-            ReplicaError, PoolTimeoutError: as in :meth:`TeacherPool.start`; a pool that ran before is left running.
+            ReplicaError, PoolTimeoutError: as in :meth:`TeacherPool.start` and :meth:`TeacherPool.reload`; a pool that
+                ran before is left running.
         """
         wanted = self.wanted
         if self._control is None or self._target is None:
@@ -53,19 +54,15 @@ class Plan:
                 **asdict(wanted.options),
             )
             return pool.status()
+        generation = None
         # The number last: while replicas are replaced, there are to be as many as before.
         if any(change.rolling for change in self.changes or ()):
             target = self._target
-            declared = replace(
-                self._control.declaration(),
-                source=cloudpickle.dumps(target.source),
-                placement=target.placement,
-                options=target.options,
-            )
-            self._control.redeclare(declared)
+            generation = self._control.redeclare(target.source, placement=target.placement, options=target.options)
         if any(not change.rolling for change in self.changes or ()):
             self._control.scale(self._target.low, self._target.high)
-        return TeacherPool.connect(wanted.name, namespace=wanted.namespace).wait_ready(timeout, on_status=on_status)
+        pool = TeacherPool.connect(wanted.name, namespace=wanted.namespace)
+        return pool.wait_ready(timeout, generation=generation, on_status=on_status)
 
 
 def plan_pool(wanted: PoolFile, address: str) -> Plan:

@@ -46,7 +46,8 @@ class LocalController:
     ) -> None:
         self.name = name
         self.address: str | None = None  # no other process can reach it
-        self._source, self._device = source, device
+        self._source = self._former = source
+        self._device = device
         self._options = declaration.options
         self._membership = Membership(declaration.low, declaration.high)
         self._replicas: dict[str, Replica] = {}
@@ -77,11 +78,13 @@ class LocalController:
             self._membership.scale(low, high)
             self._changed.notify_all()
 
-    def reload(self, source: CheckedSource) -> None:
+    def reload(self, source: CheckedSource) -> int:
         with self._changed:
+            if self._membership.reload():
+                self._former = self._source
             self._source = source
-            self._membership.reload()
             self._changed.notify_all()
+            return self._membership.generation
 
     def status(self) -> PoolStatus:
         with self._changed:
@@ -107,6 +110,9 @@ class LocalController:
         with self._changed:
             while not self._closed:
                 now = time.monotonic()
+                if self._membership.is_hopeless:
+                    self._source = self._former
+                    self._membership.go_back()
                 for action in self._membership.plan(now):
                     if action.kind is ActionKind.START:
                         self._start(action.replica_id)

@@ -17,6 +17,8 @@ _LONGEST_BACKOFF = 30.0
 _MOST_DOUBLINGS = 8  # more than it takes to the longest; 2**1024 is no float
 _KEPT_TROUBLES = 8
 _PLACE_PATIENCE = 20.0  # seconds that a successor waits for a place before an old replica makes room for it
+_CROWDED_PATIENCE = 2.0  # likewise, once the cluster has turned out to be full
+_HOPELESS_STARTS = 3  # waves of failed starts, none between them having succeeded, after which a reload is given up
 
 
 class MemberState(StrEnum):
@@ -47,15 +49,22 @@ class Member:
 class Membership:
     """Members, their states, and the number wanted.
 
-    A generation is one teacher: :meth:`reload` begins the next one, and members of earlier generations are replaced one
-    by one, each only after its successor is ready, so that the pool does not serve with fewer than it should; unless
-    the cluster is full, where one of them has to make room first.
+    A generation is one teacher: :meth:`reload` begins the next one, and members of others are replaced one by one, each
+    only after its successor is ready, so that the pool does not serve with fewer than it should; unless the cluster is
+    full, where one of them has to make room first. A generation whose replicas do not start is given up
+    (:attr:`is_hopeless`, :meth:`go_back`): the one before it, which did serve, is current again.
+
+    Attributes:
+        generation: the current one.
+        newest: the highest that there has been; numbers are never used again.
+        settled: the last one that served alone; another than the current while a reload is under way.
     """
 
     def __init__(self, low: int, high: int) -> None:
         self.low, self.high = low, high
         self.target = low
-        self.generation = 0
+        self.generation = self.newest = 0
+        self.settled: int | None = None
         self.epoch = 0
         self.troubles: deque[str] = deque(maxlen=_KEPT_TROUBLES)
         self.restarts = 0
@@ -64,6 +73,7 @@ class Membership:
         self.serial = 0
         self._failures = 0
         self._not_before = 0.0
+        self._crowded = False
 
     # What happened --------------------------------------------------------------------------------------------------
 
@@ -126,10 +136,34 @@ class Membership:
         self.epoch += changed
         return changed
 
-    def reload(self) -> None:
-        """Begin the next generation."""
-        self.generation += 1
-        self._failures, self._not_before = 0, 0.0
+    def reload(self) -> bool:
+        """Begin the next generation; whether the last one had settled, so that it is the one to go back to."""
+        self._settle()
+        had_settled = self.settled == self.generation
+        self.newest += 1
+        self._turn_to(self.newest)
+        return had_settled
+
+    @property
+    def is_hopeless(self) -> bool:
+        """Whether the current generation does not start, while there is one to go back to."""
+        return self.settled not in (None, self.generation) and self._failures >= _HOPELESS_STARTS
+
+    def go_back(self) -> None:
+        """Give up a hopeless generation: the settled one is current again."""
+        assert self.settled is not None
+        self._turn_to(self.settled)
+
+    def _settle(self) -> None:
+        """See whether the current generation is alone by now."""
+        alone = all(member.generation == self.generation for member in self.members)
+        if alone and self.settled != self.generation and self.ready():
+            self.settled = self.generation
+            self.epoch += 1
+
+    def _turn_to(self, generation: int) -> None:
+        self.generation = generation
+        self._failures, self._not_before, self._crowded = 0, 0.0, False
         self.epoch += 1
 
     def plan(self, now: float, unplaced: Collection[str] = ()) -> list[Action]:
@@ -138,8 +172,9 @@ class Membership:
         Args:
             unplaced: members that wait for a place in the cluster.
         """
+        self._settle()
         actions: list[Action] = []
-        old = [member for member in self.members if member.generation < self.generation]
+        old = [member for member in self.members if member.generation != self.generation]
         # Those that are not ready yet are missed by nobody, and hold places that their successors need.
         unready = [member for member in old if member.state is MemberState.STARTING]
         actions += [self._drain(member, now) for member in unready]
@@ -154,7 +189,7 @@ class Membership:
         serving = sorted(self._old_ready(), key=lambda member: member.since)
         leaving = len(self._of(self.generation, MemberState.READY)) + len(serving) - self.target
         if leaving <= 0 and self._is_stuck(now, unplaced):
-            leaving = 1
+            leaving, self._crowded = 1, True
         actions += [self._drain(member, now) for member in serving[: max(leaving, 0)]]
         if actions:
             self.epoch += 1
@@ -164,15 +199,16 @@ class Membership:
         """Whether a successor has waited long for a place, and no old member is about to leave one."""
         if any(member.state is MemberState.DRAINING for member in self.members):
             return False
+        patience = _CROWDED_PATIENCE if self._crowded else _PLACE_PATIENCE
         starting = self._of(self.generation, MemberState.STARTING)
-        return any(one.replica_id in unplaced and now - one.since >= _PLACE_PATIENCE for one in starting)
+        return any(one.replica_id in unplaced and now - one.since >= patience for one in starting)
 
     def next_change(self, now: float) -> float | None:
         """Seconds until a delayed start is due, if one is."""
         return max(0.0, self._not_before - now) if self._missing() else None
 
     def _missing(self) -> int:
-        """Replicas to start: all that are missing at once, or one at a time beside those of an earlier generation."""
+        """Replicas to start: all that are missing at once, or one at a time beside those of another generation."""
         current = self._of(self.generation, MemberState.STARTING, MemberState.READY)
         missing = self.target - len(current)
         if self._old_ready():
@@ -181,7 +217,7 @@ class Membership:
         return max(missing, 0)
 
     def _old_ready(self) -> list[Member]:
-        return [member for member in self.ready() if member.generation < self.generation]
+        return [member for member in self.ready() if member.generation != self.generation]
 
     # Looking in -----------------------------------------------------------------------------------------------------
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import replace
+import uuid
 from typing import Any
 
 import ray
@@ -14,7 +14,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from dinov3_ray.errors import PoolError, PoolExistsError, PoolNotFoundError, PoolTimeoutError
 from dinov3_ray.pool.cluster import Runtime, controller_name, list_actors
 from dinov3_ray.pool.controller import Controller
-from dinov3_ray.pool.declaration import Declaration
+from dinov3_ray.pool.declaration import Declaration, Placement, Redeclaration
+from dinov3_ray.pool.options import PoolOptions
 from dinov3_ray.pool.processes import kill_process
 from dinov3_ray.pool.registry import find_controller
 from dinov3_ray.pool.replica_actor import Place
@@ -112,13 +113,19 @@ class RayControl:
         assert isinstance(declared, Declaration)
         return declared
 
-    def redeclare(self, declared: Declaration) -> None:
-        """Begin to replace the replicas by such as ``declared`` describes; their number stays."""
-        # Named by its number, so that a call which is sent again to a restarted controller counts once.
-        self._call("redeclare", declared, self.declaration().generation + 1)
+    def redeclare(
+        self, source: CheckedSource, *, placement: Placement | None = None, options: PoolOptions | None = None
+    ) -> int:
+        """Begin to replace the replicas by such with another teacher, placement (None: as it is) or options (likewise).
 
-    def reload(self, source: CheckedSource) -> None:
-        self.redeclare(replace(self.declaration(), source=cloudpickle.dumps(source)))
+        Returns:
+            The number of their generation.
+        """
+        change = Redeclaration(uuid.uuid4().hex, cloudpickle.dumps(source), placement, options)
+        return int(self._call("redeclare", change))
+
+    def reload(self, source: CheckedSource) -> int:
+        return self.redeclare(source)
 
     def shutdown(self, timeout: float = 20.0) -> None:
         """End replicas and controller, and wait until they are gone.
@@ -173,6 +180,12 @@ class RayControl:
                 log.debug("controller of pool %s is away: %s", self.name, error)
                 time.sleep(_RETRY)
             except ray.exceptions.ActorDiedError as error:
+                if error.actor_init_failed:
+                    raise PoolNotFoundError(
+                        f"pool {self.name!r} does not run, since its controller cannot start: "
+                        f"{str(error).strip().splitlines()[-1]}. Do the cluster's nodes have this process's version of "
+                        "dinov3_ray? `dinov3-ray doctor --address HOST:PORT` compares them"
+                    ) from error
                 raise PoolNotFoundError(f"pool {self.name!r} has been shut down") from error
             except ray.exceptions.GetTimeoutError as error:
                 raise PoolTimeoutError(

@@ -30,6 +30,8 @@ __all__ = ["Replica", "ReplicaStatistics"]
 
 log = logging.getLogger("dinov3_ray")
 
+_FAILING = 100  # names of requests that raised: more say nothing more
+
 Done = Callable[[Answer, list[Array]], None]
 
 
@@ -37,8 +39,10 @@ Done = Callable[[Answer, list[Array]], None]
 class ReplicaStatistics:
     """Counters since the replica started, ``uptime`` seconds ago, and how it stands now.
 
-    ``batches`` counts forward passes. ``preprocess_seconds`` is known of teachers that tell it in an attribute
-    ``preprocess_seconds``, as the local one does; of others it is part of ``forward_seconds``.
+    ``batches`` counts forward passes; ``errors_in_a_row`` the requests that raised since one was answered, each once
+    however often it was sent (one bad request is no sign of a bad replica). ``preprocess_seconds`` is known of teachers
+    that tell it in an attribute ``preprocess_seconds``, as the local one does; of others it is part of
+    ``forward_seconds``.
     """
 
     uptime: float = 0.0
@@ -80,7 +84,7 @@ class _Counters:
     forward_seconds: float = 0.0
     pack_seconds: float = 0.0
     errors: int = 0
-    errors_in_a_row: int = 0
+    failing: set[str] = field(default_factory=set)
     rejected: int = 0
     backlog: dict[str, int] = field(default_factory=dict)
 
@@ -192,7 +196,7 @@ class Replica:
                 forward_seconds=state.forward_seconds,
                 pack_seconds=state.pack_seconds,
                 errors=state.errors,
-                errors_in_a_row=state.errors_in_a_row,
+                errors_in_a_row=len(state.failing),
                 rejected=state.rejected,
                 waiting=len(self._queue),
                 waiting_rows=self._queue.rows(),
@@ -335,13 +339,14 @@ class Replica:
         state.preprocess_seconds += seconds.preprocess
         state.forward_seconds += seconds.forward
         state.pack_seconds += seconds.pack
-        state.errors_in_a_row = 0
+        state.failing.clear()
 
     def _fail(self, job: _Job, error: Exception) -> None:
         with self._changed:
             self._state.errors += 1
             # What the caller did wrong says nothing of this replica's health.
-            self._state.errors_in_a_row += not isinstance(error, (InputError, SpecError))
+            if not isinstance(error, (InputError, SpecError)) and len(self._state.failing) < _FAILING:
+                self._state.failing.add(job.header.request_id)
             load = self._load(job.header)
         trace = "".join(traceback.format_exception(error))
         # Frames would keep the batch's tensors alive, and do not survive pickling anyway.

@@ -33,8 +33,8 @@ class Report:
 
 
 def newest_info(membership: Membership, reports: Mapping[str, Report]) -> TeacherInfo | None:
-    """What the newest ready replica tells of its teacher."""
-    newest = max(membership.ready(), key=lambda member: member.generation, default=None)
+    """What the newest ready replica tells of its teacher; one of the current generation, if there is any."""
+    newest = max(membership.ready(), key=lambda one: (one.generation == membership.generation, one.since), default=None)
     return reports[newest.replica_id].info if newest else None
 
 
@@ -67,6 +67,8 @@ def make_status(
         name=name,
         epoch=membership.epoch,
         generation=membership.generation,
+        newest_generation=membership.newest,
+        reloading=membership.settled not in (None, membership.generation),
         target=membership.target,
         low=membership.low,
         high=membership.high,

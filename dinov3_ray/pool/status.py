@@ -37,7 +37,9 @@ class PoolStatus:
     """One pool.
 
     Attributes:
-        generation: counts the reloads; replicas of earlier ones are being replaced.
+        generation: the number of the current teacher; replicas of others are being replaced.
+        newest_generation: counts the reloads; above ``generation`` if the last of them was given up.
+        reloading: whether replicas of a former teacher are there to go back to.
         target: replicas wanted now, within ``low`` .. ``high``.
         fingerprint: of the teacher that the newest ready replica serves.
         restarts: replicas that were lost and replaced since the controller began.
@@ -47,6 +49,8 @@ class PoolStatus:
     name: str
     epoch: int
     generation: int
+    newest_generation: int
+    reloading: bool
     target: int
     low: int
     high: int

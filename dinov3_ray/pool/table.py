@@ -73,8 +73,9 @@ def summary(status: PoolStatus) -> str:
     """One line: what is there of what is wanted, and what else is going on."""
     counts: dict[str, int] = {}
     for replica in status.replicas:
-        former = " with the former teacher" if replica.generation != status.generation else ""
-        key = f"{replica.state}{former}"
+        of = replica.generation
+        other = "" if of == status.generation else f" with the {'former' if of < status.generation else 'new'} teacher"
+        key = f"{replica.state}{other}"
         counts[key] = counts.get(key, 0) + 1
     parts = [f"{counts.pop('ready', 0)} of {status.target} ready"]
     parts += [f"{count} {state}" for state, count in sorted(counts.items())]
@@ -122,8 +123,9 @@ def _headline(status: PoolStatus) -> Text:
         _count(status.clients, "client"),
         _count(status.restarts, "restart"),
     ]
-    if status.generation:
-        parts.append(_count(status.generation, "reload"))
+    if status.newest_generation:
+        given_up = ", the last given up" if status.newest_generation > status.generation else ""
+        parts.append(_count(status.newest_generation, "reload") + given_up)
     return Text.assemble(
         (f"{status.name} ", "bold"),
         ("healthy" if healthy else "degraded", "bold green" if healthy else "bold yellow"),

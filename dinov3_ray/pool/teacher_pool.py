@@ -14,7 +14,7 @@ from ray import cloudpickle
 
 from dinov3_ray.checkpoint import verify
 from dinov3_ray.config import DinoV3Config
-from dinov3_ray.errors import ConfigError, PoolClosedError, PoolTimeoutError, ReplicaError
+from dinov3_ray.errors import ConfigError, PoolClosedError, PoolError, PoolTimeoutError, ReplicaError
 from dinov3_ray.pool.cluster import NAMESPACE, Runtime, check_name, connect
 from dinov3_ray.pool.declaration import Declaration, Placement
 from dinov3_ray.pool.local import LocalController
@@ -38,7 +38,7 @@ class _Control(Protocol):
     def address(self) -> str | None: ...
     def status(self) -> PoolStatus: ...
     def scale(self, low: int, high: int) -> None: ...
-    def reload(self, source: CheckedSource) -> None: ...
+    def reload(self, source: CheckedSource) -> int: ...
     def shutdown(self) -> None: ...
     def disconnect(self) -> None: ...
 
@@ -84,8 +84,7 @@ class TeacherPool:
                 object with ``.extract(images, spec)``. A checkpoint must be at the same path on every node.
             name: what clients call the pool.
             replicas: how many; ``"auto"`` is one for each free GPU, or one where there is none; (min, max) lets the
-            pool
-                grow and shrink with its load.
+                pool grow and shrink with its load.
             num_gpus: GPUs a replica; None is 1 where the cluster has GPUs, else 0.
             num_cpus: CPUs that each replica reserves in Ray.
             label_selector: labels that a replica's node must have, such as ``{"ray.io/accelerator-type": "H200"}``.
@@ -183,29 +182,54 @@ class TeacherPool:
         if wait:
             self.wait_ready(timeout)
 
-    def reload(self, teacher: TeacherSource, *, wait: bool = True, timeout: float = 600.0) -> None:
-        """Replace the teacher, replica by replica, while the pool serves.
+    def reload(
+        self,
+        teacher: TeacherSource,
+        *,
+        wait: bool = True,
+        timeout: float = 600.0,
+        on_status: Callable[[PoolStatus], None] | None = None,
+    ) -> None:
+        """Replace the teacher, replica by replica, while the pool serves; each is removed when its successor is ready.
 
-        Each result says by its ``fingerprint`` which teacher made it, and no batch is made by two.
+        Each result says by its ``fingerprint`` which teacher made it, and no batch is made by two. If the new replicas
+        fail to start three times in a row, the pool goes back to the former teacher.
+
+        Args:
+            wait: until all replicas have the new teacher. Without, ``status()`` tells how it ends.
+            on_status: told of each look at the pool until then.
 
         Raises:
             ConfigError, CheckpointError: the new teacher's files are wrong; nothing has changed.
-            PoolTimeoutError: with ``wait``, the old replicas were not all replaced in time; they go on meanwhile.
+            ReplicaError: with ``wait``, the new replicas do not start; says why. The pool serves the former teacher.
+            PoolError: with ``wait``, a later reload has overtaken this one.
+            PoolTimeoutError: with ``wait``, the old replicas were not all replaced in time; that goes on meanwhile.
         """
         self._require_open()
         source = check_source(teacher)
         if isinstance(source, DinoV3Config):
             verify(source)  # a damaged file shows here, and not in replica after replica
-        self._control.reload(source)
+        generation = self._control.reload(source)
         if wait:
-            self.wait_ready(timeout)
+            self.wait_ready(timeout, generation=generation, on_status=on_status)
 
-    def wait_ready(self, timeout: float, *, on_status: Callable[[PoolStatus], None] | None = None) -> PoolStatus:
-        """Wait until the pool is what was asked for: its minimum of replicas ready, all of the newest teacher, none to
-        spare. ``on_status`` is told of each look at it.
+    def wait_ready(
+        self,
+        timeout: float,
+        *,
+        generation: int | None = None,
+        on_status: Callable[[PoolStatus], None] | None = None,
+    ) -> PoolStatus:
+        """Wait until the pool is what was asked for: its minimum of replicas ready, all of one teacher, none to spare.
+
+        Args:
+            generation: the teacher's number, where it matters which one it is.
+            on_status: told of each look at the pool.
 
         Raises:
-            ReplicaError: replicas fail to start, one after the other, and none of the newest teacher is ready.
+            ReplicaError: replicas fail to start, one after the other, and none of the teacher is ready; or the pool has
+                gone back to the former one.
+            PoolError: a later reload has overtaken ``generation``.
             PoolTimeoutError: after ``timeout`` seconds.
         """
         self._require_open()
@@ -215,12 +239,14 @@ class TeacherPool:
             status = self._control.status()
             if on_status is not None:
                 on_status(status)
+            if generation is not None and status.generation != generation:
+                raise self._turned(generation, status)
             current = [replica for replica in status.replicas if replica.generation == status.generation]
             ready = sum(replica.state == "ready" for replica in current)
             if ready >= status.low and len(status.replicas) <= status.high and len(current) == len(status.replicas):
                 return status
             restarts = status.restarts if restarts is None else restarts
-            if status.restarts >= restarts + _HOPELESS_STARTS and not ready:
+            if status.restarts >= restarts + _HOPELESS_STARTS and not ready and not status.reloading:
                 raise ReplicaError(f"the replicas of pool {self.name!r} do not start. {status.troubles[-1]}")
             if time.monotonic() > deadline:
                 raise PoolTimeoutError(
@@ -228,6 +254,15 @@ class TeacherPool:
                     f"{_waits_for(status)}"
                 )
             time.sleep(_POLL)
+
+    def _turned(self, generation: int, status: PoolStatus) -> PoolError:
+        """Why the pool is not about to become ``generation`` any more."""
+        if status.newest_generation > generation:
+            return PoolError(f"pool {self.name!r}: another reload has overtaken this one")
+        return ReplicaError(
+            f"the new replicas of pool {self.name!r} do not start, so it has gone back to the former teacher "
+            f"({status.ready} of {status.target} ready). {status.troubles[-1]}"
+        )
 
     def shutdown(self) -> None:
         """End the pool: clients are told, no actor is left behind. Harmless when repeated."""
