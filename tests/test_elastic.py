@@ -108,16 +108,16 @@ def test_client_with_a_hundred_batches_does_not_starve_one_with_one(ray_cluster:
     with TeacherPool.start(FakeTeacher.factory(delay=0.05), name="fair", replicas=1) as pool:
         small, large = pool.teacher(), pool.teacher()
         alone = [ask(small, large)[0] for _ in range(9)]
-        handles = [large.submit(view(number), SPEC) for number in range(100)]
+        # More than a hundred, so that a hundred are left at the end even where this process is slow.
+        handles = [large.submit(view(number), SPEC) for number in range(400)]
         handles[0].result(60)
         crowded = [ask(small, large) for _ in range(9)]
         waiting = sum(not handle.done() for handle in handles)
-        for handle in handles:
-            handle.result(60)
+        large.close()
     ratio = statistics.median(seconds for seconds, _ in crowded) / statistics.median(alone)
     served_before = [others for _, others in crowded]
     print(f"beside a hundred batches it takes {ratio:.2f} times as long; of the others' were served: {served_before}")
-    assert waiting > 20, "the crowd was there all the time"
+    assert waiting > 100, "the crowd was there all the time"
     # Served in turn, it waits for what is being computed and for one batch more. In order of arrival it would be three.
     assert statistics.median(served_before) <= 2
 

@@ -17,6 +17,7 @@ import torch
 from ray.cluster_utils import Cluster
 
 from dinov3_ray import FeatureSpec, TeacherPool
+from dinov3_ray.pool.status import PoolStatus
 from dinov3_ray.testing import FakeTeacher
 
 SPEC = FeatureSpec(cls=True, feature_map=True)
@@ -41,6 +42,15 @@ def _parent(pid: int) -> int:
         return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
     except OSError:
         return 0
+
+
+def whole_without(pool: TeacherPool, node_id: str) -> PoolStatus:
+    """The pool once it is whole. It may be some seconds until its controller misses those of the dead node."""
+    deadline = time.monotonic() + 120
+    while any(one.node_id == node_id for one in pool.status().replicas):
+        assert time.monotonic() < deadline, f"replicas of the dead node are still listed: {pool.status()}"
+        time.sleep(0.1)
+    return pool.wait_ready(120)
 
 
 def main(folder: Path) -> None:
@@ -68,8 +78,7 @@ def main(folder: Path) -> None:
                     killed_at = now
                 if number == 80:
                     cluster.add_node(**resources)
-            pool.wait_ready(120)
-            status = pool.status()
+            status = whole_without(pool, first.node_id)
         teacher = FakeTeacher()
         wrong = [
             number
