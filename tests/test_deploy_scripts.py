@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import socket
 import stat
 import subprocess
 import sys
@@ -16,6 +17,10 @@ import pytest
 DEPLOY = Path(__file__).parent.parent / "deploy"
 RAY = DEPLOY / "ray"
 SCRIPTS = sorted([*DEPLOY.rglob("*.sh"), *DEPLOY.rglob("*.sbatch")])
+
+
+# Others than a Ray has that may run here already.
+PORTS = ("--metrics-port", 18090, "--ports-from", 16380)
 
 
 def run(*command: object, **env: str) -> subprocess.CompletedProcess[str]:
@@ -77,6 +82,7 @@ def test_token(token: Path) -> None:
 def test_head(token: Path, started: Path, tmp_path: Path) -> None:
     options = ["--ip", "10.1.2.3", "--token", token, "--object-store", "3G", "--cpus", 2, "--gpus", 0]
     options += ["--label", "role=teacher", "--label", "zone=a", "--resources", '{"scratch": 1}', "--port", 6400]
+    options += ["--dashboard", 18265, "--client-port", 11001, *PORTS]
     done = run(RAY / "head.sh", *options, "--", "--include-dashboard", "false", RAY=str(started), RAY_AUTH_TOKEN="no")
     assert done.returncode == 0, done.stderr
     words = re.findall(r"^word (.*)$", done.stdout, re.MULTILINE)
@@ -88,7 +94,7 @@ def test_head(token: Path, started: Path, tmp_path: Path) -> None:
     assert given["--resources"] == '{"scratch": 1}'
     assert given["--port"] == "6400"
     assert given["--dashboard-host"] == "127.0.0.1"
-    assert given["--metrics-export-port"] == "8090"
+    assert (given["--metrics-export-port"], given["--node-manager-port"]) == ("18090", "16380")
     assert words[-2:] == ["--include-dashboard", "false"]
     env = dict(line.split("=", 1) for line in done.stdout.splitlines() if line.startswith("RAY_"))
     assert (env["RAY_AUTH_MODE"], env["RAY_AUTH_TOKEN_PATH"]) == ("token", str(token))
@@ -100,7 +106,7 @@ def test_worker_with_tls(token: Path, started: Path, tmp_path: Path) -> None:
     certificates = tmp_path / "certificates"
     assert run(RAY / "make-certificates.sh", certificates, "10.1.2.4", "worker-1").returncode == 0
     node = certificates / "10.1.2.4"
-    options = ["--head", "10.1.2.3:6379", "--token", token, "--tls", node]
+    options = ["--head", "10.1.2.3:6379", "--token", token, "--tls", node, *PORTS]
     done = run(RAY / "worker.sh", *options, RAY=str(started))
     assert done.returncode == 0, done.stderr
     assert "word --address\nword 10.1.2.3:6379\n" in done.stdout
@@ -130,6 +136,15 @@ def test_mistakes_start_nothing(
     done = run(RAY / script, *options, RAY=str(started), RAY_AUTH_TOKEN_PATH=str(token), HOME=str(tmp_path))
     assert done.returncode == 2
     assert message in done.stderr
+    assert done.stdout == ""
+
+
+def test_a_port_in_use_is_named(token: Path, started: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        done = run(RAY / "head.sh", "--token", token, "--port", port, *PORTS, RAY=str(started))
+    assert done.returncode == 2
+    assert f"port {port} is in use" in done.stderr
     assert done.stdout == ""
 
 

@@ -43,6 +43,8 @@ def slurm(tmp_path: Path) -> dict[str, str]:
     programs = {
         "scontrol": "printf 'n0\\nn1\\nn2\\n'",
         "hostname": "echo 127.0.0.1",
+        # By which the nodes look whether their ports are free: whatever runs on this machine does not matter here.
+        "grep": 'exit "${PORT_IN_USE:-1}"',
         "srun": 'while [[ $1 == --* ]]; do shift; done; exec "$@"',
         # A node: runs until it is told to end.
         "ray": 'trap "echo ended >>$NOTES/nodes; exit" TERM; echo "$@" >>"$NOTES/nodes"; while :; do sleep 0.1; done',
@@ -108,6 +110,14 @@ def test_a_pool_that_does_not_start_ends_the_job(slurm: dict[str, str], head: ob
     assert done.returncode == 3
     assert not (tmp_path / "token").exists(), "nothing was trained"
     assert (tmp_path / "nodes").read_text().splitlines().count("ended") == 3
+
+
+def test_a_head_that_ends_ends_the_job_and_says_why(slurm: dict[str, str], tmp_path: Path) -> None:
+    done = submit({**slurm, "PORT_IN_USE": "0"}, "pool.yaml", "train")
+    assert done.returncode == 1
+    assert "the head node ended" in done.stderr
+    assert "head.sh: port 6379 is in use" in done.stderr
+    assert not (tmp_path / "pools").exists()
 
 
 def test_usage(slurm: dict[str, str], tmp_path: Path) -> None:

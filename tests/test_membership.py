@@ -337,11 +337,26 @@ def test_in_a_full_cluster_an_old_replica_makes_room_for_its_successor() -> None
     assert drain == Action(ActionKind.DRAIN, "r0")
     assert members.plan(60.0, unplaced=[start.replica_id]) == [], "one at a time"
     members.drained("r0")
-    members.became_ready(start.replica_id, 61.0)
+    assert members.plan(65.0, unplaced=[start.replica_id]) == [], "it has not moved in yet"
+    members.became_ready(start.replica_id, 70.0)
     assert len(members.ready()) == 2
     # By now it is known to be full.
-    (start,) = members.plan(61.0)
-    assert members.plan(63.0, unplaced=[start.replica_id]) == [Action(ActionKind.DRAIN, "r1")]
+    (start,) = members.plan(70.0)
+    assert members.plan(75.0, unplaced=[start.replica_id]) == [Action(ActionKind.DRAIN, "r1")]
+    members.drained("r1")
+    assert members.plan(80.0, unplaced=[start.replica_id]) == []
+    assert len(members.ready()) == 1
+
+
+def test_in_a_full_cluster_room_that_somebody_else_took_is_made_again() -> None:
+    members = a_pool(2)
+    members.reload()
+    (start,) = members.plan(10.0)
+    (drain,) = members.plan(30.0, unplaced=[start.replica_id])
+    members.plan(31.0, unplaced=[start.replica_id])
+    members.drained(drain.replica_id)
+    assert members.plan(50.0, unplaced=[start.replica_id]) == []
+    assert members.plan(51.0, unplaced=[start.replica_id]) == [Action(ActionKind.DRAIN, "r1")]
 
 
 def test_names_go_on_where_the_last_controller_was() -> None:

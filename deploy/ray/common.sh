@@ -31,6 +31,7 @@ worker_ports=20000-20999
 tls=
 labels=
 arguments=()
+ports=() # that one of the scripts needs, beside those above
 
 # Reads one option off "$@"; says in `taken` how many words that were: 0 if it is none of these.
 # shellcheck disable=SC2034 # the scripts that source this read `taken`
@@ -88,6 +89,18 @@ use_tls() {
     export RAY_TLS_CA_CERT=$tls/ca.crt RAY_TLS_SERVER_CERT=$tls/node.crt RAY_TLS_SERVER_KEY=$tls/node.key
 }
 
+# Ray's own words for a port in use are a traceback about something else, or none at all.
+require_free() {
+    local port
+    for port in "$@"; do
+        [[ $port =~ ^[0-9]+$ ]] || die "a port must be a number; got '$port'"
+        # The kernel's list of sockets; 0A are those that listen.
+        if grep -Eqs "^ *[0-9]+: [0-9A-F]+:$(printf %04X "$port") [0-9A-F]+:[0-9A-F]+ 0A " /proc/net/tcp /proc/net/tcp6; then
+            die "port $port is in use, perhaps by another node on this machine: end that, or choose other ports (--help)"
+        fi
+    done
+}
+
 # Becomes Ray: this process's number is then that of `ray start`, which ends with all that it started on SIGTERM, and
 # whose processes the kernel ends should it be killed.
 become_ray() {
@@ -99,6 +112,8 @@ become_ray() {
     [[ $worker_ports =~ ^[0-9]+-[0-9]+$ ]] ||
         die "--worker-ports must be a range such as 20000-20999; got '$worker_ports'"
     [[ $ports_from =~ ^[0-9]+$ ]] || die "--ports-from must be a port; got '$ports_from'"
+    require_free "${ports[@]}" "$metrics_port" $((ports_from)) $((ports_from + 1)) $((ports_from + 2)) \
+        $((ports_from + 3)) $((ports_from + 4))
     [[ -z $labels ]] || arguments+=(--labels "$labels")
     exec "${RAY:-ray}" start --block \
         --node-manager-port "$ports_from" --object-manager-port "$((ports_from + 1))" \

@@ -39,5 +39,7 @@ while [[ $# -gt 0 ]]; do
     esac
 done
 
+# shellcheck disable=SC2034 # common.sh reads it
+ports=("$port" "$dashboard" "$client_port")
 become_ray --head --port "$port" --dashboard-host 127.0.0.1 --dashboard-port "$dashboard" \
     --ray-client-server-port "$client_port" "$@"

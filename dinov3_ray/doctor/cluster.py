@@ -46,15 +46,15 @@ def check_nodes(wanted_gpus: int) -> Iterator[Finding]:
     nodes = [node for node in ray.nodes() if node["Alive"]]
     resources = ray.cluster_resources()
     gpus = int(resources.get("GPU", 0))
-    told = f"{len(nodes)} nodes with {resources.get('CPU', 0):g} CPUs and {gpus} GPUs"
+    told = f"nodes: {len(nodes)}, with {resources.get('CPU', 0):g} CPUs and {gpus} GPUs in all"
     if gpus < wanted_gpus:
         yield problem(
-            "nodes",
+            "resources",
             f"{told}; {wanted_gpus} GPUs asked for with --gpus",
             "start more worker nodes; one whose GPUs Ray does not see needs `worker.sh --gpus N` and NVIDIA's driver",
         )
     else:
-        yield fine("nodes", told)
+        yield fine("resources", told)
     small = [node for node in nodes if node["Resources"].get("object_store_memory", 0) < _LEAST_STORE]
     if small:
         names = ", ".join(node["NodeManagerAddress"] for node in small)

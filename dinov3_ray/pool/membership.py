@@ -17,7 +17,7 @@ _LONGEST_BACKOFF = 30.0
 _MOST_DOUBLINGS = 8  # more than it takes to the longest; 2**1024 is no float
 _KEPT_TROUBLES = 8
 _PLACE_PATIENCE = 20.0  # seconds that a successor waits for a place before an old replica makes room for it
-_CROWDED_PATIENCE = 2.0  # likewise, once the cluster has turned out to be full
+_CROWDED_PATIENCE = 5.0  # likewise, once the cluster has turned out to be full
 _HOPELESS_STARTS = 3  # waves of failed starts, none between them having succeeded, after which a reload is given up
 
 
@@ -74,6 +74,7 @@ class Membership:
         self._failures = 0
         self._not_before = 0.0
         self._crowded = False
+        self._last_leaving = float("-inf")  # when a member was last seen on its way out
 
     # What happened --------------------------------------------------------------------------------------------------
 
@@ -198,10 +199,15 @@ class Membership:
     def _is_stuck(self, now: float, unplaced: Collection[str]) -> bool:
         """Whether a successor has waited long for a place, and no old member is about to leave one."""
         if any(member.state is MemberState.DRAINING for member in self.members):
+            self._last_leaving = now
             return False
-        patience = _CROWDED_PATIENCE if self._crowded else _PLACE_PATIENCE
-        starting = self._of(self.generation, MemberState.STARTING)
-        return any(one.replica_id in unplaced and now - one.since >= patience for one in starting)
+        for one in self._of(self.generation, MemberState.STARTING):
+            # One that was there when the last member left has the room that this made: it takes seconds to move in.
+            newer = one.since > self._last_leaving
+            patience = _CROWDED_PATIENCE if self._crowded and newer else _PLACE_PATIENCE
+            if one.replica_id in unplaced and now - max(one.since, self._last_leaving) >= patience:
+                return True
+        return False
 
     def next_change(self, now: float) -> float | None:
         """Seconds until a delayed start is due, if one is."""
