@@ -253,6 +253,7 @@ def test_waits_are_counted_and_said_once(caplog: pytest.LogCaptureFixture) -> No
     statistics = stream.statistics()
     assert statistics.steps == 60
     assert statistics.wait_seconds == stream.wait_seconds >= 0.01 * 50  # all but the epochs' first batches, roughly
+    assert statistics.fill_seconds >= 0.01 * 3, "which are counted apart"
     assert stream.wait_share == statistics.wait_share > 0.5
     said = [record.getMessage() for record in caplog.records if record.module == "prefetch"]
     assert len(said) == 1

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from dinov3_ray.bench.simulated import Work
 from dinov3_ray.bench.throughput import describe_machine, measure
+from dinov3_ray.bench.training_command import training
 from dinov3_ray.bench.transport import measure_transport
 from dinov3_ray.pool.cluster import connect
 
@@ -22,6 +23,9 @@ _OBJECT_STORE_BYTES = 2 * 2**30  # room for every contender's results in flight
 @click.group()
 def bench() -> None:
     """Measure, beside peers that do the same work in the same run."""
+
+
+bench.add_command(training)
 
 
 @bench.command()

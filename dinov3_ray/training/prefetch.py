@@ -50,7 +50,8 @@ class PrefetchStatistics:
         seconds: in the loop, from each pass's first delivery on: the student's time and the waits, without the loader's
             time.
         wait_seconds: of these, waiting for the teacher. The first batch of a pass, which nothing could be ahead of, is
-            left out.
+            left out:
+        fill_seconds: waiting for those.
         depth: batches kept ahead of the loop now.
         resends: requests that the teachers' pools had to send again since the first pass began; 0 without a pool.
     """
@@ -58,6 +59,7 @@ class PrefetchStatistics:
     steps: int = 0
     seconds: float = 0.0
     wait_seconds: float = 0.0
+    fill_seconds: float = 0.0
     depth: int = 0
     resends: int = 0
 
@@ -103,6 +105,7 @@ class Prefetch(Generic[Batch, Targets]):
         self._steps = 0
         self._seconds = 0.0
         self._wait_seconds = 0.0
+        self._fill_seconds = 0.0
         self._warned = False
         self._fingerprints: dict[str, str | None] = {}
         self._resends_before: int | None = None
@@ -124,7 +127,9 @@ class Prefetch(Generic[Batch, Targets]):
 
     def statistics(self) -> PrefetchStatistics:
         """A snapshot; it stays readable after the loop."""
-        return PrefetchStatistics(self._steps, self._seconds, self._wait_seconds, self._depth.batches, self._resends)
+        return PrefetchStatistics(
+            self._steps, self._seconds, self._wait_seconds, self._fill_seconds, self._depth.batches, self._resends
+        )
 
     @property
     def wait_seconds(self) -> float:
@@ -187,7 +192,9 @@ class Prefetch(Generic[Batch, Targets]):
                 self._check_fingerprints(features)
                 self._steps += 1
                 self._resends = self._pool_resends() - self._resends_before
-                if loop_began is not None:
+                if loop_began is None:
+                    self._fill_seconds += waited
+                else:
                     self._count(waited, now - loop_began)
                 loop_began = now
                 yield batch, self._targets(features)

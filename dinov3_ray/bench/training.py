@@ -1,0 +1,218 @@
+"""A training step with its teacher in a pool, over the same step with no teacher at all.
+
+The student is a device that is busy for a given time, as the teachers are: what is missing to 1.0 is waiting, and what
+handing images and targets over costs the loop.
+"""
+
+from __future__ import annotations
+
+import functools
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from dinov3_ray.bench.simulated import SPEC, Accelerator, Work
+from dinov3_ray.features import Features
+from dinov3_ray.pool.remote import RemoteTeacher
+from dinov3_ray.pool.teacher_pool import TeacherPool
+from dinov3_ray.training.prefetch import Prefetch
+
+__all__ = ["EPOCH", "KINDS", "Pass", "Setting", "Timings", "measure_training"]
+
+#: How a loop may come by its targets, in the order in which they are measured and shown.
+KINDS = ("teacher-free", "prefetch", "in-loop teacher", "submit in the step")
+
+_FORWARD = 1 / 3  # of a step: what a submitted batch can hide behind where nothing is sent ahead
+_SLOW_STEPS = 4  # a step that is known to be slow is measured by a fourth of the others' number
+EPOCH = 1000
+"""Steps of the longer epoch whose ratio, its fill included, is computed from what was measured."""
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """What is measured.
+
+    Attributes:
+        replicas: of the pool.
+        steps: of a pass over the loader.
+        repeats: passes of each kind, in turn, after a short one to warm up.
+        step_seconds: of the student.
+        in_loop: the teacher's time on the student's own device, over the student's.
+        capacity: of the whole pool, over what the student needs; each replica takes ``replicas / capacity`` steps for a
+            batch.
+    """
+
+    replicas: int = 2
+    steps: int = 40
+    repeats: int = 3
+    step_seconds: float = 0.3
+    in_loop: float = 1.0
+    capacity: float = 1.5
+
+    @property
+    def work(self) -> Work:
+        return Work(self.steps, replicas=self.replicas, seconds=self.step_seconds * self.replicas / self.capacity)
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """One pass over the loader.
+
+    Attributes:
+        steps: of it.
+        fill: seconds until the first step began: with prefetch, until the first batch had its targets.
+        seconds: from there to the end.
+        wait_share: of those, as the prefetch counts it; 0 without one.
+    """
+
+    steps: int
+    fill: float
+    seconds: float
+    wait_share: float = 0.0
+
+    @property
+    def step(self) -> float:
+        """Seconds a step, from the beginning of the first one."""
+        return self.seconds / self.steps
+
+    def step_of_epoch(self, steps: int) -> float:
+        """Seconds a step of an epoch of so many, its first fill included."""
+        return self.fill / steps + self.step
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """All passes by kind: the first of each ran beside the first of the others, and so on."""
+
+    setting: Setting
+    passes: dict[str, list[Pass]] = field(default_factory=lambda: {kind: [] for kind in KINDS})
+
+    def ratios(self, kind: str) -> list[float]:
+        """Step over teacher-free step, from the beginning of the first one."""
+        return [each.step / free.step for each, free in self._pairs(kind)]
+
+    def epoch_ratio(self, kind: str, steps: int) -> float:
+        """The median ratio over an epoch of so many steps, its first fill included."""
+        pairs = self._pairs(kind)
+        return statistics.median(each.step_of_epoch(steps) / free.step_of_epoch(steps) for each, free in pairs)
+
+    def median(self, kind: str, of: Callable[[Pass], float]) -> float:
+        return statistics.median(map(of, self.passes[kind]))
+
+    def as_dict(self) -> dict[str, Any]:
+        """The setting, and by kind the medians with all that they are medians of."""
+        return asdict(self.setting) | {
+            "teacher_seconds": self.setting.work.seconds,
+            "kinds": {
+                kind: {
+                    "step_seconds": self.median(kind, lambda each: each.step),
+                    "ratio": statistics.median(self.ratios(kind)),
+                    "ratios": self.ratios(kind),
+                    "wait_share": self.median(kind, lambda each: each.wait_share),
+                    "fill_seconds": self.median(kind, lambda each: each.fill),
+                    "ratio_with_fill": {
+                        str(steps): self.epoch_ratio(kind, steps) for steps in (self.setting.steps, EPOCH)
+                    },
+                    "passes": [asdict(each) for each in self.passes[kind]],
+                }
+                for kind in KINDS
+            },
+        }
+
+    def rows(self) -> Iterator[tuple[str, ...]]:
+        """For a table: kind, ms a step, ratio, share of waiting, seconds of the fill, and the ratio with the fill."""
+        for kind in KINDS:
+            yield (
+                kind,
+                f"{1e3 * self.median(kind, lambda each: each.step):.1f}",
+                f"{statistics.median(self.ratios(kind)):.3f}",
+                f"{self.median(kind, lambda each: each.wait_share):.1%}" if kind == "prefetch" else "-",
+                f"{self.median(kind, lambda each: each.fill):.2f}",
+                f"{self.epoch_ratio(kind, self.setting.steps):.3f}",
+            )
+
+    def _pairs(self, kind: str) -> list[tuple[Pass, Pass]]:
+        return list(zip(self.passes[kind], self.passes[KINDS[0]], strict=True))
+
+
+def measure_training(setting: Setting, on_kind: Callable[[str], None]) -> Timings:
+    """Measure in the Ray that this process is connected to."""
+    work = setting.work
+    with TeacherPool.start(
+        functools.partial(Accelerator, work), name="bench-training", replicas=work.replicas, num_gpus=0
+    ) as pool:
+        loops = _Loops(setting, pool.teacher())
+        timings = Timings(setting)
+        for repeat in range(setting.repeats + 1):
+            for kind in KINDS:
+                on_kind(f"{kind}, {setting.replicas} replicas, pass {repeat} of {setting.repeats}")
+                slow = kind not in KINDS[:2]
+                few = max(1, setting.steps // _SLOW_STEPS)
+                seen = loops.run(kind, few if slow or not repeat else setting.steps)
+                if repeat:
+                    timings.passes[kind].append(seen)
+    return timings
+
+
+class _Loops:
+    """The training loops that are compared. Each sees the same batches, and yields as each of its steps begins."""
+
+    def __init__(self, setting: Setting, remote: RemoteTeacher) -> None:
+        self._step_seconds, self._remote = setting.step_seconds, remote
+        self._images = setting.work.images()
+        self._local = Accelerator(Work(rows=setting.work.rows, seconds=setting.in_loop * setting.step_seconds))
+
+    def run(self, kind: str, steps: int) -> Pass:
+        stream: Prefetch[int, Features] = self._remote.prefetch(range(steps), SPEC, images=self._load)
+        loop = {
+            "teacher-free": self._teacher_free(steps),
+            "prefetch": self._prefetched(stream),
+            "in-loop teacher": self._in_loop(steps),
+            "submit in the step": self._submitting(steps),
+        }[kind]
+        begun = first = time.perf_counter()
+        done = 0
+        for done, _ in enumerate(loop, 1):
+            if done == 1:
+                first = time.perf_counter()
+        ended = time.perf_counter()
+        assert done == steps, f"{kind}: {done} steps of {steps}"
+        return Pass(steps, first - begun, ended - first, stream.wait_share)
+
+    def _teacher_free(self, steps: int) -> Iterator[None]:
+        for number in range(steps):
+            self._load(number)
+            yield
+            self._student()
+
+    def _prefetched(self, stream: Prefetch[int, Features]) -> Iterator[None]:
+        for _, targets in stream:
+            assert targets.feature_map is not None
+            yield
+            self._student()
+
+    def _in_loop(self, steps: int) -> Iterator[None]:
+        for number in range(steps):
+            images = self._load(number)
+            yield
+            self._local.extract(images, SPEC)
+            self._student()
+
+    def _submitting(self, steps: int) -> Iterator[None]:
+        for number in range(steps):
+            images = self._load(number)
+            yield
+            handle = self._remote.submit(images, SPEC)
+            self._student(_FORWARD)
+            handle.result()
+            self._student(1 - _FORWARD)
+
+    def _load(self, _number: int) -> torch.Tensor:
+        return self._images.clone()
+
+    def _student(self, share: float = 1.0) -> None:
+        time.sleep(share * self._step_seconds)
