@@ -227,6 +227,15 @@ def test_a_replica_on_this_node_wins_a_tie_and_only_a_tie() -> None:
     assert chosen == ["near", "far"]
 
 
+@pytest.mark.parametrize("replicas", [2, 4, 8])
+def test_the_first_batches_of_a_client_go_to_as_many_replicas(replicas: int) -> None:
+    for seed in range(20):
+        book = a_book(replicas, seed=seed)
+        for name in range(replicas):
+            book.submit(str(name), rows=1, nbytes=1)
+        assert len({send.replica_id for send in book.next_sends(0.0)}) == replicas
+
+
 def test_what_others_have_waiting_counts_as_long_as_it_is_news() -> None:
     book = a_book(2, window=100)
     for number in range(2):
