@@ -260,15 +260,19 @@ def test_waits_are_counted_and_said_once(caplog: pytest.LogCaptureFixture) -> No
     assert all(remedy in said[0] for remedy in ("pool.scale", "map_size", "int8"))
 
 
-def test_the_loaders_time_is_no_wait() -> None:
+def test_the_loaders_time_is_no_wait_nor_is_that_of_taking_the_images_out() -> None:
     def slow() -> Iterator[Tensor]:
         for batch in batches(10):
-            time.sleep(0.1)
+            time.sleep(0.05)
             yield batch
 
-    stream = prefetch(FakeTeacher(), slow(), SPEC)
+    def images(batch: Tensor) -> Tensor:
+        time.sleep(0.05)
+        return batch
+
+    stream = prefetch(FakeTeacher(), slow(), SPEC, images=images)
     assert len(list(stream)) == 10
-    assert stream.statistics().seconds < 0.5
+    assert stream.statistics().seconds + stream.statistics().fill_seconds < 0.5
 
 
 def pool_with_reload(remote: RemoteTeacher, pool: TeacherPool, **options: Any) -> list[str | None]:

@@ -47,8 +47,8 @@ class PrefetchStatistics:
 
     Attributes:
         steps: batches delivered.
-        seconds: in the loop, from each pass's first delivery on: the student's time and the waits, without the loader's
-            time.
+        seconds: in the loop, from each pass's first delivery on: the student's time and the waits, without the time of
+            the loader and of ``images``.
         wait_seconds: of these, waiting for the teacher. The first batch of a pass, which nothing could be ahead of, is
             left out:
         fill_seconds: waiting for those.
@@ -172,16 +172,16 @@ class Prefetch(Generic[Batch, Targets]):
                 drawn, waited = 0, 0.0
                 while not exhausted and self._wants_more(pipeline, drawn):
                     began = time.perf_counter()
-                    batch = next(batches, _END)
+                    got = self._draw(batches)
                     loaded = time.perf_counter()
                     if loop_began is not None:
                         loop_began += loaded - began
-                    if isinstance(batch, _End):
+                    if got is None:
                         exhausted = True
                     else:
-                        pipeline.put(batch, self._images(batch))
+                        pipeline.put(*got)
                         drawn += 1
-                    del batch
+                    del got
                     waited += time.perf_counter() - loaded
                 if not len(pipeline):
                     return
@@ -204,6 +204,11 @@ class Prefetch(Generic[Batch, Targets]):
             close = getattr(batches, "close", None)  # a generator's; a DataLoader's workers end with its iterator
             if callable(close):
                 close()
+
+    def _draw(self, batches: Iterator[Batch]) -> tuple[Batch, Images] | None:
+        """The next batch with its images; None at the loader's end."""
+        batch = next(batches, _END)
+        return None if isinstance(batch, _End) else (batch, self._images(batch))
 
     def _wants_more(self, pipeline: Pipeline[Batch], drawn: int) -> bool:
         """Whether to draw another batch before the next is delivered."""
