@@ -8,6 +8,8 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -19,9 +21,11 @@ from torch import Tensor
 
 from dinov3_ray.cli import main
 from dinov3_ray.demo.augment import Views, crop_centre
+from dinov3_ray.demo.display import Display, Report
 from dinov3_ray.demo.embedded import gpus_a_replica
 from dinov3_ray.demo.interrupts import Interrupts
 from dinov3_ray.demo.photographs import read_photographs
+from dinov3_ray.demo.run import Settings, run
 from dinov3_ray.demo.scenes import draw_scene
 from dinov3_ray.demo.student import Student
 
@@ -119,10 +123,8 @@ def test_it_teaches_on_the_users_photographs_and_leaves_nothing_but_its_files(
 
 def test_an_interrupt_leaves_no_process_and_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    process = start_demo(
-        "--steps", "1000000", "--seconds", "600", "--out", str(tmp_path / "out"), home=tmp_path / "home"
-    )
-    read_until(process, "step 1/")
+    process = start_demo("--out", str(tmp_path / "out"), home=tmp_path / "home")
+    read_until(process, "starting 2 teachers")  # Ray is whole by now, the pool half made
     commands = " ".join(processes_of(process.pid).values())
     assert "raylet" in commands
     folder = re.search(r"/tmp/dinov3-\w+", commands)
@@ -139,33 +141,31 @@ def test_an_interrupt_leaves_no_process_and_no_folder(tmp_path: Path, monkeypatc
     assert not list((tmp_path / "out").iterdir())
 
 
-def test_an_interrupt_leaves_no_actor_in_a_ray_that_it_joined(ray_cluster: str, tmp_path: Path) -> None:
-    def demo_actors() -> list[str]:
-        actors = ray.util.list_named_actors(all_namespaces=True)
-        return [actor["name"] for actor in actors if "/demo-" in actor["name"]]
+def demo_actors() -> list[str]:
+    actors = ray.util.list_named_actors(all_namespaces=True)
+    return [actor["name"] for actor in actors if "/demo-" in actor["name"]]
 
-    arguments = [
-        "--steps",
-        "1000000",
-        "--seconds",
-        "600",
-        "--replicas",
-        "1",
-        "--address",
-        ray_cluster,
-        "--out",
-        str(tmp_path / "out"),
-    ]
-    process = start_demo(*arguments, home=tmp_path / "home")
-    read_until(process, "step 1/")
-    assert not any("raylet" in command for command in processes_of(process.pid).values())
-    assert len(demo_actors()) == 2  # the pool's controller and its replica
-    process.send_signal(signal.SIGINT)
-    _, stderr = process.communicate(timeout=PATIENCE)
-    assert process.returncode == 130, stderr
-    assert "Traceback" not in stderr
+
+class InterruptingDisplay(Display):
+    """Ctrl-C as the first step ends, when targets are in flight."""
+
+    @contextmanager
+    def training(self, steps: int) -> Iterator[Report]:
+        def interrupt(*_: object) -> None:
+            assert len(demo_actors()) == 2  # the pool's controller and its replica
+            send(signal.SIGINT)
+
+        yield interrupt
+
+
+def test_an_interrupt_leaves_no_actor_in_a_ray_that_it_joined(ray_cluster: str, tmp_path: Path) -> None:
+    settings = Settings(tmp_path / "out", replicas=1, batch=2, address=ray_cluster)
+    with Interrupts("") as interrupts, pytest.raises(KeyboardInterrupt):
+        run(settings, InterruptingDisplay(), interrupts)
+    assert interrupts.exit_code == 130
     assert not demo_actors()
-    assert not processes_of(process.pid)
+    assert ray.is_initialized(), "this process's own connection stays"
+    assert not list((tmp_path / "out").iterdir())
 
 
 @pytest.mark.parametrize(
