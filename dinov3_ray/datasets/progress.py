@@ -8,7 +8,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+)
+from rich.text import Text
 
 __all__ = ["Meter", "metering"]
 
@@ -20,16 +29,24 @@ class Meter:
         self.images = 0
         self.bytes = 0
         self._started = time.monotonic()
+        self._last = 0.0
         self._bar = bar
         if bar is not None:
-            self._task = bar.add_task("extracting", total=total, completed=done, rates="")
+            self._task = bar.add_task("extracting", total=total, completed=done, rates="", meter=self)
 
     def add(self, images: int, size: int) -> None:
         """A block of so many images, and so many bytes written."""
         self.images += images
         self.bytes += size
+        self._last = self.seconds
         if self._bar is not None:
             self._bar.update(self._task, advance=images, rates=str(self))
+
+    def seconds_left(self, remaining: float) -> float | None:
+        """For so many images; None before the first block, which tells how fast they go."""
+        if not self.images:
+            return None
+        return max(0.0, remaining * self._last / self.images - (self.seconds - self._last))
 
     @property
     def seconds(self) -> float:
@@ -38,6 +55,18 @@ class Meter:
     def __str__(self) -> str:
         seconds = max(self.seconds, 1e-9)
         return f"{self.images / seconds:,.1f} img/s, {self.bytes / 1e6 / seconds:,.1f} MB/s"
+
+
+class _TimeLeft(ProgressColumn):
+    """From all blocks so far: they may be minutes apart, which rich's own column takes for standing still."""
+
+    def render(self, task: Task) -> Text:
+        meter: Meter = task.fields["meter"]
+        left = None if task.remaining is None else meter.seconds_left(task.remaining)
+        if left is None:
+            return Text("-:--:-- left")
+        minutes, seconds = divmod(round(left), 60)
+        return Text(f"{minutes // 60}:{minutes % 60:02}:{seconds:02} left")
 
 
 @contextmanager
@@ -52,8 +81,7 @@ def metering(show: bool | None, total: int | None, done: int) -> Iterator[Meter]
         MofNCompleteColumn(),
         TextColumn("{task.fields[rates]}"),
         TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
+        _TimeLeft(),
     )
     with Progress(*columns, console=Console(stderr=True)) as bar:
         yield Meter(bar, total, done)

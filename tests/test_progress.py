@@ -1,0 +1,36 @@
+"""What a run shows of itself."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from dinov3_ray.datasets import progress
+
+
+def test_the_bar_tells_rates_and_time_left_from_blocks_however_far_apart(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = 1000.0
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: now))
+    with progress.metering(True, total=1000, done=200) as meter:
+        assert meter.seconds_left(800) is None
+        now += 100
+        meter.add(100, 50_000_000)
+        assert str(meter) == "1.0 img/s, 0.5 MB/s"
+        assert meter.seconds_left(700) == 700
+        now += 60  # no block since
+        assert meter.seconds_left(700) == 640
+    shown = capsys.readouterr().err
+    assert "300/1000" in shown
+    assert "1.0 img/s" in shown
+    assert "0:10:40 left" in shown
+
+
+def test_no_bar_unless_asked_or_at_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    for show in (False, None):
+        with progress.metering(show, total=None, done=0) as meter:
+            meter.add(3, 5)
+        assert meter.images == 3
+    assert capsys.readouterr().err == ""
