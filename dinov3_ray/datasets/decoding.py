@@ -43,6 +43,11 @@ class Piece:
     def positions(self) -> range:
         return range(self.first, self.first + len(self.ids))
 
+    @property
+    def is_decoded(self) -> bool:
+        """Whether all images are at hand as pixels."""
+        return self.source is None and not any(isinstance(content, bytes) for _, content in self.rows)
+
     def read(self) -> Iterator[tuple[str, Content]]:
         """The id and content of each image, in order."""
         return iter(self.rows) if self.source is None else self.source.read(self.rows)

@@ -40,7 +40,6 @@ logger = logging.getLogger("dinov3_ray")
 
 _BATCH = 32
 _PROBED_IMAGES = 8
-_POOL_THREADS = 4
 _CALLS = 3  # an actor's at a time: one waits for pixels, one computes, one writes
 
 
@@ -155,6 +154,8 @@ def extract(
             decoders=decoders,
             threads=threads,
             pooled=pool is not None,
+            # Compiled code is not: torch.compile keeps state of its own. Of others' teachers nothing is known.
+            reentrant=model is not None and not model.compile,
         )
         job = Job(
             teacher=TeacherFactory(model, factory, "cuda" if placement.num_gpus else "cpu", placement.threads),
@@ -164,7 +165,7 @@ def extract(
             decoder=decoder,
             source=images,
             batch_size=batch_size or 0,
-            teacher_threads=1 if pool is None else _POOL_THREADS,
+            passes=placement.passes,
             window=placement.window,
             decode_cpus=placement.decode_cpus,
             image_column=image_column,

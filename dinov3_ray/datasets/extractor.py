@@ -17,7 +17,7 @@ import torch
 
 from dinov3_ray.config import DinoV3Config
 from dinov3_ray.datasets.decode import Decoder, Unreadable
-from dinov3_ray.datasets.decoding import Decoded, Piece, decode_task
+from dinov3_ray.datasets.decoding import Decoded, Piece, decode_piece, decode_task
 from dinov3_ray.datasets.layout import Folder
 from dinov3_ray.datasets.parquetsource import ID_COLUMNS, IMAGE_COLUMNS
 from dinov3_ray.datasets.plan import block_name, load_block
@@ -67,7 +67,7 @@ class Job:
 
     Attributes:
         source: None where the images come as rows of a Ray Dataset.
-        teacher_threads: 1 for a teacher that computes here; more for one whose calls wait for a pool.
+        passes: that an actor's teacher makes at a time; 1 on a GPU, where one thread does all the work.
         window: decoding tasks a call keeps going.
         finished_ids: a reference to the ids that need no work, for a Ray Dataset.
     """
@@ -79,7 +79,7 @@ class Job:
     decoder: Decoder
     source: Source | None
     batch_size: int
-    teacher_threads: int
+    passes: int
     window: int
     decode_cpus: float
     image_column: str | None = None
@@ -120,8 +120,8 @@ class BlockExtractor:
     """Extracts blocks; a callable class for Ray Data, which calls it from several threads.
 
     One call takes one block: it starts the tasks that decode it, gives equal sizes to the teacher batch by batch as
-    they come, and commits. While one call waits for pixels or writes, another's batches keep the teacher busy. A local
-    teacher is used by one thread only, whichever call a batch is of.
+    they come, and commits. While one call waits for pixels or writes, another's batches keep the teacher busy. Calls
+    share the threads that use the teacher, of which there is one, unless the teacher is known to be reentrant.
 
     Which images share a batch depends on their block alone, never on timing, so that a repeated block gives the same
     bits.
@@ -129,7 +129,7 @@ class BlockExtractor:
 
     def __init__(self, job: Job) -> None:
         self._job = job
-        self._thread = ThreadPoolExecutor(job.teacher_threads, thread_name_prefix="teacher")
+        self._thread = ThreadPoolExecutor(job.passes, thread_name_prefix="teacher")
         self._teacher = self._thread.submit(job.teacher).result()
         self._finished: frozenset[str] = ray.get(job.finished_ids) if job.finished_ids is not None else frozenset()
 
@@ -171,7 +171,7 @@ class BlockExtractor:
         running: deque[tuple[list[Decoded], Future[dict[str, np.ndarray]]]] = deque()
         for batch in self._batches(self._decoded(pieces), writer):
             running.append((batch, self._thread.submit(self._compute, batch)))
-            if len(running) > _AHEAD * self._job.teacher_threads:
+            if len(running) > _AHEAD * self._job.passes:
                 self._gather(*running.popleft(), writer)
         while running:
             self._gather(*running.popleft(), writer)
@@ -229,6 +229,12 @@ class BlockExtractor:
 
     def _decoded(self, pieces: Sequence[Piece]) -> Iterator[Decoded]:
         """The images of ``pieces`` in order, a few pieces being decoded at a time."""
+        if all(piece.is_decoded for piece in pieces):
+            # To send pixels to a task and back would cost more than is left to do with them.
+            for piece in pieces:
+                for chunk in decode_piece(piece, self._job.decoder, _CHUNK_BYTES):
+                    yield from chunk
+            return
         waiting = deque(pieces)
         running: deque[tuple[Piece, Any]] = deque()
         while waiting or running:

@@ -11,6 +11,10 @@ from dinov3_ray.errors import ConfigError
 __all__ = ["Placement", "place"]
 
 
+_POOL_PASSES = 4  # calls that wait for a pool
+_CPU_PASSES = 4
+
+
 @dataclass(frozen=True, slots=True)
 class Placement:
     """Of the teacher's actors and the decoding tasks.
@@ -20,7 +24,8 @@ class Placement:
         num_gpus, num_cpus: that each reserves.
         decode_cpus: that a decoding task reserves.
         window: decoding tasks that each call of an actor keeps going.
-        threads: torch's, in an actor that computes on CPUs; None leaves them to torch.
+        passes: through the teacher that an actor makes at a time.
+        threads: torch's, for each of these passes, in an actor that computes on CPUs; None leaves them to torch.
     """
 
     replicas: int
@@ -28,6 +33,7 @@ class Placement:
     num_cpus: float
     decode_cpus: float
     window: int
+    passes: int
     threads: int | None
 
 
@@ -40,8 +46,12 @@ def place(
     decoders: int | None = None,
     threads: int | None = None,
     pooled: bool = False,
+    reentrant: bool = False,
 ) -> Placement:
     """One actor a GPU where the cluster has any, else one a node; for a pool, one actor that asks it.
+
+    On CPUs a ``reentrant`` teacher makes several passes at a time, on fewer threads each: threads that share a pass
+    wait for one another, the more so when decoding or writing holds up one of them.
 
     Actors reserve at most one CPU each and half of all together, whatever they use, so that decoding never starves.
 
@@ -65,11 +75,16 @@ def place(
     num_cpus = min(1.0, cpus / 2 / replicas)
     if threads is None and not num_gpus and not pooled:
         threads = max(1, int(cpus / nodes) // math.ceil(replicas / nodes))
+    passes = _POOL_PASSES if pooled else 1
+    if threads is not None and reentrant and not num_gpus and not pooled:
+        passes = min(threads, _CPU_PASSES)
+        threads //= passes
     return Placement(
         replicas,
         num_gpus,
         num_cpus,
         min(1.0, cpus - replicas * num_cpus),
         decoders or max(2, math.ceil(cpus / replicas)),
+        passes,
         threads,
     )

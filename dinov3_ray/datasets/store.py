@@ -285,7 +285,9 @@ class _Part:
         """
         with self._lock:
             if self._parquet is None:
-                self._parquet = pq.ParquetFile(self.folder.system.open_input_file(self._path))
+                local = self.folder.is_local
+                source = self._path if local else self.folder.system.open_input_file(self._path)
+                self._parquet = pq.ParquetFile(source, memory_map=local)
             group_rows = self._parquet.metadata.row_group(0).num_rows
             pieces = []
             for group in range(start // group_rows, (stop - 1) // group_rows + 1):

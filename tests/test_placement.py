@@ -1,0 +1,43 @@
+"""Who computes where: what a cluster gives, shared out."""
+
+from __future__ import annotations
+
+import pytest
+
+from dinov3_ray.datasets.placement import place
+from dinov3_ray.errors import ConfigError
+
+
+def test_one_actor_a_gpu() -> None:
+    found = place({"CPU": 32, "GPU": 4}, 1, reentrant=True)
+    assert (found.replicas, found.num_gpus, found.num_cpus) == (4, 1, 1)
+    assert (found.passes, found.threads) == (1, None)  # one thread does all the work of a GPU
+    assert found.window == 8
+
+
+def test_without_a_gpu_a_reentrant_teacher_makes_several_passes_on_fewer_threads_each() -> None:
+    for cpus, passes, threads in ((1, 1, 1), (2, 2, 1), (8, 4, 2), (64, 4, 16)):
+        found = place({"CPU": cpus}, 1, reentrant=True)
+        assert (found.replicas, found.passes, found.threads) == (1, passes, threads)
+        assert (place({"CPU": cpus}, 1).passes, place({"CPU": cpus}, 1).threads) == (1, cpus)
+
+
+@pytest.mark.parametrize("cpus", [1, 2, 3, 8])
+@pytest.mark.parametrize("replicas", [None, 2, 5])
+def test_actors_leave_cpus_to_decode(cpus: int, replicas: int | None) -> None:
+    found = place({"CPU": cpus}, 1, replicas=replicas)
+    assert found.replicas * found.num_cpus + found.decode_cpus <= cpus
+    assert found.decode_cpus > 0
+
+
+def test_a_pool_is_asked_by_one_actor_with_several_calls_in_flight() -> None:
+    found = place({"CPU": 8, "GPU": 4}, 2, pooled=True)
+    assert (found.replicas, found.num_gpus, found.threads) == (1, 0, None)
+    assert found.passes > 1
+
+
+def test_more_than_the_cluster_has_is_refused() -> None:
+    with pytest.raises(ConfigError, match="must fit the cluster's 1 GPUs; got 2 x 1"):
+        place({"CPU": 8, "GPU": 1}, 1, replicas=2)
+    with pytest.raises(ConfigError, match="decoders must be at least 1; got 0"):
+        place({"CPU": 8}, 1, decoders=0)
