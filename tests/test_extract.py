@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
-import signal
-import subprocess
 import sys
-import threading
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import deadly
+import kills
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -21,6 +16,8 @@ import pytest
 import ray
 import torch
 from deadly import Deadly
+from kills import assert_equal, finished
+from picturefiles import EVERY, damage_of, file_name, write_pictures
 from PIL import Image
 from pyarrow import fs as pafs
 from torch import Tensor
@@ -41,34 +38,13 @@ ray.cloudpickle.register_pickle_by_value(deadly)
 
 SPEC = FeatureSpec(cls=True, feature_map=True, layers=(1,), map_size=(2, 2))
 GOOD, BROKEN = 1960, 40
-FORMS = (("jpg", "JPEG"), ("png", "PNG"), ("webp", "WEBP"))
-
-
-def image_bytes(index: int, form: str) -> bytes:
-    generator = np.random.default_rng(index)
-    height, width = generator.integers(32, 97, 2)
-    coarse = Image.fromarray(generator.integers(0, 256, (4, 4, 3), dtype=np.uint8))
-    file = io.BytesIO()
-    coarse.resize((int(width), int(height)), Image.Resampling.BILINEAR).save(file, form)
-    return file.getvalue()
 
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory, photographs: list[Tensor]) -> Path:
     """scikit-image's photographs and 2,000 generated files of mixed sizes, 40 of them broken in five ways."""
     root = tmp_path_factory.mktemp("images")
-    for index in range(GOOD + BROKEN):
-        extension, form = FORMS[index % 3]
-        path = root / f"{index % 7}" / f"{index:04}.{extension}"
-        path.parent.mkdir(exist_ok=True)
-        data = image_bytes(index, form)
-        if index % 50 == 0:
-            bomb = io.BytesIO()
-            Image.new("1", (20_000, 10_000)).save(bomb, "PNG")
-            data = (b"", data[: len(data) // 2], b"a text", bomb.getvalue(), image_bytes(0, "PNG")[:20])[
-                index // 50 % 5
-            ]
-        path.write_bytes(data)
+    write_pictures(root, GOOD + BROKEN)
     for index, photograph in enumerate(photographs):
         Image.fromarray(photograph.permute(1, 2, 0).numpy()).save(root / f"photograph-{index}.png")
     return root
@@ -90,30 +66,16 @@ def undisturbed(
     return FeatureStore(out)
 
 
-def assert_equal(store: FeatureStore, expected: FeatureStore) -> None:
-    """Row for row, bit for bit, errors included."""
-    assert store.ids == expected.ids
-    assert store.errors.equals(expected.errors)
-    for id_ in expected.ids:
-        mine, other = store.arrays(id_), expected.arrays(id_)
-        assert mine.keys() == other.keys()
-        assert all(np.array_equal(mine[name], other[name]) for name in other), id_
-        assert store.view(id_) == expected.view(id_)
-        assert store.original_size(id_) == expected.original_size(id_)
-
-
 def test_exact_rows_and_errors(undisturbed: FeatureStore, images: Path) -> None:
     everything = {str(path.relative_to(images)) for path in images.rglob("*") if path.is_file()}
     errors = {row["id"]: row["kind"] for row in undisturbed.errors.to_pylist()}
     assert len(undisturbed) == GOOD + 6
     assert list(undisturbed.ids) == sorted(everything - errors.keys())
-    kinds = {}
-    for index in range(0, GOOD + BROKEN, 50):
-        kinds[f"{index % 7}/{index:04}.{FORMS[index % 3][0]}"] = index // 50 % 5
-    assert errors.keys() == kinds.keys()
-    expected = {0: {"empty"}, 2: {"not an image"}, 3: {"too large"}, 1: {"truncated", "corrupt"}}
-    for id_, kind in kinds.items():
-        assert errors[id_] in expected.get(kind, {"truncated", "corrupt", "not an image"}), (id_, kind)
+    broken = {file_name(index): damage_of(index) for index in range(0, GOOD + BROKEN, EVERY)}
+    assert errors.keys() == broken.keys()
+    kinds = {"empty": {"empty"}, "text": {"not an image"}, "bomb": {"too large"}, "cut": {"truncated", "corrupt"}}
+    for id_, damage in broken.items():
+        assert errors[id_] in kinds.get(str(damage), {"truncated", "corrupt", "not an image"}), (id_, damage)
     manifest = undisturbed.manifest
     assert (manifest["rows"], manifest["errors"]) == (GOOD + 6, BROKEN)
     assert sum(manifest["errors_by_kind"].values()) == BROKEN
@@ -152,80 +114,6 @@ def test_parts_are_parquet_with_canonical_tensors(undisturbed: FeatureStore) -> 
     assert not list(out.rglob("*.tmp-*"))
 
 
-_DRIVER = """
-import sys
-from dinov3_ray.config import DinoV3Config
-from dinov3_ray.datasets import extract
-from dinov3_ray.features import FeatureSpec
-spec = FeatureSpec(cls=True, feature_map=True, layers=(1,), map_size=(2, 2))
-model = DinoV3Config(sys.argv[3], image_size=32, dtype="float32")
-done = extract(sys.argv[1], sys.argv[2], model, spec, block_size=100, address=sys.argv[4], threads=1)
-print(done.blocks)
-"""
-
-
-def finished(out: Path) -> dict[str, int]:
-    """Blocks in the ledger, with the inode of each entry: a block that is computed again has another."""
-    return {path.name: path.stat().st_ino for path in (out / "ledger").glob("*.json")} if out.exists() else {}
-
-
-def wait_for(condition: Callable[[], bool], running: Callable[[], bool], seconds: float = 90) -> bool:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        if not running():
-            return False
-        time.sleep(0.005)
-    return True
-
-
-@pytest.mark.slow
-def test_a_killed_driver_is_resumed_by_the_same_command(
-    undisturbed: FeatureStore, images: Path, model: DinoV3Config, ray_cluster: str, tmp_path: Path
-) -> None:
-    out = tmp_path / "out"
-    command = [sys.executable, "-c", _DRIVER, str(images), str(out), str(model.root), ray_cluster]
-    generator = np.random.default_rng(5)
-    for _ in range(2):
-        before = finished(out)
-        driver = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        more = len(before) + int(generator.integers(1, 7))
-        assert wait_for(lambda more=more: len(finished(out)) >= more, lambda driver=driver: driver.poll() is None)
-        driver.send_signal(signal.SIGKILL)
-        driver.wait(30)
-        # The driver's workers may finish what they are at before they notice.
-        assert finished(out).items() >= before.items()
-    with pytest.raises(StoreError, match="is not finished: run the same command again"):
-        FeatureStore(out)
-    partial = FeatureStore(out, partial=True)
-    assert 0 < len(partial) < len(undisturbed)
-    for id_ in partial.ids[:5]:
-        assert torch.equal(partial[id_].cls, undisturbed[id_].cls)
-    before = finished(out)
-    done = extract(images, out, model, SPEC, threads=1)
-    assert done.blocks <= 21 - len(before)
-    assert finished(out).items() >= before.items()
-    assert_equal(FeatureStore(out), undisturbed)
-    again = extract(images, out, model, SPEC)
-    assert (again.blocks, again.images, again.manifest) == (0, 0, done.manifest)
-
-
-class Traced(FakeTeacher):
-    """Leaves its process's id in a folder, and takes its time."""
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__(delay=0.01)
-        (folder / str(os.getpid())).touch()
-
-
-class TracedFactory:
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def __call__(self) -> FakeTeacher:
-        return Traced(self.folder)
-
-
 @pytest.fixture(scope="module")
 def few(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Some 290 of the images, three of them broken."""
@@ -243,42 +131,52 @@ def fake_store(few: Path, ray_cluster: str, tmp_path_factory: pytest.TempPathFac
     return FeatureStore(out)
 
 
-def test_a_killed_actor_costs_nothing_but_time(few: Path, fake_store: FeatureStore, tmp_path: Path) -> None:
-    pids = tmp_path / "pids"
-    pids.mkdir()
-    out = tmp_path / "out"
-    failures: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            extract(few, out, TracedFactory(pids), SPEC, block_size=16)
-        except BaseException as error:
-            failures.append(error)
-            raise
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    # The first process made the probe; it may be the actor's too.
-    for blocks in (2, 7):
-        assert wait_for(lambda blocks=blocks: len(finished(out)) >= blocks, thread.is_alive)
-        newest = max(pids.iterdir(), key=lambda path: path.stat().st_mtime_ns)
-        os.kill(int(newest.name), signal.SIGKILL)
-    thread.join(90)
-    assert not failures
-    assert len(list(pids.iterdir())) >= 3
-    assert_equal(FeatureStore(out), fake_store)
+@pytest.mark.slow
+def test_killed_at_random_moments_it_is_resumed(
+    few: Path, fake_store: FeatureStore, ray_cluster: str, tmp_path: Path
+) -> None:
+    outcome = kills.disturb(ray_cluster, few, tmp_path, kills=3, delay=0.02)
+    print(outcome)
+    assert [victim for victim, _ in outcome.kills] == ["driver", "teacher", "decoder"]
+    assert outcome.drivers == 2
+    assert outcome.recomputed == 0
+    assert_equal(FeatureStore(tmp_path / "out"), fake_store)
+    again = extract(few, tmp_path / "out", FakeTeacher.factory(), SPEC, block_size=16)
+    assert (again.blocks, again.images) == (0, 0)
+    assert again.manifest == FeatureStore(tmp_path / "out").manifest
 
 
-def test_an_image_that_ends_its_process_fails_alone(few: Path, fake_store: FeatureStore, tmp_path: Path) -> None:
-    done = extract(
-        few, tmp_path / "out", FakeTeacher.factory(), SPEC, block_size=16, filesystem=pafs.PyFileSystem(Deadly())
-    )
+class Picky:
+    """Refuses each image of fewer than 50 rows, and counts on."""
+
+    fingerprint = "picky"
+
+    def extract(self, images: Tensor, spec: FeatureSpec) -> Features:
+        return FakeTeacher(patch_size=50).extract(images, spec)
+
+
+def test_images_that_end_their_process_or_are_refused_fail_alone(few: Path, ray_cluster: str, tmp_path: Path) -> None:
+    root = tmp_path / "images"
+    root.mkdir()
+    for path in sorted(few.iterdir())[:24]:
+        os.link(path, root / path.name)
+    system = pafs.PyFileSystem(Deadly())
+    extract(root, tmp_path / "out", Picky, SPEC, filesystem=system)
     store = FeatureStore(tmp_path / "out")
-    kinds = {row["id"]: row["kind"] for row in store.errors.to_pylist()}
-    assert kinds.pop("0007.png") == "crashed the decoder"
-    assert kinds == {row["id"]: row["kind"] for row in fake_store.errors.to_pylist()}
-    assert store.ids == tuple(id_ for id_ in fake_store.ids if id_ != "0007.png")
-    assert done.manifest is not None
+    errors = {row["id"]: row for row in store.errors.to_pylist()}
+    assert errors.pop("0007.png")["kind"] == "crashed the decoder"
+    assert errors.pop("0000.jpg")["kind"] == "empty"
+    smallest = {}
+    for path in root.iterdir():
+        if path.name not in ("0007.png", "0000.jpg"):
+            with Image.open(path) as image:
+                smallest[path.name] = min(image.size)
+    assert set(errors) == {name for name, side in smallest.items() if side < 50}
+    assert {row["kind"] for row in errors.values()} == {"refused"}
+    assert all("at least 50 pixels" in row["detail"] for row in errors.values())
+    assert list(store.ids) == sorted(name for name, side in smallest.items() if side >= 50)
+    assert len(errors) > 2
+    assert len(store) > 2
 
 
 def test_another_teacher_or_spec_is_refused(few: Path, fake_store: FeatureStore) -> None:
@@ -293,26 +191,6 @@ def test_another_teacher_or_spec_is_refused(few: Path, fake_store: FeatureStore)
     with pytest.raises(StoreError, match=r"source.path is .*, there it is"):
         extract(few.parent, out, FakeTeacher.factory(), SPEC)
     assert FeatureStore(out).manifest == fake_store.manifest
-
-
-class Spy:
-    """Fails each image of fewer than 50 rows, and counts on."""
-
-    fingerprint = "spy"
-
-    def extract(self, images: Tensor, spec: FeatureSpec) -> Features:
-        return FakeTeacher(patch_size=50).extract(images, spec)
-
-
-def test_an_image_that_the_teacher_refuses_fails_alone(few: Path, fake_store: FeatureStore, tmp_path: Path) -> None:
-    extract(few, tmp_path / "out", Spy, SPEC)
-    store = FeatureStore(tmp_path / "out")
-    large = [id_ for id_ in fake_store.ids if min(fake_store.original_size(id_)) >= 50]
-    assert 0 < len(large) < len(fake_store)
-    assert list(store.ids) == large
-    refused = [row for row in store.errors.to_pylist() if row["kind"] == "refused"]
-    assert len(refused) == len(fake_store) - len(large)
-    assert "at least 50 pixels" in refused[0]["detail"]
 
 
 def test_maps_of_the_images_own_sizes_share_a_store(few: Path, fake_store: FeatureStore, tmp_path: Path) -> None:
@@ -330,11 +208,11 @@ def test_maps_of_the_images_own_sizes_share_a_store(few: Path, fake_store: Featu
 
 
 def test_a_ray_dataset_is_extracted_and_resumed(few: Path, fake_store: FeatureStore, tmp_path: Path) -> None:
-    rows = [{"key": path.name, "image": path.read_bytes()} for path in sorted(few.iterdir())]
+    paths = sorted(few.iterdir())
     out = tmp_path / "out"
-    dataset = ray.data.from_items(rows)
-    done = extract(dataset, out, FakeTeacher.factory(), SPEC, block_size=32)
-    assert done.images == len(rows)
+    encoded = ray.data.from_items([{"key": path.name, "image": path.read_bytes()} for path in paths])
+    done = extract(encoded, out, FakeTeacher.factory(), SPEC, block_size=32)
+    assert done.images == len(paths)
     store = FeatureStore(out)
     assert sorted(store.ids) == list(fake_store.ids)
     for id_ in store.ids[::15]:
@@ -342,10 +220,20 @@ def test_a_ray_dataset_is_extracted_and_resumed(few: Path, fake_store: FeatureSt
     # As a kill would leave it: without its end, and without some blocks.
     for name in ("manifest.json", "index.parquet"):
         (out / name).unlink()
-    for entry in sorted((out / "ledger").iterdir())[:3]:
+    whole = [path for path in sorted((out / "ledger").iterdir()) if not json.loads(path.read_text())["errors"]]
+    for entry in whole[:3]:
         entry.unlink()
     before = finished(out)
-    resumed = extract(dataset, out, FakeTeacher.factory(), SPEC, block_size=32)
+    # The same pixels, decoded by somebody else; those of finished blocks do not matter.
+    readable = set(store.ids)
+    pixels = [
+        Decoder().read(path.read_bytes(), path.name) if path.name in readable else np.zeros((3, 32, 32), np.uint8)
+        for path in paths
+    ]
+    decoded = ray.data.from_items(
+        [{"key": path.name, "image": image} for path, image in zip(paths, pixels, strict=True)]
+    )
+    resumed = extract(decoded, out, FakeTeacher.factory(), SPEC, block_size=32)
     assert resumed.blocks == 3
     assert finished(out).items() >= before.items()
     assert_equal(FeatureStore(out), store)
