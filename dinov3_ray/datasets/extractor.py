@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -90,13 +91,17 @@ class Job:
 def probe(teacher: TeacherFactory, spec: FeatureSpec, images: Sequence[np.ndarray]) -> dict[str, Any]:
     """What the teacher says of itself, and the shapes and dtypes of what it gives for the first image it can take.
 
-    ``images`` are uint8 [3,H,W]; where there is none, a grey square stands for them.
+    ``images`` are uint8 [3,H,W]; where the teacher takes none of them, a grey square stands for them.
     """
     extractor = teacher()
     patch_size = int(getattr(extractor, "patch_size", 1))
-    large = (image for image in images if min(image.shape[1:]) >= patch_size)
-    image = np.array(next(large, np.full((3, 224, 224), 128, np.uint8)))
-    features = extractor.extract(torch.from_numpy(image)[None], spec.native())
+    features = None
+    for image in images:
+        with contextlib.suppress(InputError):  # it will be in the errors, with this reason
+            features = extractor.extract(torch.from_numpy(np.array(image))[None], spec.native())
+            break
+    if features is None:
+        features = extractor.extract(torch.full((1, 3, 224, 224), 128, dtype=torch.uint8), spec.native())
     columns, result_dtype = encode_columns(features, spec)
     config = getattr(extractor, "config", None)
     rule = asdict(config.preprocessing) if isinstance(config, DinoV3Config) else None
