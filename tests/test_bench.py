@@ -39,3 +39,16 @@ def test_transport(ray_cluster: str) -> None:
     report = run("transport", "--repeats", "5", "--address", ray_cluster)
     assert report["result_bytes"] == 32 * 1024 * 14 * 14 * 2
     print(report)
+
+
+@pytest.mark.slow
+def test_dataset(ray_cluster: str) -> None:
+    report = run("dataset", "--quick", "--address", ray_cluster)
+    decoded = report["decoded"]
+    assert isinstance(decoded, list)
+    assert [rate["name"] for rate in decoded] == ["bare loop", "extract", "map_batches with transformers, one actor"]
+    assert all(rate["images"] == 64 and rate["images_per_second"] > 0 for rate in decoded)
+    reading = report["reading"]
+    assert isinstance(reading, list)
+    assert [(row["dtype"], row["rows"]) for row in reading] == [("float32", 64), ("float16", 64), ("int8", 64)]
+    print(report)

@@ -9,6 +9,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+from dinov3_ray.bench.dataset_command import dataset
 from dinov3_ray.bench.simulated import Work
 from dinov3_ray.bench.throughput import describe_machine, measure
 from dinov3_ray.bench.training_command import training
@@ -26,6 +27,7 @@ def bench() -> None:
 
 
 bench.add_command(training)
+bench.add_command(dataset)
 
 
 @bench.command()

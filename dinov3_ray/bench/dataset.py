@@ -1,0 +1,331 @@
+"""Extraction of a data set beside the bare loop over the same teacher, and beside plain Ray Data with transformers.
+
+Everyone gets the same images, twice: as pixels that are decoded already ([224,224,3], in memory or in Ray's object
+store), which leaves out file system and decoder; and as JPEG files of 500 x 375 px, decoded on the same CPUs.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import ray
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from rich.table import Table
+
+from dinov3_ray.bench.contenders import quiet_data
+from dinov3_ray.bench.reading import Reading, measure_reading
+from dinov3_ray.bench.throughput import describe_machine
+from dinov3_ray.checkpoint import init_checkpoint
+from dinov3_ray.config import ComputeDtype, DinoV3Config
+from dinov3_ray.datasets import extract
+from dinov3_ray.datasets.decode import Decoder
+from dinov3_ray.datasets.schema import encode_columns
+from dinov3_ray.features import FeatureSpec
+from dinov3_ray.model import DinoV3Teacher
+
+__all__ = ["DatasetResult", "DatasetWork", "Rate", "measure_dataset"]
+
+_SPEC = FeatureSpec(cls=True, feature_map=True)
+_SIDE = 224
+_FILE_SIZE = (500, 375)  # width, height: about ImageNet's
+
+
+@dataclass(frozen=True, slots=True)
+class DatasetWork:
+    """What is extracted.
+
+    Attributes:
+        images: of each form (decoded, JPEG); the peers, which are slower, get a quarter of them.
+        dtype: that this project's teacher computes in, and the bare loop's, which is the same.
+    """
+
+    images: int = 768
+    batch: int = 32
+    variant: str = "vits16"
+    dtype: ComputeDtype = "auto"
+
+    @property
+    def peers_images(self) -> int:
+        return max(2 * self.batch, self.images // 4)
+
+
+@dataclass(frozen=True, slots=True)
+class Rate:
+    """One contender, run by run.
+
+    Attributes:
+        images: in a run.
+        steady: seconds from the first image's work to the last one's end; what was started before is left out.
+        whole: seconds of the whole call, with the start of actors and teachers; None where there is nothing to start.
+    """
+
+    name: str
+    images: int
+    steady: list[float] = field(default_factory=list)
+    whole: list[float] = field(default_factory=list)
+
+    @property
+    def per_second(self) -> float:
+        return self.images / statistics.median(self.steady)
+
+    @property
+    def whole_per_second(self) -> float | None:
+        return self.images / statistics.median(self.whole) if self.whole else None
+
+
+@dataclass(frozen=True, slots=True)
+class DatasetResult:
+    """What was measured, on what: rates of decoded images and of JPEG files, the bare loop first; and reading back."""
+
+    work: DatasetWork
+    computed_in: str
+    decoded: list[Rate]
+    files: list[Rate]
+    reading: list[Reading]
+    machine: str
+
+    def as_dict(self) -> dict[str, Any]:
+        def rows(rates: Sequence[Rate]) -> list[dict[str, Any]]:
+            return [
+                asdict(rate) | {"images_per_second": rate.per_second, "of_the_bare_loop": _ratio(rate, rates[0])}
+                for rate in rates
+            ]
+
+        return {
+            "work": asdict(self.work),
+            "computed_in": self.computed_in,
+            "machine": self.machine,
+            "decoded": rows(self.decoded),
+            "files": rows(self.files),
+            "reading": [asdict(reading) | {"ratio": reading.ratio} for reading in self.reading],
+        }
+
+    def tables(self) -> list[Table]:
+        found = []
+        for title, rates in (
+            (f"images decoded already, {_SIDE} px", self.decoded),
+            (f"JPEG files, {_FILE_SIZE[0]} x {_FILE_SIZE[1]} px", self.files),
+        ):
+            if not rates:
+                continue
+            table = Table(
+                title=f"{self.work.variant}, CLS and map, {self.computed_in}: {title}",
+                caption=f"medians of {len(rates[0].steady)} runs, after one to warm up",
+            )
+            table.add_column("")
+            for heading in ("img/s", "of the bare loop", "with its start", "images"):
+                table.add_column(heading, justify="right")
+            for rate in rates:
+                whole = rate.whole_per_second
+                table.add_row(
+                    rate.name,
+                    f"{rate.per_second:.1f}",
+                    f"{_ratio(rate, rates[0]):.1%}",
+                    "-" if whole is None else f"{whole:.1f}",
+                    str(rate.images),
+                )
+            found.append(table)
+        table = Table(title="Reading random ids, one at a time, from the page cache", caption=self.machine)
+        for heading in ("stored as", "store, µs", "NumPy memmap, µs", "ratio"):
+            table.add_column(heading, justify="right")
+        for reading in self.reading:
+            table.add_row(reading.dtype, f"{reading.store:.0f}", f"{reading.memmap:.0f}", f"{reading.ratio:.2f}")
+        return [*found, table]
+
+
+def measure_dataset(
+    work: DatasetWork, repeats: int, folder: Path, on_contender: Callable[[str], None], *, quick: bool = False
+) -> DatasetResult:
+    """Measure in the Ray that this process is connected to; files go to ``folder``. Contenders take turns.
+
+    ``quick`` leaves out the warming up, the files, and the peer with many actors.
+    """
+    root = init_checkpoint(work.variant, folder / "model")
+    config = DinoV3Config(root, dtype=work.dtype)
+    teacher = DinoV3Teacher(config)
+    files = _write_files(folder / "files", work.images)
+    pixels = [_square(Image.open(path)) for path in files]
+    rows = [{"id": path.name, "image": image} for path, image in zip(files, pixels, strict=True)]
+    with quiet_data(), _all_threads():
+        # Ray splits its items into blocks for every CPU; rows of 150 kB are 20 MB in blocks of the extraction's size.
+        given, few = (
+            ray.data.from_items(part, override_num_blocks=max(1, len(part) // 128)).materialize()
+            for part in (rows, rows[: work.peers_images])
+        )
+        sets: dict[str, list[tuple[Rate, _Contender]]] = {
+            "decoded": [
+                (Rate("bare loop", work.images), lambda _: bare_loop(teacher, pixels, work.batch)),
+                (Rate("extract", work.images), lambda out: _extract(given, out, config)),
+                *_peers(few, root, work.peers_images),
+            ],
+            "files": [
+                (Rate("bare loop, decoding first", work.images), lambda _: bare_loop(teacher, files, work.batch)),
+                (Rate("extract", work.images), lambda out: _extract(str(folder / "files"), out, config)),
+                *_peers([str(path) for path in files[: work.peers_images]], root, work.peers_images),
+            ],
+        }
+        if quick:
+            sets = {"decoded": sets["decoded"][:-1]}
+        for turn in range(1 if quick else 0, repeats + 1):
+            for form, contenders in sets.items():
+                for number, (rate, contender) in enumerate(contenders):
+                    on_contender(f"{rate.name} ({form}), {'warming up' if turn == 0 else f'run {turn}'}")
+                    whole, steady = contender(folder / f"{form}-{number}-{turn}")
+                    if turn:
+                        rate.steady.append(steady)
+                        rate.whole.extend([] if whole is None else [whole])
+        on_contender("reading")
+        reading = measure_reading(folder / "decoded-1-1", folder / "reading", repeats)
+    return DatasetResult(
+        work,
+        str(teacher.dtype).removeprefix("torch."),
+        [rate for rate, _ in sets["decoded"]],
+        [rate for rate, _ in sets.get("files", [])],
+        reading,
+        describe_machine(),
+    )
+
+
+_Contender = Callable[[Path], tuple[float | None, float]]
+"""Writes into a folder; returns the seconds of the whole call, if it starts anything, and those of its steady part."""
+
+
+def bare_loop(teacher: DinoV3Teacher, images: Sequence[np.ndarray | Path], batch: int) -> tuple[None, float]:
+    """The bound: batch after batch through the teacher, to arrays on the host. Nothing is written."""
+    begun = time.perf_counter()
+    for start in range(0, len(images), batch):
+        part = images[start : start + batch]
+        arrays = [
+            image.transpose(2, 0, 1)
+            if isinstance(image, np.ndarray)
+            else Decoder().read(image.read_bytes(), str(image))
+            for image in part
+        ]
+        encode_columns(teacher.extract(np.stack(arrays), _SPEC), _SPEC)
+    return None, time.perf_counter() - begun
+
+
+def _pixels(image: np.ndarray | Path) -> np.ndarray:
+    """uint8 [3,H,W]."""
+    if isinstance(image, Path):
+        return Decoder().read(image.read_bytes(), str(image))
+    return image.transpose(2, 0, 1)
+
+
+def _extract(source: Any, out: Path, config: DinoV3Config) -> tuple[float, float]:
+    """This project's extraction; its steady part is what its own ledger notes, from first block's begin to last's."""
+    begun = time.perf_counter()
+    extract(source, out, config, _SPEC, progress=False)
+    whole = time.perf_counter() - begun
+    spans = [
+        (path.stat().st_mtime - json.loads(path.read_text())["seconds"], path.stat().st_mtime)
+        for path in (out / "ledger").iterdir()
+    ]
+    return whole, max(end for _, end in spans) - min(start for start, _ in spans)
+
+
+class PlainTransformers:
+    """A Ray Data class as one would write it from the documentation of transformers: image by image, in float32.
+
+    The processor's steps are spelled out, since the processor itself needs torchvision.
+    """
+
+    def __init__(self, root: str) -> None:
+        from transformers import AutoModel  # takes seconds, and only this contender's processes need it
+
+        self.model = AutoModel.from_pretrained(root, dtype=torch.float32)
+        self.mean, self.std = (torch.tensor(values).view(3, 1, 1) for values in _STATISTICS)
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        begun = time.time()
+        tokens, maps = [], []
+        for image in batch["image"]:
+            pixels_3HW = torch.from_numpy(np.array(image)).permute(2, 0, 1) * (1 / 255)
+            pixels_B3hw = F.interpolate(pixels_3HW[None], size=(_SIDE, _SIDE), mode="bilinear", antialias=True)
+            with torch.inference_mode():
+                outputs = self.model((pixels_B3hw - self.mean) / self.std)
+            hidden_BND = outputs.last_hidden_state
+            tokens.append(outputs.pooler_output[0].numpy())
+            maps.append(hidden_BND[0, -((_SIDE // 16) ** 2) :].numpy())
+        count = len(tokens)
+        times = {"begun": np.full(count, begun), "ended": np.full(count, time.time())}
+        return {"cls": np.stack(tokens), "map": np.stack(maps), **times}
+
+
+_STATISTICS = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def _peers(source: Any, root: Path, images: int) -> list[tuple[Rate, _Contender]]:
+    def contender(actors: int) -> _Contender:
+        return lambda out: _plain(source, out, root, actors)
+
+    return [
+        (Rate("map_batches with transformers, one actor", images), contender(1)),
+        (Rate("map_batches with transformers, an actor a CPU", images), contender(_cpus())),
+    ]
+
+
+def _plain(source: Any, out: Path, root: Path, actors: int) -> tuple[float, float]:
+    begun = time.perf_counter()
+    dataset = ray.data.read_images(source) if isinstance(source, list) else source
+    dataset.map_batches(
+        PlainTransformers,
+        fn_constructor_args=(str(root),),
+        batch_size=32,
+        compute=ray.data.ActorPoolStrategy(size=actors),
+        num_cpus=min(1.0, max(0.1, (_cpus() - 1) / actors)),  # without a CPU left, what reads would wait for ever
+    ).write_parquet(str(out))
+    whole = time.perf_counter() - begun
+    times = pq.read_table(out, columns=["begun", "ended"])
+    return whole, times["ended"].to_numpy().max() - times["begun"].to_numpy().min()
+
+
+def _cpus() -> int:
+    return max(1, int(ray.cluster_resources().get("CPU", 1)))
+
+
+@contextmanager
+def _all_threads() -> Any:
+    """torch on all CPUs of the cluster, as the extraction's actor has it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(_cpus())
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _write_files(folder: Path, count: int) -> list[Path]:
+    """JPEG files with the size and about the detail of photographs: smooth colours, and noise on top."""
+    folder.mkdir(parents=True)
+    width, height = _FILE_SIZE
+    paths = []
+    for index in range(count):
+        generator = np.random.default_rng(index)
+        coarse = Image.fromarray(generator.integers(0, 256, (12, 16, 3), dtype=np.uint8))
+        smooth = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC), np.int16)
+        grain = generator.integers(-12, 13, (height, width, 1), dtype=np.int16)
+        path = folder / f"{index:05}.jpg"
+        Image.fromarray(np.clip(smooth + grain, 0, 255).astype(np.uint8)).save(path, quality=90)
+        paths.append(path)
+    return paths
+
+
+def _square(image: Image.Image) -> np.ndarray:
+    """uint8 [224,224,3]."""
+    return np.asarray(image.convert("RGB").resize((_SIDE, _SIDE)))
+
+
+def _ratio(rate: Rate, bound: Rate) -> float:
+    return rate.per_second / bound.per_second
