@@ -15,6 +15,7 @@ import numpy as np
 import ray
 import ray.data
 from ray.data.dataset import MaterializedDataset
+from ray.util.debug import log_once
 
 from dinov3_ray.config import DinoV3Config
 from dinov3_ray.datasets import plan as plans
@@ -336,6 +337,7 @@ class _Run:
         )
         context = dataset.context
         context.enable_progress_bars = False
+        log_once("ray_data_progress_manager_disabled")  # marks as said, amid our own bar, that Ray Data's are off
         context.print_on_execution_start = False
         # A Dataset's rows must fall into the same blocks each time.
         context.execution_options.preserve_order = self.dataset is not None
