@@ -10,7 +10,7 @@ from dinov3_ray.errors import ConfigError
 
 def test_one_actor_a_gpu() -> None:
     found = place({"CPU": 32, "GPU": 4}, 1, reentrant=True)
-    assert (found.replicas, found.num_gpus, found.num_cpus) == (4, 1, 1)
+    assert (found.replicas, found.num_gpus) == (4, 1)
     assert (found.passes, found.threads) == (1, None)  # one thread does all the work of a GPU
     assert found.window == 8
 
@@ -28,6 +28,13 @@ def test_actors_leave_cpus_to_decode(cpus: int, replicas: int | None) -> None:
     found = place({"CPU": cpus}, 1, replicas=replicas)
     assert found.replicas * found.num_cpus + found.decode_cpus <= cpus
     assert found.decode_cpus > 0
+
+
+def test_actors_of_nodes_that_died_leave_cpus_to_decode_on_those_that_are_left() -> None:
+    for cpus in (1, 2, 8):
+        found = place({"CPU": 4 * cpus}, 4)
+        assert found.replicas == 4
+        assert found.replicas * found.num_cpus + found.decode_cpus <= cpus
 
 
 def test_a_pool_is_asked_by_one_actor_with_several_calls_in_flight() -> None:

@@ -146,7 +146,7 @@ def extract(
         factory = partial(RemoteTeacher, pool)
     runtime = connect(address, may_start=True)
     try:
-        nodes = sum(node["Alive"] for node in ray.nodes())
+        nodes = sum(node["Alive"] and node["Resources"].get("CPU", 0) > 0 for node in ray.nodes())
         placement = place(
             ray.cluster_resources(),
             max(1, nodes),

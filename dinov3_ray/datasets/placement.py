@@ -13,6 +13,7 @@ __all__ = ["Placement", "place"]
 
 _POOL_PASSES = 4  # calls that wait for a pool
 _CPU_PASSES = 4
+_ACTOR_CPUS = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +54,8 @@ def place(
     On CPUs a ``reentrant`` teacher makes several passes at a time, on fewer threads each: threads that share a pass
     wait for one another, the more so when decoding or writing holds up one of them.
 
-    Actors reserve at most one CPU each and half of all together, whatever they use, so that decoding never starves.
+    Actors reserve little, whatever they use: should nodes die and their actors crowd on those that are left, decoding
+    must still find a CPU there, or nothing would ever go on.
 
     Raises:
         ConfigError: an option is out of range, or the cluster has not got that much.
@@ -72,7 +74,7 @@ def place(
         )
     if replicas is None:
         replicas = 1 if pooled else int(gpus // num_gpus) if num_gpus else nodes
-    num_cpus = min(1.0, cpus / 2 / replicas)
+    num_cpus = min(_ACTOR_CPUS, cpus / 2 / replicas)
     if threads is None and not num_gpus and not pooled:
         threads = max(1, int(cpus / nodes) // math.ceil(replicas / nodes))
     passes = _POOL_PASSES if pooled else 1
@@ -83,7 +85,7 @@ def place(
         replicas,
         num_gpus,
         num_cpus,
-        min(1.0, cpus - replicas * num_cpus),
+        1.0 if cpus / nodes >= 2 else 0.5,
         decoders or max(2, math.ceil(cpus / replicas)),
         passes,
         threads,
