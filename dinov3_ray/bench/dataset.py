@@ -172,7 +172,7 @@ def measure_dataset(
             "files": [
                 (Rate("bare loop, decoding first", work.images), lambda _: bare_loop(teacher, files, work.batch)),
                 (Rate("extract", work.images), lambda out: _extract(str(folder / "files"), out, config)),
-                *_peers([str(path) for path in files[: work.peers_images]], root, work.peers_images),
+                *_peers([str(path) for path in files[: work.peers_images]], root, work.peers_images)[-1:],
             ],
         }
         if quick:
