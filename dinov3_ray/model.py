@@ -52,6 +52,7 @@ class DinoV3Teacher(nn.Module):
     Attributes:
         config: as given.
         model: the transformers module.
+        preprocess_watch: has timed the preprocessing of the last batch.
 
     Raises:
         ConfigError: the configuration, or ``device``, is wrong.
@@ -74,7 +75,7 @@ class DinoV3Teacher(nn.Module):
         # Weights loaded inside a caller's inference_mode would be barred from ordinary use ever after.
         with torch.inference_mode(False), torch.no_grad():
             self.model: Any = load_model(self.config, device, dtype)
-        self._preprocessing_watch = Stopwatch()
+        self.preprocess_watch = Stopwatch()
         self.requires_grad_()
         self.train()
         if self.config.compile:
@@ -97,7 +98,7 @@ class DinoV3Teacher(nn.Module):
         self._check(spec)
         batch = ImageBatch.of(images, min_side=self.patch_size)
         with self._frozen_pass():
-            with self._preprocessing_watch.measure(self.device):
+            with self.preprocess_watch.measure(self.device):
                 pixels_B3HW = preprocess(batch, self.config.preprocessing, self.device)
             features = run_backbone(self.model, self.config.family, pixels_B3HW, spec)
             return replace(deliver(features, spec), fingerprint=self.fingerprint)
@@ -161,7 +162,7 @@ class DinoV3Teacher(nn.Module):
     @property
     def preprocess_seconds(self) -> float:
         """What the last pass spent on its images, upload included; 0 while a GPU is not through with it."""
-        return self._preprocessing_watch.seconds
+        return self.preprocess_watch.seconds
 
     @property
     def _parameter(self) -> Tensor:

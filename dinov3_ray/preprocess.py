@@ -49,7 +49,8 @@ def preprocess(batch: ImageBatch, rule: Preprocessing, device: torch.device) -> 
         return parts[0][1]
     pixels_B3hw = torch.empty(len(batch), 3, *sizes[0], device=device)
     for members, part in parts:
-        pixels_B3hw[members] = part
+        for index, pixels_3hw in zip(members, part, strict=True):
+            pixels_B3hw[index] = pixels_3hw  # a list of indices would have to cross to the device, which waits for it
     return pixels_B3hw
 
 

@@ -14,7 +14,11 @@ __all__ = ["Extractor", "Teacher"]
 
 @runtime_checkable
 class Extractor(Protocol):
-    """The least that a pool can serve: what a factory passed to ``TeacherPool.start`` must return."""
+    """The least that a pool can serve: what a factory passed to ``TeacherPool.start`` must return.
+
+    It may also have a ``device``, a torch.device. Where that is a CUDA device, a replica hands it images that are on it
+    already, and goes on while the results are still being computed in the current stream.
+    """
 
     def extract(self, images: Images, spec: FeatureSpec) -> Features:
         """All outputs that ``spec`` asks for, from one forward pass."""

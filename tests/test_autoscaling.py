@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dinov3_ray.pool.autoscaling import Autoscaler, expected_wait
-from dinov3_ray.pool.replica import ReplicaStatistics
+from dinov3_ray.pool.replica_statistics import ReplicaStatistics
 
 # Has computed 100 images at 10 a second, and stands still.
 IDLE = ReplicaStatistics(images=100, forward_seconds=10.0)

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from dinov3_ray.pool.replica import ReplicaStatistics
+from dinov3_ray.pool.replica_statistics import ReplicaStatistics
 from dinov3_ray.pool.status import PoolStatus, ReplicaStatus
 from dinov3_ray.pool.table import Rate, is_healthy, rates, render, summary
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from dinov3_ray.pool.options import PoolOptions
-from dinov3_ray.pool.replica import ReplicaStatistics
+from dinov3_ray.pool.replica_statistics import ReplicaStatistics
 
 __all__ = ["Autoscaler"]
 

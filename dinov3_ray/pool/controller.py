@@ -27,8 +27,8 @@ from dinov3_ray.pool.membership import Action, ActionKind, Membership, MemberSta
 from dinov3_ray.pool.messages import PoolView
 from dinov3_ray.pool.processes import kill_process
 from dinov3_ray.pool.readings import read_controller
-from dinov3_ray.pool.replica import ReplicaStatistics
 from dinov3_ray.pool.replica_actor import Birth, Place, ReplicaActor
+from dinov3_ray.pool.replica_statistics import ReplicaStatistics
 from dinov3_ray.pool.reports import Report, make_status, make_view
 from dinov3_ray.pool.status import PoolStatus
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from dinov3_ray.errors import DinoV3Error, InputError, NumericsError
 from dinov3_ray.features import Features, FeatureSpec
@@ -13,7 +14,7 @@ from dinov3_ray.images import ImageBatch
 from dinov3_ray.pool.messages import TeacherInfo
 from dinov3_ray.teacher import Extractor
 
-__all__ = ["describe", "join", "pad", "run"]
+__all__ = ["check_finite", "describe", "extract", "join", "pad", "sums_are_finite"]
 
 
 def describe(teacher: Extractor) -> TeacherInfo:
@@ -50,17 +51,27 @@ def pad(batch: ImageBatch, size: int) -> ImageBatch:
     return join([batch, *[first] * missing])
 
 
-def run(teacher: Extractor, batch: ImageBatch, spec: FeatureSpec) -> Features:
-    """One forward pass, its results checked.
+def extract(teacher: Extractor, batch: ImageBatch, spec: FeatureSpec) -> Features:
+    """One forward pass, in the compute dtype.
+
+    Raises:
+        DinoV3Error: the teacher gave features of another number of images.
+        Exception: whatever the teacher raises.
+    """
+    images = batch.tensors[0] if batch.stacked is not None else batch.ragged
+    features = teacher.extract(images, spec.native())
+    if len(features) != len(batch):
+        raise DinoV3Error(f"the teacher gave features of {len(features)} images for a batch of {len(batch)}")
+    return features
+
+
+def check_finite(features: Features, batch: ImageBatch) -> None:
+    """Look at every output.
 
     Raises:
         InputError: the images hold values that are not finite.
         NumericsError: the images are finite, and the results are not.
-        Exception: whatever the teacher raises.
     """
-    features = teacher.extract(batch.tensors[0] if batch.stacked is not None else batch.ragged, spec)
-    if len(features) != len(batch):
-        raise DinoV3Error(f"the teacher gave features of {len(features)} images for a batch of {len(batch)}")
     for name, tensor in features.named():
         if is_finite(tensor):
             continue
@@ -68,11 +79,19 @@ def run(teacher: Extractor, batch: ImageBatch, spec: FeatureSpec) -> Features:
         if not all(is_finite(images) for images in batch.tensors if images.is_floating_point()):
             raise InputError("images must be finite; these hold values that are not (NaN or infinite)")
         raise NumericsError(f"the teacher's output {name} has values that are not finite (NaN or infinite)")
-    return features
 
 
-def is_finite(tensor: torch.Tensor) -> bool:
+def is_finite(tensor: Tensor) -> bool:
+    # What looks wrong is looked at again, value by value.
+    return bool(torch.isfinite(_sum(tensor))) or bool(torch.isfinite(tensor).all())
+
+
+def sums_are_finite(features: Features) -> Tensor:
+    """bool [outputs], on the features' device, without a wait: False calls for :func:`check_finite`."""
+    return torch.stack([torch.isfinite(_sum(tensor)) for _, tensor in features.named()])
+
+
+def _sum(tensor: Tensor) -> Tensor:
     # A sum is not finite if any part is not, and is read at memory speed. The other way round only float16 sums can
-    # overflow in practice; float32 holds those. What looks wrong is looked at again, value by value.
-    total = tensor.sum(dtype=torch.float32 if tensor.dtype == torch.float16 else None)
-    return bool(torch.isfinite(total)) or bool(torch.isfinite(tensor).all())
+    # overflow in practice; float32 holds those.
+    return tensor.sum(dtype=torch.float32 if tensor.dtype == torch.float16 else None)

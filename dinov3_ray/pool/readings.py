@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from dinov3_ray.metrics import Reading
 from dinov3_ray.pool.membership import Membership, MemberState
-from dinov3_ray.pool.replica import ReplicaStatistics
+from dinov3_ray.pool.replica_statistics import ReplicaStatistics
 from dinov3_ray.pool.routing import RoutingStatistics
 
 __all__ = ["ClientSeconds", "read_client", "read_controller", "read_replica"]

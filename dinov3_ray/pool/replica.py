@@ -12,59 +12,31 @@ import logging
 import threading
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 
 from dinov3_ray.errors import InputError, PoolClosedError, SpecError
 from dinov3_ray.pool.batching import BatchQueue, Waiting
+from dinov3_ray.pool.device_pipeline import Pass, Pipeline, Results, pipeline_for
 from dinov3_ray.pool.messages import Answer, Load, Outcome, RequestHeader, StageSeconds, TeacherInfo
 from dinov3_ray.pool.options import PoolOptions
-from dinov3_ray.pool.passes import describe, join, pad, run
-from dinov3_ray.pool.wire import Array, pack_features, unpack_images
+from dinov3_ray.pool.passes import describe, join, pad
+from dinov3_ray.pool.replica_statistics import ReplicaStatistics
+from dinov3_ray.pool.wire import Array, unpack_images
 from dinov3_ray.teacher import Extractor
 
-__all__ = ["Replica", "ReplicaStatistics"]
+__all__ = ["Replica"]
 
 log = logging.getLogger("dinov3_ray")
 
-_FAILING = 100  # names of requests that raised: more say nothing more
-
 Done = Callable[[Answer, list[Array]], None]
 
-
-@dataclass(frozen=True, slots=True)
-class ReplicaStatistics:
-    """Counters since the replica started, ``uptime`` seconds ago, and how it stands now.
-
-    ``batches`` counts forward passes; ``errors_in_a_row`` the requests that raised since one was answered, each once
-    however often it was sent (one bad request is no sign of a bad replica). ``preprocess_seconds`` is known of teachers
-    that tell it in an attribute ``preprocess_seconds``, as the local one does; of others it is part of
-    ``forward_seconds``.
-    """
-
-    uptime: float = 0.0
-    images: int = 0
-    batches: int = 0
-    queue_seconds: float = 0.0
-    preprocess_seconds: float = 0.0
-    forward_seconds: float = 0.0
-    pack_seconds: float = 0.0
-    errors: int = 0
-    errors_in_a_row: int = 0
-    rejected: int = 0
-    waiting: int = 0
-    waiting_rows: int = 0
-    clients_backlog: int = 0
-    oldest_wait: float = 0.0
-    busy_for: float = 0.0
-
-    @property
-    def busy_seconds(self) -> float:
-        """What the device thread has spent on requests that were answered."""
-        return self.preprocess_seconds + self.forward_seconds + self.pack_seconds
+_FAILING = 100  # names of requests that raised: more say nothing more
+_LOOK_SECONDS = 0.0005  # between looks at a pass under way while nothing waits: a device cannot wake a thread
 
 
 @dataclass(slots=True)
@@ -75,18 +47,13 @@ class _Job:
     arrived: float
 
 
-@dataclass(slots=True)
-class _Counters:
-    images: int = 0
-    batches: int = 0
-    queue_seconds: float = 0.0
-    preprocess_seconds: float = 0.0
-    forward_seconds: float = 0.0
-    pack_seconds: float = 0.0
-    errors: int = 0
-    failing: set[str] = field(default_factory=set)
-    rejected: int = 0
-    backlog: dict[str, int] = field(default_factory=dict)
+@dataclass(frozen=True, slots=True)
+class _UnderWay:
+    """Requests whose pass the device has been given at ``begun``."""
+
+    jobs: list[_Job]
+    run: Pass
+    begun: float
 
 
 class Replica:
@@ -99,6 +66,7 @@ class Replica:
         generation: counts the pool's reloads.
         threads: CPU threads to compute with; None leaves torch's setting alone (it is the whole process's).
         on_suspect: called on the device thread just before a request runs that earlier replicas died with.
+        pipeline: makes what runs the teacher's passes; called once, on the device thread.
 
     It knows nothing of Ray, of other replicas, or of who its clients are beyond their names.
     """
@@ -112,6 +80,7 @@ class Replica:
         generation: int = 0,
         threads: int | None = None,
         on_suspect: Callable[[str], None] | None = None,
+        pipeline: Callable[[Extractor], Pipeline] = pipeline_for,
     ) -> None:
         self.replica_id = replica_id
         self._started = time.monotonic()
@@ -121,6 +90,7 @@ class Replica:
         self._generation = generation
         self._threads = threads
         self._on_suspect = on_suspect
+        self._make_pipeline = pipeline
         self._queue = BatchQueue(
             options.batching,
             max_batch=options.max_batch,
@@ -131,8 +101,11 @@ class Replica:
         self._jobs: dict[int, _Job] = {}
         self._tickets = itertools.count()
         self._changed = threading.Condition()
-        self._state = _Counters()
-        self._busy_since: float | None = None
+        self._counters = ReplicaStatistics()
+        self._failing: set[str] = set()
+        self._backlog: dict[str, int] = {}
+        self._busy_since: float | None = None  # when the pass that is ahead of all others came to be so
+        self._under_way: deque[_UnderWay] = deque()  # the device thread's own
         self._draining = False
         self._stopped = False
         self._info = TeacherInfo()
@@ -177,7 +150,7 @@ class Replica:
         """Drop what a client that is gone has queued; returns how many requests that were."""
         with self._changed:
             dropped = [self._jobs.pop(waiting.ticket) for waiting in self._queue.forget(client_id)]
-            self._state.backlog.pop(client_id, None)
+            self._backlog.pop(client_id, None)
             self._changed.notify_all()
         for job in dropped:
             job.done(Answer(Outcome.DROPPED), [])
@@ -186,21 +159,14 @@ class Replica:
     def statistics(self) -> ReplicaStatistics:
         now = time.monotonic()
         with self._changed:
-            state, oldest = self._state, self._queue.oldest()
-            return ReplicaStatistics(
+            oldest = self._queue.oldest()
+            return replace(
+                self._counters,
+                errors_in_a_row=len(self._failing),
                 uptime=now - self._started,
-                images=state.images,
-                batches=state.batches,
-                queue_seconds=state.queue_seconds,
-                preprocess_seconds=state.preprocess_seconds,
-                forward_seconds=state.forward_seconds,
-                pack_seconds=state.pack_seconds,
-                errors=state.errors,
-                errors_in_a_row=len(state.failing),
-                rejected=state.rejected,
                 waiting=len(self._queue),
                 waiting_rows=self._queue.rows(),
-                clients_backlog=sum(state.backlog.values()),
+                clients_backlog=sum(self._backlog.values()),
                 oldest_wait=0.0 if oldest is None else now - oldest,
                 busy_for=0.0 if self._busy_since is None else now - self._busy_since,
             )
@@ -233,12 +199,12 @@ class Replica:
             if self._draining:
                 refusal = Answer(Outcome.DRAINING)
             elif self._queue.offer(waiting):
-                self._state.backlog[header.client_id] = header.backlog
+                self._backlog[header.client_id] = header.backlog
                 self._jobs[waiting.ticket] = _Job(header, arrays, done, now)
                 self._changed.notify_all()
                 return
             else:
-                self._state.rejected += 1
+                self._count(rejected=1)
                 refusal = Answer(Outcome.FULL, load=self._load(header), retry_after=self._retry_after())
         done(refusal, [])
 
@@ -247,8 +213,8 @@ class Replica:
 
     def _retry_after(self) -> float:
         """About the time in which half of a full queue is worked off."""
-        batches = max(self._state.batches, 1)
-        seconds = self._state.preprocess_seconds + self._state.forward_seconds
+        batches = max(self._counters.batches, 1)
+        seconds = self._counters.preprocess_seconds + self._counters.forward_seconds
         return min(max(seconds / batches * len(self._queue) / 2, 0.01), 5.0)
 
     # The device thread ----------------------------------------------------------------------------------------------
@@ -260,6 +226,10 @@ class Replica:
                 torch.set_num_threads(self._threads)
             teacher = self._build()
             info = describe(teacher)
+            warm_up = getattr(teacher, "warm_up", None)
+            if callable(warm_up):
+                warm_up(self._options.max_batch)
+            self._pipeline = self._make_pipeline(teacher)
             # A teacher that does not say who it is gets a name all the same, or a reload could mix two unnoticed.
             self._info = replace(info, fingerprint=info.fingerprint or f"generation-{self._generation}")
             if self._stopped:
@@ -268,29 +238,45 @@ class Replica:
             self.loaded.set_exception(error)
             return
         self.loaded.set_result(self._info)
-        while (jobs := self._next_jobs()) is not None:
-            self._compute(teacher, jobs)
+        while (jobs := self._next_jobs()) or self._under_way:
+            alone = any(job.header.suspect for job in jobs)
+            while alone and self._under_way:
+                self._finish()  # what is under way would die with it
+            if jobs:
+                self._begin(jobs)
+            if self._under_way and (alone or not jobs):
+                self._finish()
             with self._changed:
-                self._busy_since = None
+                if not self._under_way:
+                    self._busy_since = None
                 # A client with more to send keeps something here: one that does not has no backlog any more.
-                backlog = self._state.backlog
-                self._state.backlog = {client: rows for client, rows in backlog.items() if self._queue.rows(client)}
+                here = {job.header.client_id for one in self._under_way for job in one.jobs}
+                self._backlog = {
+                    client: rows for client, rows in self._backlog.items() if client in here or self._queue.rows(client)
+                }
                 self._changed.notify_all()
 
-    def _next_jobs(self) -> list[_Job] | None:
+    def _next_jobs(self) -> list[_Job]:
+        """What to begin next; nothing if it is time to finish what is under way, or to end."""
         with self._changed:
             while not self._stopped:
+                if self._under_way and (len(self._under_way) >= self._pipeline.depth or self._under_way[0].run.done()):
+                    return []
                 now = time.monotonic()
                 batch = self._queue.take(now)
                 if isinstance(batch, list):
-                    self._busy_since = now
+                    if self._busy_since is None:
+                        self._busy_since = now
                     return [self._jobs.pop(waiting.ticket) for waiting in batch]
-                self._changed.wait(None if batch is None else batch - now)
-            return None
+                seconds = None if batch is None else batch - now
+                if self._under_way:
+                    seconds = _LOOK_SECONDS if seconds is None else min(seconds, _LOOK_SECONDS)
+                self._changed.wait(seconds)
+            return []
 
-    def _compute(self, teacher: Extractor, jobs: list[_Job]) -> None:
+    def _begin(self, jobs: list[_Job]) -> None:
+        """Give the device the pass of ``jobs``."""
         begun = time.monotonic()
-        spec = jobs[0].header.spec
         try:
             for job in jobs:
                 if job.header.suspect and self._on_suspect is not None:
@@ -299,56 +285,77 @@ class Replica:
             rows = len(batch)
             if self._options.batching == "deterministic":
                 batch = pad(batch, self._options.max_batch)
-            features = run(teacher, batch, spec.native())
-            computed = time.monotonic()
-            stops = list(itertools.accumulate(job.header.rows for job in jobs))
-            parts = [features.rows(stop - job.header.rows, stop) for job, stop in zip(jobs, stops, strict=True)]
-            packed = [pack_features(part, spec) for part in parts]
+            run = self._pipeline.begin(batch, rows, jobs[0].header.spec)
         except Exception as error:  # noqa: BLE001 - a teacher may raise anything, and the replica lives on
-            if len(jobs) > 1:
-                # One request's fault must not be its neighbours': each runs by itself.
-                for job in jobs:
-                    self._compute(teacher, [job])
-                return
-            self._fail(jobs[0], error)
-            return
-        # Read after the results, which a device has to have finished: asking costs no wait.
-        preprocess = min(getattr(teacher, "preprocess_seconds", 0.0), computed - begun)
+            self._fail(jobs, error)
+        else:
+            self._under_way.append(_UnderWay(jobs, run, begun))
+
+    def _finish(self) -> None:
+        """Wait for the pass that is ahead of all others, and answer its requests."""
+        ahead = self._under_way.popleft()
+        try:
+            results = ahead.run.result()
+        except Exception as error:  # noqa: BLE001 - likewise
+            self._fail(ahead.jobs, error)
+        else:
+            self._answer(ahead, results)
+        with self._changed:
+            self._busy_since = time.monotonic()
+
+    def _answer(self, ahead: _UnderWay, results: Results) -> None:
         now = time.monotonic()
-        for job, (layout, arrays) in zip(jobs, packed, strict=True):
+        assert self._busy_since is not None
+        busy = now - max(self._busy_since, ahead.begun)
+        preprocess = min(results.preprocess, busy)
+        pack = min(results.pack, busy - preprocess)
+        rows = sum(job.header.rows for job in ahead.jobs)
+        first = 0
+        for job in ahead.jobs:
             share = job.header.rows / rows
             seconds = StageSeconds(
-                queue=begun - job.arrived,
+                queue=ahead.begun - job.arrived,
                 preprocess=preprocess * share,
-                forward=(computed - begun - preprocess) * share,
-                pack=(now - computed) * share,
+                forward=(busy - preprocess - pack) * share,
+                pack=pack * share,
                 total=now - job.arrived,
             )
             with self._changed:
-                self._count(job, seconds)
+                self._failing.clear()
+                self._count(
+                    images=job.header.rows,
+                    queue_seconds=seconds.queue,
+                    preprocess_seconds=seconds.preprocess,
+                    forward_seconds=seconds.forward,
+                    pack_seconds=seconds.pack,
+                )
                 load = self._load(job.header)
-            fingerprint = features.fingerprint or self._info.fingerprint
-            job.done(Answer(Outcome.DONE, layout, fingerprint, load, seconds), arrays)
+            last = first + job.header.rows
+            arrays = [array[first:last] for array in results.arrays]
+            first = last
+            fingerprint = results.fingerprint or self._info.fingerprint
+            job.done(Answer(Outcome.DONE, results.layout, fingerprint, load, seconds), arrays)
         with self._changed:
-            self._state.batches += 1
+            self._count(batches=1)
 
-    def _count(self, job: _Job, seconds: StageSeconds) -> None:
-        state = self._state
-        state.images += job.header.rows
-        state.queue_seconds += seconds.queue
-        state.preprocess_seconds += seconds.preprocess
-        state.forward_seconds += seconds.forward
-        state.pack_seconds += seconds.pack
-        state.failing.clear()
-
-    def _fail(self, job: _Job, error: Exception) -> None:
+    def _fail(self, jobs: list[_Job], error: Exception) -> None:
+        if len(jobs) > 1:
+            # One request's fault must not be its neighbours': each runs by itself.
+            for job in jobs:
+                self._begin([job])
+            return
+        job = jobs[0]
         with self._changed:
-            self._state.errors += 1
+            self._count(errors=1)
             # What the caller did wrong says nothing of this replica's health.
-            if not isinstance(error, (InputError, SpecError)) and len(self._state.failing) < _FAILING:
-                self._state.failing.add(job.header.request_id)
+            if not isinstance(error, (InputError, SpecError)) and len(self._failing) < _FAILING:
+                self._failing.add(job.header.request_id)
             load = self._load(job.header)
         trace = "".join(traceback.format_exception(error))
         # Frames would keep the batch's tensors alive, and do not survive pickling anyway.
         error = error.with_traceback(None)
         job.done(Answer(Outcome.FAILED, load=load, error=error, trace=trace), [])
+
+    def _count(self, **more: float) -> None:
+        """Add to the counters; holding the lock is the caller's part."""
+        self._counters = replace(self._counters, **{name: getattr(self._counters, name) + more[name] for name in more})

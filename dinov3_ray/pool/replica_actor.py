@@ -19,7 +19,8 @@ from dinov3_ray.pool.messages import Answer, Outcome, TeacherInfo
 from dinov3_ray.pool.options import PoolOptions
 from dinov3_ray.pool.processes import process_start
 from dinov3_ray.pool.readings import read_replica
-from dinov3_ray.pool.replica import Replica, ReplicaStatistics
+from dinov3_ray.pool.replica import Replica
+from dinov3_ray.pool.replica_statistics import ReplicaStatistics
 from dinov3_ray.pool.source import builder
 from dinov3_ray.pool.wire import Array
 

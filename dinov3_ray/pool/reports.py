@@ -10,7 +10,7 @@ from typing import Any
 from dinov3_ray.pool.membership import Membership, serial_of
 from dinov3_ray.pool.messages import PoolView, ReplicaView, TeacherInfo
 from dinov3_ray.pool.options import PoolOptions
-from dinov3_ray.pool.replica import ReplicaStatistics
+from dinov3_ray.pool.replica_statistics import ReplicaStatistics
 from dinov3_ray.pool.status import PoolStatus, ReplicaStatus
 
 __all__ = ["Report", "make_status", "make_view"]

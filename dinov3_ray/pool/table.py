@@ -10,7 +10,7 @@ from rich.console import Console, ConsoleOptions, Group, JustifyMethod, Renderab
 from rich.table import Table
 from rich.text import Text
 
-from dinov3_ray.pool.replica import ReplicaStatistics
+from dinov3_ray.pool.replica_statistics import ReplicaStatistics
 from dinov3_ray.pool.status import PoolStatus, ReplicaStatus
 
 __all__ = ["Rate", "is_healthy", "rates", "render", "summary"]

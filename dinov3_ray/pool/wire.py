@@ -10,7 +10,7 @@ that a replica receives alias the sender's object: teachers only read them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -43,16 +43,21 @@ def unpack_images(layout: ImageLayout, arrays: Sequence[Array]) -> ImageBatch:
     return ImageBatch(stacked=tensors[0]) if stacked else ImageBatch(stacked=None, ragged=tensors)
 
 
-def pack_features(features: Features, spec: FeatureSpec) -> tuple[FeatureLayout, list[Array]]:
-    """``features`` in the compute dtype, narrowed as ``spec.dtype`` has it."""
+def pack_features(
+    features: Features, spec: FeatureSpec, to_host: Callable[[Tensor], Tensor] = Tensor.cpu
+) -> tuple[FeatureLayout, list[Array]]:
+    """``features`` in the compute dtype, narrowed as ``spec.dtype`` has it.
+
+    ``to_host`` copies what was narrowed to the CPU; if it only begins to, the arrays hold their values when it is done.
+    """
     layout, arrays = [], []
     for name, tensor in features.named():
         encoded = encode(tensor, spec.dtype, channel_dim=channel_dim(name))
         has_scale = encoded.scale is not None
         layout.append((name, _name(encoded.values.dtype), _name(encoded.result_dtype), has_scale))
-        arrays.append(_to_array(encoded.values))
+        arrays.append(_to_array(to_host(encoded.values)))
         if encoded.scale is not None:
-            arrays.append(_to_array(encoded.scale))
+            arrays.append(_to_array(to_host(encoded.scale)))
     return tuple(layout), arrays
 
 

@@ -1,0 +1,201 @@
+"""How a replica's batches pass through its device: one after the other, or three at once, each in another stage.
+
+The device thread begins a pass, and later asks for its results; it drives both implementations in the same way. On a
+CPU a pass is over when it has begun. On a CUDA device it has only been enqueued then: while one batch is computed, the
+next one is copied in and the one before is copied out, each in a stream of its own.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from dinov3_ray.features import Features, FeatureSpec
+from dinov3_ray.images import ImageBatch
+from dinov3_ray.pool.passes import check_finite, extract, sums_are_finite
+from dinov3_ray.pool.wire import Array, FeatureLayout, pack_features
+from dinov3_ray.stopwatch import Stopwatch, Stretch
+from dinov3_ray.teacher import Extractor
+
+__all__ = ["Pass", "Pipeline", "Results", "pipeline_for"]
+
+
+@dataclass(frozen=True, slots=True)
+class Results:
+    """What a pass gave, packed, and the seconds of the stages that are known apart from the forward pass.
+
+    Attributes:
+        preprocess: 0 of teachers that do not tell.
+        pack: 0 where the copy out runs beside other batches' work.
+    """
+
+    layout: FeatureLayout
+    arrays: list[Array]
+    fingerprint: str | None
+    preprocess: float
+    pack: float
+
+
+class Pass(Protocol):
+    """A batch on its way through the device."""
+
+    def done(self) -> bool:
+        """Whether :meth:`result` would answer, or raise, at once. It does not raise itself."""
+        ...
+
+    def result(self) -> Results:
+        """Wait for the results.
+
+        Raises:
+            InputError: the images hold values that are not finite.
+            NumericsError: the images are finite, and the results are not.
+            Exception: whatever the device raises.
+        """
+        ...
+
+
+class Pipeline(Protocol):
+    """Runs passes of one teacher, all on the thread that calls; results come in the order in which passes began."""
+
+    #: How many passes may be under way at once.
+    depth: int
+
+    def begin(self, batch: ImageBatch, rows: int, spec: FeatureSpec) -> Pass:
+        """Begin the pass of ``batch``, of which the results of the first ``rows`` images are wanted.
+
+        Raises:
+            Exception: as :meth:`Pass.result`, and whatever the teacher raises.
+        """
+        ...
+
+
+def pipeline_for(teacher: Extractor) -> Pipeline:
+    """The pipeline that fits the device that ``teacher`` says it computes on."""
+    device = getattr(teacher, "device", None)
+    if isinstance(device, torch.device) and device.type == "cuda":
+        return CudaPipeline(teacher, device)
+    return SynchronousPipeline(teacher)
+
+
+class SynchronousPipeline:
+    """Computes a pass when it begins."""
+
+    depth = 1
+
+    def __init__(self, teacher: Extractor) -> None:
+        self._teacher = teacher
+
+    def begin(self, batch: ImageBatch, rows: int, spec: FeatureSpec) -> Pass:
+        begun = time.monotonic()
+        features = extract(self._teacher, batch, spec)
+        check_finite(features, batch)
+        computed = time.monotonic()
+        # Read after the results, which a device has to have finished: asking costs no wait.
+        preprocess = min(getattr(self._teacher, "preprocess_seconds", 0.0), computed - begun)
+        layout, arrays = pack_features(features.rows(0, rows), spec)
+        return _Finished(Results(layout, arrays, features.fingerprint, preprocess, time.monotonic() - computed))
+
+
+@dataclass(frozen=True, slots=True)
+class _Finished:
+    results: Results
+
+    def done(self) -> bool:
+        return True
+
+    def result(self) -> Results:
+        return self.results
+
+
+class CudaPipeline:
+    """Enqueues passes: copies in and out run beside the computation, from and to pinned memory.
+
+    Pinned memory is torch's own cache of it, which hands a block out again once the copies that use it are over.
+    Device memory that crosses streams is held by its pass until that has ended: only then may another use it.
+    """
+
+    #: One is copied in, one computed, one copied out.
+    depth = 3
+
+    def __init__(self, teacher: Extractor, device: torch.device) -> None:
+        self._teacher = teacher
+        self._device = device
+        stream: Any = torch.cuda.Stream  # its annotations are partial
+        self._copy_in, self._copy_out = stream(device), stream(device)
+
+    def begin(self, batch: ImageBatch, rows: int, spec: FeatureSpec) -> Pass:
+        with torch.cuda.device(self._device):
+            images = self._upload(batch)
+            features = extract(self._teacher, images, spec)
+            preprocess = getattr(self._teacher, "preprocess_watch", Stopwatch()).last
+            # Looked at when the pass has ended: a look now would wait for it.
+            finite = sums_are_finite(features)
+            download = _Download(self._copy_out)
+            layout, arrays = pack_features(features.rows(0, rows), spec, to_host=download)
+            finite_host = download(finite)
+            event: Any = torch.cuda.Event  # likewise
+            done = event(blocking=True)  # a wait that leaves the core to others
+            done.record(self._copy_out)
+        results = Results(layout, arrays, features.fingerprint, 0.0, 0.0)
+        return _CudaPass(results, done, batch, features, finite_host, preprocess, (images, *download.held))
+
+    def _upload(self, batch: ImageBatch) -> ImageBatch:
+        """``batch`` on the device; the computation's stream waits for it, this thread does not."""
+        with torch.cuda.stream(self._copy_in):
+            uploaded = [
+                # What crosses is what the teacher would copy: everything as it is, but float64, which it narrows.
+                (tensor.float() if tensor.dtype == torch.float64 else tensor)
+                .pin_memory()
+                .to(self._device, non_blocking=True)
+                for tensor in batch.tensors
+            ]
+        torch.cuda.current_stream().wait_stream(self._copy_in)
+        return ImageBatch(uploaded[0]) if batch.stacked is not None else ImageBatch(None, tuple(uploaded))
+
+
+@dataclass(slots=True)
+class _Download:
+    """Copies tensors to pinned memory in ``stream``, when what the current stream has been given is done."""
+
+    stream: torch.cuda.Stream
+    held: list[Tensor] = field(default_factory=list)
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        """Memory that will hold ``tensor``."""
+        if tensor.device.type == "cpu":
+            return tensor
+        tensor = tensor.contiguous()
+        self.held.append(tensor)
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            return host.copy_(tensor, non_blocking=True)
+
+
+@dataclass(frozen=True, slots=True)
+class _CudaPass:
+    """Its ``results`` hold their values once ``event`` has been reached."""
+
+    results: Results
+    event: Any
+    batch: ImageBatch
+    features: Features
+    finite: Tensor
+    preprocess: Stretch
+    held: tuple[object, ...]
+
+    def done(self) -> bool:
+        try:
+            return bool(self.event.query())
+        except RuntimeError:
+            return True  # the device has failed, which is for the result to say
+
+    def result(self) -> Results:
+        self.event.synchronize()
+        if not self.finite.all():
+            check_finite(self.features, self.batch)
+        return replace(self.results, preprocess=self.preprocess.seconds)
