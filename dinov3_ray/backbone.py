@@ -34,18 +34,20 @@ def blocks_of(model: Any, family: Family) -> nn.ModuleList:
     return blocks
 
 
-def run_backbone(model: Any, family: Family, pixels_B3HW: Tensor, spec: FeatureSpec) -> Features:
+def run_backbone(
+    model: Any, family: Family, pixels_B3HW: Tensor, spec: FeatureSpec, *, compiled: bool = False
+) -> Features:
     """The outputs that ``spec`` asks for: compute dtype, contiguous, maps at the spec's ``map_size``.
 
     A ConvNeXt's CLS is its normed global average, and its layers are its four stages, each of its own width and
     stride; the final norm fits the last stage only, and leaves the others as they are, as in the official
-    ``get_intermediate_layers``.
+    ``get_intermediate_layers``. ``compiled`` says that the blocks are.
     """
     run = _run_vit if family == "vit" else _run_convnext
-    return run(model, blocks_of(model, family), pixels_B3HW, spec)
+    return run(model, blocks_of(model, family), pixels_B3HW, spec, compiled)
 
 
-def _run_vit(model: Any, blocks: nn.ModuleList, pixels_B3HW: Tensor, spec: FeatureSpec) -> Features:
+def _run_vit(model: Any, blocks: nn.ModuleList, pixels_B3HW: Tensor, spec: FeatureSpec, compiled: bool) -> Features:
     convolution = model.embeddings.patch_embeddings
     pixels_B3HW = pixels_B3HW.to(convolution.weight.dtype)
     grid = tuple(side // patch for side, patch in zip(pixels_B3HW.shape[-2:], convolution.kernel_size, strict=True))
@@ -61,11 +63,13 @@ def _run_vit(model: Any, blocks: nn.ModuleList, pixels_B3HW: Tensor, spec: Featu
         hidden: Tensor = block(hidden_BND, position_embeddings=rope)
         return hidden
 
-    hidden_BND, layers = _run_blocks(blocks, embedded_BND, spec, step, cut)
+    hidden_BND, layers = _run_blocks(blocks, embedded_BND, spec, step, cut, compiled)
     return _finish(model.norm, hidden_BND, prefix, grid, spec, layers)
 
 
-def _run_convnext(model: Any, blocks: nn.ModuleList, pixels_B3HW: Tensor, spec: FeatureSpec) -> Features:
+def _run_convnext(
+    model: Any, blocks: nn.ModuleList, pixels_B3HW: Tensor, spec: FeatureSpec, compiled: bool
+) -> Features:
     def cut(index: int, hidden_BDhw: Tensor) -> Tensor:
         if spec.norm and index == len(blocks) - 1:
             return _as_map(model.layer_norm(_as_tokens(hidden_BDhw)), hidden_BDhw.shape[-2:], spec)
@@ -76,7 +80,7 @@ def _run_convnext(model: Any, blocks: nn.ModuleList, pixels_B3HW: Tensor, spec: 
         return hidden
 
     pixels_B3HW = pixels_B3HW.to(model.layer_norm.weight.dtype)
-    hidden_BDhw, layers = _run_blocks(blocks, pixels_B3HW, spec, step, cut)
+    hidden_BDhw, layers = _run_blocks(blocks, pixels_B3HW, spec, step, cut, compiled)
     if not _wants_final(spec):
         return Features(layers=layers)
     tokens_BND = torch.cat([_as_tokens(model.pool(hidden_BDhw)), _as_tokens(hidden_BDhw)], dim=1)
@@ -89,10 +93,15 @@ def _run_blocks(
     spec: FeatureSpec,
     step: Callable[[nn.Module, Tensor], Tensor],
     cut: Callable[[int, Tensor], Tensor],
+    compiled: bool,
 ) -> tuple[Tensor, dict[int, Tensor]]:
     """The output of the last block that is needed, and what ``cut`` makes of those asked for, in the spec's order."""
     asked = spec.blocks(len(blocks))
     needed = len(blocks) if _wants_final(spec) else max(asked) + 1
+    if compiled and len(hidden) > 1:
+        # One piece of code for all batch sizes but 1, from the first batch on. Left to itself, torch compiles one for
+        # the first size and another for all others, so that results would depend on which size came first.
+        torch._dynamo.mark_dynamic(hidden, 0)
     kept: dict[int, Tensor] = {}
     for index, block in enumerate(islice(blocks, needed)):
         hidden = step(block, hidden)

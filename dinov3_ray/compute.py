@@ -13,6 +13,12 @@ from dinov3_ray.errors import ConfigError
 __all__ = ["as_device", "attention_kernels", "choose_dtype"]
 
 _HOPPER = 9  # major compute capability
+_DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float8": torch.bfloat16,  # of all but its linear layers
+}
 
 
 def as_device(device: torch.device | str) -> torch.device:
@@ -42,7 +48,7 @@ def choose_dtype(dtype: ComputeDtype, device: torch.device) -> tuple[torch.dtype
     speed, ConvNeXt-T 2.1 times.
     """
     if dtype != "auto":
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype], "as asked"
+        return _DTYPES[dtype], "as asked"
     if device.type == "cuda":
         with torch.cuda.device(device):
             fast = torch.cuda.is_bf16_supported(including_emulation=False)

@@ -24,8 +24,9 @@ from dinov3_ray.weightfiles import WeightFiles
 
 __all__ = ["CONFIG_FILE", "PREPROCESSOR_FILE", "ComputeDtype", "DinoV3Config"]
 
-ComputeDtype = Literal["auto", "float32", "bfloat16", "float16"]
-"""The dtype that the model computes in; ``auto`` is bfloat16 where the device has it in hardware, else float32."""
+ComputeDtype = Literal["auto", "float32", "bfloat16", "float16", "float8"]
+"""The dtype that the model computes in; ``auto`` is bfloat16 where the device has it in hardware, else float32.
+``float8`` is bfloat16 with the products of linear layers in float8 (see :mod:`dinov3_ray.float8`)."""
 
 CONFIG_FILE = "config.json"
 PREPROCESSOR_FILE = "preprocessor_config.json"

@@ -22,6 +22,7 @@ from dinov3_ray.compute import as_device, attention_kernels, choose_dtype
 from dinov3_ray.config import DinoV3Config
 from dinov3_ray.errors import SpecError
 from dinov3_ray.features import Features, FeatureSpec, deliver
+from dinov3_ray.float8 import multiply_in_float8
 from dinov3_ray.golden import agreement, golden_images
 from dinov3_ray.images import ImageBatch, Images
 from dinov3_ray.preprocess import preprocess
@@ -75,6 +76,8 @@ class DinoV3Teacher(nn.Module):
         # Weights loaded inside a caller's inference_mode would be barred from ordinary use ever after.
         with torch.inference_mode(False), torch.no_grad():
             self.model: Any = load_model(self.config, device, dtype)
+            if self.config.dtype == "float8":
+                multiply_in_float8(blocks_of(self.model, self.config.family), device)
         self.preprocess_watch = Stopwatch()
         self.requires_grad_()
         self.train()
@@ -100,7 +103,7 @@ class DinoV3Teacher(nn.Module):
         with self._frozen_pass():
             with self.preprocess_watch.measure(self.device):
                 pixels_B3HW = preprocess(batch, self.config.preprocessing, self.device)
-            features = run_backbone(self.model, self.config.family, pixels_B3HW, spec)
+            features = run_backbone(self.model, self.config.family, pixels_B3HW, spec, compiled=self.config.compile)
             return replace(deliver(features, spec), fingerprint=self.fingerprint)
 
     forward = extract
@@ -142,8 +145,22 @@ class DinoV3Teacher(nn.Module):
         reference = DinoV3Teacher(plain_config, self.device).extract(images, spec)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-        path = f"{str(self.dtype).removeprefix('torch.')}, attention {own_attention}, compile={self.config.compile}"
+        path = f"{self._dtype_name}, attention {own_attention}, compile={self.config.compile}"
         return agreement(fast, reference, minimum, path)
+
+    def warm_up(self, rows: int) -> None:
+        """Do now what first passes would wait for: compile, choose kernels, get memory.
+
+        After it, batches of up to ``rows`` images compile nothing, as long as all come out at :attr:`image_size`.
+        """
+        sizes = {1, 2} if self.config.compile else set()
+        if self.device.type == "cuda":
+            sizes.add(rows)
+        image_13HW = golden_images(*self.image_size)[:1]
+        for size in sorted(sizes):
+            self.extract(image_13HW.expand(size, -1, -1, -1), FeatureSpec(cls=True, feature_map=True))
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -163,6 +180,10 @@ class DinoV3Teacher(nn.Module):
     def preprocess_seconds(self) -> float:
         """What the last pass spent on its images, upload included; 0 while a GPU is not through with it."""
         return self.preprocess_watch.seconds
+
+    @property
+    def _dtype_name(self) -> str:
+        return "float8" if self.config.dtype == "float8" else str(self.dtype).removeprefix("torch.")
 
     @property
     def _parameter(self) -> Tensor:
@@ -211,7 +232,7 @@ class DinoV3Teacher(nn.Module):
         size = "x".join(map(str, self.image_size))
         return (
             f"DinoV3Teacher({self.config.family}, D={self.hidden_size}, layers={self.depth}, image={size}, "
-            f"device={self.device}, dtype={str(self.dtype).removeprefix('torch.')})"
+            f"device={self.device}, dtype={self._dtype_name})"
         )
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:

@@ -24,7 +24,7 @@ FLOORS = [
     ["errors"],
     ["precision", "images", "features", "teacher"],
     ["jsonfields", "weightfiles", "architecture", "preprocessing", "config"],
-    ["compute", "stopwatch", "checkpoint"],
+    ["compute", "float8", "stopwatch", "checkpoint"],
     ["preprocess", "backbone", "golden", "model"],
     # What a pool's client needs of training, and what needs no pool.
     ["training.sources", "training.depth", "training.delivery", "training.batches", "training.pipeline"],

@@ -202,6 +202,21 @@ def test_what_is_under_way_at_the_end_is_answered_and_what_waits_is_handed_back(
         check(answers[number], number)
 
 
+def test_a_teacher_is_warmed_up_before_it_serves() -> None:
+    class Warmed(FakeTeacher):
+        rows = 0
+
+        def warm_up(self, rows: int) -> None:
+            assert not replica.loaded.done()
+            self.rows = rows
+
+    teacher = Warmed()
+    replica = Replica("warm", lambda: teacher, PoolOptions(max_batch=7))
+    replica.start().result(WAIT)
+    assert teacher.rows == 7
+    replica.stop()
+
+
 class Plain:
     """A teacher that says nothing of itself."""
 

@@ -47,12 +47,18 @@ def test_other_architectures_pass(tmp_path: Path, variant: str) -> None:
 
 
 @pytest.mark.slow
-def test_a_compiled_teacher_passes_and_gives_any_layers(tmp_path: Path) -> None:
+def test_a_compiled_teacher_passes_and_gives_any_layers_and_batch_sizes(tmp_path: Path) -> None:
     path = init_checkpoint("vit-test-gated", tmp_path / "model", image_size=64)
     compiled = DinoV3Teacher(DinoV3Config(path, dtype="float32", compile=True))
     plain = DinoV3Teacher(DinoV3Config(path, dtype="float32"))
     assert compiled.prove() > 0.999999
     images = golden_images(64, 64)
+    compiled.warm_up(4)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for rows in (1, 2, 3, 4):
+            batch = images[:1].expand(rows, -1, -1, -1)
+            found, expected = (teacher.extract(batch, FeatureSpec(cls=True)).cls for teacher in (compiled, plain))
+            torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
     for layers in ((0,), (1, 0)):
         spec = FeatureSpec(layers=layers, norm=False)
         found, expected = compiled.extract(images, spec).layers, plain.extract(images, spec).layers
