@@ -263,7 +263,7 @@ def test_all_complaints_come_at_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"dtype": "fp8"}, "dtype must be one of auto, float32, bfloat16, float16; got 'fp8'"),
+        ({"dtype": "fp8"}, "dtype must be one of auto, float32, bfloat16, float16, float8; got 'fp8'"),
         ({"image_size": 0}, "image_size must be None, an integer >= 1 or a pair"),
         ({"image_size": (224,)}, "image_size must be None, an integer >= 1 or a pair"),
         ({"image_size": 224.0}, r"image_size must be .*got 224\.0"),

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from dinov3_ray.bench.dataset_command import dataset
 from dinov3_ray.bench.simulated import Work
+from dinov3_ray.bench.teacher_command import teacher
 from dinov3_ray.bench.throughput import describe_machine, measure
 from dinov3_ray.bench.training_command import training
 from dinov3_ray.bench.transport import measure_transport
@@ -26,6 +27,7 @@ def bench() -> None:
     """Measure, beside peers that do the same work in the same run."""
 
 
+bench.add_command(teacher)
 bench.add_command(training)
 bench.add_command(dataset)
 

@@ -1,0 +1,258 @@
+"""How fast a local teacher computes, beside its peer and the bound that this device's own rates set."""
+
+from __future__ import annotations
+
+import gc
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from dinov3_ray.bench.flops import flops_per_image
+from dinov3_ray.bench.rates import copy_rates, matmul_rate, seconds_of
+from dinov3_ray.bench.teachers import Mode, Task, modes_for, through_pipeline
+from dinov3_ray.bench.throughput import describe_machine
+from dinov3_ray.errors import NumericsError
+from dinov3_ray.features import Features
+from dinov3_ray.golden import agreement, golden_images
+
+__all__ = ["TeacherBench", "measure_teacher"]
+
+_PIPELINE_BATCHES = 10
+_TYPICAL_RATES = (100, 300, 1_000, 3_000, 10_000)
+
+
+@dataclass(frozen=True, slots=True)
+class TeacherRow:
+    """One mode.
+
+    Attributes:
+        seconds: of one batch, run by run.
+        first_seconds: of loading the model and the first two batches: what a start costs.
+        cosine: the golden check's, against the first mode's results; None for that one.
+        peak_bytes: of device memory, on CUDA devices.
+        missing: why it was not measured.
+    """
+
+    name: str
+    dtype: str
+    ours: bool
+    seconds: tuple[float, ...] = ()
+    first_seconds: float = 0.0
+    cosine: float | None = None
+    peak_bytes: int | None = None
+    missing: str | None = None
+
+    def rate(self, batch: int) -> float:
+        """Images/s, the median over the runs."""
+        return batch / statistics.median(self.seconds)
+
+
+@dataclass(frozen=True, slots=True)
+class TeacherBench:
+    """What was measured, and on what.
+
+    Attributes:
+        matmul: FLOP/s by dtype.
+        copies: images/s that could be copied in as uint8 and out as results, on CUDA devices.
+        best: the fastest of our rows' images/s, which sizes a pool.
+        target: images/s asked for; None for a list of usual ones.
+    """
+
+    model: str
+    device: str
+    machine: str
+    image_size: tuple[int, int]
+    batch: int
+    flops: float
+    matmul: dict[str, float]
+    copies: tuple[float, float] | None
+    rows: tuple[TeacherRow, ...]
+    target: float | None
+
+    @property
+    def best(self) -> TeacherRow:
+        return max((row for row in self.rows if row.ours and row.seconds), key=lambda row: row.rate(self.batch))
+
+    def bound(self, row: TeacherRow) -> float:
+        """Images/s if nothing but the matrix products took time."""
+        return self.matmul[row.dtype] / self.flops
+
+    def replicas(self) -> dict[float, int]:
+        """How many replicas on devices like this one give so many images/s."""
+        rate = self.best.rate(self.batch)
+        targets = _TYPICAL_RATES if self.target is None else (self.target,)
+        return {target: math.ceil(target / rate) for target in targets}
+
+    def as_dict(self) -> dict[str, Any]:
+        base = self.rows[0].rate(self.batch)
+        rows = []
+        for row in self.rows:
+            rate = row.rate(self.batch) if row.seconds else None
+            derived = (
+                {}
+                if rate is None
+                else {
+                    "images_per_second": rate,
+                    "ratio": rate / base,
+                    "share_of_bound": rate / self.bound(row),
+                }
+            )
+            rows.append(asdict(row) | derived)
+        return asdict(self) | {"rows": rows, "replicas_needed": self.replicas()}
+
+    def table(self) -> Table:
+        height, width = self.image_size
+        rates = ", ".join(f"{name} {rate / 1e12:.3g}" for name, rate in self.matmul.items())
+        caption = [
+            f"median of {len(self.rows[0].seconds)} runs after a warm-up, preprocessing included; golden cosine to the "
+            "first row's results",
+            f"bound: {self.flops / 1e12:.3g} TFLOP an image over this device's matmul rates in TFLOP/s ({rates})",
+        ]
+        if self.copies is not None:
+            caption.append(f"copies alone: {self.copies[0]:.0f} img/s in, {self.copies[1]:.0f} img/s of results out")
+        table = Table(
+            title=f"{self.model}, {height} x {width} px, batch {self.batch}, on {self.device}",
+            caption="\n".join([*caption, self.machine]),
+        )
+        table.add_column("")
+        for heading in ("img/s", "ratio", "of bound", "cosine", "start s", "GiB"):
+            table.add_column(heading, justify="right")
+        base = self.rows[0].rate(self.batch)
+        for row in self.rows:
+            name = f"[bold]{row.name}[/]" if row.ours else row.name
+            if not row.seconds:
+                table.add_row(name, "-", "-", "-", "-", "-", row.missing)
+                continue
+            rate = row.rate(self.batch)
+            table.add_row(
+                name,
+                f"{rate:.3g}" if rate < 100 else f"{rate:.0f}",
+                f"{rate / base:.2f}",
+                f"{rate / self.bound(row):.0%}",
+                "-" if row.cosine is None else f"{row.cosine:.6f}",
+                f"{row.first_seconds:.1f}",
+                "-" if row.peak_bytes is None else f"{row.peak_bytes / 2**30:.1f}",
+            )
+        return table
+
+    def advice(self) -> str:
+        """How many replicas a pool needs."""
+        needed = ", ".join(f"{count} for {target:g} img/s" for target, count in self.replicas().items())
+        return f"Replicas needed, at {self.best.rate(self.batch):.3g} img/s each ({self.best.name}): {needed}"
+
+
+def measure_teacher(
+    task: Task,
+    *,
+    model: str,
+    repeats: int,
+    quick: bool,
+    target: float | None,
+    on_step: Callable[[str], None],
+) -> TeacherBench:
+    """Measure all modes, one after the other, each freed before the next is loaded."""
+    least = 0.0 if quick else 0.3
+    device, architecture = task.device, task.config.architecture
+    golden = golden_images(*task.config.image_size)
+    rows: list[TeacherRow] = []
+    reference: Features | None = None
+    modes = modes_for(device, quick=quick)
+    for mode in modes:
+        on_step(mode.name)
+        try:
+            measured, features = _measure_mode(mode, task, golden, repeats, least)
+        except Exception as error:
+            if mode is modes[0]:
+                raise
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            rows.append(TeacherRow(mode.name, _name(mode.dtype), mode.ours, missing=reason))
+            continue
+        finally:
+            gc.collect()
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+        if reference is None:
+            reference = features
+        else:
+            measured = [replace(row, cosine=_cosine(features, reference, mode.name)) for row in measured]
+        rows += measured
+    on_step("matmul and copy rates")
+    tokens = task.batch * (1 + task.config.num_register_tokens + math.prod(task.config.grid_size))
+    side = 8192 if device.type == "cuda" else 512 if quick else 2048
+    width = task.config.hidden_size
+    shapes = [(side, side, side), (tokens, width, 4 * width), (tokens, 4 * width, width)]
+    matmul = {_name(dtype): matmul_rate(device, dtype, shapes, repeats, least) for dtype in _dtypes(rows, modes)}
+    return TeacherBench(
+        model=model,
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
+        machine=describe_machine(),
+        image_size=task.config.image_size,
+        batch=task.batch,
+        flops=flops_per_image(architecture, task.config.image_size),
+        matmul=matmul,
+        copies=_copies(task, reference, repeats, least),
+        rows=tuple(rows),
+        target=target,
+    )
+
+
+def _measure_mode(
+    mode: Mode, task: Task, golden: torch.Tensor, repeats: int, least: float
+) -> tuple[list[TeacherRow], Features]:
+    """Its row, with another one through a replica's pipeline for ours on CUDA devices; and its golden results."""
+    device, images = task.device, task.images()
+    cuda = device.type == "cuda"
+    if cuda:
+        torch.cuda.reset_peak_memory_stats(device)
+    begun = time.perf_counter()
+    extract = mode.make(task)
+    features = extract(golden).to("cpu")
+    extract(images).to("cpu")
+    first = time.perf_counter() - begun
+    seconds = seconds_of(lambda: extract(images), device, repeats, least)
+    peak = torch.cuda.max_memory_allocated(device) if cuda else None
+    row = TeacherRow(mode.name, _name(mode.dtype), mode.ours, tuple(seconds), first, peak_bytes=peak)
+    rows = [row]
+    if cuda and mode.ours:
+        once = through_pipeline(extract, task, _PIPELINE_BATCHES)
+        delivered = [passed / _PIPELINE_BATCHES for passed in seconds_of(once, device, repeats, least)]
+        peak = torch.cuda.max_memory_allocated(device)
+        rows.append(replace(row, name=f"{mode.name}, to the host", seconds=tuple(delivered), peak_bytes=peak))
+    return rows, features
+
+
+def _cosine(features: Features, reference: Features, name: str) -> float:
+    """-1 says that values are not finite."""
+    try:
+        return agreement(features, reference, -1.0, name)
+    except NumericsError:
+        return -1.0
+
+
+def _copies(task: Task, reference: Features | None, repeats: int, least: float) -> tuple[float, float] | None:
+    if task.device.type != "cuda" or reference is None:
+        return None
+    into, out = copy_rates(task.device, 64 * 2**20, repeats, least)
+    results = reference.nbytes / len(reference) / 2  # float32 here; bfloat16 is what a pool delivers
+    return into / task.images()[0].numel(), out / results
+
+
+def _dtypes(rows: Sequence[TeacherRow], modes: Sequence[Mode]) -> list[torch.dtype]:
+    """Those that were measured."""
+    measured = {row.dtype for row in rows if row.seconds}
+    return list(dict.fromkeys(mode.dtype for mode in modes if _name(mode.dtype) in measured))
+
+
+def _name(dtype: torch.dtype) -> str:
+    return "float8" if dtype == torch.float8_e4m3fn else str(dtype).removeprefix("torch.")
+
+
+def _cpu_name() -> str:
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # in newer releases of torch
+    return f"{capabilities.get('cpu_name', 'CPU')}, {torch.get_num_threads()} threads"

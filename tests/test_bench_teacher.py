@@ -1,0 +1,56 @@
+"""``bench teacher`` does the same work for everyone and says so. What it measures is no test's business."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from dinov3_ray import DinoV3Config
+from dinov3_ray.bench.flops import flops_per_image
+from dinov3_ray.bench.teachers import SPEC, Task, modes_for, through_pipeline
+from dinov3_ray.checkpoint.variants import VARIANTS
+from dinov3_ray.cli import main
+
+
+@pytest.mark.parametrize(
+    ("variant", "tera"),
+    [("vits16", 0.064), ("vitb16", 0.215), ("vitl16", 0.727), ("vith16plus", 1.90), ("vit7b16", 14.5)],
+)
+def test_the_cost_of_an_image_at_1024_patches(variant: str, tera: float) -> None:
+    assert flops_per_image(VARIANTS[variant], (512, 512)) / 1e12 == pytest.approx(tera, rel=0.01)
+
+
+def test_the_cost_of_a_convnext_is_the_papers() -> None:
+    # 4.46 G multiply-adds at 224 px (Liu et al. 2022, table 9).
+    assert flops_per_image(VARIANTS["convnext-tiny"], (224, 224)) / 2e9 == pytest.approx(4.46, rel=0.01)
+
+
+def test_quick_run(tiny_checkpoint: Path) -> None:
+    options = ["--root", str(tiny_checkpoint), "--image-size", "32", "--batch", "2", "--quick"]
+    ran = CliRunner().invoke(main, ["bench", "teacher", *options, "--json", "--target-rate", "1e6"])
+    assert ran.exit_code == 0, ran.output
+    report = json.loads(ran.stdout)
+    assert (report["model"], report["batch"], report["image_size"]) == ("vit-test", 2, [32, 32])
+    assert report["flops"] == flops_per_image(VARIANTS["vit-test"], (32, 32))
+    rows = {row["name"]: row for row in report["rows"]}
+    assert rows["transformers float32 (its default)"]["ratio"] == 1.0
+    assert rows["float32"]["cosine"] == pytest.approx(1.0, abs=1e-6)
+    assert all(row["cosine"] > 0.9999 for row in report["rows"][1:])
+    best = max(row["images_per_second"] for row in report["rows"] if row["ours"])
+    assert report["replicas_needed"] == {"1000000.0": pytest.approx(1e6 / best, abs=1)}
+    assert report["copies"] is None
+
+
+def test_every_mode_delivers_the_same_shapes(tiny_checkpoint: Path) -> None:
+    task = Task(DinoV3Config(tiny_checkpoint, image_size=(32, 48)), torch.device("cpu"), batch=2)
+    for mode in modes_for(task.device, quick=True):
+        extract = mode.make(task)
+        shapes = {name: tensor.shape for name, tensor in extract(task.images()).named()}
+        assert shapes == {"cls": (2, 128), "feature_map": (2, 128, 2, 3)}, mode.name
+    through_pipeline(extract, task, batches=5)()
+    assert SPEC.cls
+    assert SPEC.feature_map
