@@ -6,4 +6,16 @@ Notes, of what was seen on 2 CPUs with ray 2.60.0 (``dinov3-ray bench pool`` and
 - One result of 12.2 MiB after the other: 20.6 ms through the pool, 40.4 ms from a plain actor that returns the tensor.
   Most of the pool's time is Ray's: the same call takes 18 ms when its answer is awaited with ``ref.future()``, and 9 ms
   when a thread blocks in ``ray.get``. Fetching large answers in the caller's thread is the next thing to try.
+
+``bench teacher`` (ViT-B/16, random weights, 512 px, batch 4, 2 threads of an AMD EPYC with AVX512-BF16 and without AMX).
+The modes ran in turn in one process, best of four, on a machine that others used too:
+
+- float32 0.60 img/s, bfloat16 1.13: 1.9 times. With AVX512-BF16 alone a matrix product in bfloat16 runs at about 2.2
+  times float32's rate (400 against 185 GFLOP/s, idle), so that 3.3 times transformers' float32 needs AMX.
+- torch's CPU attention is no faster in bfloat16 than in float32 without AMX (95 ms a block each, idle). Head by head in
+  oneDNN products: 1.07 times the speed of the whole model. Not kept: its small products do not spread over many cores.
+- Weights packed for oneDNN: 0.98; both together: 1.15. Not kept: both are torch's private operators or shapes of it.
+- torch.compile of the blocks 0.98, with freezing 0.98: on such a CPU leave ``compile`` off.
+
+Nothing of this has run on a GPU yet: ``dinov3-ray bench teacher --device cuda`` measures it.
 """
