@@ -8,15 +8,16 @@ Notes, of what was seen on 2 CPUs with ray 2.60.0 (``dinov3-ray bench pool`` and
   when a thread blocks in ``ray.get``. Fetching large answers in the caller's thread is the next thing to try.
 
 A teacher on a CPU (ViT-B/16, random weights, 512 px, batch 4, 2 threads of an AMD EPYC with AVX512-BF16 and without
-AMX). ``DinoV3Teacher.extract`` in each mode in turn, timed by a script in one process: best of four rounds, on a machine
-that others used, so that rounds of one mode differ by up to 40%. ``bench teacher`` itself was not run there:
+AMX): ``DinoV3Teacher.extract`` in each mode in turn, timed by a script in one process, best of four rounds. Others used
+the machine: rounds of one mode differ by up to 50%, and a ratio within some per cent of 1 says nothing.
 
 - float32 0.60 img/s, bfloat16 1.13: 1.9 times. With AVX512-BF16 alone a matrix product in bfloat16 runs at about 2.2
-  times float32's rate (400 against 185 GFLOP/s, idle), so that 3.3 times transformers' float32 is out of reach without AMX.
-- torch's CPU attention is no faster in bfloat16 than in float32 without AMX (95 ms a block each, idle). Head by head in
-  oneDNN products: 1.07 times the speed of the whole model. Not kept: its small products do not spread over many cores.
-- Weights packed for oneDNN: 0.98; both together: 1.15. Not kept: packing takes private operators of torch's.
-- torch.compile of the blocks 0.98, with freezing 0.98: on such a CPU leave ``compile`` off.
+  times float32's rate (400 against 185 GFLOP/s), so that 3.3 times transformers' float32 is out of reach without AMX.
+- torch's CPU attention is no faster in bfloat16 than in float32 without AMX (95 ms a block each). Head by head in
+  oneDNN products the whole model runs at 1.07 times its speed. Not kept: on many cores, which were not measured, such
+  small products may well be slower.
+- Weights packed for oneDNN: 0.98; with the above: 1.15. Not kept: packing takes private operators of torch's.
+- torch.compile of the blocks 0.98, with freezing 0.98: it does not pay on such a CPU.
 
 Nothing of this has run on a GPU yet: ``dinov3-ray bench teacher --device cuda`` measures it.
 """
