@@ -236,7 +236,7 @@ sys.stdin.read()
 
 def test_client_killed_frees_what_it_queued(ray_cluster: str) -> None:
     factory = FakeTeacher.factory(delay=0.3)
-    with TeacherPool.start(factory, name="crowd", replicas=1, client_timeout=7.0, window=64, **QUICK) as pool:
+    with TeacherPool.start(factory, name="crowd", replicas=1, client_timeout=1.0, window=64, **QUICK) as pool:
         command = [sys.executable, "-c", CLIENT, ray_cluster]
         with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as client:
             assert client.stdout is not None

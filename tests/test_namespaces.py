@@ -68,6 +68,8 @@ class Cluster:
         rest = [] if number else ["--", "--include-dashboard", "false"]
         log = self.folder / f"{number}.log"
         env = {name: value for name, value in self.env().items() if not name.startswith("RAY_")}
+        # By default Ray takes a quarter of a minute to miss a machine that went without a word.
+        env["RAY_health_check_period_ms"] = "500"
         self.nodes[host] = host.start([RAY / script[0], *script[1:], *options, *rest], env=env, log=log)
 
     def joined(self, *numbers: int) -> None:
@@ -107,8 +109,7 @@ def running(hosts: int, *, nodes: int, tls: bool = False) -> Iterator[Cluster]:
         cluster.joined(0)
         for number in range(1, nodes):
             cluster.start(number)
-        cluster.joined(*range(1, nodes))
-        yield cluster
+        yield cluster  # they join while what follows begins: a pool waits for its places
 
 
 def train(cluster: Cluster, root: Path, stderr: Path) -> subprocess.Popen[str]:
@@ -147,6 +148,7 @@ def test_three_nodes_one_lost_one_joined(tiny_checkpoint: Path, tmp_path: Path) 
 
         options = ["--replicas", 2, "--num-gpus", 0, "--num-cpus", 1, "--label", "role=teacher", "--threads", 1]
         assert "2 of 2 ready" in cluster.run("up", "--root", tiny_checkpoint, *options)
+        cluster.joined(1, 2)
         trainer = train(cluster, tiny_checkpoint, tmp_path / "trainer")
         steps = steps_beyond(trainer, tmp_path / "trainer", 0)
         # One process that goes on telling: each takes seconds to start.
@@ -159,10 +161,10 @@ def test_three_nodes_one_lost_one_joined(tiny_checkpoint: Path, tmp_path: Path) 
         assert ran <= {*lost.pids(), *stays.pids()}
         ran_there = ran & {*lost.pids()}
 
-        # A machine goes: all of its processes at once.
+        # A machine goes: all of its processes at once. Another comes.
         lost.end()
-        steps = steps_beyond(trainer, tmp_path / "trainer", steps + 10)  # the other one goes on alone
         cluster.start(3)
+        steps = steps_beyond(trainer, tmp_path / "trainer", steps + 10)  # what is left goes on alone
         cluster.joined(3)
         after = read_until(
             watcher,
@@ -176,7 +178,6 @@ def test_three_nodes_one_lost_one_joined(tiny_checkpoint: Path, tmp_path: Path) 
         assert ended["resends"] > 0, "nothing was in flight on the node that was lost"
 
         assert "has ended" in cluster.run("down")
-        assert "no pool" in cluster.run("down"), "nothing is left to end"
         gone = [replica["pid"] for replica in after["replicas"]]
         until(lambda: not {*gone} & {*stays.pids(), *new.pids()}, lambda: "replicas outlive their pool")
 
@@ -201,6 +202,5 @@ def test_tls(tiny_checkpoint: Path, tmp_path: Path) -> None:
         trainer = train(cluster, tiny_checkpoint, tmp_path / "trainer")
         steps_beyond(trainer, tmp_path / "trainer", 0)
         assert finish(trainer, tmp_path / "trainer")["resends"] == 0
-        cluster.run("down")
         assert plain.wait(PATIENCE) == 1
         assert "RAY_USE_TLS=1" in (tmp_path / "plain").read_text()

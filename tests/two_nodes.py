@@ -57,7 +57,13 @@ def main(folder: Path) -> None:
     resources = {"num_cpus": 2, "object_store_memory": 100 * 2**20}
     cluster = Cluster(
         initialize_head=True,
-        head_node_args={"num_cpus": 0, "object_store_memory": 100 * 2**20, "temp_dir": str(folder / "ray")},
+        head_node_args={
+            "num_cpus": 0,
+            "object_store_memory": 100 * 2**20,
+            "temp_dir": str(folder / "ray"),
+            # By default Ray takes a quarter of a minute to miss a machine that went without a word.
+            "_system_config": {"health_check_period_ms": 500},
+        },
     )
     try:
         first, _ = cluster.add_node(**resources), cluster.add_node(**resources)

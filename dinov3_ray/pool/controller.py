@@ -11,6 +11,7 @@ import asyncio
 import logging
 import os
 import time
+from collections import Counter
 from dataclasses import replace
 from typing import Any
 
@@ -22,6 +23,7 @@ from dinov3_ray.metrics import Publisher
 from dinov3_ray.pool.autoscaling import Autoscaler
 from dinov3_ray.pool.cluster import list_actors, replica_name
 from dinov3_ray.pool.declaration import Declaration, Redeclaration
+from dinov3_ray.pool.explain import reason_of
 from dinov3_ray.pool.ledger import Ledger
 from dinov3_ray.pool.membership import Action, ActionKind, Membership, MemberState
 from dinov3_ray.pool.messages import PoolView
@@ -69,7 +71,7 @@ class Controller:
         self._membership.resize(declared.target)
         self._tended: dict[str, _Tended] = {}
         self._clients: dict[str, float] = {}
-        self._watching = 0
+        self._watching: Counter[str] = Counter()  # calls of each client
         self._autoscaler = Autoscaler.of(declared.options)
         self._publisher = Publisher(name)
         self._wake = asyncio.Event()
@@ -88,7 +90,7 @@ class Controller:
         Being in this call, or having been lately, is what tells that a client lives.
         """
         self._clients[client_id] = time.monotonic()
-        self._watching += 1
+        self._watching[client_id] += 1
         try:
             await self._found.wait()
             async with asyncio.timeout(timeout), self._published:
@@ -96,7 +98,7 @@ class Controller:
         except TimeoutError:
             log.debug("nothing new for client %s within %s s", client_id, timeout)
         finally:
-            self._watching -= 1
+            self._watching[client_id] -= 1
         if client_id in self._clients:
             self._clients[client_id] = time.monotonic()
         return self._view()
@@ -152,7 +154,7 @@ class Controller:
         async with self._published:
             self._published.notify_all()
         # The caller ends this actor next: let the clients' answers leave first.
-        while self._watching:
+        while self._watching.total():
             await asyncio.sleep(0)
         await asyncio.sleep(_FAREWELL)
         return places
@@ -214,7 +216,7 @@ class Controller:
             state = await asyncio.wait_for(actor.state.remote(), patience)
         except (TimeoutError, ray.exceptions.RayError) as error:
             # Dead, silent, or still without a place: a successor is as good.
-            log.warning("pool %s: replica %s is not taken over: %s", self._name, replica_id, _reason(error))
+            log.warning("pool %s: replica %s is not taken over: %s", self._name, replica_id, reason_of(error))
             ray.kill(actor)
             return
         self._membership.adopt(replica_id, place.generation, state, time.monotonic())
@@ -289,7 +291,7 @@ class Controller:
             waited = options.health_timeout if ready else options.startup_timeout
             self._lose(replica_id, f"no answer to {'health' if ready else 'load'} within {waited:g} s", silent=True)
         except (ray.exceptions.RayError, ReplicaError) as error:
-            self._lose(replica_id, _reason(error))
+            self._lose(replica_id, reason_of(error))
 
     def _require_healthy(self, statistics: ReplicaStatistics) -> None:
         limit = self._declaration.options.hang_timeout
@@ -313,7 +315,7 @@ class Controller:
             try:
                 await asyncio.wait_for(tended.actor.drain.remote(patience), patience + 1)
             except (TimeoutError, ray.exceptions.RayError) as error:
-                log.warning("pool %s: replica %s did not drain: %s", self._name, replica_id, _reason(error))
+                log.warning("pool %s: replica %s did not drain: %s", self._name, replica_id, reason_of(error))
         if self._membership.drained(replica_id):  # or it was lost meanwhile, and buried
             self._bury(replica_id)
             self._wake.set()
@@ -331,7 +333,9 @@ class Controller:
 
     def _drop_silent_clients(self, now: float) -> None:
         limit = self._declaration.options.client_timeout
-        for client_id in [client for client, seen in self._clients.items() if now - seen > limit]:
+        self._watching = +self._watching
+        silent = [one for one, seen in self._clients.items() if not self._watching[one] and now - seen > limit]
+        for client_id in silent:
             log.warning("pool %s: client %s has been silent for %g s: dropped", self._name, client_id, limit)
             del self._clients[client_id]
             self._forget(client_id)
@@ -386,12 +390,3 @@ class Controller:
             if task is self._supervision:
                 # One that watches over nothing any more is worse than one that begins anew: Ray restarts it.
                 os._exit(1)
-
-
-def _reason(error: BaseException) -> str:
-    """The part of an error that tells a person why, in one line."""
-    if isinstance(error, ray.exceptions.ActorDiedError):
-        return "its process died"
-    cause = getattr(error, "cause", None) or error
-    lines = str(cause).strip().splitlines() or ["no message"]
-    return f"{type(cause).__name__}: {lines[-1]}"

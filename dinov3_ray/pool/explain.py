@@ -1,13 +1,15 @@
-"""What a client says when a batch cannot be answered: which batch, of which pool, and why."""
+"""What a client says of a batch that cannot be answered, and a controller of a replica that was lost."""
 
 from __future__ import annotations
+
+import ray
 
 from dinov3_ray.errors import PoisonBatchError, PoolError, ReplicaError
 from dinov3_ray.pool.handle import Part
 from dinov3_ray.pool.messages import PoolView
 from dinov3_ray.pool.routing import Verdict
 
-__all__ = ["failure_of", "where_is", "why_empty"]
+__all__ = ["failure_of", "reason_of", "where_is", "why_empty"]
 
 
 def why_empty(pool: str, timeout: float, view: PoolView | None) -> str:
@@ -31,3 +33,12 @@ def failure_of(part: Part, pool: str, verdict: Verdict) -> PoolError:
     if verdict is Verdict.POISON:
         return PoisonBatchError(f"{where_is(part, pool)}: replica after replica died while computing it")
     return ReplicaError(f"{where_is(part, pool)}: given up, too many replicas died or fell silent with it")
+
+
+def reason_of(error: BaseException) -> str:
+    """The part of an error that tells a person why a replica was lost, in one line."""
+    if isinstance(error, ray.exceptions.ActorDiedError):
+        return "its process died"
+    cause = getattr(error, "cause", None) or error
+    lines = str(cause).strip().splitlines() or ["no message"]
+    return f"{type(cause).__name__}: {lines[-1]}"

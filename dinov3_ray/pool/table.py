@@ -84,7 +84,7 @@ def summary(status: PoolStatus) -> str:
 
 def render(status: PoolStatus, rate: Mapping[str, Rate]) -> RenderableType:
     """The whole of it: a headline, a row for each replica, totals, and the last troubles."""
-    return Group(_headline(status), _Replicas(status, rate), *_troubles(status))
+    return Group(_headline(status), _Replicas(status, rate), _troubles(status))
 
 
 class _Replicas:
@@ -125,7 +125,8 @@ def _headline(status: PoolStatus) -> Text:
     ]
     if status.newest_generation:
         given_up = ", the last given up" if status.newest_generation > status.generation else ""
-        parts.append(_count(status.newest_generation, "reload") + given_up)
+        under_way = ", one under way" if status.reloading else given_up
+        parts.append(_count(status.newest_generation, "reload") + under_way)
     return Text.assemble(
         (f"{status.name} ", "bold"),
         ("healthy" if healthy else "degraded", "bold green" if healthy else "bold yellow"),
@@ -166,11 +167,11 @@ def _totals(status: PoolStatus, rate: Mapping[str, Rate]) -> dict[str, str]:
     }
 
 
-def _troubles(status: PoolStatus) -> list[Text]:
-    return [
-        Text.assemble(("last troubles  " if not index else " " * 15, "bold red"), trouble)
-        for index, trouble in enumerate(status.troubles[-_SHOWN_TROUBLES:])
-    ]
+def _troubles(status: PoolStatus) -> Table:
+    table = Table.grid("", "", padding=(0, 2))  # long ones wrap beside their headline, not below it
+    for index, trouble in enumerate(status.troubles[-_SHOWN_TROUBLES:]):
+        table.add_row("" if index else Text("last troubles", "bold red", no_wrap=True), Text(trouble))
+    return table
 
 
 def _short(fingerprint: str | None) -> str:
