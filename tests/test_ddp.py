@@ -9,6 +9,7 @@ import ranks
 import torch
 import torch.multiprocessing as mp
 from streams import picture
+from waiting import until
 
 from dinov3_ray import DinoV3Config, DinoV3Teacher, TeacherPool
 
@@ -24,6 +25,8 @@ def test_each_rank_gets_its_own_targets_and_they_are_those_of_one_process(
     with TeacherPool.start(config, name="ranks", replicas=2) as pool:
         arguments = (WORLD, tmp_path, "ranks", ray_cluster, config.hidden_size, COUNT)
         mp.start_processes(ranks.train, args=arguments, nprocs=WORLD, start_method="spawn")
+        # Replicas tell of themselves every second.
+        until(lambda: pool.status().images >= 2 * COUNT, "they have told of all images")
         assert pool.status().images == 2 * COUNT
     outcomes = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(WORLD)]
     local = DinoV3Teacher(config, "cpu")

@@ -139,6 +139,8 @@ def test_who_gets_in() -> None:
     (monitor,) = of_kind("PodMonitor")
     (endpoint,) = monitor["spec"]["podMetricsEndpoints"]
     assert endpoint["port"] == "metrics"
+    # The alert on silent nodes goes by the job's name, which is the operator's own unless said otherwise.
+    assert {"targetLabel": "job", "replacement": "dinov3-ray"} in endpoint["relabelings"]
 
 
 def test_jobs_run_commands_that_there_are() -> None:

@@ -6,7 +6,6 @@ import gc
 import statistics
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,7 @@ import ray
 import torch
 from ray._private.internal_api import get_memory_info_reply, get_state_from_address
 from torch.utils.data import DataLoader, Dataset
+from waiting import until
 
 from dinov3_ray import Features, FeatureSpec, RemoteTeacher, TeacherPool
 from dinov3_ray.testing import FakeTeacher
@@ -24,13 +24,6 @@ CLS = FeatureSpec(cls=True)
 
 def view(number: int, rows: int = 2) -> torch.Tensor:
     return torch.full((rows, 3, 32, 48), number % 256, dtype=torch.uint8)
-
-
-def until(condition: Callable[[], bool], what: str, timeout: float = 90.0) -> None:
-    deadline = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < deadline, f"waited {timeout} s until {what}"
-        time.sleep(0.05)
 
 
 class Stream:

@@ -7,8 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import faulty
@@ -16,6 +15,7 @@ import pytest
 import ray
 import torch
 from faulty import HANG_ONCE, KILL, KILL_ONCE, NAN_ALWAYS, NAN_ONCE, RAISE, FaultyTeacher, HopelessTeacher, batch_of
+from waiting import until
 
 from dinov3_ray import FeatureSpec, RemoteTeacher, TeacherPool
 from dinov3_ray.errors import (
@@ -80,13 +80,6 @@ def equals_undisturbed(handle: Handle, number: int, mark: int = 0) -> bool:
     assert features.feature_map is not None
     assert expected.feature_map is not None
     return torch.equal(features.cls, expected.cls) and torch.equal(features.feature_map, expected.feature_map)
-
-
-def until(condition: Callable[[], bool], what: str, timeout: float = 60.0) -> None:
-    deadline = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < deadline, f"waited {timeout} s until {what}"
-        time.sleep(0.05)
 
 
 def pids(pool: TeacherPool) -> list[int]:

@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import pty
+import re
 import signal
 import struct
 import subprocess
@@ -53,7 +54,8 @@ def finished(process: subprocess.Popen[str], status: int) -> tuple[str, str]:
 @pytest.fixture(scope="module")
 def pool(ray_cluster: str, tiny_checkpoint: Path) -> Iterator[str]:
     """A pool of one (each replica takes seconds to start), started and ended by commands; its name."""
-    options = ("--replicas", 1, "--dtype", "float32", "--max-batch", 4, "--set", "health_interval=0.2")
+    options = ("--replicas", 1, "--num-cpus", 2, "--threads", 1, "--dtype", "float32", "--max-batch", 4)
+    options += ("--set", "health_interval=0.2")
     up = command("up", "--name", NAME, "--root", tiny_checkpoint, *options, address=ray_cluster)
     out, err = finished(up, 0)
     assert f"pool {NAME!r} is up: 1 of 1 ready; teacher " in out
@@ -111,10 +113,10 @@ def test_watch_until_interrupted(pool: str, ray_cluster: str) -> None:
 
 
 def test_scale_and_a_degraded_status(pool: str) -> None:
-    assert "1 of 2 ready" in run("scale", 2, "--name", pool).output
-    shown = run("status", "--name", pool)  # a second replica takes seconds to load
+    assert " of 3 ready" in run("scale", 3, "--name", pool).output
+    shown = run("status", "--name", pool)  # the cluster has no room for a third
     assert shown.exit_code == 3
-    assert "degraded  1 of 2 ready" in shown.output
+    assert re.search("degraded  [12] of 3 ready", shown.output)
     back = run("scale", "1", "--wait", "--timeout", 120, "--name", pool)
     assert back.exit_code == 0
     assert back.output.endswith(f"pool {pool!r}: 1 of 1 ready\n")
