@@ -13,8 +13,10 @@ from pathlib import Path
 
 import pytest
 import ray
+from click.testing import CliRunner
 from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_put
 
+from dinov3_ray.cli import main
 from dinov3_ray.doctor.cluster import check_packages
 from dinov3_ray.doctor.descriptors import check_descriptors
 from dinov3_ray.doctor.finding import Verdict
@@ -33,11 +35,22 @@ def doctor(*arguments: object, prefix: tuple[str, ...] = (), token: str | None =
     command = [*prefix, sys.executable, "-m", "dinov3_ray", "doctor", "--json", *map(str, arguments)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
     assert "Traceback" not in done.stderr, done.stderr
-    findings = [json.loads(line) for line in done.stdout.splitlines()]
+    return done.returncode, by_subject(done.stdout)
+
+
+def doctor_here(*arguments: object) -> tuple[int, Findings]:
+    """The command in this process, where it needs no other environment: starting one takes seconds."""
+    done = CliRunner(env={"RAY_ADDRESS": None}).invoke(main, ["doctor", "--json", *map(str, arguments)])
+    assert done.exception is None or isinstance(done.exception, SystemExit), done.exception
+    return done.exit_code, by_subject(done.stdout)
+
+
+def by_subject(text: str) -> Findings:
+    findings = [json.loads(line) for line in text.splitlines()]
     for finding in findings:
         needs_one = finding["verdict"] in (Verdict.PROBLEM, Verdict.WARNING)
         assert bool(finding["remedy"]) == needs_one, finding
-    return done.returncode, {finding["subject"]: finding for finding in findings}
+    return {finding["subject"]: finding for finding in findings}
 
 
 def problems(findings: Findings) -> set[str]:
@@ -89,14 +102,14 @@ def test_shared_memory_too_small() -> None:
 
 
 def test_root_missing(tmp_path: Path) -> None:
-    status, findings = doctor("--root", tmp_path / "nowhere")
+    status, findings = doctor_here("--root", tmp_path / "nowhere")
     assert (status, problems(findings)) == (1, {"model"})
     assert "nowhere is missing" in findings["model"]["message"]
     assert findings["round trip"]["verdict"] == Verdict.SKIPPED
 
 
 def test_no_gpu_where_one_is_asked_for() -> None:
-    status, findings = doctor("--gpus", 64)
+    status, findings = doctor_here("--gpus", 64)
     assert (status, problems(findings)) == (1, {"GPUs"})
     assert "64 asked for with --gpus" in findings["GPUs"]["message"]
     assert "nvidia-smi" in findings["GPUs"]["remedy"]

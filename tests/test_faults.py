@@ -148,14 +148,6 @@ def test_unlucky_batch_is_not_poison(pool: TeacherPool) -> None:
     assert equals_undisturbed(handle, 3, KILL_ONCE)
 
 
-def test_exception_reaches_the_caller_as_itself(pool: TeacherPool) -> None:
-    remote = pool.teacher()
-    with pytest.raises(LookupError, match="scripted: this batch") as raised:
-        remote.extract(batch_of(1, RAISE), SPEC)
-    assert any("raised by replica" in note for note in raised.value.__notes__)
-    assert equals_undisturbed(remote.submit(batch_of(2), SPEC), 2)
-
-
 def test_values_that_are_not_finite(pool: TeacherPool) -> None:
     remote = pool.teacher()
     before = pids(pool)
@@ -166,6 +158,14 @@ def test_values_that_are_not_finite(pool: TeacherPool) -> None:
     until(lambda: len({*pids(pool), *before}) == 3, "the sick replica is replaced")
     assert len({*pids(pool), *before}) == 3, "and no other"
     assert "sick: " in pool.status().troubles[-1]
+
+
+def test_exception_reaches_the_caller_as_itself(pool: TeacherPool) -> None:
+    remote = pool.teacher()
+    with pytest.raises(LookupError, match="scripted: this batch") as raised:
+        remote.extract(batch_of(1, RAISE), SPEC)
+    assert any("raised by replica" in note for note in raised.value.__notes__)
+    assert equals_undisturbed(remote.submit(batch_of(2), SPEC), 2)
 
 
 def test_empty_pool_raises_in_time(pool: TeacherPool) -> None:

@@ -21,7 +21,7 @@ from dinov3_ray.pool.status import PoolStatus
 from dinov3_ray.testing import FakeTeacher
 
 SPEC = FeatureSpec(cls=True, feature_map=True)
-BATCHES = 240
+BATCHES = 200
 
 
 def view(number: int) -> torch.Tensor:
@@ -66,12 +66,12 @@ def main(folder: Path) -> None:
         },
     )
     try:
-        first, _ = cluster.add_node(**resources), cluster.add_node(**resources)
+        first, _ = (cluster.add_node(wait=False, **resources) for _ in range(2))
         cluster.wait_for_nodes()
         ray.init(address=cluster.address, log_to_driver=False)
         # Two replicas a node: each reserves a CPU, and the head has none.
         options = {"num_cpus": 1, "health_interval": 0.5, "health_timeout": 15.0}
-        with TeacherPool.start(FakeTeacher.factory(delay=0.1), name="nodes", replicas=4, **options) as pool:
+        with TeacherPool.start(FakeTeacher.factory(delay=0.05), name="nodes", replicas=4, **options) as pool:
             before = {one.node_id for one in pool.status().replicas}
             stream = pool.teacher().prefetch(range(BATCHES), SPEC, images=view)
             answers, killed_at, gap, last = [], 0.0, 0.0, time.monotonic()
