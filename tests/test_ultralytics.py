@@ -1,8 +1,9 @@
 """The Ultralytics trainers, for real where Ultralytics imports (it needs torchvision), on a tiny oriented data set.
 
 Last run on 2026-11-24 with ultralytics 8.4.190, torch 2.14.1, torchvision 0.29.1, Python 3.11, on a CPU: all pass. By
-hand, with the same, Ultralytics' own launch of two ranks over a pool of Ray actors (gloo in place of NCCL, and its final
-validation, which asks for CUDA, left out): both ranks ended with the same model and projector. No GPU has seen it.
+hand, with the same, Ultralytics' own launch of two ranks over a pool of Ray actors (gloo in place of NCCL, and its
+final validation, which asks for CUDA, left out): both ranks ended with the same model and projector. No GPU has
+seen it.
 """
 
 from __future__ import annotations
