@@ -158,9 +158,9 @@ def measure_dataset(
     pixels = [_square(Image.open(path)) for path in files]
     rows = [{"id": path.name, "image": image} for path, image in zip(files, pixels, strict=True)]
     with quiet_data(), _all_threads():
-        # Ray splits its items into blocks for every CPU; rows of 150 kB are 20 MB in blocks of the extraction's size.
+        # Enough blocks for every actor to get one; of some 20 MB, where there are many.
         given, few = (
-            ray.data.from_items(part, override_num_blocks=max(1, len(part) // 128)).materialize()
+            ray.data.from_items(part, override_num_blocks=max(_cpus(), len(part) // 128)).materialize()
             for part in (rows, rows[: work.peers_images])
         )
         sets: dict[str, list[tuple[Rate, _Contender]]] = {
