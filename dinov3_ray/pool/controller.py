@@ -29,7 +29,7 @@ from dinov3_ray.pool.membership import Action, ActionKind, Membership, MemberSta
 from dinov3_ray.pool.messages import PoolView
 from dinov3_ray.pool.processes import kill_process
 from dinov3_ray.pool.readings import read_controller
-from dinov3_ray.pool.replica_actor import Birth, Place, ReplicaActor
+from dinov3_ray.pool.replica_actor import Birth, Place, ReplicaActor, thread_groups
 from dinov3_ray.pool.replica_statistics import ReplicaStatistics
 from dinov3_ray.pool.reports import Report, make_status, make_view
 from dinov3_ray.pool.status import PoolStatus
@@ -255,7 +255,7 @@ class Controller:
         }
         if placement.label_selector:
             options["label_selector"] = dict(placement.label_selector)
-        actor_class: Any = ReplicaActor  # Ray's decorator has made it a factory of actors
+        actor_class: Any = ray.remote(concurrency_groups=thread_groups(declared.options))(ReplicaActor)
         return actor_class.options(**options).remote(birth)
 
     def _threads(self) -> int | None:
