@@ -84,8 +84,8 @@ class HeldPipeline:
 class Bench:
     """A replica on a held pipeline."""
 
-    def __init__(self, **options: object) -> None:
-        self.pipeline = HeldPipeline(TEACHER)
+    def __init__(self, pipeline: HeldPipeline | None = None, **options: object) -> None:
+        self.pipeline = pipeline or HeldPipeline(TEACHER)
         self.suspects: list[str] = []
         self.replica = Replica(
             "r",
@@ -202,6 +202,35 @@ def test_what_is_under_way_at_the_end_is_answered_and_what_waits_is_handed_back(
         check(answers[number], number)
 
 
+def test_the_next_pass_begins_while_results_are_packed() -> None:
+    packing, packed = threading.Event(), threading.Event()
+
+    class SlowToPack(HeldPass):
+        def result(self) -> Results:
+            packing.set()
+            assert packed.wait(WAIT)
+            return super().result()
+
+    class Slow(HeldPipeline):
+        depth = SynchronousPipeline.depth
+
+        def begin(self, batch: ImageBatch, rows: int, spec: FeatureSpec) -> Pass:
+            if self.passes:
+                assert packing.wait(WAIT)
+                packed.set()  # in the middle of the second pass: it would hang if it had to wait for the first
+            one = SlowToPack(self._real.begin(batch, rows, spec).result(), rows)
+            one.end()
+            self.passes.append(one)
+            return one
+
+    pipeline = Slow(TEACHER)
+    bench = Bench(pipeline)
+    answers = [bench.offer(number) for number in range(2)]
+    for number, answered in enumerate(answers):
+        check(answered, number)
+    bench.replica.stop()
+
+
 def test_a_teacher_is_warmed_up_before_it_serves() -> None:
     class Warmed(FakeTeacher):
         rows = 0
@@ -224,18 +253,17 @@ class Plain:
         return TEACHER.extract(images, spec)
 
 
-def test_the_synchronous_pipeline_is_over_when_it_has_begun() -> None:
+def test_the_synchronous_pipeline_packs_and_checks_when_results_are_asked_for() -> None:
     pipeline = pipeline_for(Plain())
     batch = ImageBatch.of(images_of(1, rows=3))
-    one = pipeline.begin(batch, 2, SPEC)
-    assert one.done()
-    results = one.result()
+    results = pipeline.begin(batch, 2, SPEC).result()
     expected = TEACHER.extract(batch.tensors[0][:2], SPEC)
     found = unpack_features(results.layout, results.arrays, results.fingerprint)
     assert all(torch.equal(a, b) for (_, a), (_, b) in zip(found.named(), expected.named(), strict=True))
     assert found.fingerprint == "fake"
+    one = pipeline.begin(ImageBatch.of(torch.full((1, 3, 32, 32), float("nan"))), 1, SPEC)
     with pytest.raises(InputError, match="finite"):
-        pipeline.begin(ImageBatch.of(torch.full((1, 3, 32, 32), float("nan"))), 1, SPEC)
+        one.result()
 
 
 @pytest.mark.gpu
@@ -256,7 +284,6 @@ class TestOnAGpu:
         passes = [pipeline.begin(ImageBatch.of(images), len(images), spec) for images in inputs]
         for images, one in zip(inputs, passes, strict=True):
             results = one.result()
-            assert one.done()
             assert results.preprocess > 0
             found = unpack_features(results.layout, results.arrays, results.fingerprint)
             expected = teacher.extract(images, spec).to("cpu")
@@ -274,7 +301,7 @@ class TestOnAGpu:
         for _ in range(50):
             matrix @ matrix
         passes = [pipeline.begin(batch, 4, spec) for _ in range(3)]
-        assert not passes[0].done(), "it waited for the device"
+        assert not passes[0].event.query(), "it waited for the device"
         arrays = [one.result().arrays[0] for one in passes]
         assert (arrays[0] == arrays[1]).all()
         assert (arrays[0] == arrays[2]).all()

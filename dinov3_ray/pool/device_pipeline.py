@@ -1,8 +1,10 @@
 """How a replica's batches pass through its device: one after the other, or three at once, each in another stage.
 
-The device thread begins a pass, and later asks for its results; it drives both implementations in the same way. On a
-CPU a pass is over when it has begun. On a CUDA device it has only been enqueued then: while one batch is computed, the
-next one is copied in and the one before is copied out, each in a stream of its own.
+The device thread begins a pass, and another thread waits for its results; they drive both implementations in the same
+way. On a CPU a pass is computed when it has begun, and its results are looked at and packed beside the next one. On a
+CUDA device it has only been enqueued then: while one batch is computed, the next one is copied in and the one before is
+copied out, each in a stream of its own. Waiting for it gives the device no work, except to look closer at results that
+are not finite.
 """
 
 from __future__ import annotations
@@ -43,10 +45,6 @@ class Results:
 class Pass(Protocol):
     """A batch on its way through the device."""
 
-    def done(self) -> bool:
-        """Whether :meth:`result` would answer, or raise, at once. It does not raise itself."""
-        ...
-
     def result(self) -> Results:
         """Wait for the results.
 
@@ -59,7 +57,9 @@ class Pass(Protocol):
 
 
 class Pipeline(Protocol):
-    """Runs passes of one teacher, all on the thread that calls; results come in the order in which passes began."""
+    """Runs passes of one teacher, all begun on one thread; another asks for their results, in the order in which they
+    began.
+    """
 
     #: How many passes may be under way at once.
     depth: int
@@ -82,9 +82,10 @@ def pipeline_for(teacher: Extractor) -> Pipeline:
 
 
 class SynchronousPipeline:
-    """Computes a pass when it begins."""
+    """Computes a pass when it begins; its results are looked at and packed when they are asked for."""
 
-    depth = 1
+    #: One is computed while the results of the one before are packed.
+    depth = 2
 
     def __init__(self, teacher: Extractor) -> None:
         self._teacher = teacher
@@ -92,23 +93,24 @@ class SynchronousPipeline:
     def begin(self, batch: ImageBatch, rows: int, spec: FeatureSpec) -> Pass:
         begun = time.monotonic()
         features = extract(self._teacher, batch, spec)
-        check_finite(features, batch)
-        computed = time.monotonic()
-        # Read after the results, which a device has to have finished: asking costs no wait.
-        preprocess = min(getattr(self._teacher, "preprocess_seconds", 0.0), computed - begun)
-        layout, arrays = pack_features(features.rows(0, rows), spec)
-        return _Finished(Results(layout, arrays, features.fingerprint, preprocess, time.monotonic() - computed))
+        # Read before the next pass begins.
+        preprocess = min(getattr(self._teacher, "preprocess_seconds", 0.0), time.monotonic() - begun)
+        return _Computed(batch, rows, spec, features, preprocess)
 
 
 @dataclass(frozen=True, slots=True)
-class _Finished:
-    results: Results
-
-    def done(self) -> bool:
-        return True
+class _Computed:
+    batch: ImageBatch
+    rows: int
+    spec: FeatureSpec
+    features: Features
+    preprocess: float
 
     def result(self) -> Results:
-        return self.results
+        begun = time.monotonic()
+        check_finite(self.features, self.batch)
+        layout, arrays = pack_features(self.features.rows(0, self.rows), self.spec)
+        return Results(layout, arrays, self.features.fingerprint, self.preprocess, time.monotonic() - begun)
 
 
 class CudaPipeline:
@@ -187,12 +189,6 @@ class _CudaPass:
     finite: Tensor
     preprocess: Stretch
     held: tuple[object, ...]
-
-    def done(self) -> bool:
-        try:
-            return bool(self.event.query())
-        except RuntimeError:
-            return True  # the device has failed, which is for the result to say
 
     def result(self) -> Results:
         self.event.synchronize()

@@ -2,7 +2,8 @@
 
 Ray-free: the actor in ``replica_actor`` and local mode drive the same class. All work on the device happens on the
 thread that built the teacher, because CUDA work from several threads of one actor has crashed and leaked (ray issues
-33982, 49360).
+33982, 49360). A second thread waits for results, looks at them and packs them, so that the device need not wait for
+that.
 """
 
 from __future__ import annotations
@@ -36,7 +37,6 @@ log = logging.getLogger("dinov3_ray")
 Done = Callable[[Answer, list[Array]], None]
 
 _FAILING = 100  # names of requests that raised: more say nothing more
-_LOOK_SECONDS = 0.0005  # between looks at a pass under way while nothing waits: a device cannot wake a thread
 
 
 @dataclass(slots=True)
@@ -49,7 +49,7 @@ class _Job:
 
 @dataclass(frozen=True, slots=True)
 class _UnderWay:
-    """Requests whose pass the device has been given at ``begun``."""
+    """Requests whose pass the device was given at ``begun``."""
 
     jobs: list[_Job]
     run: Pass
@@ -104,12 +104,16 @@ class Replica:
         self._counters = ReplicaStatistics()
         self._failing: set[str] = set()
         self._backlog: dict[str, int] = {}
+        self._again: deque[_Job] = deque()  # those whose shared pass failed: each is to run by itself
+        self._running: list[list[_Job]] = []  # of each pass that was taken up and is not answered yet
+        self._alone = False  # what runs is a suspect, beside which nothing may
         self._busy_since: float | None = None  # when the pass that is ahead of all others came to be so
-        self._under_way: deque[_UnderWay] = deque()  # the device thread's own
+        self._under_way: deque[_UnderWay] = deque()  # what the device has been given, for the second thread
         self._draining = False
         self._stopped = False
         self._info = TeacherInfo()
         self._thread = threading.Thread(target=self._run, name=f"dinov3-{replica_id}", daemon=True)
+        self._finisher = threading.Thread(target=self._finish_passes, name=f"dinov3-{replica_id}-results", daemon=True)
 
     # Control --------------------------------------------------------------------------------------------------------
 
@@ -132,19 +136,21 @@ class Replica:
     def wait_idle(self, timeout: float) -> bool:
         """Wait until nothing is queued or computed; False if that took longer than ``timeout`` seconds."""
         with self._changed:
-            return self._changed.wait_for(lambda: not self._queue and self._busy_since is None, timeout)
+            return self._changed.wait_for(lambda: not (self._queue or self._again or self._running), timeout)
 
     def stop(self, timeout: float = 5.0) -> None:
-        """Answer what is queued as dropped and end the device thread (it is a daemon: a hung one is left behind)."""
+        """Answer what is queued as dropped and end the threads (they are daemons: hung ones are left behind)."""
         with self._changed:
             self._draining = self._stopped = True
-            dropped = list(self._jobs.values())
+            dropped = [*self._jobs.values(), *self._again]
             self._jobs.clear()
+            self._again.clear()
             self._changed.notify_all()
         for job in dropped:
             job.done(Answer(Outcome.DRAINING), [])
-        if self._thread.is_alive() and self._thread is not threading.current_thread():
-            self._thread.join(timeout)
+        for thread in (self._thread, self._finisher):
+            if thread.is_alive() and thread is not threading.current_thread():
+                thread.join(timeout)
 
     def forget(self, client_id: str) -> int:
         """Drop what a client that is gone has queued; returns how many requests that were."""
@@ -180,7 +186,7 @@ class Replica:
     # Requests -------------------------------------------------------------------------------------------------------
 
     def offer(self, header: RequestHeader, arrays: Sequence[Array], done: Done) -> None:
-        """Queue a request; ``done(answer, arrays)`` is called exactly once, on the device thread or at once.
+        """Queue a request; ``done(answer, arrays)`` is called exactly once, on one of the replica's threads or at once.
 
         The arrays of the request are read, never written, until then.
         """
@@ -237,42 +243,38 @@ class Replica:
         except BaseException as error:  # noqa: BLE001 - whatever a user's factory raises is the reason to report
             self.loaded.set_exception(error)
             return
+        self._finisher.start()
         self.loaded.set_result(self._info)
-        while (jobs := self._next_jobs()) or self._under_way:
-            alone = any(job.header.suspect for job in jobs)
-            while alone and self._under_way:
-                self._finish()  # what is under way would die with it
-            if jobs:
-                self._begin(jobs)
-            if self._under_way and (alone or not jobs):
-                self._finish()
-            with self._changed:
-                if not self._under_way:
-                    self._busy_since = None
-                # A client with more to send keeps something here: one that does not has no backlog any more.
-                here = {job.header.client_id for one in self._under_way for job in one.jobs}
-                self._backlog = {
-                    client: rows for client, rows in self._backlog.items() if client in here or self._queue.rows(client)
-                }
-                self._changed.notify_all()
+        while jobs := self._next_jobs():
+            self._begin(jobs)
 
     def _next_jobs(self) -> list[_Job]:
-        """What to begin next; nothing if it is time to finish what is under way, or to end."""
+        """What to begin next, as soon as the device may be given it; nothing at the end."""
         with self._changed:
             while not self._stopped:
-                if self._under_way and (len(self._under_way) >= self._pipeline.depth or self._under_way[0].run.done()):
-                    return []
                 now = time.monotonic()
-                batch = self._queue.take(now)
-                if isinstance(batch, list):
-                    if self._busy_since is None:
-                        self._busy_since = now
-                    return [self._jobs.pop(waiting.ticket) for waiting in batch]
-                seconds = None if batch is None else batch - now
-                if self._under_way:
-                    seconds = _LOOK_SECONDS if seconds is None else min(seconds, _LOOK_SECONDS)
-                self._changed.wait(seconds)
+                next_look = None
+                if len(self._running) < (1 if self._alone else self._pipeline.depth):
+                    jobs = self._take(now)
+                    if isinstance(jobs, list):
+                        self._alone = any(job.header.suspect for job in jobs)
+                        if self._alone:
+                            self._changed.wait_for(lambda: not self._running)  # it would die with this one
+                            now = time.monotonic()
+                        if not self._running:
+                            self._busy_since = now
+                        self._running.append(jobs)
+                        return jobs
+                    next_look = jobs
+                self._changed.wait(None if next_look is None else next_look - now)
             return []
+
+    def _take(self, now: float) -> list[_Job] | float | None:
+        """The next pass's requests; or the time until which to wait for company; or None if nothing waits."""
+        if self._again:
+            return [self._again.popleft()]
+        batch = self._queue.take(now)
+        return [self._jobs.pop(waiting.ticket) for waiting in batch] if isinstance(batch, list) else batch
 
     def _begin(self, jobs: list[_Job]) -> None:
         """Give the device the pass of ``jobs``."""
@@ -288,20 +290,45 @@ class Replica:
             run = self._pipeline.begin(batch, rows, jobs[0].header.spec)
         except Exception as error:  # noqa: BLE001 - a teacher may raise anything, and the replica lives on
             self._fail(jobs, error)
-        else:
+            self._end_pass(jobs)
+            return
+        with self._changed:
             self._under_way.append(_UnderWay(jobs, run, begun))
+            self._changed.notify_all()
 
-    def _finish(self) -> None:
-        """Wait for the pass that is ahead of all others, and answer its requests."""
-        ahead = self._under_way.popleft()
+    # The thread for results -----------------------------------------------------------------------------------------
+
+    def _finish_passes(self) -> None:
+        if self._threads is not None:
+            torch.set_num_threads(self._threads)
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._under_way or (self._stopped and not self._running))
+                if not self._under_way:
+                    return
+                ahead = self._under_way.popleft()
+            self._finish(ahead)
+            self._end_pass(ahead.jobs)
+
+    def _finish(self, ahead: _UnderWay) -> None:
+        """Wait for a pass, and answer its requests."""
         try:
             results = ahead.run.result()
         except Exception as error:  # noqa: BLE001 - likewise
             self._fail(ahead.jobs, error)
         else:
             self._answer(ahead, results)
+
+    def _end_pass(self, jobs: list[_Job]) -> None:
         with self._changed:
-            self._busy_since = time.monotonic()
+            self._running = [one for one in self._running if one is not jobs]
+            self._busy_since = time.monotonic() if self._running else None
+            # A client with more to send keeps something here: one that does not has no backlog any more.
+            here = {job.header.client_id for one in self._running for job in one}
+            self._backlog = {
+                client: rows for client, rows in self._backlog.items() if client in here or self._queue.rows(client)
+            }
+            self._changed.notify_all()
 
     def _answer(self, ahead: _UnderWay, results: Results) -> None:
         now = time.monotonic()
@@ -341,8 +368,12 @@ class Replica:
     def _fail(self, jobs: list[_Job], error: Exception) -> None:
         if len(jobs) > 1:
             # One request's fault must not be its neighbours': each runs by itself.
-            for job in jobs:
-                self._begin([job])
+            with self._changed:
+                stopped = self._stopped
+                if not stopped:
+                    self._again.extend(jobs)
+            for job in jobs if stopped else ():
+                job.done(Answer(Outcome.DRAINING), [])
             return
         job = jobs[0]
         with self._changed:
