@@ -38,6 +38,7 @@ def test_pool_beside_its_peers(ray_cluster: str) -> None:
 def test_transport(ray_cluster: str) -> None:
     report = run("transport", "--repeats", "5", "--address", ray_cluster)
     assert report["result_bytes"] == 32 * 1024 * 14 * 14 * 2
+    assert all(report[name] > 0 for name in ("pool", "torch_actor", "copy", "token", "nothing"))
     print(report)
 
 
@@ -52,3 +53,11 @@ def test_dataset(ray_cluster: str) -> None:
     assert isinstance(reading, list)
     assert [(row["dtype"], row["rows"]) for row in reading] == [("float32", 64), ("float16", 64), ("int8", 64)]
     print(report)
+
+
+def test_router() -> None:
+    report = run("router", "--quick")
+    decisions = report["decisions"]
+    assert isinstance(decisions, list)
+    assert [row["replicas"] for row in decisions] == [1, 4, 16, 100, 1000, 10_000]
+    assert all(0 < row["choice"] < row["whole"] for row in decisions)

@@ -107,6 +107,8 @@ become_ray() {
     use_token
     use_tls
     export RAY_USAGE_STATS_ENABLED=${RAY_USAGE_STATS_ENABLED:-0}
+    # Milliseconds; with Ray's own 1000 a busy pool holds another second of results (dinov3_ray/pool/cluster.py).
+    export RAY_free_objects_period_milliseconds=${RAY_free_objects_period_milliseconds:-100}
     # Seconds; Ray's own 30 are not enough on a machine that is busy, and the node would not come up.
     export RAY_raylet_start_wait_time_s=${RAY_raylet_start_wait_time_s:-180}
     [[ $worker_ports =~ ^[0-9]+-[0-9]+$ ]] ||

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dinov3_ray.bench.dataset_command import dataset
+from dinov3_ray.bench.router_command import router
 from dinov3_ray.bench.simulated import Work
 from dinov3_ray.bench.teacher_command import teacher
 from dinov3_ray.bench.throughput import describe_machine, measure
@@ -27,6 +28,7 @@ def bench() -> None:
     """Measure, beside peers that do the same work in the same run."""
 
 
+bench.add_command(router)
 bench.add_command(teacher)
 bench.add_command(training)
 bench.add_command(dataset)
@@ -64,25 +66,44 @@ def pool(replicas: int, batches: int, repeats: int, quick: bool, address: str | 
 @click.option("--address", help="host:port of a running Ray; else RAY_ADDRESS, or a Ray of its own.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON in place of the table.")
 def transport(repeats: int, address: str | None, as_json: bool) -> None:
-    """How fast one result [32, 1024, 14, 14] reaches the client, beside a plain actor that returns a torch tensor."""
+    """How fast one result reaches the client.
+
+    A map [32, 1024, 14, 14], beside a plain actor that returns the torch tensor; and one image's CLS token, beside a
+    bare async actor's method that does nothing.
+    """
     runtime = connect(address, may_start=True, object_store_memory=_OBJECT_STORE_BYTES)
     try:
         with Console(stderr=True).status("measuring"):
-            result = measure_transport(Work(seconds=0.0, pixels=32), repeats)
+            result = measure_transport(Work(seconds=0.0, pixels=16), repeats)
     finally:
         runtime.close()
     if as_json:
-        click.echo(json.dumps({**asdict(result), "ratio": result.ratio, "machine": describe_machine()}, indent=2))
+        click.echo(
+            json.dumps(
+                {
+                    **asdict(result),
+                    "ratio": result.ratio,
+                    "token_ratio": result.token_ratio,
+                    "machine": describe_machine(),
+                },
+                indent=2,
+            )
+        )
         return
     size = result.result_bytes / 2**20
-    table = Table(title=f"One result of {size:.1f} MiB", caption=f"median of {repeats}\n{describe_machine()}")
+    table = Table(title=f"One result of {size:.1f} MiB, and one token", caption=f"medians\n{describe_machine()}")
     for heading in ("", "ms", "results/s"):
         table.add_column(heading, justify="right" if heading else "left")
     rows = {
-        "RemoteTeacher.extract": result.pool,
-        "plain actor, torch tensor": result.torch_actor,
-        "bound: one copy in memory": result.copy,
+        "map, RemoteTeacher.extract": result.pool,
+        "map, plain actor that returns the torch tensor": result.torch_actor,
+        "bound: the map copied once in memory": result.copy,
+        "CLS token of one image, RemoteTeacher.extract": result.token,
+        "bound: a bare async actor's call": result.nothing,
     }
     for name, seconds in rows.items():
-        table.add_row(name, f"{seconds * 1e3:.1f}", f"{1 / seconds:.0f}")
-    Console().print(table, f"{result.ratio:.1f} times the plain actor's rate")
+        table.add_row(name, f"{seconds * 1e3:.2f}", f"{1 / seconds:.0f}")
+    Console().print(
+        table,
+        f"map: {result.ratio:.1f} times the plain actor's rate; token: {result.token_ratio:.1f} times a bare call",
+    )

@@ -45,7 +45,7 @@ class Work:
 
 
 class Accelerator:
-    """A teacher that waits ``work.seconds`` a batch and hands out one and the same map."""
+    """A teacher that waits ``work.seconds`` a batch and hands out one and the same map, and one and the same token."""
 
     def __init__(self, work: Work) -> None:
         self._seconds = work.seconds
@@ -55,7 +55,12 @@ class Accelerator:
         self.grid_size = (work.side, work.side)
         self.dtype = torch.bfloat16
 
-    def extract(self, images: Images, spec: FeatureSpec) -> Features:  # noqa: ARG002 - a map is all it has
+    def extract(self, images: Images, spec: FeatureSpec) -> Features:
         rows = len(ImageBatch.of(images))
-        time.sleep(self._seconds * rows / self._rows)
-        return Features(feature_map=self._map_BDhw[:rows], fingerprint="simulated")
+        if self._seconds:
+            time.sleep(self._seconds * rows / self._rows)
+        return Features(
+            cls=self._map_BDhw[:rows, :, 0, 0].contiguous() if spec.cls else None,
+            feature_map=self._map_BDhw[:rows] if spec.feature_map else None,
+            fingerprint="simulated",
+        )

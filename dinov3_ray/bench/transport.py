@@ -1,4 +1,4 @@
-"""How fast one result reaches the client, with an accelerator that takes no time."""
+"""How fast one result reaches the client, with an accelerator that takes no time: a large one, and a very small one."""
 
 from __future__ import annotations
 
@@ -13,19 +13,25 @@ import ray
 import torch
 
 from dinov3_ray.bench.simulated import SPEC, Accelerator, Work
+from dinov3_ray.features import FeatureSpec
 from dinov3_ray.pool.teacher_pool import TeacherPool
 
 __all__ = ["Transport", "measure_transport"]
 
 
+_CLS = FeatureSpec(cls=True)
+
+
 @dataclass(frozen=True, slots=True)
 class Transport:
-    """Seconds a result, one after the other, medians of ``repeats``.
+    """Seconds a result, one after the other, medians of ``repeats`` (of the small ones, eight times as many).
 
     Attributes:
-        pool: through ``RemoteTeacher.extract``, images and all.
-        torch_actor: a plain actor that returns the torch tensor, fetched with ``ray.get``.
-        copy: the bound: the result copied once within this process's memory.
+        pool: a map through ``RemoteTeacher.extract``, images and all.
+        torch_actor: a plain actor that returns the map as a torch tensor, fetched with ``ray.get``.
+        copy: the bound: the map copied once within this process's memory.
+        token: one image's CLS token through ``RemoteTeacher.extract``.
+        nothing: the bound: a bare async actor's method that does nothing, fetched with ``ray.get``.
     """
 
     result_bytes: int
@@ -33,11 +39,23 @@ class Transport:
     pool: float
     torch_actor: float
     copy: float
+    token: float
+    nothing: float
 
     @property
     def ratio(self) -> float:
         """How many times the plain actor's rate the pool reaches."""
         return self.torch_actor / self.pool
+
+    @property
+    def token_ratio(self) -> float:
+        """How many times a bare call's time a token takes."""
+        return self.token / self.nothing
+
+
+class _AsyncActor:
+    async def nothing(self) -> None:
+        """Do nothing."""
 
 
 class _TorchActor:
@@ -51,18 +69,23 @@ class _TorchActor:
 
 
 def measure_transport(work: Work, repeats: int) -> Transport:
-    """Measure in the Ray that this process is connected to; images of 32 px, so that results are what counts."""
+    """Measure in the Ray that this process is connected to; small images, so that results are what counts."""
     images = work.images()
-    actor: Any = ray.remote(num_cpus=0)(_TorchActor).remote(work)
+    torch_actor: Any = ray.remote(num_cpus=0)(_TorchActor).remote(work)
+    async_actor: Any = ray.remote(num_cpus=0)(_AsyncActor).remote()
     with TeacherPool.start(
         functools.partial(Accelerator, work), name="bench-transport", replicas=1, num_gpus=0, max_batch=work.rows
     ) as pool:
         remote = pool.teacher()
         through_pool = _median(lambda: remote.extract(images, SPEC), repeats)
-        plain = _median(lambda: ray.get(actor.infer.remote(images)), repeats)
-    ray.kill(actor)
+        plain = _median(lambda: ray.get(torch_actor.infer.remote(images)), repeats)
+        token = _median(lambda: remote.extract(images[:1], _CLS), 8 * repeats)
+        nothing = _median(lambda: ray.get(async_actor.nothing.remote()), 8 * repeats)
+    for actor in (torch_actor, async_actor):
+        ray.kill(actor)
     memory = torch.ones(work.result_bytes, dtype=torch.uint8)
-    return Transport(work.result_bytes, repeats, through_pool, plain, _median(memory.clone, repeats))
+    copy = _median(memory.clone, repeats)
+    return Transport(work.result_bytes, repeats, through_pool, plain, copy, token, nothing)
 
 
 def _median(once: Callable[[], object], repeats: int) -> float:

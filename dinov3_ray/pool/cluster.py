@@ -28,6 +28,10 @@ NAMESPACE = "dinov3_ray"
 
 _PREFIX = "dinov3"
 _AUTH_MODE = "RAY_AUTH_MODE"
+# Results leave the store as soon as their tensors are gone, and not within Ray's usual second: a pool that delivers a
+# gigabyte a second would else hold another one, and keep writing to pages that its processes have not touched yet. (On
+# 2 CPUs, four simulated accelerators, the first 300 batches: 91% of the ideal in place of 72%.)
+_SYSTEM_CONFIG = {"free_objects_period_milliseconds": 100}
 
 
 @dataclass(slots=True)
@@ -97,7 +101,8 @@ def connect(address: str | None = None, *, may_start: bool = False, **start_opti
             "call ray.init() first"
         )
     if address is None:
-        options |= {"include_dashboard": False, **start_options}
+        # "local": without an address, Ray would follow a file in /tmp to a cluster that may be long gone.
+        options |= {"address": "local", "include_dashboard": False, "_system_config": _SYSTEM_CONFIG, **start_options}
     else:
         obstacle = find_obstacle(address)
         if obstacle is not None:
