@@ -62,7 +62,7 @@ def test_most_may_be_left_out_and_a_root_is_relative_to_the_file(tiny_checkpoint
         ("replica: 2", "'replica' is not a key of a pool's file; did you mean 'replicas'?"),
         ("gpus: 2", "'gpus' is not a key of a pool's file (keys: name, namespace,"),
         ("teacher: {root: ROOT, dtyp: float32}", "'teacher.dtyp' is not a key of a pool's file; did you mean 'dtype'?"),
-        ("teacher: {root: ROOT, dtype: float8}", "dtype must be one of"),
+        ("teacher: {root: ROOT, dtype: float4}", "dtype must be one of"),
         ("teacher: {root: ROOT, image_size: big}", "image_size must be"),
         ("teacher: {}", "teacher.root must be the path of a model directory; got None"),
         ("teacher: ROOT", "teacher must hold `key: value` lines"),
