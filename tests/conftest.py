@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,10 @@ from dinov3_ray.checkpoint import init_checkpoint
 # The suite shares few cores with the processes that it starts: threads that wait for a core by spinning cost more than
 # they bring.
 torch.set_num_threads(1)
+
+# A shell starts what runs in its background with SIGINT ignored, and so would be all that the tests interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Those whose files stand in scikit-image's wheel: nothing is downloaded. Two are of one size, the rest of their own.
 PHOTOGRAPHS = ("astronaut", "coffee", "chelsea", "rocket", "hubble_deep_field", "immunohistochemistry")
