@@ -333,7 +333,7 @@ class Replica:
     def _answer(self, ahead: _UnderWay, results: Results) -> None:
         now = time.monotonic()
         assert self._busy_since is not None
-        busy = now - max(self._busy_since, ahead.begun)
+        busy = max(now - max(self._busy_since, ahead.begun), 0.0)  # another pass may have failed since
         preprocess = min(results.preprocess, busy)
         pack = min(results.pack, busy - preprocess)
         rows = sum(job.header.rows for job in ahead.jobs)
