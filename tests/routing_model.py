@@ -264,8 +264,6 @@ class RoutingMachine(RuleBasedStateMachine):
             assert self.book.history(name) == request.tried
         for name in self.ever:
             assert self.book.knows(name) == (name in self.replicas)
-        for nbytes in (0, 50, 1000):
-            assert self.book.has_room(nbytes) == (not self.first and not self.then and self.room(nbytes))
 
     @invariant()
     def it_looks_at_the_clock_in_time(self) -> None:

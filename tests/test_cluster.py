@@ -30,7 +30,7 @@ def test_node_lost_and_joined_under_load() -> None:
             [sys.executable, str(script), str(folder)], env=environment, capture_output=True, text=True, timeout=280
         )
         assert ran.returncode == 0, ran.stderr[-4000:]
-        report = json.loads(ran.stdout.splitlines()[-1])
+        report = json.loads((folder / "report.json").read_text())
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     print(report)

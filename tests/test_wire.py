@@ -194,7 +194,6 @@ def test_sizes_are_learned_from_answers_and_forgotten_with_the_teacher() -> None
     assert sizes.expect(EVERYTHING, 2) == 2 * 2**20  # nothing is known: a cautious guess
     sizes.learn(EVERYTHING, 4, 400)
     assert sizes.expect(EVERYTHING, 3) == 300
-    assert sizes.largest == 400
     sizes.learn_teacher(INFO)
     resampled = FeatureSpec(feature_map=True, map_size=(2, 2))
     assert sizes.expect(resampled, 1) == 2 * 2 * 8 * 2

@@ -101,7 +101,8 @@ def main(folder: Path) -> None:
             "longest_gap_seconds": round(gap, 2),
             "whole_again_after_seconds": round(time.monotonic() - killed_at, 2),
         }
-        print(json.dumps(report))
+        # Not printed: Ray's own last words may follow on the standard output.
+        (folder / "report.json").write_text(json.dumps(report))
     finally:
         ray.shutdown()
         cluster.shutdown()

@@ -122,10 +122,6 @@ class Router:
     def statistics(self) -> RoutingStatistics:
         return self._book.statistics()
 
-    def has_room(self) -> bool:
-        """Whether a batch as large as the last ones would be sent at once."""
-        return self._book.has_room(self._sizes.largest)
-
     def close(self) -> None:
         """Give up what is in flight and end the thread. Harmless when repeated."""
         with self._lock:

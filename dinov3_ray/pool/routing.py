@@ -321,10 +321,6 @@ class RoutingBook:
         request = self._requests.get(request_id)
         return set(request.tried) if request else set()
 
-    def has_room(self, nbytes: int) -> bool:
-        """Whether a request of ``nbytes`` would be within the budgets now, with all that waits before it."""
-        return not self._waiting and not self._urgent and self._has_room(nbytes)
-
     def statistics(self) -> RoutingStatistics:
         return RoutingStatistics(
             replicas=len(self._candidates),

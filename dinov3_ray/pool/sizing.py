@@ -17,8 +17,6 @@ class ResultSizes:
     def __init__(self) -> None:
         self._info: TeacherInfo | None = None
         self._row_bytes: dict[FeatureSpec, float] = {}
-        #: The largest result seen, in bytes.
-        self.largest = 0
 
     def learn_teacher(self, info: TeacherInfo | None) -> None:
         if info != self._info:
@@ -27,7 +25,6 @@ class ResultSizes:
 
     def learn(self, spec: FeatureSpec, rows: int, nbytes: int) -> None:
         self._row_bytes[spec] = nbytes / rows
-        self.largest = max(self.largest, nbytes)
 
     def expect(self, spec: FeatureSpec, rows: int) -> int:
         """Bytes that the result of ``rows`` images is expected to have."""
