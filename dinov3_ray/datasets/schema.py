@@ -8,9 +8,8 @@ Arrow and Parquet have no bfloat16. Values of that dtype are stored as float32, 
 twice the size, and come back as bfloat16; ``dtype="float16"`` stores them at their own size instead (more mantissa,
 less range: a value beyond 65504 is an error, not an infinity).
 
-Float columns are written uncompressed and PLAIN, one page a column: in the file, the values are then one contiguous
-little-endian array, whose offset the ledger notes, and which readers map instead of decoding. Parquet has no 1-byte
-integer; int8 is dictionary-encoded, which takes one byte a value but must be decoded, a small row group at a time.
+Values of a column are one contiguous array in the file (see :mod:`pages`), whose offset the ledger notes, and which
+readers map instead of decoding. Parts of former releases have int8 columns without an offset, in small row groups.
 """
 
 from __future__ import annotations
@@ -23,10 +22,10 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from dinov3_ray.datasets.pages import write_mappable
 from dinov3_ray.datasets.views import DIGEST_SIZE
 from dinov3_ray.errors import NumericsError
 from dinov3_ray.features import Features, FeatureSpec, channel_dim
@@ -47,8 +46,6 @@ METADATA_KEY = b"dinov3_ray"
 """Of a part's schema metadata: the run's identity as JSON."""
 
 SCALE = ".scale"
-_ONE_PAGE = 2**30  # Parquet's page sizes are 32-bit; a block's columns stay far below
-_INT8_GROUP_VALUES = 2**16  # so that one row of a small map costs half a millisecond to decode
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,53 +132,14 @@ def encode_part(
     rows: Sequence[Row], columns: Mapping[str, np.ndarray], identity: Mapping[str, Any]
 ) -> tuple[pa.Buffer, dict[str, Column]]:
     """A whole Parquet file of ``rows`` and their ``columns`` [len(rows), ...], and what it holds where."""
-    arrays = {
+    plain = {
         "id": pa.array([row.id for row in rows], pa.string()),
         "height": pa.array([row.height for row in rows], pa.int32()),
         "width": pa.array([row.width for row in rows], pa.int32()),
         "view": pa.array([row.view for row in rows], pa.binary(DIGEST_SIZE)),
     }
-    arrays |= {name: pa.FixedShapeTensorArray.from_numpy_ndarray(array) for name, array in columns.items()}
-    table = pa.table(arrays).replace_schema_metadata({METADATA_KEY: json.dumps(identity)})
-    bytewise = [name for name, array in columns.items() if array.dtype == np.int8]
-    group = len(rows)
-    if bytewise:
-        group = max(1, _INT8_GROUP_VALUES // max(columns[name][0].size for name in bytewise))
-    sink = pa.BufferOutputStream()
-    pq.write_table(
-        table,
-        sink,
-        compression="none",
-        use_dictionary=[f"{name}.list.element" for name in bytewise] or False,
-        write_statistics=["id"],
-        data_page_size=_ONE_PAGE,
-        row_group_size=group,
-    )
-    buffer = sink.getvalue()
-    offsets = _offsets(buffer, columns) if group >= len(rows) else {}
+    buffer, offsets = write_mappable(plain, columns, {METADATA_KEY: json.dumps(identity)})
     described = {
         name: Column(array.dtype.str, tuple(array.shape[1:]), offsets.get(name)) for name, array in columns.items()
     }
     return buffer, described
-
-
-def _offsets(buffer: pa.Buffer, columns: Mapping[str, np.ndarray]) -> dict[str, int]:
-    """Where the values of each column lie in a file of one row group.
-
-    A PLAIN, uncompressed page ends with its values. That is looked at, not trusted: a column whose bytes do not stand
-    there (another Parquet writer, several pages) is left out, and readers decode it.
-    """
-    content = np.frombuffer(buffer, np.uint8)
-    offsets = {}
-    group = pq.read_metadata(pa.BufferReader(buffer)).row_group(0)
-    for index in range(group.num_columns):
-        chunk = group.column(index)
-        name = chunk.path_in_schema.removesuffix(".list.element")
-        if name not in columns or chunk.has_dictionary_page:
-            continue
-        end = chunk.data_page_offset + chunk.total_compressed_size
-        start = end - columns[name].nbytes
-        values = np.ascontiguousarray(columns[name]).reshape(-1).view(np.uint8)
-        if start > 0 and np.array_equal(content[start:end], values):
-            offsets[name] = start
-    return offsets

@@ -30,7 +30,7 @@ class FeatureStore:
 
     Opening a store of any size costs only its index. A row of a local store is copied once, from the page cache into
     the tensors that are returned, which are the caller's own; :meth:`arrays` maps the files, and makes no copy at all.
-    int8 columns must be decoded, a small row group at a time; remote stores are read by byte ranges.
+    Remote stores are read by byte ranges. int8 columns that a former release wrote are decoded, a row group at a time.
 
     Instances may be pickled, and used in forked or spawned DataLoader workers and from several threads.
 
