@@ -21,7 +21,10 @@ from torch import Tensor, nn
 from dinov3_ray.architecture import Family
 from dinov3_ray.features import Features, FeatureSpec, resample_map
 
-__all__ = ["blocks_of", "run_backbone"]
+__all__ = ["Rope", "blocks_of", "rope_of", "run_backbone"]
+
+Rope = tuple[Tensor, ...]
+"""Cosines and sines of the patches' positions."""
 
 # The modules' attributes are known to transformers alone, hence Any.
 
@@ -35,24 +38,40 @@ def blocks_of(model: Any, family: Family) -> nn.ModuleList:
 
 
 def run_backbone(
-    model: Any, family: Family, pixels_B3HW: Tensor, spec: FeatureSpec, *, compiled: bool = False
+    model: Any,
+    family: Family,
+    pixels_B3HW: Tensor,
+    spec: FeatureSpec,
+    *,
+    compiled: bool = False,
+    rope: Rope | None = None,
 ) -> Features:
     """The outputs that ``spec`` asks for: compute dtype, contiguous, maps at the spec's ``map_size``.
 
     A ConvNeXt's CLS is its normed global average, and its layers are its four stages, each of its own width and
     stride; the final norm fits the last stage only, and leaves the others as they are, as in the official
-    ``get_intermediate_layers``. ``compiled`` says that the blocks are.
+    ``get_intermediate_layers``. ``compiled`` says that the blocks are; ``rope`` is what :func:`rope_of` gives for such
+    pixels, made here where it is None.
     """
-    run = _run_vit if family == "vit" else _run_convnext
-    return run(model, blocks_of(model, family), pixels_B3HW, spec, compiled)
+    blocks = blocks_of(model, family)
+    if family == "convnext":
+        return _run_convnext(model, blocks, pixels_B3HW, spec, compiled)
+    return _run_vit(model, blocks, pixels_B3HW, spec, compiled, rope or rope_of(model, pixels_B3HW))
 
 
-def _run_vit(model: Any, blocks: nn.ModuleList, pixels_B3HW: Tensor, spec: FeatureSpec, compiled: bool) -> Features:
+def rope_of(model: Any, pixels_B3HW: Tensor) -> Rope:
+    """A ViT's rotary embedding for images of this shape, in the compute dtype."""
+    rope: Rope = model.rope_embeddings(pixels_B3HW.to(model.embeddings.patch_embeddings.weight.dtype))
+    return rope
+
+
+def _run_vit(
+    model: Any, blocks: nn.ModuleList, pixels_B3HW: Tensor, spec: FeatureSpec, compiled: bool, rope: Rope
+) -> Features:
     convolution = model.embeddings.patch_embeddings
     pixels_B3HW = pixels_B3HW.to(convolution.weight.dtype)
     grid = tuple(side // patch for side, patch in zip(pixels_B3HW.shape[-2:], convolution.kernel_size, strict=True))
     embedded_BND = model.embeddings(pixels_B3HW)
-    rope = model.rope_embeddings(pixels_B3HW)
     prefix = embedded_BND.shape[1] - grid[0] * grid[1]
 
     def cut(_: int, hidden_BND: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
@@ -47,6 +48,8 @@ class DinoV3Config:
         image_size: of the model's input, in place of preprocessor_config.json's: one int, or (h, w). See
             :meth:`Preprocessing.resized_to` for what becomes of the file's rule.
         compile: run the model through ``torch.compile``.
+        cuda_graphs: record passes of shapes that come often (see :mod:`dinov3_ray.cuda_graphs`); without effect on
+            other devices.
         attention: the transformers attention implementation, such as ``sdpa``, ``eager`` or ``flash_attention_2``;
             ``auto`` leaves it to transformers. A ConvNeXt has no attention, and ignores it.
 
@@ -64,6 +67,7 @@ class DinoV3Config:
     dtype: ComputeDtype
     image_size: Size
     compile: bool
+    cuda_graphs: bool
     attention: str
     architecture: Architecture = field(init=False)
     preprocessing: Preprocessing = field(init=False)
@@ -77,9 +81,10 @@ class DinoV3Config:
         dtype: ComputeDtype = "auto",
         image_size: int | Size | None = None,
         compile: bool = False,
+        cuda_graphs: bool = False,
         attention: str = "auto",
     ) -> None:
-        wanted_size = _check_options(dtype, image_size, compile, attention)
+        wanted_size = _check_options(dtype, image_size, {"compile": compile, "cuda_graphs": cuda_graphs}, attention)
         # Absolute, since a relative path means another place in a worker's folder.
         path = _check_root(root)
         architecture = _load_architecture(path)
@@ -96,6 +101,7 @@ class DinoV3Config:
             "dtype": dtype,
             "image_size": preprocessing.image_size,
             "compile": compile,
+            "cuda_graphs": cuda_graphs,
             "attention": attention,
             "architecture": architecture,
             "preprocessing": preprocessing,
@@ -144,16 +150,17 @@ class DinoV3Config:
         return (
             f"DinoV3Config({str(self.root)!r}, {self.family}, D={self.hidden_size}, layers={self.num_layers}, "
             f"registers={self.num_register_tokens}, patch={self.patch_size}, image={size}, dtype={self.dtype}, "
-            f"attention={self.attention}, compile={self.compile})"
+            f"attention={self.attention}, compile={self.compile}, cuda_graphs={self.cuda_graphs})"
         )
 
 
-def _check_options(dtype: object, image_size: object, compile: object, attention: object) -> Size | None:
+def _check_options(dtype: object, image_size: object, switches: Mapping[str, object], attention: object) -> Size | None:
     """Check the options, and bring ``image_size`` to (h, w)."""
     if dtype not in get_args(ComputeDtype):
         raise ConfigError(f"dtype must be one of {', '.join(get_args(ComputeDtype))}; got {dtype!r}")
-    if not isinstance(compile, bool):
-        raise ConfigError(f"compile must be True or False; got {compile!r}")
+    for name, value in switches.items():
+        if not isinstance(value, bool):
+            raise ConfigError(f"{name} must be True or False; got {value!r}")
     if not isinstance(attention, str) or not attention:
         raise ConfigError(f"attention must be the name of an implementation, such as 'sdpa'; got {attention!r}")
     if image_size is None:

@@ -16,10 +16,11 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from dinov3_ray.backbone import blocks_of, run_backbone
+from dinov3_ray.backbone import Rope, blocks_of, rope_of, run_backbone
 from dinov3_ray.checkpoint import fingerprint, load_model
 from dinov3_ray.compute import as_device, attention_kernels, choose_dtype
 from dinov3_ray.config import DinoV3Config
+from dinov3_ray.cuda_graphs import CudaGraphs
 from dinov3_ray.errors import SpecError
 from dinov3_ray.features import Features, FeatureSpec, deliver
 from dinov3_ray.float8 import multiply_in_float8
@@ -79,6 +80,7 @@ class DinoV3Teacher(nn.Module):
             if self.config.dtype == "float8":
                 multiply_in_float8(blocks_of(self.model, self.config.family), device)
         self.preprocess_watch = Stopwatch()
+        self._graphs = CudaGraphs()
         self.requires_grad_()
         self.train()
         if self.config.compile:
@@ -103,10 +105,23 @@ class DinoV3Teacher(nn.Module):
         with self._frozen_pass():
             with self.preprocess_watch.measure(self.device):
                 pixels_B3HW = preprocess(batch, self.config.preprocessing, self.device)
-            features = run_backbone(self.model, self.config.family, pixels_B3HW, spec, compiled=self.config.compile)
+            features = self._forward(pixels_B3HW, spec.native())
             return replace(deliver(features, spec), fingerprint=self.fingerprint)
 
     forward = extract
+
+    def _forward(self, pixels_B3HW: Tensor, spec: FeatureSpec) -> Features:
+        family, compiled = self.config.family, self.config.compile
+
+        def run(pixels_B3HW: Tensor, rope: Rope | None) -> Features:
+            return run_backbone(self.model, family, pixels_B3HW, spec, compiled=compiled, rope=rope)
+
+        if not (self.config.cuda_graphs and self.device.type == "cuda"):
+            return run(pixels_B3HW, None)
+        # transformers keeps the positions that RoPE is made of in a cache, which may drop them while a graph lives.
+        return self._graphs.run(
+            pixels_B3HW, spec, run, lambda: rope_of(self.model, pixels_B3HW) if family == "vit" else None
+        )
 
     def extract_features(self, images: Images | ImageBatch) -> Tensor:
         """CLS tokens, float32 [B, D] whatever the compute dtype; errors as in :meth:`extract`."""
@@ -141,7 +156,9 @@ class DinoV3Teacher(nn.Module):
         fast = self.extract(images, spec)
         own_attention = self.model.config._attn_implementation
         other_attention = "sdpa" if own_attention == "eager" else "eager"
-        plain_config = replace(self.config, dtype="float32", compile=False, attention=other_attention)
+        plain_config = replace(
+            self.config, dtype="float32", compile=False, cuda_graphs=False, attention=other_attention
+        )
         reference = DinoV3Teacher(plain_config, self.device).extract(images, spec)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -157,8 +174,14 @@ class DinoV3Teacher(nn.Module):
         if self.device.type == "cuda":
             sizes.add(rows)
         image_13HW = golden_images(*self.image_size)[:1]
+        spec = FeatureSpec(cls=True, feature_map=True)
         for size in sorted(sizes):
-            self.extract(image_13HW.expand(size, -1, -1, -1), FeatureSpec(cls=True, feature_map=True))
+            self.extract(image_13HW.expand(size, -1, -1, -1), spec)
+        if self.config.cuda_graphs and self.device.type == "cuda":
+            # The most usual outputs of the largest batch; what else comes often is recorded then.
+            for usual in (spec, _MAP):
+                for _ in range(CudaGraphs.TIMES):
+                    self.extract(image_13HW.expand(rows, -1, -1, -1), usual)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
@@ -237,6 +260,7 @@ class DinoV3Teacher(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         """What ``to()``, ``half()`` and the like end in: RoPE's frequencies follow to the device only."""
+        self._graphs = CudaGraphs()  # those there are read the weights where they were
         rope: Any = getattr(self.model, "rope_embeddings", None)
         if rope is None:
             return super()._apply(fn, recurse)  # type: ignore[no-untyped-call, no-any-return]

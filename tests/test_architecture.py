@@ -25,7 +25,7 @@ FLOORS = [
     ["precision", "images", "features", "teacher"],
     ["jsonfields", "weightfiles", "architecture", "preprocessing", "config"],
     ["compute", "float8", "stopwatch", "checkpoint"],
-    ["preprocess", "backbone", "golden", "model"],
+    ["preprocess", "backbone", "golden", "cuda_graphs", "model"],
     # What a pool's client needs of training, and what needs no pool.
     ["training.sources", "training.depth", "training.delivery", "training.batches", "training.pipeline"],
     ["training.prefetch", "training.losses", "training.boxes", "training.taps"],  # no Ray up to here

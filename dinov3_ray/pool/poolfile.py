@@ -7,7 +7,7 @@
     replicas: [2, 8]                # or 4, or auto (which leaves a running pool's number as it is)
     teacher:
       root: /models/dinov3-vitl16   # at the same path on every node
-      dtype: bfloat16               # and image_size, compile, attention
+      dtype: bfloat16               # and image_size, compile, cuda_graphs, attention
     placement:
       num_gpus: 1                   # a fraction shares a GPU; left out: 1 where the cluster has GPUs, else 0
       num_cpus: 0
@@ -38,7 +38,7 @@ from dinov3_ray.pool.source import CheckedSource
 __all__ = ["Change", "PoolFile", "PoolState", "differences"]
 
 _ACCELERATOR = "ray.io/accelerator-type"
-_TEACHER_KEYS = ("root", "dtype", "image_size", "compile", "attention")
+_TEACHER_KEYS = ("root", "dtype", "image_size", "compile", "cuda_graphs", "attention")
 _PLACEMENT_KEYS = ("num_gpus", "num_cpus", "accelerator", "labels")
 _ABSENT = "-"
 
