@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import sys
 from dataclasses import asdict
 
 import click
@@ -50,11 +52,13 @@ def pool(replicas: int, batches: int, repeats: int, quick: bool, address: str | 
     work = Work(batches=max(1, batches // 5) if quick else batches, replicas=replicas)
     console = Console(stderr=as_json)
     runtime = connect(address, may_start=True, object_store_memory=_OBJECT_STORE_BYTES)
-    try:
-        with console.status("starting") as status:
-            result = measure(work, 1 if quick else repeats, lambda name: status.update(f"measuring {name}"))
-    finally:
-        runtime.close()
+    # Ray tells on standard output, whatever it is asked, of Serve's tasks that end: JSON is not to begin with that.
+    with contextlib.redirect_stdout(sys.stderr):
+        try:
+            with console.status("starting") as status:
+                result = measure(work, 1 if quick else repeats, lambda name: status.update(f"measuring {name}"))
+        finally:
+            runtime.close()
     if as_json:
         click.echo(json.dumps(result.as_dict(), indent=2))
     else:
