@@ -36,7 +36,7 @@ def test_pool_beside_its_peers(ray_cluster: str) -> None:
 
 @pytest.mark.slow
 def test_transport(ray_cluster: str) -> None:
-    report = run("transport", "--repeats", "5", "--address", ray_cluster)
+    report = run("transport", "--quick", "--address", ray_cluster)
     assert report["result_bytes"] == 32 * 1024 * 14 * 14 * 2
     assert all(report[name] > 0 for name in ("pool", "torch_actor", "copy", "token", "nothing"))
     print(report)

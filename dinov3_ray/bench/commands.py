@@ -13,6 +13,7 @@ from rich.table import Table
 
 from dinov3_ray.bench.dataset_command import dataset
 from dinov3_ray.bench.router_command import router
+from dinov3_ray.bench.scaling_command import scaling
 from dinov3_ray.bench.simulated import Work
 from dinov3_ray.bench.teacher_command import teacher
 from dinov3_ray.bench.throughput import describe_machine, measure
@@ -27,16 +28,20 @@ _OBJECT_STORE_BYTES = 2 * 2**30  # room for every contender's results in flight
 
 @click.group()
 def bench() -> None:
-    """Measure, beside peers that do the same work in the same run."""
+    """Measure, beside peers that do the same work in the same run.
+
+    Without --address, or RAY_ADDRESS, those that need a Ray start one of their own. Leave the machine to them.
+    """
 
 
 bench.add_command(router)
 bench.add_command(teacher)
 bench.add_command(training)
 bench.add_command(dataset)
+bench.add_command(scaling)
 
 
-@bench.command()
+@bench.command(short_help="A pool's throughput, beside ActorPool, Serve and Ray Data.")
 @click.option("--replicas", default=4, show_default=True, type=click.IntRange(1), help="Simulated accelerators.")
 @click.option("--batches", default=100, show_default=True, type=click.IntRange(1), help="Batches in each run.")
 @click.option("--repeats", default=3, show_default=True, type=click.IntRange(1), help="Runs that count.")
@@ -65,16 +70,18 @@ def pool(replicas: int, batches: int, repeats: int, quick: bool, address: str | 
         console.print(result.table())
 
 
-@bench.command()
+@bench.command(short_help="One result's way to the client, beside plain actors.")
 @click.option("--repeats", default=50, show_default=True, type=click.IntRange(1), help="Results that count.")
+@click.option("--quick", is_flag=True, help="A tenth of the results: to see that it works.")
 @click.option("--address", help="host:port of a running Ray; else RAY_ADDRESS, or a Ray of its own.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON in place of the table.")
-def transport(repeats: int, address: str | None, as_json: bool) -> None:
+def transport(repeats: int, quick: bool, address: str | None, as_json: bool) -> None:
     """How fast one result reaches the client.
 
     A map [32, 1024, 14, 14], beside a plain actor that returns the torch tensor; and one image's CLS token, beside a
     bare async actor's method that does nothing.
     """
+    repeats = max(1, repeats // 10) if quick else repeats
     runtime = connect(address, may_start=True, object_store_memory=_OBJECT_STORE_BYTES)
     try:
         with Console(stderr=True).status("measuring"):

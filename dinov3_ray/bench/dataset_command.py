@@ -15,7 +15,7 @@ from dinov3_ray.pool.cluster import connect
 __all__ = ["dataset"]
 
 
-@click.command()
+@click.command(short_help="Extraction and reading of data sets, beside Ray Data.")
 @click.option("--images", default=768, show_default=True, type=click.IntRange(64), help="Of each run; peers a quarter.")
 @click.option("--variant", default="vits16", show_default=True, help="Of the teacher, whose weights are random.")
 @click.option(

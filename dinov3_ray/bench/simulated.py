@@ -45,18 +45,24 @@ class Work:
 
 
 class Accelerator:
-    """A teacher that waits ``work.seconds`` a batch and hands out one and the same map, and one and the same token."""
+    """A teacher that waits ``work.seconds`` for ``work.rows`` images and hands out one and the same map, and token.
+
+    The map has the size that the spec asks for, else the work's; the last one is kept.
+    """
 
     def __init__(self, work: Work) -> None:
         self._seconds = work.seconds
         self._rows = work.rows
-        self._map_BDhw = torch.ones(work.rows, work.channels, work.side, work.side, dtype=torch.bfloat16)
         self.hidden_size = work.channels
         self.grid_size = (work.side, work.side)
         self.dtype = torch.bfloat16
+        self._map_BDhw = self._ones(work.rows, self.grid_size)
 
     def extract(self, images: Images, spec: FeatureSpec) -> Features:
         rows = len(ImageBatch.of(images))
+        size = spec.map_size or self.grid_size
+        if len(self._map_BDhw) < rows or self._map_BDhw.shape[2:] != size:
+            self._map_BDhw = self._ones(rows, size)
         if self._seconds:
             time.sleep(self._seconds * rows / self._rows)
         return Features(
@@ -64,3 +70,6 @@ class Accelerator:
             feature_map=self._map_BDhw[:rows] if spec.feature_map else None,
             fingerprint="simulated",
         )
+
+    def _ones(self, rows: int, size: tuple[int, int]) -> torch.Tensor:
+        return torch.ones(rows, self.hidden_size, *size, dtype=torch.bfloat16)

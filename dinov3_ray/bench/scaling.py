@@ -1,0 +1,284 @@
+"""What a pool of simulated accelerators delivers as work grows, beside what :mod:`dinov3_ray.bench.cost` predicts.
+
+The costs are measured with one replica, one client, and batches of two sizes; all else is predicted from them, and
+then measured. Everything is on one node, whose CPU time is read from the machine's own counters: nothing else may run.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+
+from dinov3_ray.bench.cost import Costs, Load, Spent
+from dinov3_ray.bench.simulated import Accelerator, Work
+from dinov3_ray.bench.throughput import describe_machine
+from dinov3_ray.features import FeatureSpec
+from dinov3_ray.pool.remote import RemoteTeacher
+from dinov3_ray.pool.teacher_pool import TeacherPool
+
+__all__ = ["QUICK", "Plan", "Point", "Scaling", "Shape", "measure_scaling"]
+
+_NAME = "bench-scaling"
+_STAT = Path("/proc/stat")
+_WORK = Work()  # 40 ms for 32 images
+_COPY_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """Of a batch: ``rows`` images, and maps of ``side`` x ``side``."""
+
+    rows: int = _WORK.rows
+    side: int = _WORK.side
+
+    @property
+    def work(self) -> Work:
+        return replace(_WORK, rows=self.rows, side=self.side)
+
+    @property
+    def spec(self) -> FeatureSpec:
+        return FeatureSpec(feature_map=True, map_size=(self.side, self.side))
+
+    @property
+    def nbytes(self) -> int:
+        """Of the images and the results."""
+        return self.rows * 3 * _WORK.pixels**2 + self.work.result_bytes
+
+    def load(self, replicas: int, clients: int = 1, seconds: float = _WORK.seconds) -> Load:
+        return Load(replicas, clients, self.rows, self.nbytes, seconds * self.rows / _WORK.rows)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What to measure.
+
+    Attributes:
+        replicas: numbers of them, in rising order, with the usual batch and one client.
+        batches: images a batch, with the base's number of replicas; likewise ``sides`` of maps, and ``clients``.
+        base: a number in ``replicas``.
+        seconds: that count, of each point.
+        calibration: the two shapes from which the costs are taken.
+    """
+
+    replicas: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
+    batches: tuple[int, ...] = (1, 4, 16, 64, 256)
+    sides: tuple[int, ...] = (7, 14, 28, 40)
+    clients: tuple[int, ...] = (1, 2, 4, 8, 16)
+    base: int = 4
+    seconds: float = 3.0
+    calibration: tuple[Shape, Shape] = (Shape(rows=1), Shape(side=28))
+
+
+QUICK = Plan((1, 2, 4), (1, 32), (7, 28), (1, 2), base=2, seconds=1.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """One measured point, beside its prediction; rates are in batches/s of all clients together.
+
+    Attributes:
+        axis: what grows: ``replicas``, ``batch``, ``map`` or ``clients``.
+        value: of it.
+        cpu: cores that were busy; None where the machine does not tell.
+        slowest: the rate of the slowest client over that of the fastest.
+    """
+
+    axis: str
+    value: int
+    load: Load
+    measured: float
+    predicted: float
+    wall: str
+    walls: dict[str, float]
+    cpu: float | None = None
+    slowest: float = 1.0
+
+    @property
+    def ratio(self) -> float:
+        return self.predicted / self.measured
+
+
+@dataclass(frozen=True, slots=True)
+class Scaling:
+    """What was measured, and on what."""
+
+    plan: Plan
+    costs: Costs
+    points: tuple[Point, ...]
+    machine: str
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "machine": self.machine,
+            "plan": asdict(self.plan),
+            "costs": asdict(self.costs),
+            "points": [
+                asdict(point) | {"ratio": point.ratio, "images_per_second": point.measured * point.load.rows}
+                for point in self.points
+            ],
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """Some seconds in the middle of an endless stream."""
+
+    batches: int
+    seconds: float
+    cpu: float | None
+    client: float
+
+    @property
+    def rate(self) -> float:
+        return self.batches / self.seconds
+
+
+def measure_scaling(plan: Plan, on_step: Callable[[str], None]) -> Scaling:
+    """Measure in the Ray that this process is connected to, which must be on this machine alone."""
+    on_step("what batches cost")
+    costs = _calibrate(plan)
+    points: list[Point] = []
+
+    def note(axis: str, value: int, load: Load, measured: float, cpu: float | None, slowest: float = 1.0) -> None:
+        predicted, wall = costs.predict(load)
+        points.append(Point(axis, value, load, measured, predicted, wall, costs.walls(load), cpu, slowest))
+
+    with _pool(_WORK.seconds, plan) as pool:
+        remote = pool.teacher()
+
+        def measure(axis: str, value: int, replicas: int, shape: Shape) -> None:
+            on_step(f"{axis} {value}")
+            run = _run(remote, shape, plan.seconds, replicas)
+            cpu = None if run.cpu is None else run.cpu / run.seconds
+            note(axis, value, shape.load(replicas), run.rate, cpu)
+
+        for replicas in plan.replicas:
+            on_step(f"start of {replicas} replicas")
+            pool.scale(replicas, wait=True)
+            measure("replicas", replicas, replicas, Shape())
+            if replicas != plan.base:
+                continue
+            for rows in plan.batches:
+                measure("batch", rows, replicas, Shape(rows=rows))
+            for side in plan.sides:
+                measure("map", side, replicas, Shape(side=side))
+            for clients, rates, cpu in _several(plan, replicas, on_step):
+                slowest = min(rates) / max(rates)
+                note("clients", clients, Shape().load(replicas, clients), sum(rates), cpu, slowest)
+    return Scaling(plan, costs, tuple(points), describe_machine())
+
+
+def _pool(seconds: float, plan: Plan) -> TeacherPool:
+    """One replica, whose device takes ``seconds`` for the usual batch."""
+    work = replace(_WORK, seconds=seconds)
+    most = max(*plan.batches, *(shape.rows for shape in plan.calibration), _WORK.rows)
+    factory = functools.partial(Accelerator, work)
+    return TeacherPool.start(factory, name=_NAME, replicas=1, num_gpus=0, max_batch=most)
+
+
+def _calibrate(plan: Plan) -> Costs:
+    """From one replica whose device takes no time."""
+    cores = os.cpu_count() or 1
+    with _pool(0.0, plan) as pool:
+        remote = pool.teacher()
+        # From the larger one on: the store's memory is touched for the first time then, which costs more.
+        large, small = (
+            _spent(shape, _run(remote, shape, plan.seconds, 1), cores) for shape in reversed(plan.calibration)
+        )
+    return Costs.calibrated(cores, _copy_rate(cores), small, large)
+
+
+def _spent(shape: Shape, run: _Run, cores: int) -> Spent:
+    """Where the machine does not tell what was busy, all cores are taken to have been."""
+    cpu = run.seconds * cores if run.cpu is None else run.cpu
+    return Spent(shape.nbytes, cpu / run.batches, run.client / run.batches)
+
+
+def _run(remote: RemoteTeacher, shape: Shape, seconds: float, replicas: int) -> _Run:
+    """The middle of a stream: after it has filled, and before it ends, so that neither counts."""
+    images = shape.work.images()
+
+    def endless() -> Iterator[None]:
+        while True:
+            yield None
+
+    stream = remote.prefetch(endless(), shape.spec, images=lambda _: images)
+    begun = time.perf_counter()
+    skipped, first = 0, None
+    for batches, _ in enumerate(stream):
+        now = time.perf_counter()
+        if first is None:
+            # Each replica has had its turn, and the client knows how fast it is.
+            if batches >= 4 * replicas and now - begun >= seconds / 3:
+                skipped, first, cpu, client = batches, now, _busy(), time.process_time()
+        elif now - first >= seconds and batches - skipped >= 2 * replicas:
+            after = _busy()
+            spent = None if cpu is None or after is None else after - cpu
+            return _Run(batches - skipped, now - first, spent, time.process_time() - client)
+    raise AssertionError("an endless stream has ended")
+
+
+class _Client:
+    """A client in a process of its own."""
+
+    def __init__(self) -> None:
+        self._remote = RemoteTeacher(_NAME)
+
+    def ready(self) -> None:
+        """Answer, and have the first results."""
+        self._remote.extract(Shape(rows=1).work.images(), Shape().spec)
+
+    def run(self, seconds: float, replicas: int) -> float:
+        """Batches/s."""
+        return _run(self._remote, Shape(), seconds, replicas).rate
+
+
+def _several(
+    plan: Plan, replicas: int, on_step: Callable[[str], None]
+) -> Iterator[tuple[int, list[float], float | None]]:
+    """(clients, each one's batches/s, cores that were busy), all at once each time."""
+    remote_class = ray.remote(num_cpus=0)(_Client)
+    clients: list[Any] = []
+    try:
+        for number in plan.clients:
+            on_step(f"clients {number}")
+            clients += [remote_class.remote() for _ in range(number - len(clients))]
+            ray.get([client.ready.remote() for client in clients], timeout=300)
+            before, begun = _busy(), time.perf_counter()
+            rates = ray.get([client.run.remote(plan.seconds, replicas) for client in clients], timeout=300)
+            after, ended = _busy(), time.perf_counter()
+            busy = None if before is None or after is None else (after - before) / (ended - begun)
+            yield number, rates, busy
+    finally:
+        for client in clients:
+            ray.kill(client)
+
+
+def _busy() -> float | None:
+    """Core seconds that this machine has been busy for since it started; None where it does not tell."""
+    if not _STAT.exists():
+        return None
+    # user, nice, system, idle, iowait, irq, softirq, in ticks
+    ticks = [int(value) for value in _STAT.read_text().splitlines()[0].split()[1:8]]
+    return (sum(ticks) - ticks[3] - ticks[4]) / os.sysconf("SC_CLK_TCK")
+
+
+def _copy_rate(cores: int) -> float:
+    """Bytes/s that all cores together copy from memory to memory."""
+    pairs = [[torch.ones(_COPY_BYTES, dtype=torch.uint8) for _ in range(2)] for _ in range(cores)]
+    with ThreadPoolExecutor(cores) as pool:
+        best = float("inf")
+        for _ in range(5):
+            begun = time.perf_counter()
+            list(pool.map(lambda pair: pair[1].copy_(pair[0]), pairs))
+            best = min(best, time.perf_counter() - begun)
+    return cores * _COPY_BYTES / best
