@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import logging
 from types import SimpleNamespace
 
 import pytest
@@ -34,3 +36,24 @@ def test_no_bar_unless_asked_or_at_a_terminal(capsys: pytest.CaptureFixture[str]
             meter.add(3, 5)
         assert meter.images == 3
     assert capsys.readouterr().err == ""
+
+
+def test_what_ray_data_notes_does_not_stand_amid_the_bar() -> None:
+    """Its warnings do; and all goes to its log file as before."""
+    terminal, file, logger = io.StringIO(), io.StringIO(), logging.getLogger("ray.data")
+    console, record, level = logging.StreamHandler(terminal), logging.Handler(), logger.level
+    record.emit = lambda one: file.write(one.getMessage())  # type: ignore[assignment, method-assign, return-value]
+    logger.setLevel(logging.INFO)
+    logger.addHandler(console)
+    logger.addHandler(record)
+    try:
+        with progress.metering(True, total=1, done=0):
+            logger.getChild("inner").info("finished")
+            logger.getChild("inner").warning("too slow")
+        logger.info("later")
+    finally:
+        logger.removeHandler(console)
+        logger.removeHandler(record)
+        logger.setLevel(level)
+    assert terminal.getvalue() == "too slow\nlater\n"
+    assert file.getvalue() == "finishedtoo slowlater"

@@ -45,6 +45,14 @@ that others may have used, so that none of it is a proof:
 - Decoded images: the bare loop 21.9 img/s, extract 19.3 (88%, short of the 95% that it should reach; all 192 are one
   block there, and whether larger sets do better was not measured), plain map_batches with transformers in float32 7.1.
 - JPEG files: the bare loop that decodes first 18.9, extract 19.2 (102%), plain map_batches 5.8.
-- A random row takes the store 1.4 times a memory map's time in float32, 1.3 in float16, and 12 in int8, most of it
-  Arrow's decoding of the dictionary. Its pages cannot be mapped: runs of equal values shift what comes after.
+
+A random row of 768, the store's time over a memory map's (the two readers of ``bench/reading.py`` in turn, by a script
+in one torch thread, medians of 11 rounds of 1,000 ids): float32 1.43, float16 1.64, int8 0.83, which was 12. Both sides
+of int8 widen values by their scales. Others used the machine heavily: rounds differ widely, the command's own code gave
+1.44, 2.27 and 0.97 (medians of 5, two torch threads), the script's first run 1.52 and 1.33 for the floats. On such a
+machine two threads that widen one row wait for one another: 2.7 ms, on both sides, against 0.2 with one.
+
+- int8 is now mapped too (``datasets/pages.py``). It was slow since Arrow decoded a whole dictionary-encoded row group.
+- A fixed-length byte array a row would be written and read at the speed of memory (0.6 ns a value instead of about 30,
+  one run), but would not be a tensor to other readers: not taken. Writing int8 is as slow as it was.
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from collections.abc import Iterator
@@ -32,7 +33,7 @@ class Meter:
         self._last = 0.0
         self._bar = bar
         if bar is not None:
-            self._task = bar.add_task("extracting", total=total, completed=done, rates="", meter=self)
+            self._task = bar.add_task("starting the teacher", total=total, completed=done, rates="", meter=self)
 
     def add(self, images: int, size: int) -> None:
         """A block of so many images, and so many bytes written."""
@@ -40,7 +41,7 @@ class Meter:
         self.bytes += size
         self._last = self.seconds
         if self._bar is not None:
-            self._bar.update(self._task, advance=images, rates=str(self))
+            self._bar.update(self._task, description="extracting", advance=images, rates=str(self))
 
     def seconds_left(self, remaining: float) -> float | None:
         """For so many images; None before the first block, which tells how fast they go."""
@@ -83,5 +84,19 @@ def metering(show: bool | None, total: int | None, done: int) -> Iterator[Meter]
         TimeElapsedColumn(),
         _TimeLeft(),
     )
-    with Progress(*columns, console=Console(stderr=True)) as bar:
+    with _without_notes_of_ray_data(), Progress(*columns, console=Console(stderr=True)) as bar:
         yield Meter(bar, total, done)
+
+
+@contextmanager
+def _without_notes_of_ray_data() -> Iterator[None]:
+    """On the terminal, where they would stand amid the bar; its warnings do show, and its log file has all."""
+    consoles = [one for one in logging.getLogger("ray.data").handlers if isinstance(one, logging.StreamHandler)]
+    levels = [console.level for console in consoles]
+    for console in consoles:
+        console.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        for console, level in zip(consoles, levels, strict=True):
+            console.setLevel(level)
