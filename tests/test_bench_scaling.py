@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from click.testing import CliRunner
 from rich.console import Console
 
 from dinov3_ray.bench.cost import Costs, Line, Load, Spent
+from dinov3_ray.bench.cputime import cpu_seconds
 from dinov3_ray.bench.scaling import Plan, Point, Scaling, Shape
 from dinov3_ray.bench.scaling_command import table_of, walls_of
 from dinov3_ray.bench.scaling_plot import save_plots
@@ -88,3 +90,12 @@ def test_the_smallest_run(ray_cluster: str, monkeypatch: pytest.MonkeyPatch) -> 
         assert point["measured"] > 0
         assert point["ratio"] == pytest.approx(point["predicted"] / point["measured"])
     assert set(report["walls"]) > {"CPU of this node"}
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_cpu_time_of_this_process_and_what_it_started_only_grows() -> None:
+    before, own = cpu_seconds(), sum(os.times()[:2])
+    assert before is not None
+    after = cpu_seconds()
+    assert after is not None
+    assert after >= before >= own - 0.1  # ticks of a hundredth of a second

@@ -14,6 +14,20 @@ Notes, of what was seen on 2 CPUs with ray 2.60.0, one run each on a machine wit
   replica, where they waited in an event loop, took about 15% off.
 - The choice of a replica (``dinov3-ray bench router``): 8.7 microseconds among 1,000, 9.9 among 10,000.
 
+Costs as work grows (``dinov3-ray bench scaling --seconds 2``, one run of 3.5 minutes; whether the machine was
+otherwise idle all the time was not watched). Costs, from one replica without delay and batches of 1 (maps 14 x 14) and
+32 (28 x 28): 9.2 ms of CPU a batch and 0.34 ms a MiB, of these 3.6 and 0.07 in the client. Predicted over measured:
+
+- 1, 2, 4 replicas 1.10, 1.10, 1.06 (the wall: accelerators); 8, 16, 32: 1.21, 1.54, 1.25 (CPU: 1.8 to 1.9 of 2 cores
+  busy). With many processes on two cores a batch costs more than it does with one, which the model does not know.
+- 4 replicas, batches of 1, 4, 16, 64, 256: 1.18, 1.34, 1.03, 1.02, 0.96 (CPU up to 16). Maps of 7, 14, 28, 40:
+  1.06, 1.05, 0.92, 0.88 (CPU from 28 on). Clients 1, 2, 4, 8, 16: 1.03, 1.09, 1.05, 1.05, 1.40, the last one with the
+  slowest at 0.45 of the fastest's rate within two seconds, and 1.9 cores busy, where the model sees no wall yet.
+- Allowed by itself, in accelerators of 40 ms with maps 14 x 14: this node's CPU 5.4, one client's process 8.5, this
+  node's memory 12 (30 in another run), 25 Gbit/s 7.1 (the last one is calculated).
+- CPU time read for the whole machine, while others used it: 15.6 ms a batch, and predictions off by up to 1.6. It is
+  that of the bench's own processes since.
+
 A training step of 300 ms over the same without a teacher (``dinov3-ray bench training``, an idle machine, medians of 3
 passes of 40 steps; simulated student and replicas, the pool 1.5 times as fast as needed), with 2 and with 4 replicas:
 
@@ -36,6 +50,21 @@ the machine: rounds of one mode differ by up to 50%, and a ratio within some per
   small products may well be slower.
 - Weights packed for oneDNN: 0.98; with the above: 1.15. Not kept: packing takes private operators of torch's.
 - torch.compile of the blocks 0.98, with freezing 0.98: it does not pay on such a CPU.
+
+The same by ``dinov3-ray bench teacher --repeats 3`` (medians): transformers float32 0.64 img/s and eager 0.44, its
+bfloat16 1.22; here float32 0.66, bfloat16 1.12, compiled 1.22. Against transformers' float32 that is 1.7 times, 1.9
+compiled, where 3.3 was asked for of a CPU with AMX. Tried in turn with the code as it is, 3 rounds on a machine in use,
+so that 5% says little (ratios of speed, medians):
+
+- transformers' own model in bfloat16 1.05 to 1.08 (0.98 to 1.21 in single rounds), and run by this package's loop 1.01:
+  the same operations on weights laid out alike; the 9% of the bench's single run are not explained.
+- Attention in float32 within bfloat16 1.05 (0.92 to 1.10); inference_mode in place of no_grad 0.91 (0.74 to 1.10);
+  images as float32 in place of uint8 0.99; one thread in place of two 0.61. Nothing of it was kept.
+- The whole preprocessing takes 15 ms and the patch convolution 20 ms of 4,200, so that neither can matter;
+  channels-last makes that convolution no faster (0.85). A ConvNeXt-T at 224 px, 9 rounds: channels-last
+  1.03 in float32 and 0.98 in bfloat16. Not kept.
+- ``dtype="auto"``, which is bfloat16 here, over float32 at 224 px: ConvNeXt-T 2.15, ViT-S 1.7 with one image and 1.9
+  with four.
 
 Nothing of this has run on a GPU yet: ``dinov3-ray bench teacher --device cuda`` measures it.
 

@@ -1,7 +1,7 @@
 """What a pool of simulated accelerators delivers as work grows, beside what :mod:`dinov3_ray.bench.cost` predicts.
 
 The costs are measured with one replica, one client, and batches of two sizes; all else is predicted from them, and
-then measured. Everything is on one node, whose CPU time is read from the machine's own counters: nothing else may run.
+then measured. Everything is on one node; nothing else should run there.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import ray
 import torch
 
 from dinov3_ray.bench.cost import Costs, Load, Spent
+from dinov3_ray.bench.cputime import cpu_seconds
 from dinov3_ray.bench.simulated import Accelerator, Work
 from dinov3_ray.bench.throughput import describe_machine
 from dinov3_ray.features import FeatureSpec
@@ -28,7 +28,6 @@ from dinov3_ray.pool.teacher_pool import TeacherPool
 __all__ = ["QUICK", "Plan", "Point", "Scaling", "Shape", "measure_scaling"]
 
 _NAME = "bench-scaling"
-_STAT = Path("/proc/stat")
 _WORK = Work()  # 40 ms for 32 images
 _COPY_BYTES = 64 * 2**20
 
@@ -219,9 +218,9 @@ def _run(remote: RemoteTeacher, shape: Shape, seconds: float, replicas: int) -> 
         if first is None:
             # Each replica has had its turn, and the client knows how fast it is.
             if batches >= 4 * replicas and now - begun >= seconds / 3:
-                skipped, first, cpu, client = batches, now, _busy(), time.process_time()
+                skipped, first, cpu, client = batches, now, cpu_seconds(), time.process_time()
         elif now - first >= seconds and batches - skipped >= 2 * replicas:
-            after = _busy()
+            after = cpu_seconds()
             spent = None if cpu is None or after is None else after - cpu
             return _Run(batches - skipped, now - first, spent, time.process_time() - client)
     raise AssertionError("an endless stream has ended")
@@ -253,23 +252,14 @@ def _several(
             on_step(f"clients {number}")
             clients += [remote_class.remote() for _ in range(number - len(clients))]
             ray.get([client.ready.remote() for client in clients], timeout=300)
-            before, begun = _busy(), time.perf_counter()
+            before, begun = cpu_seconds(), time.perf_counter()
             rates = ray.get([client.run.remote(plan.seconds, replicas) for client in clients], timeout=300)
-            after, ended = _busy(), time.perf_counter()
+            after, ended = cpu_seconds(), time.perf_counter()
             busy = None if before is None or after is None else (after - before) / (ended - begun)
             yield number, rates, busy
     finally:
         for client in clients:
             ray.kill(client)
-
-
-def _busy() -> float | None:
-    """Core seconds that this machine has been busy for since it started; None where it does not tell."""
-    if not _STAT.exists():
-        return None
-    # user, nice, system, idle, iowait, irq, softirq, in ticks
-    ticks = [int(value) for value in _STAT.read_text().splitlines()[0].split()[1:8]]
-    return (sum(ticks) - ticks[3] - ticks[4]) / os.sysconf("SC_CLK_TCK")
 
 
 def _copy_rate(cores: int) -> float:

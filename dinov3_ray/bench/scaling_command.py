@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
+from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 
@@ -41,9 +43,9 @@ def scaling(
     """What a pool costs as work grows: replicas, images a batch, sizes of maps, clients; and where the wall is.
 
     Accelerators are simulated: they wait 40 ms for 32 images. What batches cost is measured with one replica and two
-    sizes of batches; from that, a small model predicts the rest, which is measured beside it. CPU time is the whole
-    machine's: leave it idle. --network is only calculated with, for clients on other nodes. All points take about four
-    minutes, 16 client processes and 32 replicas about 10 GiB of memory.
+    sizes of batches; from that, a small model predicts the rest, which is measured beside it. --network is only
+    calculated with, for clients on other nodes. All points take about four minutes, 16 client processes and 32 replicas
+    about 10 GiB of memory.
     """
     plan = QUICK if quick else Plan()
     if seconds is not None:
@@ -52,13 +54,15 @@ def scaling(
     logger = logging.getLogger("dinov3_ray")
     level = logger.level
     runtime = connect(address, may_start=True, object_store_memory=_OBJECT_STORE_BYTES)
-    try:
-        logger.setLevel(logging.ERROR)  # each stream would be told that it waits for its teacher
-        with console.status("starting") as status:
-            result = measure_scaling(plan, lambda step: status.update(f"measuring {step}"))
-    finally:
-        logger.setLevel(level)
-        runtime.close()
+    # Ray prints its worries about many processes to standard output, the last of them as it ends.
+    with redirect_stdout(sys.stderr):
+        try:
+            logger.setLevel(logging.ERROR)  # each stream would be told that it waits for its teacher
+            with console.status("starting") as status:
+                result = measure_scaling(plan, lambda step: status.update(f"measuring {step}"))
+        finally:
+            logger.setLevel(level)
+            runtime.close()
     saved = [] if out is None else save_plots(result, out)
     bytes_per_second = network * 1e9 / 8
     if as_json:
