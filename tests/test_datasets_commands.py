@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dinov3_ray.cli import main
 from dinov3_ray.config import DinoV3Config
-from dinov3_ray.datasets import FeatureStore
+from dinov3_ray.datasets import FeatureStore, commands
 from dinov3_ray.features import FeatureSpec
 from dinov3_ray.model import DinoV3Teacher
 
@@ -99,3 +99,13 @@ def test_mistakes_are_told(arguments: list[str], message: str) -> None:
     result = run(*arguments)
     assert result.exit_code != 0
     assert message in " ".join(result.output.split())
+
+
+def test_ctrl_c_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_arguments: object, **_options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(commands, "extract", interrupted)
+    result = run("extract", "photographs", "features", "--pool", "p")
+    assert result.exit_code == 130
+    assert "what is finished stays in features, and the same command goes on" in result.output

@@ -26,6 +26,7 @@ from dinov3_ray.precision import RESULT_DTYPES
 
 __all__ = ["extract_command", "show_command"]
 
+_INTERRUPTED = 130  # as shells have it: 128 and the signal's number
 _OUTPUTS = {"cls": "cls", "map": "feature_map", "registers": "registers"}
 
 
@@ -128,18 +129,22 @@ def extract_command(
     def announce(forecast: Forecast) -> None:
         console.print(str(forecast), highlight=False)
 
-    done = extract(
-        source,
-        out,
-        config,
-        spec,
-        pool=pool,
-        dry_run=dry_run,
-        check_space=not force,
-        progress=False if quiet else None,
-        on_forecast=announce,
-        **options,
-    )
+    try:
+        done = extract(
+            source,
+            out,
+            config,
+            spec,
+            pool=pool,
+            dry_run=dry_run,
+            check_space=not force,
+            progress=False if quiet else None,
+            on_forecast=announce,
+            **options,
+        )
+    except KeyboardInterrupt:
+        click.echo(f"interrupted: what is finished stays in {out}, and the same command goes on from there", err=True)
+        raise SystemExit(_INTERRUPTED) from None
     if done.manifest is not None:
         manifest = done.manifest
         click.echo(f"{out}: {manifest['rows']:,} rows, {size_text(manifest['bytes'])}, {manifest['errors']:,} errors")
