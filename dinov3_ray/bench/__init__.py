@@ -25,6 +25,8 @@ otherwise idle all the time was not watched). Costs, from one replica without de
   slowest at 0.45 of the fastest's rate within two seconds, and 1.9 cores busy, where the model sees no wall yet.
 - Allowed by itself, in accelerators of 40 ms with maps 14 x 14: this node's CPU 5.4, one client's process 8.5, this
   node's memory 12 (30 in another run), 25 Gbit/s 7.1 (the last one is calculated).
+- ``--quick`` (43 s; up to 4 replicas and 2 clients), another run: 0.97 to 1.03 in all nine points, with a batch of 1
+  at 281 img/s in place of 180 and 7.2 ms of CPU a batch: runs differ by more than the model errs.
 - CPU time read for the whole machine, while others used it: 15.6 ms a batch, and predictions off by up to 1.6. It is
   that of the bench's own processes since.
 
