@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
-from torch import Tensor
+if TYPE_CHECKING:  # an interface loads nothing
+    from torch import Tensor
 
-from dinov3_ray.features import Features, FeatureSpec
-from dinov3_ray.images import Images
+    from dinov3_ray.features import Features, FeatureSpec
+    from dinov3_ray.images import Images
 
 __all__ = ["Extractor", "Teacher"]
 

@@ -128,6 +128,16 @@ assert "ray" not in sys.modules, "using the local teacher loads ray"
     subprocess.run([sys.executable, "-c", program, str(tiny_checkpoint)], check=True, timeout=120)
 
 
+def test_a_controller_starts_without_torch() -> None:
+    # It would take seconds of every pool's start, and replicas settle how torch's threads wait before they load it.
+    program = """
+import sys
+import dinov3_ray.pool.controller
+assert "torch" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
+
+
 @pytest.mark.parametrize("path", [*MODULES.values(), *sorted(TESTS.rglob("*.py"))], ids=lambda path: path.name)
 def test_files_stay_short(path: Path) -> None:
     lines = len(path.read_text(encoding="utf-8").splitlines())

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import ray
 
 from dinov3_ray.errors import PoisonBatchError, PoolError, ReplicaError
-from dinov3_ray.pool.handle import Part
 from dinov3_ray.pool.messages import PoolView
 from dinov3_ray.pool.routing import Verdict
+
+if TYPE_CHECKING:  # it loads torch, which the controller has no use for
+    from dinov3_ray.pool.handle import Part
 
 __all__ = ["failure_of", "reason_of", "where_is", "why_empty"]
 

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ray import cloudpickle
 
 from dinov3_ray.pool.messages import Answer, Outcome, RequestHeader
-from dinov3_ray.pool.wire import Array
+
+if TYPE_CHECKING:  # it loads torch, which the controller has no use for
+    from dinov3_ray.pool.wire import Array
 
 __all__ = ["INLINE_BYTES", "Reply", "frame_answer", "frame_request", "is_small", "open_answer", "open_request"]
 

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from dinov3_ray.features import FeatureSpec
 from dinov3_ray.pool.options import PoolOptions
-from dinov3_ray.pool.wire import FeatureLayout, ImageLayout
+
+if TYPE_CHECKING:  # they load torch, which the controller has no use for
+    from dinov3_ray.features import FeatureSpec
+    from dinov3_ray.pool.wire import FeatureLayout, ImageLayout
 
 __all__ = ["Answer", "Load", "Outcome", "PoolView", "ReplicaView", "RequestHeader", "StageSeconds", "TeacherInfo"]
 

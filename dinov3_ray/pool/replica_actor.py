@@ -11,6 +11,7 @@ import threading
 import time
 from dataclasses import dataclass, replace
 from queue import SimpleQueue
+from typing import TYPE_CHECKING
 
 import ray
 from ray import cloudpickle
@@ -24,10 +25,11 @@ from dinov3_ray.pool.messages import Answer, Outcome, TeacherInfo
 from dinov3_ray.pool.options import PoolOptions
 from dinov3_ray.pool.processes import process_start
 from dinov3_ray.pool.readings import read_replica
-from dinov3_ray.pool.replica import Replica
 from dinov3_ray.pool.replica_statistics import ReplicaStatistics
 from dinov3_ray.pool.source import builder
-from dinov3_ray.pool.wire import Array
+
+if TYPE_CHECKING:
+    from dinov3_ray.pool.wire import Array
 
 __all__ = ["Birth", "Place", "ReplicaActor", "thread_groups"]
 
@@ -76,6 +78,11 @@ class ReplicaActor:
     """
 
     def __init__(self, birth: Birth) -> None:
+        # OpenMP reads it when torch is loaded, which happens here and in this process alone: its threads shall sleep
+        # while they wait. Spinning, they take the cores from Ray and from whatever else the node computes.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        from dinov3_ray.pool.replica import Replica  # not above: the controller imports this module, without torch
+
         self._birth = birth
         ledger = Ledger(birth.namespace, birth.pool)
         self._replica = Replica(
