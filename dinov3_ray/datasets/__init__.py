@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from dinov3_ray.datasets.cache import CachedTeacher
-    from dinov3_ray.datasets.extract import extract
+    from dinov3_ray.datasets.extraction import extract
     from dinov3_ray.datasets.store import FeatureStore
     from dinov3_ray.datasets.stored import StoredTeacher, TargetDataset
 
@@ -19,7 +19,7 @@ _HOMES = {
     "FeatureStore": "dinov3_ray.datasets.store",
     "StoredTeacher": "dinov3_ray.datasets.stored",
     "TargetDataset": "dinov3_ray.datasets.stored",
-    "extract": "dinov3_ray.datasets.extract",
+    "extract": "dinov3_ray.datasets.extraction",
 }
 
 

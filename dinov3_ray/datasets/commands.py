@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dinov3_ray.config import DinoV3Config
 from dinov3_ray.datasets.decode import MAX_PIXELS, Decoder, Unreadable
-from dinov3_ray.datasets.extract import extract
+from dinov3_ray.datasets.extraction import extract
 from dinov3_ray.datasets.layout import ERRORS, Folder, open_path
 from dinov3_ray.datasets.plan import Forecast, size_text
 from dinov3_ray.datasets.source import read_whole
