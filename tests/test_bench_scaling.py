@@ -93,9 +93,9 @@ def test_the_smallest_run(ray_cluster: str, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_cpu_time_of_this_process_and_what_it_started_only_grows() -> None:
-    before, own = cpu_seconds(), sum(os.times()[:2])
-    assert before is not None
-    after = cpu_seconds()
-    assert after is not None
-    assert after >= before >= own - 0.1  # ticks of a hundredth of a second
+def test_cpu_time_is_of_this_process_and_more() -> None:
+    own = sum(os.times()[:2])
+    seconds = cpu_seconds()
+    assert seconds is not None
+    # Ray's processes are counted too; that of one which ends goes with it, so that the sum need not grow.
+    assert seconds >= own + 0.1
