@@ -56,6 +56,7 @@ def run_backbone(
     blocks = blocks_of(model, family)
     if family == "convnext":
         return _run_convnext(model, blocks, pixels_B3HW, spec, compiled)
+    pixels_B3HW = pixels_B3HW.to(model.embeddings.patch_embeddings.weight.dtype)
     return _run_vit(model, blocks, pixels_B3HW, spec, compiled, rope or rope_of(model, pixels_B3HW))
 
 
@@ -68,9 +69,8 @@ def rope_of(model: Any, pixels_B3HW: Tensor) -> Rope:
 def _run_vit(
     model: Any, blocks: nn.ModuleList, pixels_B3HW: Tensor, spec: FeatureSpec, compiled: bool, rope: Rope
 ) -> Features:
-    convolution = model.embeddings.patch_embeddings
-    pixels_B3HW = pixels_B3HW.to(convolution.weight.dtype)
-    grid = tuple(side // patch for side, patch in zip(pixels_B3HW.shape[-2:], convolution.kernel_size, strict=True))
+    patch_size = model.embeddings.patch_embeddings.kernel_size
+    grid = tuple(side // patch for side, patch in zip(pixels_B3HW.shape[-2:], patch_size, strict=True))
     embedded_BND = model.embeddings(pixels_B3HW)
     prefix = embedded_BND.shape[1] - grid[0] * grid[1]
 

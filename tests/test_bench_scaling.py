@@ -66,7 +66,7 @@ def test_what_was_measured_is_shown_and_drawn(tmp_path: Path) -> None:
     with console.capture() as capture:
         console.print(table_of(result), walls_of(result, network=1e9))
     rows = [[cell.strip() for cell in line.strip("│").split("│")] for line in capture.get().splitlines()]
-    assert ["1 replicas", "16.8", "800", "800", "1.00", "1.5", "accelerators"] in rows
+    assert ["1 replica", "16.8", "800", "800", "1.00", "1.5", "accelerators"] in rows
     (last,) = (row for row in rows if row[0] == "32 replicas")
     assert last[-1] == "CPU"
     assert [path.name for path in save_plots(result, tmp_path / "plots")] == ["scaling-replicas.png"]

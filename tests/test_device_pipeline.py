@@ -59,7 +59,6 @@ class HeldPipeline:
     """Three passes may be under way; each stays so until the test ends it."""
 
     depth = 3
-    computes_at_once = False
 
     def __init__(self, teacher: Extractor) -> None:
         self._real = SynchronousPipeline(teacher)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import sys
 from dataclasses import asdict
 
 import click
@@ -13,13 +11,13 @@ from rich.table import Table
 
 from dinov3_ray.bench.dataset_command import dataset
 from dinov3_ray.bench.router_command import router
+from dinov3_ray.bench.running import running
 from dinov3_ray.bench.scaling_command import scaling
 from dinov3_ray.bench.simulated import Work
 from dinov3_ray.bench.teacher_command import teacher
 from dinov3_ray.bench.throughput import describe_machine, measure
 from dinov3_ray.bench.training_command import training
 from dinov3_ray.bench.transport import measure_transport
-from dinov3_ray.pool.cluster import connect
 
 __all__ = ["bench"]
 
@@ -55,19 +53,12 @@ def pool(replicas: int, batches: int, repeats: int, quick: bool, address: str | 
     missing to 100% is what moving and steering the work costs on this machine.
     """
     work = Work(batches=max(1, batches // 5) if quick else batches, replicas=replicas)
-    console = Console(stderr=as_json)
-    runtime = connect(address, may_start=True, object_store_memory=_OBJECT_STORE_BYTES)
-    # Ray tells on standard output, whatever it is asked, of Serve's tasks that end: JSON is not to begin with that.
-    with contextlib.redirect_stdout(sys.stderr):
-        try:
-            with console.status("starting") as status:
-                result = measure(work, 1 if quick else repeats, lambda name: status.update(f"measuring {name}"))
-        finally:
-            runtime.close()
+    with running(address, object_store_memory=_OBJECT_STORE_BYTES) as step:
+        result = measure(work, 1 if quick else repeats, step)
     if as_json:
         click.echo(json.dumps(result.as_dict(), indent=2))
     else:
-        console.print(result.table())
+        Console().print(result.table())
 
 
 @bench.command(short_help="One result's way to the client, beside plain actors.")
@@ -82,12 +73,9 @@ def transport(repeats: int, quick: bool, address: str | None, as_json: bool) -> 
     bare async actor's method that does nothing.
     """
     repeats = max(1, repeats // 10) if quick else repeats
-    runtime = connect(address, may_start=True, object_store_memory=_OBJECT_STORE_BYTES)
-    try:
-        with Console(stderr=True).status("measuring"):
-            result = measure_transport(Work(seconds=0.0, pixels=16), repeats)
-    finally:
-        runtime.close()
+    with running(address, object_store_memory=_OBJECT_STORE_BYTES) as step:
+        step("results")
+        result = measure_transport(Work(seconds=0.0, pixels=16), repeats)
     if as_json:
         click.echo(
             json.dumps(

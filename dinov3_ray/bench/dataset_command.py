@@ -10,7 +10,7 @@ import click
 from rich.console import Console
 
 from dinov3_ray.bench.dataset import DatasetWork, measure_dataset
-from dinov3_ray.pool.cluster import connect
+from dinov3_ray.bench.running import running
 
 __all__ = ["dataset"]
 
@@ -36,17 +36,8 @@ def dataset(
     work = DatasetWork(images=images, variant=variant, dtype=compute_dtype)  # type: ignore[arg-type]
     if quick:
         work, repeats = DatasetWork(images=64, variant="vit-test", dtype=work.dtype), 1
-    runtime = connect(address, may_start=True)
-    try:
-        with (
-            tempfile.TemporaryDirectory(prefix="dinov3-ray-bench-") as folder,
-            Console(stderr=True).status("starting") as status,
-        ):
-            result = measure_dataset(
-                work, repeats, Path(folder), lambda name: status.update(f"measuring {name}"), quick=quick
-            )
-    finally:
-        runtime.close()
+    with tempfile.TemporaryDirectory(prefix="dinov3-ray-bench-") as folder, running(address) as step:
+        result = measure_dataset(work, repeats, Path(folder), step, quick=quick)
     if as_json:
         click.echo(json.dumps(result.as_dict(), indent=2))
     else:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import sys
-from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,14 +12,15 @@ from rich.console import Console
 from rich.table import Table
 
 from dinov3_ray.bench.cost import COPIES, Line
+from dinov3_ray.bench.running import running
 from dinov3_ray.bench.scaling import QUICK, Plan, Scaling, Shape, measure_scaling
 from dinov3_ray.bench.scaling_plot import LABELS, save_plots
-from dinov3_ray.pool.cluster import connect
 
 __all__ = ["scaling", "table_of", "walls_of"]
 
 _OBJECT_STORE_BYTES = 4 * 2**30
-_NAMES = {"replicas": "{0} replicas", "batch": "batch of {0}", "map": "map {0} x {0}", "clients": "{0} clients"}
+_NAMES = {"replicas": "{0} replica", "batch": "batch of {0}", "map": "map {0} x {0}", "clients": "{0} client"}
+_COUNTED = ("replicas", "clients")
 
 
 @click.command(short_help="Costs as work grows, beside what a model predicts.")
@@ -50,19 +49,14 @@ def scaling(
     plan = QUICK if quick else Plan()
     if seconds is not None:
         plan = replace(plan, seconds=seconds)
-    console = Console(stderr=as_json)
     logger = logging.getLogger("dinov3_ray")
     level = logger.level
-    runtime = connect(address, may_start=True, object_store_memory=_OBJECT_STORE_BYTES)
-    # Ray prints its worries about many processes to standard output, the last of them as it ends.
-    with redirect_stdout(sys.stderr):
-        try:
-            logger.setLevel(logging.ERROR)  # each stream would be told that it waits for its teacher
-            with console.status("starting") as status:
-                result = measure_scaling(plan, lambda step: status.update(f"measuring {step}"))
-        finally:
-            logger.setLevel(level)
-            runtime.close()
+    logger.setLevel(logging.ERROR)  # each stream would be told that it waits for its teacher
+    try:
+        with running(address, object_store_memory=_OBJECT_STORE_BYTES) as step:
+            result = measure_scaling(plan, step)
+    finally:
+        logger.setLevel(level)
     saved = [] if out is None else save_plots(result, out)
     bytes_per_second = network * 1e9 / 8
     if as_json:
@@ -70,6 +64,7 @@ def scaling(
         report = result.as_dict() | {"walls": walls, "plots": [str(path) for path in saved]}
         click.echo(json.dumps(report, indent=2))
         return
+    console = Console()
     console.print(table_of(result))
     console.print(walls_of(result, bytes_per_second))
     for path in saved:
@@ -93,7 +88,7 @@ def table_of(result: Scaling) -> Table:
             if point.axis != axis:
                 continue
             table.add_row(
-                _NAMES[axis].format(point.value),
+                _NAMES[axis].format(point.value) + ("s" if axis in _COUNTED and point.value > 1 else ""),
                 f"{point.load.nbytes / 2**20:.1f}",
                 f"{point.measured * point.load.rows:.0f}",
                 f"{point.predicted * point.load.rows:.0f}",

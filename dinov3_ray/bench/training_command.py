@@ -8,9 +8,9 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+from dinov3_ray.bench.running import running
 from dinov3_ray.bench.throughput import describe_machine
 from dinov3_ray.bench.training import EPOCH, Setting, Timings, measure_training
-from dinov3_ray.pool.cluster import connect
 
 __all__ = ["table_of", "training"]
 
@@ -64,27 +64,18 @@ def training(
     """
     if quick:
         steps, repeats = max(2, steps // 4), 1
-    console = Console(stderr=as_json)
-    runtime = connect(address, may_start=True, object_store_memory=_OBJECT_STORE_BYTES)
-    try:
-        with console.status("starting") as status:
-            measured = [
-                measure_training(
-                    Setting(
-                        replicas=number, steps=steps, repeats=repeats, step_seconds=step_seconds, capacity=capacity
-                    ),
-                    lambda kind: status.update(f"measuring {kind}"),
-                )
-                for number in replicas
-            ]
-    finally:
-        runtime.close()
+    settings = [
+        Setting(replicas=number, steps=steps, repeats=repeats, step_seconds=step_seconds, capacity=capacity)
+        for number in replicas
+    ]
+    with running(address, object_store_memory=_OBJECT_STORE_BYTES) as step:
+        measured = [measure_training(setting, step) for setting in settings]
     if as_json:
         pools = [timings.as_dict() for timings in measured]
         click.echo(json.dumps({"machine": describe_machine(), "pools": pools}, indent=2))
         return
     for timings in measured:
-        console.print(table_of(timings))
+        Console().print(table_of(timings))
 
 
 def table_of(timings: Timings) -> Table:

@@ -63,8 +63,6 @@ class Pipeline(Protocol):
 
     #: How many passes may be under way at once.
     depth: int
-    #: Whether a pass has been computed when it has begun, so that asking for its results is no wait for the device.
-    computes_at_once: bool
 
     def begin(self, batch: ImageBatch, rows: int, spec: FeatureSpec) -> Pass:
         """Begin the pass of ``batch``, of which the results of the first ``rows`` images are wanted.
@@ -88,7 +86,6 @@ class SynchronousPipeline:
 
     #: One is computed while the results of the one before are packed.
     depth = 2
-    computes_at_once = True
 
     def __init__(self, teacher: Extractor) -> None:
         self._teacher = teacher
@@ -125,7 +122,6 @@ class CudaPipeline:
 
     #: One is copied in, one computed, one copied out.
     depth = 3
-    computes_at_once = False
 
     def __init__(self, teacher: Extractor, device: torch.device) -> None:
         self._teacher = teacher

@@ -2,7 +2,8 @@
 
 Ray-free: the actor in ``replica_actor`` and local mode drive the same class. All work on the device happens on the
 thread that built the teacher, because CUDA work from several threads of one actor has crashed and leaked (ray issues
-33982, 49360). A second thread waits for results, looks at them and packs them, so that the device need not wait.
+33982, 49360). A second thread waits for results, looks at them and packs them, so that the device need not wait for
+that.
 """
 
 from __future__ import annotations
@@ -99,8 +100,7 @@ class Replica:
         )
         self._jobs: dict[int, _Job] = {}
         self._tickets = itertools.count()
-        self._changed = threading.Condition(lock := threading.RLock())  # for the device thread, and who waits for idle
-        self._handed = threading.Condition(lock)  # for the second thread, which most changes do not concern
+        self._changed = threading.Condition()
         self._counters = ReplicaStatistics()
         self._failing: set[str] = set()
         self._backlog: dict[str, int] = {}
@@ -146,7 +146,6 @@ class Replica:
             self._jobs.clear()
             self._again.clear()
             self._changed.notify_all()
-            self._handed.notify()
         for job in dropped:
             job.done(Answer(Outcome.DRAINING), [])
         for thread in (self._thread, self._finisher):
@@ -293,15 +292,9 @@ class Replica:
             self._fail(jobs, error)
             self._end_pass(jobs)
             return
-        under_way = _UnderWay(jobs, run, begun)
         with self._changed:
-            idle = len(self._running) == 1 and not self._queue and not self._again
-            if not (idle and self._pipeline.computes_at_once):
-                self._under_way.append(under_way)
-                self._handed.notify()
-                return
-        # Nothing to compute meanwhile: to wake the other thread would only take time.
-        self._finish(under_way)
+            self._under_way.append(_UnderWay(jobs, run, begun))
+            self._changed.notify_all()
 
     # The thread for results -----------------------------------------------------------------------------------------
 
@@ -309,12 +302,13 @@ class Replica:
         if self._threads is not None:
             torch.set_num_threads(self._threads)
         while True:
-            with self._handed:
-                self._handed.wait_for(lambda: self._under_way or (self._stopped and not self._running))
+            with self._changed:
+                self._changed.wait_for(lambda: self._under_way or (self._stopped and not self._running))
                 if not self._under_way:
                     return
                 ahead = self._under_way.popleft()
             self._finish(ahead)
+            self._end_pass(ahead.jobs)
 
     def _finish(self, ahead: _UnderWay) -> None:
         """Wait for a pass, and answer its requests."""
@@ -324,7 +318,6 @@ class Replica:
             self._fail(ahead.jobs, error)
         else:
             self._answer(ahead, results)
-        self._end_pass(ahead.jobs)
 
     def _end_pass(self, jobs: list[_Job]) -> None:
         with self._changed:
@@ -336,8 +329,6 @@ class Replica:
                 client: rows for client, rows in self._backlog.items() if client in here or self._queue.rows(client)
             }
             self._changed.notify_all()
-            if self._stopped:
-                self._handed.notify()
 
     def _answer(self, ahead: _UnderWay, results: Results) -> None:
         now = time.monotonic()
@@ -366,8 +357,9 @@ class Replica:
                     pack_seconds=seconds.pack,
                 )
                 load = self._load(job.header)
-            arrays = [array[first : first + job.header.rows] for array in results.arrays]
-            first += job.header.rows
+            last = first + job.header.rows
+            arrays = [array[first:last] for array in results.arrays]
+            first = last
             fingerprint = results.fingerprint or self._info.fingerprint
             job.done(Answer(Outcome.DONE, results.layout, fingerprint, load, seconds), arrays)
         with self._changed:
