@@ -8,10 +8,17 @@ Notes, of what was seen on 2 CPUs with ray 2.60.0, one run each on a machine wit
   with Ray's period of a second the first 300 batches wrote to memory that no process had touched, at 72%.
 - A batch costs about 13 ms of CPU time in all processes together (the replicas 6, the client 5, the raylet 2.5): two
   cores are full at about 150 batches a second, so that 16 such accelerators (400 a second) cannot be kept busy here.
-- One result of 12.2 MiB after the other (``dinov3-ray bench transport``): 7.3 ms through the pool, 32.7 ms from a plain
-  actor that returns the tensor: 4.5 times its rate, short of 5. One token: 1.83 ms, 1.8 times a bare call's 1.04 ms,
-  short of 1.5: a request passes through six threads, each woken by the one before. Requests that wait in threads of the
-  replica, where they waited in an event loop, took about 15% off.
+- One result of 12.2 MiB after the other (``dinov3-ray bench transport``, six runs): 4.5, 4.6, 4.9, 5.0, 5.4 and 6.4
+  times the rate of a plain actor that returns the tensor (5.6 to 8.3 ms against 32 to 37); three of the runs, 4.6, 5.0
+  and 5.4, with the hand-over that is named below as not kept. One token: 1.8 to 2.8 times a bare
+  call's 0.9 to 1.1 ms, where 1.5 was asked for: a request passes through six threads, each woken by the one before.
+  Requests that wait in threads of the replica, where they waited in an event loop, took about 15% off.
+- OpenMP's threads sleep while they wait in a replica (OMP_WAIT_POLICY), where they spun: batches of one image of 160 px
+  with 2 replicas, which Ray believed to have 2 CPUs each, take 3.4 to 4.6 ms in place of 11 to 15 (a script, machine in
+  use). ViT-S at 224 px, 2 threads, nothing else at work: 1.05 times the speed, medians of four processes each.
+  With the four accelerators above, by a script of 300 batches, 92 to 96% of the ideal with and without. Not kept,
+  since no difference showed, in these or in tokens: a condition of its own for the thread that packs, and packing on
+  the device's thread where nothing waits.
 - The choice of a replica (``dinov3-ray bench router``): 8.7 microseconds among 1,000, 9.9 among 10,000.
 
 Costs as work grows (``dinov3-ray bench scaling --seconds 2``, one run of 3.5 minutes; whether the machine was
@@ -76,6 +83,9 @@ that others may have used, so that none of it is a proof:
 - Decoded images: the bare loop 21.9 img/s, extract 19.3 (88%, short of the 95% that it should reach; all 192 are one
   block there, and whether larger sets do better was not measured), plain map_batches with transformers in float32 7.1.
 - JPEG files: the bare loop that decodes first 18.9, extract 19.2 (102%), plain map_batches 5.8.
+- With ``--images 256``, otherwise idle: 89% and 88%. OpenMP's threads asleep in the extraction's actors alone: 80% and
+  86%, then 89% and 88%, so that was not kept; with OMP_WAIT_POLICY=PASSIVE for the whole command 97% and 94%, once, the
+  bare loop being slower too.
 
 A random row of 768, the store's time over a memory map's (the two readers of ``bench/reading.py`` in turn, by a script
 in one torch thread, medians of 11 rounds of 1,000 ids): float32 1.43, float16 1.64, int8 0.83, which was 12. Both sides
