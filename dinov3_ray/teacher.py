@@ -30,8 +30,9 @@ class Extractor(Protocol):
 class Teacher(Extractor, Protocol):
     """A teacher as a training loop sees it, wherever it computes.
 
-    An implementation may also have a ``fingerprint: str`` (what made its outputs) and a ``patch_size: int`` (the
-    smallest side of an image that it takes); both are looked up by name and may be missing.
+    An implementation may also have a ``fingerprint: str`` (what made its outputs), a ``dtype`` (a torch.dtype: what it
+    computes in) and a ``patch_size: int`` (the smallest side of an image that it takes); each is looked up by name and
+    may be missing.
     """
 
     def extract_features(self, images: Images) -> Tensor:

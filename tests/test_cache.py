@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from dinov3_ray.config import DinoV3Config
 from dinov3_ray.datasets import CachedTeacher
 from dinov3_ray.errors import InputError, StoreError
 from dinov3_ray.features import Features, FeatureSpec
@@ -42,7 +43,8 @@ def test_a_second_epoch_makes_no_forward_pass_and_gives_the_same_bits(
         first = [cached.extract(batch, SPEC) for batch in batches]
         assert cached.flush()
         assert cached.statistics().written == len(photographs)
-    counting = FakeTeacher(fail_on=range(1000), fingerprint=teacher.fingerprint)  # any pass fails
+    # Any pass fails.
+    counting = FakeTeacher(fail_on=range(1000), fingerprint=teacher.fingerprint, dtype=teacher.dtype)
     with CachedTeacher(counting, tmp_path, 64 * MB) as cached:
         for batch, expected in zip(batches, first, strict=True):
             again = cached.extract(batch, SPEC)
@@ -54,6 +56,17 @@ def test_a_second_epoch_makes_no_forward_pass_and_gives_the_same_bits(
         now = cached.statistics()
         assert (now.hits, now.misses, now.hit_rate) == (len(photographs) + 2, 0, 1.0)
         assert now.read_mb_s > 0
+
+
+def test_the_same_weights_in_another_dtype_are_another_teacher(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """Their fingerprint is one; what they compute is not."""
+    images = views(2, size=224)
+    teachers = [DinoV3Teacher(DinoV3Config(tiny_checkpoint, dtype=dtype)) for dtype in ("float32", "bfloat16")]
+    assert teachers[0].fingerprint == teachers[1].fingerprint
+    for teacher in teachers:
+        with CachedTeacher(teacher, tmp_path, 64 * MB) as cached:
+            assert same(cached.extract(images, SPEC), teacher.extract(images, SPEC))
+            assert torch.equal(cached.extract_features(images), teacher.extract_features(images))
 
 
 @pytest.mark.parametrize("dtype", ["native", "float32", "bfloat16", "float16", "int8"])
@@ -249,6 +262,7 @@ def test_options_and_images_are_checked(tmp_path: Path) -> None:
 
 _WRITER = """
 import sys, torch
+from dinov3_ray.config import DinoV3Config
 from dinov3_ray.datasets import CachedTeacher
 from dinov3_ray.features import FeatureSpec
 from dinov3_ray.testing import FakeTeacher

@@ -49,6 +49,7 @@ def test_shapes_and_dtypes(teacher: Teacher, images: Tensor) -> None:
     assert tokens_BD.shape == (3, 128)
     assert map_BDhw.shape == (3, 128, 14, 14)
     assert tokens_BD.dtype == map_BDhw.dtype == torch.float32
+    assert getattr(teacher, "dtype", None) == torch.float32
 
 
 def test_everything_in_one_pass(teacher: Teacher, images: Tensor) -> None:

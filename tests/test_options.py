@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from dinov3_ray.errors import ConfigError
 from dinov3_ray.pool.options import PoolOptions, parse_replicas
+from dinov3_ray.pool.teacher_pool import place
 
 WHOLE = ("max_batch", "max_queued", "max_queued_bytes", "window", "threads")
 SECONDS = tuple(field.name for field in fields(PoolOptions) if field.type == "float" and field.name != "max_wait")
@@ -76,3 +77,26 @@ def test_replicas_that_make_no_sense_are_refused(replicas: object) -> None:
 def test_a_range_upside_down_is_refused_by_both_bounds() -> None:
     with pytest.raises(ConfigError, match=r"replicas=\(min, max\): max \(3\) must be >= min \(5\)"):
         parse_replicas((5, 3), auto=1)
+
+
+@pytest.mark.parametrize(
+    ("num_cpus", "labels", "names"),
+    [
+        (0, {"zone": "!in("}, "label_selector"),
+        (0, {"a zone": "x"}, "a zone"),
+        (0, {"zone": 3}, "label_selector"),
+        (math.inf, {}, "num_cpus=inf"),
+        (0.00001, {}, "num_cpus"),
+    ],
+)
+def test_what_ray_would_refuse_of_a_replica_is_refused_before_there_is_a_pool(
+    num_cpus: float, labels: dict[str, str], names: str
+) -> None:
+    with pytest.raises(ConfigError, match=r"what a replica asks for must be what Ray takes; got num_gpus=0") as caught:
+        place(0, num_cpus, labels)
+    assert names in str(caught.value)
+    assert place(0.5, 2, {"zone": "in(a, b)"}).actor_options() == {
+        "num_gpus": 0.5,
+        "num_cpus": 2,
+        "label_selector": {"zone": "in(a, b)"},
+    }

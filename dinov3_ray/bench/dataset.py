@@ -206,13 +206,7 @@ def bare_loop(teacher: DinoV3Teacher, images: Sequence[np.ndarray | Path], batch
     begun = time.perf_counter()
     for start in range(0, len(images), batch):
         part = images[start : start + batch]
-        arrays = [
-            image.transpose(2, 0, 1)
-            if isinstance(image, np.ndarray)
-            else Decoder().read(image.read_bytes(), str(image))
-            for image in part
-        ]
-        encode_columns(teacher.extract(np.stack(arrays), _SPEC), _SPEC)
+        encode_columns(teacher.extract(np.stack([_pixels(image) for image in part]), _SPEC), _SPEC)
     return None, time.perf_counter() - begun
 
 

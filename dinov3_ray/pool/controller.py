@@ -248,13 +248,10 @@ class Controller:
             "namespace": self._namespace,
             "lifetime": "detached",
             "max_restarts": 0,  # replacing it is this controller's work: Ray would not say why it could not start
-            "num_gpus": placement.num_gpus,
-            "num_cpus": placement.num_cpus,
             # Replicas that reserve nothing would all be put on one node.
             "scheduling_strategy": "DEFAULT" if placement.num_gpus else "SPREAD",
+            **placement.actor_options(),
         }
-        if placement.label_selector:
-            options["label_selector"] = dict(placement.label_selector)
         actor_class: Any = ray.remote(concurrency_groups=thread_groups(declared.options))(ReplicaActor)
         return actor_class.options(**options).remote(birth)
 

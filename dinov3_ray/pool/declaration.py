@@ -42,6 +42,13 @@ class Placement:
     def device(self) -> str:
         return "cuda" if self.num_gpus > 0 else "cpu"
 
+    def actor_options(self) -> dict[str, object]:
+        """As options of a Ray actor."""
+        options: dict[str, object] = {"num_gpus": self.num_gpus, "num_cpus": self.num_cpus}
+        if self.label_selector:
+            options["label_selector"] = dict(self.label_selector)
+        return options
+
     def __str__(self) -> str:
         parts = [f"{self.num_gpus:g} GPU" if self.num_gpus else "", f"{self.num_cpus:g} CPU" if self.num_cpus else ""]
         parts += [f"label {key}={value}" for key, value in self.label_selector.items()]

@@ -189,6 +189,12 @@ class RemoteTeacher:
         return self.info.fingerprint
 
     @property
+    def dtype(self) -> torch.dtype | None:
+        """That the teacher computes in, and that ``native`` results have; None if it does not say."""
+        found = getattr(torch, (self.info.dtype or "").removeprefix("torch."), None)
+        return found if isinstance(found, torch.dtype) else None
+
+    @property
     def patch_size(self) -> int:
         return self.info.patch_size
 

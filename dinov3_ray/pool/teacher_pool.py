@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import weakref
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from types import TracebackType
 from typing import Any, Protocol, Self
 
@@ -22,6 +23,7 @@ from dinov3_ray.pool.options import PoolOptions, ReplicaCount, parse_replicas
 from dinov3_ray.pool.ray_control import RayControl
 from dinov3_ray.pool.registry import local_pool, register_local, unregister_local
 from dinov3_ray.pool.remote import RemoteTeacher
+from dinov3_ray.pool.replica_actor import ReplicaActor
 from dinov3_ray.pool.source import CheckedSource, TeacherSource, check_source
 from dinov3_ray.pool.status import PoolStatus
 
@@ -324,10 +326,20 @@ def _start_local(name: str, source: CheckedSource, declaration: Declaration) -> 
 
 
 def place(num_gpus: float | None, num_cpus: float, label_selector: Mapping[str, str]) -> Placement:
-    """What each replica asks of the cluster; ``num_gpus=None`` is 1 where it has GPUs, else 0."""
+    """What each replica asks of the cluster; ``num_gpus=None`` is 1 where it has GPUs, else 0.
+
+    Raises:
+        ConfigError: Ray would refuse an actor that asks for it, such as a label with a space.
+    """
     if num_gpus is None:
         num_gpus = 1 if ray.cluster_resources().get("GPU", 0) else 0
-    return Placement(num_gpus=num_gpus, num_cpus=num_cpus, label_selector=dict(label_selector))
+    placement = Placement(num_gpus=num_gpus, num_cpus=num_cpus, label_selector=dict(label_selector))
+    try:
+        ray.remote(ReplicaActor).options(**placement.actor_options())
+    except (ValueError, TypeError, OverflowError) as error:
+        given = ", ".join(f"{name}={value!r}" for name, value in asdict(placement).items())
+        raise ConfigError(f"what a replica asks for must be what Ray takes; got {given}. Ray says: {error}") from error
+    return placement
 
 
 def _free_replicas(placement: Placement) -> int:
