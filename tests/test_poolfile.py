@@ -13,11 +13,10 @@ from ray import cloudpickle
 from dinov3_ray import TeacherPool
 from dinov3_ray.cli import main
 from dinov3_ray.errors import ConfigError
-from dinov3_ray.pool.cluster import NAMESPACE, list_actors, list_pools
+from dinov3_ray.pool.cluster import NAMESPACE, find_controller, list_actors, list_pools
 from dinov3_ray.pool.declaration import Declaration, Placement
 from dinov3_ray.pool.options import PoolOptions
 from dinov3_ray.pool.poolfile import Change, PoolFile, PoolState, differences
-from dinov3_ray.pool.registry import find_controller
 
 NAME = "declared"
 OPTIONS = {"max_batch": 4, "threads": 1, "health_interval": 0.2}

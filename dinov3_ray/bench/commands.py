@@ -1,108 +1,31 @@
-"""The command ``dinov3-ray bench``."""
+"""The command ``dinov3-ray bench``: which measurements there are, and where."""
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict
-
 import click
-from rich.console import Console
-from rich.table import Table
 
-from dinov3_ray.bench.dataset_command import dataset
-from dinov3_ray.bench.router_command import router
-from dinov3_ray.bench.running import running
-from dinov3_ray.bench.scaling_command import scaling
-from dinov3_ray.bench.simulated import Work
-from dinov3_ray.bench.teacher_command import teacher
-from dinov3_ray.bench.throughput import describe_machine, measure
-from dinov3_ray.bench.training_command import training
-from dinov3_ray.bench.transport import measure_transport
+from dinov3_ray.lazycommands import Lazy, LazyGroup
 
 __all__ = ["bench"]
 
-_OBJECT_STORE_BYTES = 2 * 2**30  # room for every contender's results in flight
+_COMMANDS = {
+    "pool": Lazy("dinov3_ray.bench.pool_command:pool", "A pool's throughput, beside ActorPool, Serve and Ray Data."),
+    "teacher": Lazy("dinov3_ray.bench.teacher_command:teacher", "One teacher, beside transformers; sizes a pool."),
+    "training": Lazy("dinov3_ray.bench.training_command:training", "A training step, beside one without a teacher."),
+    "dataset": Lazy(
+        "dinov3_ray.bench.dataset_command:dataset", "Extraction and reading of data sets, beside Ray Data."
+    ),
+    "scaling": Lazy("dinov3_ray.bench.scaling_command:scaling", "Costs as work grows, beside what a model predicts."),
+    "transport": Lazy(
+        "dinov3_ray.bench.transport_command:transport", "One result's way to the client, beside plain actors."
+    ),
+    "router": Lazy("dinov3_ray.bench.router_command:router", "The choice of a replica, in pools of 1 to 10,000."),
+}
 
 
-@click.group()
+@click.group(cls=LazyGroup, lazy=_COMMANDS)
 def bench() -> None:
     """Measure, beside peers that do the same work in the same run.
 
     Without --address, or RAY_ADDRESS, those that need a Ray start one of their own. Leave the machine to them.
     """
-
-
-bench.add_command(router)
-bench.add_command(teacher)
-bench.add_command(training)
-bench.add_command(dataset)
-bench.add_command(scaling)
-
-
-@bench.command(short_help="A pool's throughput, beside ActorPool, Serve and Ray Data.")
-@click.option("--replicas", default=4, show_default=True, type=click.IntRange(1), help="Simulated accelerators.")
-@click.option("--batches", default=100, show_default=True, type=click.IntRange(1), help="Batches in each run.")
-@click.option("--repeats", default=3, show_default=True, type=click.IntRange(1), help="Runs that count.")
-@click.option("--quick", is_flag=True, help="A fifth of the batches, one run: to see that it works.")
-@click.option("--address", help="host:port of a running Ray; else RAY_ADDRESS, or a Ray of its own.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON in place of the table.")
-def pool(replicas: int, batches: int, repeats: int, quick: bool, address: str | None, as_json: bool) -> None:
-    """What a pool delivers of its accelerators' speed, beside ActorPool, Serve and Ray Data.
-
-    The accelerators are simulated: they wait 40 ms for 32 images and hand out maps of a ViT-L/16 at 224 px. What is
-    missing to 100% is what moving and steering the work costs on this machine.
-    """
-    work = Work(batches=max(1, batches // 5) if quick else batches, replicas=replicas)
-    with running(address, object_store_memory=_OBJECT_STORE_BYTES) as step:
-        result = measure(work, 1 if quick else repeats, step)
-    if as_json:
-        click.echo(json.dumps(result.as_dict(), indent=2))
-    else:
-        Console().print(result.table())
-
-
-@bench.command(short_help="One result's way to the client, beside plain actors.")
-@click.option("--repeats", default=50, show_default=True, type=click.IntRange(1), help="Results that count.")
-@click.option("--quick", is_flag=True, help="A tenth of the results: to see that it works.")
-@click.option("--address", help="host:port of a running Ray; else RAY_ADDRESS, or a Ray of its own.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON in place of the table.")
-def transport(repeats: int, quick: bool, address: str | None, as_json: bool) -> None:
-    """How fast one result reaches the client.
-
-    A map [32, 1024, 14, 14], beside a plain actor that returns the torch tensor; and one image's CLS token, beside a
-    bare async actor's method that does nothing.
-    """
-    repeats = max(1, repeats // 10) if quick else repeats
-    with running(address, object_store_memory=_OBJECT_STORE_BYTES) as step:
-        step("results")
-        result = measure_transport(Work(seconds=0.0, pixels=16), repeats)
-    if as_json:
-        click.echo(
-            json.dumps(
-                {
-                    **asdict(result),
-                    "ratio": result.ratio,
-                    "token_ratio": result.token_ratio,
-                    "machine": describe_machine(),
-                },
-                indent=2,
-            )
-        )
-        return
-    size = result.result_bytes / 2**20
-    table = Table(title=f"One result of {size:.1f} MiB, and one token", caption=f"medians\n{describe_machine()}")
-    for heading in ("", "ms", "results/s"):
-        table.add_column(heading, justify="right" if heading else "left")
-    rows = {
-        "map, RemoteTeacher.extract": result.pool,
-        "map, plain actor that returns the torch tensor": result.torch_actor,
-        "bound: the map copied once in memory": result.copy,
-        "CLS token of one image, RemoteTeacher.extract": result.token,
-        "bound: a bare async actor's call": result.nothing,
-    }
-    for name, seconds in rows.items():
-        table.add_row(name, f"{seconds * 1e3:.2f}", f"{1 / seconds:.0f}")
-    Console().print(
-        table,
-        f"map: {result.ratio:.1f} times the plain actor's rate; token: {result.token_ratio:.1f} times a bare call",
-    )

@@ -15,7 +15,7 @@ from dinov3_ray.bench.running import running
 __all__ = ["dataset"]
 
 
-@click.command(short_help="Extraction and reading of data sets, beside Ray Data.")
+@click.command()
 @click.option("--images", default=768, show_default=True, type=click.IntRange(64), help="Of each run; peers a quarter.")
 @click.option("--variant", default="vits16", show_default=True, help="Of the teacher, whose weights are random.")
 @click.option(

@@ -17,7 +17,7 @@ __all__ = ["router"]
 _REPLICAS = (1, 4, 16, 100, 1000, 10_000)
 
 
-@click.command(short_help="The choice of a replica, in pools of 1 to 10,000.")
+@click.command()
 @click.option("--requests", default=20_000, show_default=True, type=click.IntRange(1), help="Of a run.")
 @click.option("--repeats", default=5, show_default=True, type=click.IntRange(1), help="Runs that count.")
 @click.option("--quick", is_flag=True, help="A tenth of the requests, one run: to see that it works.")

@@ -23,7 +23,7 @@ _NAMES = {"replicas": "{0} replica", "batch": "batch of {0}", "map": "map {0} x 
 _COUNTED = ("replicas", "clients")
 
 
-@click.command(short_help="Costs as work grows, beside what a model predicts.")
+@click.command()
 @click.option("--seconds", type=click.FloatRange(0.1), help="That count, of each point.  [default: 3; quick: 1]")
 @click.option(
     "--network",

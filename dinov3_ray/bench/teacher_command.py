@@ -19,7 +19,7 @@ from dinov3_ray.config import DinoV3Config
 __all__ = ["teacher"]
 
 
-@click.command(short_help="One teacher, beside transformers; sizes a pool.")
+@click.command()
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1 ...")
 @click.option("--root", type=click.Path(path_type=Path, exists=True, file_okay=False), help="A checkpoint of your own.")
 @click.option("--variant", default="vitb16", show_default=True, help="Random weights of this variant, without --root.")

@@ -7,11 +7,11 @@ import platform
 import statistics
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from typing import Any
 
 import ray
 import torch
-import transformers
 from rich.table import Table
 
 from dinov3_ray.bench.contenders import CONTENDERS, missing_reason, quiet_data
@@ -99,5 +99,5 @@ def measure(work: Work, repeats: int, on_contender: Callable[[str], None]) -> Th
 def describe_machine() -> str:
     return (
         f"{os.cpu_count()} CPUs ({platform.machine()}), Python {platform.python_version()}, ray {ray.__version__}, "
-        f"torch {torch.__version__}, transformers {transformers.__version__}"
+        f"torch {torch.__version__}, transformers {version('transformers')}"
     )

@@ -17,7 +17,7 @@ __all__ = ["table_of", "training"]
 _OBJECT_STORE_BYTES = 2 * 2**30
 
 
-@click.command(short_help="A training step, beside one without a teacher.")
+@click.command()
 @click.option(
     "--replicas",
     multiple=True,

@@ -9,7 +9,7 @@ from typing import Any
 
 import ray
 
-from dinov3_ray.errors import ConfigError, ForkedProcessError, PoolError
+from dinov3_ray.errors import ConfigError, ForkedProcessError, PoolError, PoolNotFoundError
 from dinov3_ray.pool.probe import find_obstacle
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "check_name",
     "connect",
     "controller_name",
+    "find_controller",
     "list_actors",
     "list_pools",
     "replica_name",
@@ -141,6 +142,23 @@ def list_pools(namespace: str = NAMESPACE) -> list[str]:
     """The names of the pools in ``namespace``."""
     names = (name.split("/") for name in _actor_names(namespace))
     return sorted(parts[1] for parts in names if len(parts) == 2 and parts[0] == _PREFIX)
+
+
+def find_controller(name: str, namespace: str) -> Any:
+    """The controller actor of a pool in the Ray that this process is connected to.
+
+    Raises:
+        PoolNotFoundError: with the names of the pools that there are.
+    """
+    try:
+        return ray.get_actor(controller_name(name), namespace=namespace)
+    except ValueError as error:
+        others = list_pools(namespace)
+        there = f"running there: {', '.join(map(repr, others))}" if others else "no pool is running there"
+        raise PoolNotFoundError(
+            f"no pool named {name!r} in namespace {namespace!r} of the Ray at "
+            f"{ray.get_runtime_context().gcs_address}; {there}"
+        ) from error
 
 
 def list_actors(namespace: str, pool: str) -> list[tuple[str, Any]]:

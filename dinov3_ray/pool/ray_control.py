@@ -12,12 +12,11 @@ from ray import cloudpickle
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from dinov3_ray.errors import PoolError, PoolExistsError, PoolNotFoundError, PoolTimeoutError
-from dinov3_ray.pool.cluster import Runtime, controller_name, list_actors
+from dinov3_ray.pool.cluster import Runtime, controller_name, find_controller, list_actors
 from dinov3_ray.pool.controller import Controller
 from dinov3_ray.pool.declaration import Declaration, Placement, Redeclaration
 from dinov3_ray.pool.options import PoolOptions
 from dinov3_ray.pool.processes import kill_process
-from dinov3_ray.pool.registry import find_controller
 from dinov3_ray.pool.replica_actor import Place
 from dinov3_ray.pool.source import CheckedSource
 from dinov3_ray.pool.status import PoolStatus

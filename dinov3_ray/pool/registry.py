@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import threading
-from typing import Any
 
-import ray
-
-from dinov3_ray.errors import PoolExistsError, PoolNotFoundError
-from dinov3_ray.pool.cluster import connect, controller_name, list_pools
+from dinov3_ray.errors import PoolExistsError
+from dinov3_ray.pool.cluster import connect, find_controller
 from dinov3_ray.pool.local import LocalController, LocalTransport
 from dinov3_ray.pool.ray_transport import RayTransport
 from dinov3_ray.pool.transport import Transport
 
-__all__ = ["find_controller", "local_pool", "open_transport", "register_local", "unregister_local"]
+__all__ = ["local_pool", "open_transport", "register_local", "unregister_local"]
 
 _local_pools: dict[str, LocalController] = {}
 _lock = threading.Lock()
@@ -38,23 +35,6 @@ def local_pool(name: str) -> LocalController | None:
     """The local pool of that name in this process."""
     with _lock:
         return _local_pools.get(name)
-
-
-def find_controller(name: str, namespace: str) -> Any:
-    """The controller actor of a pool in the Ray that this process is connected to.
-
-    Raises:
-        PoolNotFoundError: with the names of the pools that there are.
-    """
-    try:
-        return ray.get_actor(controller_name(name), namespace=namespace)
-    except ValueError as error:
-        others = list_pools(namespace)
-        there = f"running there: {', '.join(map(repr, others))}" if others else "no pool is running there"
-        raise PoolNotFoundError(
-            f"no pool named {name!r} in namespace {namespace!r} of the Ray at "
-            f"{ray.get_runtime_context().gcs_address}; {there}"
-        ) from error
 
 
 def open_transport(name: str, namespace: str, address: str | None) -> tuple[Transport, str | None]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -15,12 +14,13 @@ from ray import cloudpickle
 
 from dinov3_ray.checkpoint import verify
 from dinov3_ray.config import DinoV3Config
-from dinov3_ray.errors import ConfigError, PoolClosedError, PoolError, PoolTimeoutError, ReplicaError
+from dinov3_ray.errors import ConfigError, PoolClosedError
 from dinov3_ray.pool.cluster import NAMESPACE, Runtime, check_name, connect
 from dinov3_ray.pool.declaration import Declaration, Placement
 from dinov3_ray.pool.local import LocalController
 from dinov3_ray.pool.options import PoolOptions, ReplicaCount, parse_replicas
 from dinov3_ray.pool.ray_control import RayControl
+from dinov3_ray.pool.readiness import wait_ready
 from dinov3_ray.pool.registry import local_pool, register_local, unregister_local
 from dinov3_ray.pool.remote import RemoteTeacher
 from dinov3_ray.pool.replica_actor import ReplicaActor
@@ -28,9 +28,6 @@ from dinov3_ray.pool.source import CheckedSource, TeacherSource, check_source
 from dinov3_ray.pool.status import PoolStatus
 
 __all__ = ["TeacherPool", "place"]
-
-_POLL = 0.02
-_HOPELESS_STARTS = 2  # failed starts, none having succeeded, after which a new pool is given up
 
 
 class _Control(Protocol):
@@ -235,36 +232,7 @@ class TeacherPool:
             PoolTimeoutError: after ``timeout`` seconds.
         """
         self._require_open()
-        deadline = time.monotonic() + timeout
-        restarts: int | None = None
-        while True:
-            status = self._control.status()
-            if on_status is not None:
-                on_status(status)
-            if generation is not None and status.generation != generation:
-                raise self._turned(generation, status)
-            current = [replica for replica in status.replicas if replica.generation == status.generation]
-            ready = sum(replica.state == "ready" for replica in current)
-            if ready >= status.low and len(status.replicas) <= status.high and len(current) == len(status.replicas):
-                return status
-            restarts = status.restarts if restarts is None else restarts
-            if status.restarts >= restarts + _HOPELESS_STARTS and not ready and not status.reloading:
-                raise ReplicaError(f"the replicas of pool {self.name!r} do not start. {status.troubles[-1]}")
-            if time.monotonic() > deadline:
-                raise PoolTimeoutError(
-                    f"pool {self.name!r} had {ready} of {status.low} replicas ready after timeout={timeout:g} s: "
-                    f"{_waits_for(status)}"
-                )
-            time.sleep(_POLL)
-
-    def _turned(self, generation: int, status: PoolStatus) -> PoolError:
-        """Why the pool is not about to become ``generation`` any more."""
-        if status.newest_generation > generation:
-            return PoolError(f"pool {self.name!r}: another reload has overtaken this one")
-        return ReplicaError(
-            f"the new replicas of pool {self.name!r} do not start, so it has gone back to the former teacher "
-            f"({status.ready} of {status.target} ready). {status.troubles[-1]}"
-        )
+        return wait_ready(self._control, self.name, timeout, generation=generation, on_status=on_status)
 
     def shutdown(self) -> None:
         """End the pool: clients are told, no actor is left behind. Harmless when repeated."""
@@ -303,16 +271,6 @@ class TeacherPool:
     def _require_open(self) -> None:
         if self._closed:
             raise PoolClosedError(f"pool {self.name!r} was shut down, or this connection to it closed")
-
-
-def _waits_for(status: PoolStatus) -> str:
-    if status.troubles:
-        return f"last trouble: {status.troubles[-1]}"
-    if any(replica.pid is None for replica in status.replicas):
-        have = ray.cluster_resources() if ray.is_initialized() else {}
-        counts = ", ".join(f"{have.get(key, 0):g} {key}" for key in ("GPU", "CPU"))
-        return f"some wait for a place in the cluster (it has {counts} in all)"
-    return "they are loading their teacher"
 
 
 def _start_local(name: str, source: CheckedSource, declaration: Declaration) -> LocalController:
