@@ -24,7 +24,7 @@ FLOORS = [
     ["errors", "lazycommands"],
     ["precision", "images", "features", "teacher"],
     ["jsonfields", "weightfiles", "architecture", "preprocessing", "config"],
-    ["compute", "float8", "stopwatch", "checkpoint"],
+    ["compute", "float8", "stopwatch", "waiting", "checkpoint"],
     ["preprocess", "backbone", "golden", "cuda_graphs", "model"],
     # What a pool's client needs of training, and what needs no pool.
     ["training.sources", "training.depth", "training.delivery", "training.batches", "training.pipeline"],

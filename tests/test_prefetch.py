@@ -220,20 +220,28 @@ class Stuck:
         return expected(images, spec)
 
 
-def test_ctrl_c_while_waiting_for_the_teacher() -> None:
+@pytest.mark.parametrize("receiver", ["whichever", "another"])
+def test_ctrl_c_while_waiting_for_the_teacher(receiver: str) -> None:
+    """Whichever thread the system hands the signal to: where it is not the one that waits, it does not end its wait."""
     begun, go_on = threading.Event(), threading.Event()
 
     def interrupt() -> None:
         begun.wait(60)
-        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.1)  # until all that can be sent is, and the main thread waits
+        if receiver == "another":
+            signal.pthread_kill(threading.get_ident(), signal.SIGINT)
+        else:
+            os.kill(os.getpid(), signal.SIGINT)
 
     with TeacherPool.start(lambda: Stuck(begun, go_on), name="stuck", replicas=1, local_mode=True) as pool:
         remote = pool.teacher()
         assert remote.parallelism  # connected: what follows waits for an answer and for nothing else
         thread = threading.Thread(target=interrupt)
         thread.start()
+        started = time.monotonic()
         with pytest.raises(KeyboardInterrupt):
             list(remote.prefetch(batches(), SPEC))
+        assert time.monotonic() - started < 30
         thread.join()
         assert idle(remote)
         assert not threads()

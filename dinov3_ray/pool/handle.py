@@ -13,6 +13,7 @@ from dinov3_ray.errors import ForkedProcessError, PoolTimeoutError
 from dinov3_ray.features import Features, FeatureSpec
 from dinov3_ray.pool.messages import Answer
 from dinov3_ray.pool.wire import Array, unpack_features
+from dinov3_ray.waiting import wait
 
 __all__ = ["Handle", "Part"]
 
@@ -72,7 +73,7 @@ class Handle:
             raise ForkedProcessError(
                 f"batch {self.index} was submitted in process {self._pid}; its fork {os.getpid()} would wait for ever"
             )
-        if not self._finished.wait(timeout):
+        if not wait(self._finished.wait, timeout):
             done = sum(part.answer is not None for part in self.parts)
             raise PoolTimeoutError(
                 f"batch {self.index} ({self._rows} images) was not answered within timeout={timeout} s: "

@@ -34,6 +34,7 @@ from dinov3_ray.pool.routing import Failure, Limits, RoutingBook, RoutingStatist
 from dinov3_ray.pool.sizing import ResultSizes
 from dinov3_ray.pool.transport import Gone, Transport, Unreachable
 from dinov3_ray.pool.wire import Array
+from dinov3_ray.waiting import wait
 
 __all__ = ["Router"]
 
@@ -90,7 +91,7 @@ class Router:
         Raises:
             PoolTimeoutError: the controller did not answer within ``timeout`` seconds.
         """
-        answered = self._viewed.wait(timeout)
+        answered = wait(self._viewed.wait, timeout)
         if self._ended:
             raise self._was_ended()
         if not answered or self._view is None:

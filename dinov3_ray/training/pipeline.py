@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from concurrent import futures
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -17,6 +18,7 @@ from dinov3_ray.features import Features, FeatureSpec
 from dinov3_ray.images import Images
 from dinov3_ray.training.delivery import Delivered, Delivery
 from dinov3_ray.training.sources import LocalSource, Submitted, Submitter
+from dinov3_ray.waiting import wait
 
 __all__ = ["Pipeline"]
 
@@ -86,6 +88,7 @@ class Pipeline(Generic[Batch]):
         """
         delivered = self._entries[0].delivered
         assert delivered is not None
+        wait(lambda seconds: bool(futures.wait([delivered], seconds).done))
         features = self._delivery.receive(delivered.result())
         entry = self._entries.popleft()
         self._in_flight.popleft()
