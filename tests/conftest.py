@@ -26,6 +26,22 @@ torch.set_num_threads(1)
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Two processes for the whole suite, much of which waits; the tests that are named run in this one.
+
+    Not one for each core: deadlines and what is flat in memory were tried with two, each with a Ray of its own.
+    """
+    named = config.args_source is pytest.Config.ArgsSource.ARGS or config.getoption("keyword")
+    return 0 if named else 2
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests first, so that no process is left alone with one of them at the end."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 # Those whose files stand in scikit-image's wheel: nothing is downloaded. Two are of one size, the rest of their own.
 PHOTOGRAPHS = ("astronaut", "coffee", "chelsea", "rocket", "hubble_deep_field", "immunohistochemistry")
 

@@ -1,12 +1,13 @@
 """A pool under fire: replicas killed every two seconds, the controller twice, one client once.
 
-Run longer by hand: ``python tests/soak.py --seconds 1800``. The test in test_soak.py runs it for about two minutes.
+Run longer by hand: ``python tests/soak.py --seconds 1800``. The test in test_soak.py runs it for two minutes.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import os
 import random
 import signal
@@ -39,6 +40,7 @@ class Outcome:
     controller_kills: int
     restarts: int
     lines: list[list[str]]
+    #: What an undisturbed run gives for as many batches.
     expected: list[list[str]]
 
 
@@ -57,16 +59,22 @@ def line(number: int, features: Features) -> str:
     return f"{number} {len(features)} {digest.hexdigest()}"
 
 
-def client(address: str, number: int, batches: int, out: Path) -> None:
-    """One trainer: prefetches its own batches and writes a line for each, in the order it gets them."""
-    numbers = list(range(batches))
+def client(address: str, number: int, batches: int, seconds: float, out: Path) -> None:
+    """One trainer: prefetches its own batches and writes a line for each, in the order it gets them.
+
+    It asks for at least so many batches, and goes on for at least so many seconds.
+    """
+    begun = time.monotonic()
+    numbers = itertools.takewhile(lambda n: n < batches or time.monotonic() < begun + seconds, itertools.count())
     with RemoteTeacher(POOL, address=address) as remote, out.open("w") as file:
         stream = remote.prefetch(numbers, SPEC, images=lambda batch: view(number, batch))
         for batch, features in stream:
             print(line(batch, features), file=file, flush=True)
 
 
-def soak(address: str, folder: Path, *, batches: int, delay: float, clients: int = 3, replicas: int = 4) -> Outcome:
+def soak(
+    address: str, folder: Path, *, batches: int, seconds: float, delay: float, clients: int = 3, replicas: int = 4
+) -> Outcome:
     """Run it. The last client is the one that is killed."""
     chance = random.Random(0)
     outs = [folder / f"client{index}" for index in range(clients)]
@@ -76,7 +84,7 @@ def soak(address: str, folder: Path, *, batches: int, delay: float, clients: int
         FakeTeacher.factory(delay=delay), name=POOL, replicas=replicas, health_interval=0.5, health_timeout=20
     ) as pool:
         processes = [
-            subprocess.Popen([sys.executable, __file__, "--client", str(index), str(batches), str(out), address])
+            subprocess.Popen([sys.executable, __file__, "--client", *map(str, (index, batches, seconds, out)), address])
             for index, out in enumerate(outs)
         ]
         try:
@@ -99,15 +107,16 @@ def soak(address: str, folder: Path, *, batches: int, delay: float, clients: int
                 process.kill()
                 process.wait()
     teacher = FakeTeacher()
+    lines = [out.read_text().splitlines() for out in outs]
     return Outcome(
         seconds=time.monotonic() - begun,
         replica_kills=kills,
         controller_kills=controller_kills,
         restarts=restarts,
-        lines=[out.read_text().splitlines() for out in outs],
+        lines=lines,
         expected=[
-            [line(number, teacher.extract(view(index, number), SPEC)) for number in range(batches)]
-            for index in range(clients)
+            [line(number, teacher.extract(view(index, number), SPEC)) for number in range(len(found))]
+            for index, found in enumerate(lines)
         ],
     )
 
@@ -127,22 +136,22 @@ def _every(seconds: float, while_running: list[subprocess.Popen[bytes]]) -> Iter
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=120)
-    parser.add_argument("--client", nargs=4, metavar=("NUMBER", "BATCHES", "OUT", "ADDRESS"))
+    parser.add_argument("--client", nargs=5, metavar=("NUMBER", "BATCHES", "SECONDS", "OUT", "ADDRESS"))
     options = parser.parse_args()
     if options.client:
-        number, batches, out, address = options.client
-        client(address, int(number), int(batches), Path(out))
+        number, batches, seconds, out, address = options.client
+        client(address, int(number), int(batches), float(seconds), Path(out))
         return
     with tempfile.TemporaryDirectory(prefix="dr-") as folder:
         ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, _temp_dir=f"{folder}/ray")
-        delay = 0.1
         outcome = soak(
-            ray.get_runtime_context().gcs_address, Path(folder), batches=int(options.seconds / delay), delay=delay
+            ray.get_runtime_context().gcs_address, Path(folder), batches=500, seconds=options.seconds, delay=0.1
         )
         ray.shutdown()
     print(
         f"{outcome.seconds:.0f} s, {outcome.replica_kills} replicas and {outcome.controller_kills} controllers killed; "
-        f"undisturbed clients equal: {outcome.lines[:-1] == outcome.expected[:-1]}"
+        f"{', '.join(str(len(lines)) for lines in outcome.lines)} batches, equal to the undisturbed: "
+        f"{outcome.lines == outcome.expected}"
     )
 
 

@@ -22,7 +22,7 @@ def run(*arguments: str) -> dict[str, object]:
 
 @pytest.mark.slow
 def test_pool_beside_its_peers(ray_cluster: str) -> None:
-    report = run("pool", "--quick", "--replicas", "2", "--batches", "40", "--address", ray_cluster)
+    report = run("pool", "--quick", "--replicas", "1", "--batches", "20", "--address", ray_cluster)
     contenders = report["contenders"]
     assert isinstance(contenders, list)
     assert [row["name"] for row in contenders] == list(CONTENDERS)

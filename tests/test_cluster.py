@@ -23,6 +23,8 @@ def test_node_lost_and_joined_under_load() -> None:
         token.write_text(secrets.token_hex(32))
         environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
         environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "RAY_USAGE_STATS_ENABLED": "0"}
+        # Workers when they are needed, and not one for each CPU as soon as somebody connects: they take a core each.
+        environment["RAY_prestart_worker_first_driver"] = "0"
         # Ray's Cluster writes its address to the default folder, which may be missing, or a user's.
         environment["RAY_TMPDIR"] = str(folder)
         script = Path(__file__).with_name("two_nodes.py")

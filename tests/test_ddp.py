@@ -22,7 +22,7 @@ def test_each_rank_gets_its_own_targets_and_they_are_those_of_one_process(
     ray_cluster: str, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     config = DinoV3Config(tiny_checkpoint, dtype="float32")
-    with TeacherPool.start(config, name="ranks", replicas=2) as pool:
+    with TeacherPool.start(config, name="ranks", replicas=1) as pool:
         arguments = (WORLD, tmp_path, "ranks", ray_cluster, config.hidden_size, COUNT)
         mp.start_processes(ranks.train, args=arguments, nprocs=WORLD, start_method="spawn")
         # Replicas tell of themselves every second.

@@ -70,6 +70,8 @@ class Cluster:
         env = {name: value for name, value in self.env().items() if not name.startswith("RAY_")}
         # By default Ray takes a quarter of a minute to miss a machine that went without a word.
         env["RAY_health_check_period_ms"] = "500"
+        # Workers when they are needed, and not as soon as somebody connects: each takes a second of a core.
+        env["RAY_prestart_worker_first_driver"] = "0"
         self.nodes[host] = host.start([RAY / script[0], *script[1:], *options, *rest], env=env, log=log)
 
     def joined(self, *numbers: int) -> None:
