@@ -2,17 +2,19 @@
 
 Notes, of what was seen on 2 CPUs with ray 2.60.0, one run each on a machine with little else to do:
 
-- Four simulated accelerators (``dinov3-ray bench pool --batches 300``): the pool delivers 96% of the ideal, in each of
-  three runs; ActorPool with NumPy 79%, with torch tensors 42%, a Serve handle 21%, Ray Data 11%. It was 81 to 83%
-  before results were looked at and packed in a second thread, and before our own Ray freed results ten times a second:
-  with Ray's period of a second the first 300 batches wrote to memory that no process had touched, at 72%.
+- Four simulated accelerators (``dinov3-ray bench pool --batches 300``, three runs each): the pool delivers 96% of the
+  ideal in each; ActorPool with NumPy 80%, with torch tensors 42%, a Serve handle 35% (21% on another day), Ray Data
+  12%. It was 81 to 83% before results were looked at and packed in a second thread, and before our own Ray freed
+  results ten times a second: with Ray's period of a second the first 300 batches wrote to memory that no process had
+  touched, at 72%.
 - A batch costs about 13 ms of CPU time in all processes together (the replicas 6, the client 5, the raylet 2.5): two
   cores are full at about 150 batches a second, so that 16 such accelerators (400 a second) cannot be kept busy here.
-- One result of 12.2 MiB after the other (``dinov3-ray bench transport``, six runs): 4.5, 4.6, 4.9, 5.0, 5.4 and 6.4
-  times the rate of a plain actor that returns the tensor (5.6 to 8.3 ms against 32 to 37); three of the runs, 4.6, 5.0
-  and 5.4, with the hand-over that is named below as not kept. One token: 1.8 to 2.8 times a bare
-  call's 0.9 to 1.1 ms, where 1.5 was asked for: a request passes through six threads, each woken by the one before.
-  Requests that wait in threads of the replica, where they waited in an event loop, took about 15% off.
+- One result of 12.2 MiB after the other (``dinov3-ray bench transport``): 5.2, 6.0 and 6.2 times the rate of a plain
+  actor that returns the tensor (5.0 to 6.0 ms against 31), of which Ray's own way of an array that an actor returns
+  takes 2.6. With 3 results to warm up in place of 40, which touch each page of the store for the first time, it was 4.5
+  to 6.5 in nine runs. One token: 1.9 to 2.4 times a bare call's 0.8 ms, where 1.5 was asked for: Ray's part alone, with
+  arguments and a result and in threads, takes 1.1 ms, and a request passes through six threads, each woken by the one
+  before. Requests that wait in threads of the replica, where they waited in an event loop, took about 15% off.
 - OpenMP's threads sleep while they wait in a replica (OMP_WAIT_POLICY), where they spun: batches of one image of 160 px
   with 2 replicas, which Ray believed to have 2 CPUs each, take 3.4 to 4.6 ms in place of 11 to 15 (a script, machine in
   use). ViT-S at 224 px, 2 threads, nothing else at work: 1.05 times the speed, medians of four processes each.
@@ -77,21 +79,23 @@ so that 5% says little (ratios of speed, medians):
 
 Nothing of this has run on a GPU yet: ``dinov3-ray bench teacher --device cuda`` measures it.
 
-``dinov3-ray bench dataset --images 192 --repeats 1`` (ViT-S/16, bfloat16): one short run after a warm-up, on a machine
-that others may have used, so that none of it is a proof:
+``dinov3-ray bench dataset --images 256`` (ViT-S/16, bfloat16; medians of 3 runs after one to warm up, nothing else at
+work):
 
-- Decoded images: the bare loop 21.9 img/s, extract 19.3 (88%, short of the 95% that it should reach; all 192 are one
-  block there, and whether larger sets do better was not measured), plain map_batches with transformers in float32 7.1.
-- JPEG files: the bare loop that decodes first 18.9, extract 19.2 (102%), plain map_batches 5.8.
-- With ``--images 256``, otherwise idle: 89% and 88%. OpenMP's threads asleep in the extraction's actors alone: 80% and
-  86%, then 89% and 88%, so that was not kept; with OMP_WAIT_POLICY=PASSIVE for the whole command 97% and 94%, once, the
-  bare loop being slower too.
+- Decoded images: the bare loop 25.9 img/s, extract 26.2 (101%), plain map_batches with transformers in float32 7.7.
+- JPEG files: the bare loop that decodes first 24.1, extract 23.7 (98%), plain map_batches 8.1.
+- It was 89% and 88% with blocks of 128 MiB: the last one is written when nothing is left to compute, and an actor's
+  first one took 1.5 s, most of it for memory that the machine had not touched before. Blocks of 32 MiB take a quarter
+  of that, and all but the last are written beside other blocks' passes.
+- Two passes of one thread each are as fast as one pass of two threads (29.0 and 29.1 img/s, medians of 4 in turn).
+- OpenMP's threads asleep in the extraction's actors made no difference that shows; not kept.
 
 A random row of 768, the store's time over a memory map's (the two readers of ``bench/reading.py`` in turn, by a script
 in one torch thread, medians of 11 rounds of 1,000 ids): float32 1.43, float16 1.64, int8 0.83, which was 12. Both sides
 of int8 widen values by their scales. Others used the machine heavily: rounds differ widely, the command's own code gave
-1.44, 2.27 and 0.97 (medians of 5, two torch threads), the script's first run 1.52 and 1.33 for the floats. On such a
-machine two threads that widen one row wait for one another: 2.7 ms, on both sides, against 0.2 with one.
+1.44, 2.27 and 0.97 (medians of 5, two torch threads), and with nothing else at work 1.34, 1.47 and 1.03 (256 rows,
+medians of 3), the script's first run 1.52 and 1.33 for the floats. On a busy machine two threads that widen one row
+wait for one another: 2.7 ms, on both sides, against 0.2 with one.
 
 - int8 is now mapped too (``datasets/pages.py``). It was slow since Arrow decoded a whole dictionary-encoded row group.
 - A fixed-length byte array a row would be written and read at the speed of memory (0.6 ns a value instead of about 30,

@@ -20,6 +20,7 @@ __all__ = ["Transport", "measure_transport"]
 
 
 _CLS = FeatureSpec(cls=True)
+_WARM_UP = 40  # results are freed some at a time: only then has each page of the store that is used been touched
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,8 +91,8 @@ def measure_transport(work: Work, repeats: int) -> Transport:
 
 def _median(once: Callable[[], object], repeats: int) -> float:
     seconds = []
-    for _ in range(repeats + 3):
+    for _ in range(repeats + _WARM_UP):
         begun = time.perf_counter()
         once()
         seconds.append(time.perf_counter() - begun)
-    return statistics.median(seconds[3:])
+    return statistics.median(seconds[_WARM_UP:])

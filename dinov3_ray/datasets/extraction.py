@@ -107,7 +107,7 @@ def extract(
         pool: the name of a running pool, in place of ``config``.
         batch_size: images a forward pass; 32.
         block_size: images a block, the unit that is committed and resumed; by default so many that their features take
-            about 128 MB (16 to 512).
+            about 32 MB, but whole batches (at least one, 512 images at most).
         replicas, num_gpus: of the teacher's actors; by default all GPUs, or one actor a node without any.
         decoders: decoding tasks for each block that is under way; by default as many as an actor's share of the CPUs.
         threads: torch's, of an actor that computes on CPUs; by default its share of the node's.
@@ -252,7 +252,7 @@ class _Run:
         # A row's shapes may depend on the image, and without a listing the probe had none of this source's.
         outputs = kept.get("outputs", found["outputs"])
         batch_size = given["batch_size"] or kept.get("batch_size") or _BATCH
-        block_size = given["block_size"] or kept.get("block_size") or plans.block_size_for(size)
+        block_size = given["block_size"] or kept.get("block_size") or plans.block_size_for(size, batch_size)
         source = self.job.source
         identity = {
             "format": 1,

@@ -27,6 +27,7 @@ _ONE_PAGE = 2**30  # Parquet's page sizes are 32-bit; a block's columns stay far
 _STRETCH = 504  # values; 63 groups of 8, which pyarrow's one-byte header can count
 _STRETCH_HEADER = _STRETCH // 8 << 1 | 1
 _LEAF = ".list.element"
+_COMPARED_BYTES = 2**16
 
 
 def write_mappable(
@@ -98,7 +99,13 @@ def _find_values(pages: np.ndarray, array: np.ndarray) -> int | None:
     """Where ``array`` stands at the end of ``pages``, if it does: not in several pages, say."""
     start = len(pages) - array.nbytes
     expected = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-    return start if start > 0 and np.array_equal(pages[start:], expected) else None
+    return start if start > 0 and _same(pages[start:], expected) else None
+
+
+def _same(left: np.ndarray, right: np.ndarray) -> bool:
+    """Whether the bytes are equal; piece by piece, since to compare all at once takes as much memory as they do."""
+    pieces = range(0, len(right), _COMPARED_BYTES)
+    return all(np.array_equal(left[at : at + _COMPARED_BYTES], right[at : at + _COMPARED_BYTES]) for at in pieces)
 
 
 def _placeholder(array: np.ndarray) -> np.ndarray:
@@ -110,7 +117,7 @@ def _replace_indices(pages: np.ndarray, array: np.ndarray) -> int | None:
     """Put the values of ``array`` into the page of its placeholder; where they are, or None if it looks otherwise."""
     expected = _placeholder_indices(array.size)
     start = len(pages) - len(expected)
-    if start <= 0 or not np.array_equal(pages[start:], expected):
+    if start <= 0 or not _same(pages[start:], expected):
         return None
     groups = -(-array.size // 8)
     header = _varint(groups << 1 | 1)

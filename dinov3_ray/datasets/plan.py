@@ -35,8 +35,8 @@ __all__ = [
     "versions",
 ]
 
-_BLOCK_BYTES = 2**27
-_BLOCK_ROWS = (16, 512)
+_BLOCK_BYTES = 2**25
+_BLOCK_ROWS = 512
 # May differ between the runs that fill a store: they say what made it, not what is in it.
 _MAY_DIFFER = {"versions", "images", "blocks_planned"}
 
@@ -107,10 +107,13 @@ def storage_note(result_dtype: str, outputs: Mapping[str, Mapping[str, Any]]) ->
     return ""
 
 
-def block_size_for(size: int) -> int:
-    """Images a block for rows of ``size`` bytes: a block's features stay within about 128 MiB."""
-    low, high = _BLOCK_ROWS
-    return max(low, min(high, _BLOCK_BYTES // size))
+def block_size_for(size: int, batch_size: int) -> int:
+    """Images a block for rows of ``size`` bytes: whole batches, as many as stay within 32 MiB and 512 images.
+
+    Small enough that the last block, written when nothing is left to compute, takes little time.
+    """
+    batches = min(_BLOCK_BYTES // size, _BLOCK_ROWS) // batch_size
+    return max(1, batches) * batch_size
 
 
 def cut_blocks(rows: pa.Table, block_size: int, *, by_file: bool) -> list[tuple[int, int]]:
