@@ -13,8 +13,6 @@ from dinov3_ray.bench.throughput import measure
 
 __all__ = ["pool"]
 
-_OBJECT_STORE_BYTES = 2 * 2**30  # room for every contender's results in flight
-
 
 @click.command()
 @click.option("--replicas", default=4, show_default=True, type=click.IntRange(1), help="Simulated accelerators.")
@@ -30,7 +28,7 @@ def pool(replicas: int, batches: int, repeats: int, quick: bool, address: str | 
     missing to 100% is what moving and steering the work costs on this machine.
     """
     work = Work(batches=max(1, batches // 5) if quick else batches, replicas=replicas)
-    with running(address, object_store_memory=_OBJECT_STORE_BYTES) as step:
+    with running(address) as step:
         result = measure(work, 1 if quick else repeats, step)
     if as_json:
         click.echo(json.dumps(result.as_dict(), indent=2))

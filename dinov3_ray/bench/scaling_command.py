@@ -53,7 +53,7 @@ def scaling(
     level = logger.level
     logger.setLevel(logging.ERROR)  # each stream would be told that it waits for its teacher
     try:
-        with running(address, object_store_memory=_OBJECT_STORE_BYTES) as step:
+        with running(address, store_bytes=_OBJECT_STORE_BYTES) as step:
             result = measure_scaling(plan, step)
     finally:
         logger.setLevel(level)

@@ -14,8 +14,6 @@ from dinov3_ray.bench.training import EPOCH, Setting, Timings, measure_training
 
 __all__ = ["table_of", "training"]
 
-_OBJECT_STORE_BYTES = 2 * 2**30
-
 
 @click.command()
 @click.option(
@@ -68,7 +66,7 @@ def training(
         Setting(replicas=number, steps=steps, repeats=repeats, step_seconds=step_seconds, capacity=capacity)
         for number in replicas
     ]
-    with running(address, object_store_memory=_OBJECT_STORE_BYTES) as step:
+    with running(address) as step:
         measured = [measure_training(setting, step) for setting in settings]
     if as_json:
         pools = [timings.as_dict() for timings in measured]

@@ -16,8 +16,6 @@ from dinov3_ray.bench.transport import measure_transport
 
 __all__ = ["transport"]
 
-_OBJECT_STORE_BYTES = 2 * 2**30  # room for results in flight, and those not freed yet
-
 
 @click.command()
 @click.option("--repeats", default=50, show_default=True, type=click.IntRange(1), help="Results that count.")
@@ -31,7 +29,7 @@ def transport(repeats: int, quick: bool, address: str | None, as_json: bool) -> 
     bare async actor's method that does nothing.
     """
     repeats = max(1, repeats // 10) if quick else repeats
-    with running(address, object_store_memory=_OBJECT_STORE_BYTES) as step:
+    with running(address) as step:
         step("results")
         result = measure_transport(Work(seconds=0.0, pixels=16), repeats)
     if as_json:
