@@ -162,7 +162,7 @@ class DinoV3Teacher(nn.Module):
         reference = DinoV3Teacher(plain_config, self.device).extract(images, spec)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-        path = f"{self._dtype_name}, attention {own_attention}, compile={self.config.compile}"
+        path = f"{self.computed_in}, attention {own_attention}, compile={self.config.compile}"
         return agreement(fast, reference, minimum, path)
 
     def warm_up(self, rows: int) -> None:
@@ -205,7 +205,8 @@ class DinoV3Teacher(nn.Module):
         return self.preprocess_watch.seconds
 
     @property
-    def _dtype_name(self) -> str:
+    def computed_in(self) -> str:
+        """The dtype's name; ``float8`` where the matrix products are in it."""
         return "float8" if self.config.dtype == "float8" else str(self.dtype).removeprefix("torch.")
 
     @property
@@ -255,7 +256,7 @@ class DinoV3Teacher(nn.Module):
         size = "x".join(map(str, self.image_size))
         return (
             f"DinoV3Teacher({self.config.family}, D={self.hidden_size}, layers={self.depth}, image={size}, "
-            f"device={self.device}, dtype={self._dtype_name})"
+            f"device={self.device}, dtype={self.computed_in})"
         )
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:

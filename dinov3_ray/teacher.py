@@ -10,7 +10,7 @@ if TYPE_CHECKING:  # an interface loads nothing
     from dinov3_ray.features import Features, FeatureSpec
     from dinov3_ray.images import Images
 
-__all__ = ["Extractor", "Teacher"]
+__all__ = ["Extractor", "Teacher", "computed_in"]
 
 
 @runtime_checkable
@@ -30,9 +30,9 @@ class Extractor(Protocol):
 class Teacher(Extractor, Protocol):
     """A teacher as a training loop sees it, wherever it computes.
 
-    An implementation may also have a ``fingerprint: str`` (what made its outputs), a ``dtype`` (a torch.dtype: what it
-    computes in) and a ``patch_size: int`` (the smallest side of an image that it takes); each is looked up by name and
-    may be missing.
+    An implementation may also have a ``fingerprint: str`` (what made its outputs), a ``dtype`` (a torch.dtype: that of
+    native results), a ``computed_in: str`` (where that says more, as in float8) and a ``patch_size: int`` (the smallest
+    side of an image that it takes); each is looked up by name and may be missing.
     """
 
     def extract_features(self, images: Images) -> Tensor:
@@ -42,3 +42,12 @@ class Teacher(Extractor, Protocol):
     def extract_feature_map(self, images: Images) -> Tensor:
         """Patch tokens as a map, float32 [B, D, h, w]."""
         ...
+
+
+def computed_in(teacher: Extractor) -> str | None:
+    """How exactly ``teacher`` computes, such as float32, bfloat16 or float8; None if it does not say.
+
+    Not part of a fingerprint, which is the same in whatever dtype the weights are used: who keeps results needs both.
+    """
+    told = getattr(teacher, "computed_in", None) or getattr(teacher, "dtype", None)
+    return None if told is None else str(told).removeprefix("torch.")

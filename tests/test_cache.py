@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dinov3_ray.config import DinoV3Config
+from dinov3_ray.config import ComputeDtype, DinoV3Config
 from dinov3_ray.datasets import CachedTeacher
 from dinov3_ray.errors import InputError, StoreError
 from dinov3_ray.features import Features, FeatureSpec
@@ -61,8 +61,10 @@ def test_a_second_epoch_makes_no_forward_pass_and_gives_the_same_bits(
 def test_the_same_weights_in_another_dtype_are_another_teacher(tiny_checkpoint: Path, tmp_path: Path) -> None:
     """Their fingerprint is one; what they compute is not."""
     images = views(2, size=224)
-    teachers = [DinoV3Teacher(DinoV3Config(tiny_checkpoint, dtype=dtype)) for dtype in ("float32", "bfloat16")]
-    assert teachers[0].fingerprint == teachers[1].fingerprint
+    dtypes: list[ComputeDtype] = ["float32", "bfloat16", "float8"]  # float8's results are in bfloat16
+    teachers = [DinoV3Teacher(DinoV3Config(tiny_checkpoint, dtype=dtype)) for dtype in dtypes]
+    assert len({teacher.fingerprint for teacher in teachers}) == 1
+    assert [teacher.computed_in for teacher in teachers] == dtypes
     for teacher in teachers:
         with CachedTeacher(teacher, tmp_path, 64 * MB) as cached:
             assert same(cached.extract(images, SPEC), teacher.extract(images, SPEC))
@@ -339,3 +341,12 @@ def test_repr_says_how_it_stands(tmp_path: Path) -> None:
         assert cached.flush()
         assert "3 entries" in repr(cached)
         assert "hit rate 0%" in repr(cached)
+
+
+def test_a_small_cache_stays_within_its_bound(tmp_path: Path) -> None:
+    spec = FeatureSpec(feature_map=True, map_size=(32, 32))
+    with CachedTeacher(FakeTeacher(), tmp_path, 2 * MB) as cached:
+        cached.extract(views(200), spec)  # 64 KiB each: 12.5 MiB in one batch
+        assert cached.flush()
+        assert cached.statistics().evicted > 100
+        assert cached.statistics().size <= 2 * MB

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import deadly
@@ -28,6 +29,7 @@ from dinov3_ray.datasets.decode import Decoder
 from dinov3_ray.datasets.layout import Folder
 from dinov3_ray.errors import ConfigError, MissingViewError, StoreError
 from dinov3_ray.features import Features, FeatureSpec
+from dinov3_ray.images import Images
 from dinov3_ray.model import DinoV3Teacher
 from dinov3_ray.pool.teacher_pool import TeacherPool
 from dinov3_ray.testing import FakeTeacher
@@ -200,6 +202,46 @@ def test_another_teacher_or_spec_is_refused(few: Path, fake_store: FeatureStore)
     with pytest.raises(StoreError, match=r"source.path is .*, there it is"):
         extract(few.parent, out, FakeTeacher.factory(), SPEC)
     assert FeatureStore(out).manifest == fake_store.manifest
+
+
+class Changing(FakeTeacher):
+    """Becomes another teacher after two passes, as a pool does that is reloaded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._passes = 0
+
+    def extract(self, images: Images, spec: FeatureSpec) -> Features:
+        self._passes += 1
+        self.fingerprint = "before" if self._passes <= 2 else "after"
+        return super().extract(images, spec)
+
+
+class Nameless:
+    def extract(self, images: Images, spec: FeatureSpec) -> Features:
+        return replace(FakeTeacher().extract(images, spec), fingerprint=None)
+
+
+def test_a_store_never_mixes_two_teachers(few: Path, model: DinoV3Config, ray_cluster: str, tmp_path: Path) -> None:
+    spec = FeatureSpec(cls=True, dtype="float16")  # the stored dtype is the same, whatever the model computes in
+    extract(few, tmp_path / "dtype", model, spec)
+    other = DinoV3Config(model.root, image_size=32, dtype="bfloat16")
+    with pytest.raises(StoreError, match="computed_in is 'bfloat16', there it is 'float32'"):
+        extract(few, tmp_path / "dtype", other, spec)
+    with pytest.raises(StoreError, match="fingerprint is 'after', not 'before'"):
+        extract(few, tmp_path / "changing", Changing, SPEC, block_size=16)
+    with pytest.raises(StoreError, match="the teacher must have a fingerprint"):
+        extract(few, tmp_path / "nameless", Nameless, SPEC)
+
+
+def test_rows_of_a_dataset_that_share_an_id_are_not_lost_unnoticed(ray_cluster: str, tmp_path: Path) -> None:
+    rows = [{"id": str(index % 8), "image": np.full((32, 32, 3), index, np.uint8)} for index in range(16)]
+    dataset = ray.data.from_items(rows, override_num_blocks=1)
+    before = dataset.context.enable_progress_bars, dataset.context.execution_options.preserve_order
+    with pytest.raises(StoreError, match="each row of the Dataset must have an id of its own; of 16 rows, 8 have"):
+        extract(dataset, tmp_path / "out", FakeTeacher.factory(), SPEC, block_size=8)
+    after = dataset.context.enable_progress_bars, dataset.context.execution_options.preserve_order
+    assert after == before, "the caller's Dataset is as it was"
 
 
 def test_maps_of_the_images_own_sizes_share_a_store(few: Path, fake_store: FeatureStore, tmp_path: Path) -> None:

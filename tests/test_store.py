@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -272,3 +274,37 @@ def test_a_stored_teacher_gives_what_was_extracted_and_no_more(tmp_path: Path) -
     ):
         with pytest.raises(SpecError, match=message):
             teacher.extract(ids()[0], spec)
+
+
+def test_a_store_may_have_more_parts_than_a_process_may_open_files(tmp_path: Path) -> None:
+    folder = Folder.at(tmp_path / "many")
+    folder.make("parts")
+    folder.make("ledger")
+    identity = {"fingerprint": "f", "spec": spec_to_json(FeatureSpec(cls=True)), "result_dtype": "float32"}
+    folder.write_json("plan.json", identity)
+    for block in range(100):
+        writer = BlockWriter(folder, f"{block:07}", identity)
+        writer.add([0], [Row(str(block), 1, 1, b"v" * 16)], {"cls": np.full((1, 8), block, np.float32)})
+        writer.commit()
+    finish(folder, identity)
+    program = """
+import resource, sys
+from dinov3_ray.datasets import FeatureStore
+store = FeatureStore(sys.argv[1])
+import os
+opened = len(os.listdir("/proc/self/fd"))
+resource.setrlimit(resource.RLIMIT_NOFILE, (opened + 20, opened + 20))
+assert all(float(store[id_].cls[0, 0]) == int(id_) for id_ in store.ids)
+assert len(store) == 100
+"""
+    subprocess.run([sys.executable, "-c", program, str(tmp_path / "many")], check=True, timeout=60)
+
+
+def test_layers_come_in_the_order_in_which_they_are_asked_for(tmp_path: Path) -> None:
+    spec = FeatureSpec(layers=(3, 1))
+    teacher = FakeTeacher(depth=4)
+    build(tmp_path, spec, teacher)
+    for asked in ((3, 1), (1, 3)):
+        stored = StoredTeacher(FeatureStore(tmp_path)).extract(views()[:2], FeatureSpec(layers=asked))
+        live = teacher.extract(views()[:2], FeatureSpec(layers=asked))
+        assert list(stored.layers) == list(live.layers) == list(asked)

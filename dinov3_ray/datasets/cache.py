@@ -19,7 +19,7 @@ from dinov3_ray.datasets.views import view_digest
 from dinov3_ray.errors import InputError, StoreError
 from dinov3_ray.features import Features, FeatureSpec
 from dinov3_ray.images import ImageBatch, Images
-from dinov3_ray.teacher import Extractor
+from dinov3_ray.teacher import Extractor, computed_in
 
 __all__ = ["CachedTeacher"]
 
@@ -27,11 +27,10 @@ __all__ = ["CachedTeacher"]
 class CachedTeacher:
     """A teacher that asks ``teacher`` only for views that it has not seen.
 
-    The key of an image is its pixels (with dtype and shape), the teacher's fingerprint, the dtype that it computes in
-    (if it has a ``dtype``) and the spec; a mirrored or cropped view is another key. Images are looked up one by one, so
-    that a view hits in whatever batch it comes. What is found has the bits that the teacher once gave. Where only a
-    part of a batch is found, the teacher computes a smaller batch, whose last bits may differ from those of the whole
-    one.
+    The key of an image is its pixels (with dtype and shape), the teacher's fingerprint, how exactly it computes (if it
+    says so) and the spec; a mirrored or cropped view is another key. Images are looked up one by one, so that a view
+    hits in whatever batch it comes. What is found has the bits that the teacher once gave. Where only a part of a batch
+    is found, the teacher computes a smaller batch, whose last bits may differ from those of the whole one.
 
     Images on a GPU are copied to the host to be hashed; give the loader's own batch where there is one.
 
@@ -156,9 +155,7 @@ class CachedTeacher:
 
         ``known`` are keys of the same images, whose digests need not be computed again.
         """
-        # A fingerprint is the same in whatever dtype the weights are used.
-        computed_in = str(getattr(self.teacher, "dtype", None))
-        asked = json.dumps([fingerprint, computed_in, asdict(spec)], sort_keys=True).encode()
+        asked = json.dumps([fingerprint, computed_in(self.teacher), asdict(spec)], sort_keys=True).encode()
         tail = view_digest(np.frombuffer(asked, np.uint8))
         if known is not None:
             return [key[: -len(tail)] + tail for key in known]

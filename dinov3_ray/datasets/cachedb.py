@@ -263,8 +263,11 @@ class FeatureCache:
             with self._lock:
                 self._wake.wait_for(lambda: self._queue or self._closed, _TOUCH_SECONDS)
                 batch: list[tuple[bytes, Features, int]] = []
-                while self._queue and sum(size for _, _, size in batch) < _BATCH_BYTES:
+                taken = 0
+                # A small part of the cache, since room is made for all of it at once.
+                while self._queue and taken < min(_BATCH_BYTES, self.max_bytes // 8):
                     batch.append(self._queue.popleft())
+                    taken += batch[-1][2]
                 stop = self._closed and not self._queue
                 idle = not batch and not self._touched
             try:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import logging
 import os
+import pickle
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,7 +15,6 @@ import numpy as np
 import ray
 import ray.data
 from ray.data.dataset import MaterializedDataset
-from ray.util.debug import log_once
 
 from dinov3_ray.config import DinoV3Config
 from dinov3_ray.datasets import plan as plans
@@ -26,6 +25,7 @@ from dinov3_ray.datasets.layout import LEDGER, MANIFEST, PARTS, PLAN, Folder
 from dinov3_ray.datasets.opening import open_source
 from dinov3_ray.datasets.placement import Placement, place
 from dinov3_ray.datasets.progress import Meter, metering
+from dinov3_ray.datasets.raydata import actor_pool, execution
 from dinov3_ray.datasets.schema import spec_to_json
 from dinov3_ray.datasets.store import FeatureStore
 from dinov3_ray.datasets.writer import finish
@@ -41,7 +41,7 @@ logger = logging.getLogger("dinov3_ray")
 
 _BATCH = 32
 _PROBED_IMAGES = 8
-_CALLS = 3  # an actor's at a time: one waits for pixels, one computes, one writes
+_PROBE_SECONDS = 20.0, 1800.0  # after which a teacher that is not there yet is told of, and given up
 
 
 @dataclass(frozen=True)
@@ -224,18 +224,20 @@ class _Run:
         self.folder.sweep(PARTS)
         self.folder.sweep(LEDGER)
         if rows is not None:
-            plans.save_rows(self.folder, rows, _spans(blocks))
+            plans.save_rows(self.folder, rows, plans.spans_of(blocks))
         if old is None:
             self.folder.write_json(PLAN, identity)
         self.job = replace(self.job, identity=identity, batch_size=identity["batch_size"])
         computed = 0
         total = forecast.images
         done = 0 if total is None or forecast.remaining is None else total - forecast.remaining
+        given = 0
         with metering(progress, total, done) as meter:
             for result in self._results(todo, identity["block_size"]):
+                given += int(result["given"])
                 computed += bool(result["computed"])
                 meter.add(int(result["rows"] + result["errors"]), int(result["bytes"]))
-        manifest = finish(self.folder, identity)
+        manifest = finish(self.folder, identity, given if self.dataset is not None else None)
         self._report(meter, manifest)
         return Extraction(forecast, manifest, computed, meter.images, round(meter.seconds, 3))
 
@@ -247,7 +249,13 @@ class _Run:
         given = {"batch_size": self.job.batch_size or None, "block_size": self.block_size}
         kept = old or {}
         found = self._probe([] if rows is None else self._first_images(rows))
-        self.job = replace(self.job, decoder=replace(self.job.decoder, min_side=found["min_side"]))
+        if found["fingerprint"] is None:
+            raise StoreError(
+                "the teacher must have a fingerprint, or a resumed run could mix two teachers; got None: give it an "
+                "attribute `fingerprint`, a string that changes whenever its outputs would"
+            )
+        decoder = replace(self.job.decoder, min_side=found["min_side"])
+        self.job = replace(self.job, decoder=decoder, made_by=found["made_by"])
         size = plans.row_bytes(found["outputs"])
         # A row's shapes may depend on the image, and without a listing the probe had none of this source's.
         outputs = kept.get("outputs", found["outputs"])
@@ -257,6 +265,7 @@ class _Run:
         identity = {
             "format": 1,
             "fingerprint": found["fingerprint"],
+            "computed_in": found["computed_in"],
             "spec": spec_to_json(self.job.spec),
             "result_dtype": found["result_dtype"],
             "outputs": outputs,
@@ -296,8 +305,25 @@ class _Run:
 
     def _probe(self, images: list[np.ndarray]) -> dict[str, Any]:
         task = ray.remote(num_cpus=self.placement.num_cpus, num_gpus=self.placement.num_gpus, max_retries=1)(probe)
-        found: dict[str, Any] = ray.get(task.remote(self.job.teacher, self.job.spec, images))
+        pending = task.remote(self.job.teacher, self.job.spec, images)
+        patience, limit = _PROBE_SECONDS
+        if not ray.wait([pending], timeout=patience)[0]:
+            logger.warning("the first teacher is not ready after %g s: %s", patience, self._place_wanted())
+            if not ray.wait([pending], timeout=limit - patience)[0]:
+                ray.cancel(pending, force=True)
+                raise StoreError(f"a teacher must be ready within {limit:g} s: {self._place_wanted()}")
+        found: dict[str, Any] = ray.get(pending)
         return found
+
+    def _place_wanted(self) -> str:
+        """What a teacher waits for, if it has no place yet."""
+        have, free = ray.cluster_resources(), ray.available_resources()
+        counts = ", ".join(f"{free.get(key, 0):g} of {have.get(key, 0):g} {key}" for key in ("GPU", "CPU"))
+        return (
+            f"it needs {self.placement.num_gpus:g} GPU and {self.placement.num_cpus:g} CPU in the cluster, and then "
+            f"time to load; free are {counts}. If a pool has the GPUs, extract through it (pool=NAME, --pool NAME), "
+            "or compute on CPUs (num_gpus=0, --num-gpus 0)"
+        )
 
     def _forecast(self, identity: dict[str, Any], blocks: list[int], todo: list[int]) -> plans.Forecast:
         images: int | None = sum(blocks)
@@ -333,17 +359,16 @@ class _Run:
             batch_format="numpy",
             num_cpus=self.placement.num_cpus,
             num_gpus=self.placement.num_gpus or None,
-            **_actor_pool(self.placement.replicas),
+            **actor_pool(self.placement.replicas),
         )
-        context = dataset.context
-        context.enable_progress_bars = False
-        log_once("ray_data_progress_manager_disabled")  # marks as said, amid our own bar, that Ray Data's are off
-        context.print_on_execution_start = False
         # A Dataset's rows must fall into the same blocks each time.
-        context.execution_options.preserve_order = self.dataset is not None
-        for batch in dataset.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=0):
-            for values in zip(*batch.values(), strict=True):
-                yield dict(zip(batch, values, strict=True))
+        with execution(dataset.context, ordered=self.dataset is not None):
+            for batch in dataset.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=0):
+                for values in zip(*batch.values(), strict=True):
+                    result = dict(zip(batch, values, strict=True))
+                    if result["failure"]:
+                        raise pickle.loads(result["failure"])  # noqa: S301 - by this run's own actor
+                    yield result
 
     def _finished_ids(self) -> frozenset[str]:
         store = FeatureStore(self.folder.path, filesystem=self.folder.system, partial=True)
@@ -360,28 +385,6 @@ class _Run:
             manifest["errors"],
             f" ({kinds})" if kinds else "",
         )
-
-
-def _actor_pool(size: int) -> dict[str, Any]:
-    """Arguments of ``map_batches`` for a pool of actors that take several calls at a time.
-
-    The number of calls is an argument of the strategy in newer releases (2.60 has it, 2.54 has not), and an actor's own
-    option in older ones, where newer ones deprecate it.
-    """
-    options: dict[str, Any] = {"size": size, "max_tasks_in_flight_per_actor": 2 * _CALLS}
-    options["enable_true_multi_threading"] = True
-    parameters = inspect.signature(ray.data.ActorPoolStrategy.__init__).parameters
-    if "max_concurrent_calls_per_actor" in parameters:
-        return {"compute": ray.data.ActorPoolStrategy(**options, max_concurrent_calls_per_actor=_CALLS)}
-    return {"compute": ray.data.ActorPoolStrategy(**options), "max_concurrency": _CALLS}
-
-
-def _spans(sizes: list[int]) -> list[tuple[int, int]]:
-    spans, start = [], 0
-    for size in sizes:
-        spans.append((start, start + size))
-        start += size
-    return spans
 
 
 def _own_error(error: BaseException) -> DinoV3Error | None:

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import pickle
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,10 +26,10 @@ from dinov3_ray.datasets.plan import block_name, load_block
 from dinov3_ray.datasets.schema import Row, encode_columns
 from dinov3_ray.datasets.source import Content, Source
 from dinov3_ray.datasets.writer import BlockWriter, is_finished
-from dinov3_ray.errors import InputError, StoreError
+from dinov3_ray.errors import DinoV3Error, InputError, StoreError
 from dinov3_ray.features import FeatureSpec
 from dinov3_ray.model import DinoV3Teacher
-from dinov3_ray.teacher import Extractor
+from dinov3_ray.teacher import Extractor, computed_in
 
 __all__ = ["BlockExtractor", "Job", "TeacherFactory", "probe"]
 
@@ -71,6 +72,7 @@ class Job:
         passes: that an actor's teacher makes at a time; 1 on a GPU, where one thread does all the work.
         window: decoding tasks a call keeps going.
         finished_ids: a reference to the ids that need no work, for a Ray Dataset.
+        made_by: the fingerprint of the teacher's results, which is its own, or that of another one inside it.
     """
 
     teacher: TeacherFactory
@@ -86,6 +88,7 @@ class Job:
     image_column: str | None = None
     id_column: str | None = None
     finished_ids: Any = None
+    made_by: str | None = None
 
 
 def probe(teacher: TeacherFactory, spec: FeatureSpec, images: Sequence[np.ndarray]) -> dict[str, Any]:
@@ -107,6 +110,8 @@ def probe(teacher: TeacherFactory, spec: FeatureSpec, images: Sequence[np.ndarra
     rule = asdict(config.preprocessing) if isinstance(config, DinoV3Config) else None
     found = {
         "fingerprint": getattr(extractor, "fingerprint", None) or features.fingerprint,
+        "made_by": features.fingerprint,
+        "computed_in": computed_in(extractor),
         # By way of JSON, so that what is compared with a former run's is of the same types.
         "preprocessing": json.loads(json.dumps(rule)),
         "min_side": patch_size,
@@ -139,16 +144,25 @@ class BlockExtractor:
         self._finished: frozenset[str] = ray.get(job.finished_ids) if job.finished_ids is not None else frozenset()
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """One row, ``block``, of a planned source; or rows of images of a Ray Dataset."""
+        """One row, ``block``, of a planned source; or rows of images of a Ray Dataset.
+
+        This package's own errors are returned, pickled: of one that is raised, Ray Data passes on the words alone.
+        """
         if self._job.source is not None:
             name, pieces = self._planned(int(batch["block"][0]))
         else:
             name, pieces = self._given(batch)
-        done = {"block": name, "rows": 0, "errors": 0, "bytes": 0, "computed": False}
-        if pieces and not is_finished(self._job.folder, name):
-            entry = self._extract(name, pieces)
-            done |= {"rows": entry["rows"], "bytes": entry["bytes"], "computed": True, "errors": len(entry["errors"])}
-        return {key: np.asarray([value]) for key, value in done.items()}
+        given = len(next(iter(batch.values())))
+        done = {"given": given, "rows": 0, "errors": 0, "bytes": 0, "computed": False}
+        failure = b""
+        try:
+            if pieces and not is_finished(self._job.folder, name):
+                entry = self._extract(name, pieces)
+                done |= {"rows": entry["rows"], "errors": len(entry["errors"]), "bytes": entry["bytes"]}
+                done["computed"] = True
+        except DinoV3Error as error:
+            failure = pickle.dumps(error)
+        return {"failure": np.array([failure], object), **{key: np.asarray([value]) for key, value in done.items()}}
 
     def _planned(self, block: int) -> tuple[str, list[Piece]]:
         source = self._job.source
@@ -210,10 +224,16 @@ class BlockExtractor:
         same = len({array.shape for array in arrays}) == 1
         features = self._teacher.extract(np.stack(arrays) if same else arrays, self._job.spec.native())
         columns, result_dtype = encode_columns(features, self._job.spec)
-        if result_dtype != self._job.identity["result_dtype"]:
+        seen = {"computed_in": computed_in(self._teacher), "result_dtype": result_dtype}
+        seen["fingerprint"] = features.fingerprint
+        planned = {**self._job.identity, "fingerprint": self._job.made_by}
+        found = [
+            f"{name} is {value!r}, not {planned[name]!r}" for name, value in seen.items() if value != planned[name]
+        ]
+        if found:
             raise StoreError(
-                f"the teacher gives {result_dtype} here, but gave {self._job.identity['result_dtype']} when the run "
-                "was planned: name the dtype in its configuration, so that all nodes compute alike"
+                f"a store must be of one teacher, but this one is not that of the run's plan: {'; '.join(found)}. Was "
+                "the pool reloaded? Do all nodes compute in the same dtype (DinoV3Config(dtype=...) names it)?"
             )
         return columns
 

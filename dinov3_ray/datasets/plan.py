@@ -31,6 +31,7 @@ __all__ = [
     "row_bytes",
     "save_rows",
     "size_text",
+    "spans_of",
     "storage_note",
     "versions",
 ]
@@ -126,6 +127,15 @@ def cut_blocks(rows: pa.Table, block_size: int, *, by_file: bool) -> list[tuple[
     for low, high in pairwise(edges):
         blocks += [(start, min(start + block_size, high)) for start in range(low, high, block_size)]
     return blocks
+
+
+def spans_of(sizes: list[int]) -> list[tuple[int, int]]:
+    """(start, stop) of blocks of these sizes."""
+    spans, start = [], 0
+    for size in sizes:
+        spans.append((start, start + size))
+        start += size
+    return spans
 
 
 def block_name(index: int) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import mmap
 import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -273,8 +272,9 @@ class _Part:
             with self.folder.system.open_input_file(self._path) as file:
                 return np.frombuffer(file.read_at(stop - start, start), np.uint8)
         if self._map is None:
-            with open(self._path, "rb") as file:
-                self._map = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
+            # Not Python's mmap, which keeps the file open: a store may have more parts than a process may open files.
+            with pa.memory_map(self._path) as file:
+                self._map = np.frombuffer(file.read_buffer(), np.uint8)
         return self._map[start:stop]
 
     def _decoded(self, name: str, start: int, stop: int) -> np.ndarray:

@@ -127,9 +127,10 @@ class StoredTeacher:
     def _deliver(self, ids: Sequence[str], spec: FeatureSpec) -> Features:
         self._check(spec)
         features = self.store.read(ids)
-        wanted = {f"layers.{index}" for index in spec.layers}
-        wanted |= {name for name in ("cls", "feature_map", "registers") if getattr(spec, name)}
-        named = {name: tensor for name, tensor in features.named() if name in wanted}
+        wanted = [name for name in ("cls", "feature_map", "registers") if getattr(spec, name)]
+        wanted += [f"layers.{index}" for index in spec.layers]  # in the order in which they are asked for, as ever
+        held = dict(features.named())
+        named = {name: held[name] for name in wanted}
         return deliver(Features.from_named(named, features.fingerprint), spec).to(self.device)
 
     def _check(self, spec: FeatureSpec) -> None:
@@ -152,8 +153,9 @@ class TargetDataset(Dataset[tuple[Any, Features]]):
 
     Args:
         store: gives the ids, in its order, and the targets.
-        read: gives the image (or any sample: pixels and boxes) of an id. For stores of local files,
-            ``lambda id: torchvision.io.decode_image(f"{root}/{id}")``, or ``Decoder().read``.
+        read: gives the image (or any sample: pixels and boxes) of an id, upright as the teacher saw it. For stores of
+            local files, ``lambda id: Decoder().read(Path(root, id).read_bytes(), id)`` (of
+            :mod:`dinov3_ray.datasets.decode`: uint8 [3,H,W], turned as EXIF says).
         ids: a subset, or another order; all of the store's by default.
     """
 

@@ -16,6 +16,7 @@ from dinov3_ray.datasets.layout import ERRORS, INDEX, LEDGER, MANIFEST, PARTS, F
 from dinov3_ray.datasets.schema import Row, encode_part
 from dinov3_ray.datasets.source import check_unique
 from dinov3_ray.datasets.store import errors_table, index_table
+from dinov3_ray.errors import StoreError
 
 __all__ = ["BlockWriter", "finish", "is_finished"]
 
@@ -87,13 +88,22 @@ def is_finished(folder: Folder, name: str) -> bool:
     return folder.exists(f"{LEDGER}/{name}.json")
 
 
-def finish(folder: Folder, identity: Mapping[str, Any]) -> dict[str, Any]:
-    """Write the index, the errors and, last, the manifest of a run whose blocks are all in the ledger."""
+def finish(folder: Folder, identity: Mapping[str, Any], given: int | None = None) -> dict[str, Any]:
+    """Write the index, the errors and, last, the manifest of a run whose blocks are all in the ledger.
+
+    Raises:
+        StoreError: ids are not unique; or ``given`` rows have become another number of rows and errors.
+    """
     ledger = [folder.read_json(f"{LEDGER}/{name}") for name in folder.names(LEDGER, ".json")]
     files = [part["file"] for entry in ledger for part in entry["parts"]]
     errors = errors_table(ledger)
     index = index_table(folder, files)
     check_unique([*index["id"].to_pylist(), *errors["id"].to_pylist()], "name another id_column")
+    if given not in (None, len(index) + len(errors)):
+        raise StoreError(
+            f"each row of the Dataset must have an id of its own; of {given} rows, {len(index) + len(errors)} have: "
+            "name another id_column, and extract into another folder"
+        )
     kinds: dict[str, int] = {}
     for kind in errors["kind"].to_pylist():
         kinds[kind] = kinds.get(kind, 0) + 1

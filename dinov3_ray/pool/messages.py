@@ -107,6 +107,7 @@ class TeacherInfo:
     image_size: tuple[int, int] | None = None
     grid_size: tuple[int, int] | None = None
     dtype: str | None = None
+    computed_in: str | None = None
     device: str = "cpu"
     golden_cosine: float | None = None
 

@@ -195,6 +195,11 @@ class RemoteTeacher:
         return found if isinstance(found, torch.dtype) else None
 
     @property
+    def computed_in(self) -> str | None:
+        """How exactly the teacher computes, such as bfloat16 or float8; None if it does not say."""
+        return self.info.computed_in or self.info.dtype
+
+    @property
     def patch_size(self) -> int:
         return self.info.patch_size
 
