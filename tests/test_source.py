@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import pickle
 import tarfile
 from pathlib import Path
@@ -204,3 +205,39 @@ def test_nothing_there(tmp_path: Path) -> None:
         open_source(tmp_path / "*.jpg")
     with pytest.raises(StoreError, match="no pyarrow file system takes 'ftp://x/y'"):
         open_source("ftp://x/y")
+
+
+def test_damaged_parquet_costs_its_own_rows_and_says_so(tmp_path: Path) -> None:
+    cells = [bytes([index]) * 4000 for index in range(40)]
+    table = pa.table({"id": [str(index) for index in range(40)], "image": cells})
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=10, compression="zstd", use_dictionary=False)
+    chunk = pq.read_metadata(tmp_path / "a.parquet").row_group(2).column(1)
+    data = bytearray((tmp_path / "a.parquet").read_bytes())
+    data[chunk.data_page_offset : chunk.data_page_offset + 8] = b"\xff" * 8
+    (tmp_path / "a.parquet").write_bytes(data)
+    (tmp_path / "b.parquet").write_bytes(data[:3000])  # without its end, where Parquet has its contents
+    (tmp_path / "c.parquet").write_bytes(b"")
+    found = everything(open_source(tmp_path))
+    assert list(found) == [*map(str, range(40)), "b.parquet", "c.parquet"]
+    lost = {id_ for id_, content in found.items() if isinstance(content, Unreadable)}
+    assert lost == {*map(str, range(20, 30)), "b.parquet", "c.parquet"}
+    assert all(found[str(index)] == cells[index] for index in range(40) if str(index) not in lost)
+    assert {found[id_].kind for id_ in lost} == {"corrupt"}  # type: ignore[attr-defined]
+    assert "a.parquet, row group 2: " in found["20"].detail  # type: ignore[attr-defined]
+
+
+def test_parquet_files_that_differ_in_their_columns_are_told_by_name(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"id": ["1"], "image": [b"x"]}), tmp_path / "a.parquet")
+    pq.write_table(pa.table({"id": ["2"], "picture": [b"x"]}), tmp_path / "b.parquet")
+    with pytest.raises(StoreError, match=r"image_column must name a column of each file; b.parquet has no 'image'"):
+        open_source(tmp_path).rows()
+    (tmp_path / "a.parquet").write_bytes(b"")
+    with pytest.raises(StoreError, match=r"a.parquet cannot be opened"):
+        open_source(tmp_path)
+
+
+def test_a_name_that_is_not_utf8_is_told(tmp_path: Path) -> None:
+    write(tmp_path, ["a.jpg"])
+    (Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.jpg"))).write_bytes(b"x")
+    with pytest.raises(StoreError, match=r"names of files must be UTF-8, since ids are made of them; rename"):
+        open_source(tmp_path)

@@ -89,7 +89,11 @@ def _find(system: Any, path: str, exclude: str | None) -> tuple[str, list[tuple[
     prefix = path.rstrip("/") + "/"
     files = []
     for info in infos:
-        name = info.path.removeprefix(prefix)
+        try:
+            name = info.path.removeprefix(prefix)
+        except UnicodeDecodeError as error:
+            name = error.object.decode(errors="backslashreplace")
+            raise StoreError(f"names of files must be UTF-8, since ids are made of them; rename {name!r}") from error
         hidden = any(part.startswith(".") for part in PurePosixPath(name).parts)
         excluded = exclude is not None and f"{info.path}/".startswith(exclude.rstrip("/") + "/")
         if info.type != pafs.FileType.Directory and not hidden and not excluded:

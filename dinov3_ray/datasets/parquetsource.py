@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -12,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dinov3_ray.datasets.decode import Unreadable
-from dinov3_ray.datasets.source import Content, check_unique, listing
+from dinov3_ray.datasets.source import PAUSES, Content, check_unique, listing
 from dinov3_ray.errors import StoreError
 
 __all__ = ["ID_COLUMNS", "IMAGE_COLUMNS", "ROW_NUMBER", "ParquetSource"]
@@ -48,8 +50,13 @@ class ParquetSource:
         id_column: str | None,
     ) -> ParquetSource:
         """Tell the columns from the first file's schema; raises StoreError where that leaves a doubt."""
-        with system.open_input_file(f"{root}/{files[0][0]}") as file:
-            schema = pq.read_schema(file)
+        try:
+            with system.open_input_file(f"{root}/{files[0][0]}") as file:
+                schema = pq.read_schema(file)
+        except (pa.ArrowException, OSError) as error:
+            raise StoreError(
+                f"the first Parquet file of a source tells its columns, but {files[0][0]} cannot be opened: {error}"
+            ) from error
         image = _choose(image_column, "image_column", schema, IMAGE_COLUMNS, _holds_bytes)
         if image is None:
             raise StoreError(f"image_column must name the column of image bytes; {files[0][0]} has {schema.names}")
@@ -72,26 +79,45 @@ class ParquetSource:
 
     def read(self, rows: pa.Table) -> Iterator[tuple[str, Content]]:
         file = rows["file"][0].as_py()
-        wanted = rows["offset"].to_pylist()
-        ids = dict(zip(wanted, rows["id"].to_pylist(), strict=True))
-        groups = sorted(set(rows["size"].to_pylist()))
+        wanted = deque(zip(rows["offset"].to_pylist(), rows["id"].to_pylist(), strict=True))
+        group, last = rows["size"][0].as_py(), wanted[-1][0]
+        for pause in (*PAUSES, None):
+            try:
+                for offset, content in self._contents(file, group, last):
+                    if wanted and offset == wanted[0][0]:
+                        yield wanted.popleft()[1], content
+            except (pa.ArrowException, OSError) as error:
+                trouble = Unreadable("corrupt", f"{file}, row group {group}: {error}")
+                if pause is None or isinstance(error, pa.ArrowException):
+                    break
+            else:
+                return
+            time.sleep(pause)
+        for _, id_ in wanted:
+            yield id_, trouble
+
+    def _contents(self, file: str, group: int, last: int) -> Iterator[tuple[int, Content]]:
+        """(row in the file, content) of a row group's rows, up to ``last``."""
         with self.system.open_input_file(f"{self.root}/{file}") as stream:
             parquet = pq.ParquetFile(stream)
-            sizes = [parquet.metadata.row_group(group).num_rows for group in range(parquet.num_row_groups)]
-            for group in groups:
-                row = sum(sizes[:group])
-                for batch in parquet.iter_batches(_READ_ROWS, row_groups=[group], columns=[self.image_column]):
-                    for offset in range(row, row + len(batch)):
-                        if offset in ids:
-                            yield ids[offset], _content(batch[0][offset - row].as_py())
-                    row += len(batch)
-                    if row > wanted[-1]:
-                        break
+            row = sum(parquet.metadata.row_group(before).num_rows for before in range(group))
+            for batch in parquet.iter_batches(_READ_ROWS, row_groups=[group], columns=[self.image_column]):
+                yield from ((row + index, _content(cell.as_py())) for index, cell in enumerate(batch[0]))
+                row += len(batch)
+                if row > last:
+                    return
 
     def _rows(self, file: str) -> Iterator[tuple[str, str, int, int]]:
         """(id, file, row in the file, row group): where others have a size, the row group."""
         with self.system.open_input_file(f"{self.root}/{file}") as stream:
-            parquet = pq.ParquetFile(stream)
+            try:
+                parquet = pq.ParquetFile(stream)
+            except (pa.ArrowException, OSError):
+                yield file, file, 0, 0  # to be an error with its reason when it is read
+                return
+            for option, column in (("image_column", self.image_column), ("id_column", self.id_column)):
+                if column not in (*parquet.schema_arrow.names, ROW_NUMBER):
+                    raise StoreError(f"{option} must name a column of each file; {file} has no {column!r}")
             row = 0
             for group in range(parquet.num_row_groups):
                 count = parquet.metadata.row_group(group).num_rows

@@ -25,8 +25,8 @@ Content = bytes | np.ndarray | Unreadable
 """What a source has of one image: encoded bytes, decoded pixels, or why it has neither."""
 
 _SLICE = 32
-_ATTEMPTS = 3
-_FIRST_PAUSE = 0.2
+#: Seconds before another attempt at a read that failed: networks recover.
+PAUSES = 0.2, 0.8
 
 
 class Source(Protocol):
@@ -91,8 +91,7 @@ def listing(rows: Iterator[tuple[str, str, int, int]]) -> pa.Table:
 
 def read_whole(system: Any, path: str, offset: int = 0, size: int | None = None) -> bytes | Unreadable:
     """A file's bytes, or a part of them; tried again where the file system fails, since networks recover."""
-    pause = _FIRST_PAUSE
-    for attempt in range(_ATTEMPTS):
+    for pause in (*PAUSES, None):
         try:
             with system.open_input_file(path) as file:
                 return bytes(file.read() if size is None else file.read_at(size, offset))
@@ -101,10 +100,9 @@ def read_whole(system: Any, path: str, offset: int = 0, size: int | None = None)
         except PermissionError as error:
             return Unreadable("io", str(error))
         except OSError as error:
-            if attempt == _ATTEMPTS - 1:
-                return Unreadable("io", f"{error} ({_ATTEMPTS} attempts)")
+            if pause is None:
+                return Unreadable("io", f"{error} ({len(PAUSES) + 1} attempts)")
             time.sleep(pause)
-            pause *= 4
     raise AssertionError("unreachable")
 
 
