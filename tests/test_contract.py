@@ -30,7 +30,7 @@ def teacher(request: pytest.FixtureRequest, tiny_checkpoint: Path) -> Iterator[T
             yield pool.teacher()
     else:
         request.getfixturevalue("ray_cluster")
-        with TeacherPool.start(config, name="contract", replicas=2) as pool:
+        with TeacherPool.start(config, name="contract", replicas=1) as pool:
             yield pool.teacher()
 
 

@@ -30,7 +30,7 @@ def test_equal_bit_for_bit_on_photographs(
     # The pool cuts at max_batch; the local teacher is given the same batch shapes.
     expected = [local.extract(photographs[start : start + MAX_BATCH], EVERYTHING) for start in (0, MAX_BATCH)]
     # Two replicas share the parts of a batch; each takes seconds to start, and once is enough to see that.
-    replicas = 2 if local_mode or image_size == 224 else 1
+    replicas = 2 if local_mode or (image_size, dtype) == (224, "float32") else 1
     with TeacherPool.start(config, name="bits", replicas=replicas, max_batch=MAX_BATCH, local_mode=local_mode) as pool:
         features = pool.teacher().extract(photographs, EVERYTHING)
     assert len(features) == len(photographs)
