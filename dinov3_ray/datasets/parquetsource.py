@@ -25,6 +25,7 @@ ROW_NUMBER = "#row"
 """As an id column: ids are ``file#row``."""
 
 _READ_ROWS = 16
+_UNREADABLE = -1  # in place of a row group
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,9 @@ class ParquetSource:
         file = rows["file"][0].as_py()
         wanted = deque(zip(rows["offset"].to_pylist(), rows["id"].to_pylist(), strict=True))
         group, last = rows["size"][0].as_py(), wanted[-1][0]
+        if group == _UNREADABLE:
+            yield file, Unreadable("corrupt", f"{file} could not be opened as Parquet when it was listed")
+            return
         for pause in (*PAUSES, None):
             try:
                 for offset, content in self._contents(file, group, last):
@@ -112,8 +116,8 @@ class ParquetSource:
         with self.system.open_input_file(f"{self.root}/{file}") as stream:
             try:
                 parquet = pq.ParquetFile(stream)
-            except (pa.ArrowException, OSError):
-                yield file, file, 0, 0  # to be an error with its reason when it is read
+            except pa.ArrowException:  # damaged; where the file system fails, there is nothing to list yet
+                yield file, file, 0, _UNREADABLE
                 return
             for option, column in (("image_column", self.image_column), ("id_column", self.id_column)):
                 if column not in (*parquet.schema_arrow.names, ROW_NUMBER):
