@@ -27,7 +27,7 @@ from dinov3_ray.float8 import multiply_in_float8
 from dinov3_ray.golden import agreement, golden_images
 from dinov3_ray.images import ImageBatch, Images
 from dinov3_ray.preprocess import preprocess
-from dinov3_ray.preprocessing import Size
+from dinov3_ray.preprocessing import Preprocessing, Size
 from dinov3_ray.stopwatch import Stopwatch
 from dinov3_ray.teacher import Teacher
 
@@ -189,6 +189,11 @@ class DinoV3Teacher(nn.Module):
     def fingerprint(self) -> str:
         """What the weights, the architecture and the preprocessing are; reads the weights once, on first use."""
         return fingerprint(self.config)
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """How images become the model's input."""
+        return self.config.preprocessing
 
     @property
     def device(self) -> torch.device:

@@ -100,7 +100,8 @@ def save_grid(
         titles: one a column.
 
     Raises:
-        InputError: no pictures, rows of different lengths, or titles for another number of columns.
+        InputError: no pictures, rows of different lengths, titles for another number of columns, or a path that cannot
+            be written.
     """
     # Lazy, since it takes most of a second; a Figure of its own needs no display, and no state of pyplot's.
     from matplotlib.figure import Figure
@@ -129,7 +130,10 @@ def save_grid(
         figure.suptitle(heading, fontsize=12)
     target = Path(path)
     target = target if target.suffix else target.with_suffix(".png")
-    figure.savefig(target, facecolor="white")
+    try:
+        figure.savefig(target, facecolor="white")
+    except (OSError, ValueError) as error:  # no such folder, or none of the formats that there are
+        raise InputError(f"path must be that of a picture that can be written; got {target}: {error}") from error
     return target
 
 

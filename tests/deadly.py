@@ -1,4 +1,4 @@
-"""A file system one of whose files ends the process that opens it."""
+"""A file system one of whose files ends the process that opens it, and another of which raises what no other does."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ class Deadly(pafs.FileSystemHandler):
     def open_input_file(self, path: str) -> object:
         if path.endswith("0007.png"):
             os._exit(139)
+        if path.endswith("0014.webp"):
+            raise ValueError("nobody foresaw this")
         return self.local.open_input_file(path)
 
     def get_file_info(self, paths: list[str]) -> object:

@@ -251,8 +251,13 @@ def test_options_and_images_are_checked(tmp_path: Path) -> None:
 
     with pytest.raises(StoreError, match="Nameless has no fingerprint"):
         CachedTeacher(Nameless(), tmp_path, 4 * MB)
-    with pytest.raises(StoreError, match="max_bytes must be at least 1048576; got 5"):
+    with pytest.raises(StoreError, match="max_bytes must be a number of bytes, at least 1048576; got 5"):
         CachedTeacher(FakeTeacher(), tmp_path, 5)
+    with pytest.raises(StoreError, match="max_bytes must be a number of bytes, at least 1048576; got '50GB'"):
+        CachedTeacher(FakeTeacher(), tmp_path, "50GB")  # type: ignore[arg-type]
+    (tmp_path / "file").touch()
+    with pytest.raises(StoreError, match="path must be a folder, or one that can be made"):
+        CachedTeacher(FakeTeacher(), tmp_path / "file", 4e6)
     with CachedTeacher(Nameless(), tmp_path, 4 * MB, fingerprint="mine") as cached:
         first = cached.extract(views(1), SPEC)
         cached.extract(views(1, size=64), SPEC)

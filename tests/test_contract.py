@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dinov3_ray import DinoV3Config, DinoV3Teacher, FeatureSpec, TeacherPool
 from dinov3_ray.errors import InputError, SpecError
+from dinov3_ray.preprocessing import Preprocessing
 from dinov3_ray.teacher import Teacher
 from dinov3_ray.testing import FakeTeacher
 
@@ -50,6 +51,8 @@ def test_shapes_and_dtypes(teacher: Teacher, images: Tensor) -> None:
     assert map_BDhw.shape == (3, 128, 14, 14)
     assert tokens_BD.dtype == map_BDhw.dtype == torch.float32
     assert getattr(teacher, "dtype", None) == torch.float32
+    rule = getattr(teacher, "preprocessing", None)
+    assert rule.size == (224, 224) if isinstance(rule, Preprocessing) else isinstance(teacher, FakeTeacher)
 
 
 def test_everything_in_one_pass(teacher: Teacher, images: Tensor) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner, Result
@@ -12,7 +13,8 @@ from torch import Tensor
 
 from dinov3_ray.cli import main
 from dinov3_ray.config import DinoV3Config
-from dinov3_ray.datasets import FeatureStore, commands
+from dinov3_ray.datasets import FeatureStore, TargetDataset, commands
+from dinov3_ray.errors import StoreError
 from dinov3_ray.features import FeatureSpec
 from dinov3_ray.model import DinoV3Teacher
 
@@ -63,11 +65,36 @@ def test_show_pictures_a_stored_map_beside_its_image(extracted: Path, tmp_path: 
         with Image.open(picture) as image:
             assert image.width > 900  # two panels
             assert len(set(image.convert("RGB").getdata())) > 50
+    result = run("show", extracted, "2.png", "--to", tmp_path / "x.mp3")
+    assert result.exit_code == 1
+    assert "path must be that of a picture that can be written" in result.output
+    result = run("show", extracted, "2.png", "--to", tmp_path / "nowhere" / "x.png")
+    assert "path must be that of a picture that can be written" in result.output
     result = run("show", extracted, "broken.jpg")
     assert result.exit_code == 1
     assert "could not be read (not an image)" in result.output
     result = run("show", extracted, "2.png", "--layer", "5")
     assert "there is no such map; these are stored: feature_map, layers.0, layers.-1" in result.output
+
+
+def test_targets_come_with_the_images_that_they_were_made_of(
+    extracted: Path, folder: Path, photographs: list[Tensor]
+) -> None:
+    dataset = TargetDataset(FeatureStore(extracted))
+    pixels, features = dataset[2]
+    assert np.array_equal(pixels, photographs[2].numpy())
+    assert torch.equal(features.cls, dataset.store["2.png"].cls)
+    images, batch = TargetDataset.collate([dataset[0], dataset[1]])
+    assert torch.equal(images[1], photographs[1])
+    assert len(batch) == 2
+    path = folder / "2.png"
+    before = path.read_bytes()
+    path.write_bytes((folder / "1.png").read_bytes())
+    try:
+        with pytest.raises(StoreError, match=r"image '2\.png' has changed since its features were extracted"):
+            dataset[2]
+    finally:
+        path.write_bytes(before)
 
 
 def test_show_pictures_an_image_by_a_model(folder: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:

@@ -139,6 +139,14 @@ def test_exif_orientation_is_applied(orientation: int) -> None:
     assert np.array_equal(decoded(encoded(stored, "PNG", exif=exif)), PHOTO)
 
 
+@pytest.mark.parametrize("form", ["PNG", "WEBP", "JPEG"])
+def test_damaged_exif_does_not_cost_the_image(form: str) -> None:
+    data = encoded(Image.fromarray(PHOTO), form, exif=b"Exif\x00\x00MM\x00*\x00\x00\xff\xffdamaged")
+    assert decoded(data).shape == PHOTO.shape
+    junk = encoded(Image.fromarray(PHOTO), form, exif=b"Exif\x00\x00 no TIFF header")
+    assert np.array_equal(decoded(junk), decoded(encoded(Image.fromarray(PHOTO), form)))
+
+
 def test_an_animation_gives_its_first_frame() -> None:
     first, second = Image.new("RGB", (6, 6), "red"), Image.new("RGB", (6, 6), "blue")
     data = encoded(first, "WEBP", save_all=True, append_images=[second], lossless=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 from dataclasses import replace
@@ -24,7 +25,7 @@ from pyarrow import fs as pafs
 from torch import Tensor
 
 from dinov3_ray.config import DinoV3Config
-from dinov3_ray.datasets import FeatureStore, StoredTeacher, extract, plan
+from dinov3_ray.datasets import FeatureStore, StoredTeacher, extract, plan, probing
 from dinov3_ray.datasets.decode import Decoder
 from dinov3_ray.datasets.layout import Folder
 from dinov3_ray.errors import ConfigError, MissingViewError, StoreError
@@ -113,7 +114,7 @@ def test_features_equal_the_local_teachers_image_by_image(
 
 
 def test_parts_are_parquet_with_canonical_tensors(undisturbed: FeatureStore) -> None:
-    out = Path(undisturbed._folder.path)
+    out = Path(undisturbed.folder.path)
     table = pq.read_table(out / "parts" / "0000003.parquet")
     assert table.schema.field("layers.1").type == pa.fixed_shape_tensor(pa.float32(), [128, 2, 2])
     id_ = table["id"][5].as_py()
@@ -176,10 +177,12 @@ def test_images_that_end_their_process_or_are_refused_fail_alone(few: Path, ray_
     store = FeatureStore(tmp_path / "out")
     errors = {row["id"]: row for row in store.errors.to_pylist()}
     assert errors.pop("0007.png")["kind"] == "crashed the decoder"
+    unforeseen = errors.pop("0014.webp")
+    assert (unforeseen["kind"], unforeseen["detail"]) == ("crashed the decoder", "ValueError: nobody foresaw this")
     assert errors.pop("0000.jpg")["kind"] == "empty"
     smallest = {}
     for path in root.iterdir():
-        if path.name not in ("0007.png", "0000.jpg"):
+        if path.name not in ("0007.png", "0014.webp", "0000.jpg"):
             with Image.open(path) as image:
                 smallest[path.name] = min(image.size)
     assert set(errors) == {name for name, side in smallest.items() if side < 50}
@@ -191,7 +194,7 @@ def test_images_that_end_their_process_or_are_refused_fail_alone(few: Path, ray_
 
 
 def test_another_teacher_or_spec_is_refused(few: Path, fake_store: FeatureStore) -> None:
-    out = fake_store._folder.path
+    out = fake_store.folder.path
     with pytest.raises(StoreError, match="fingerprint is 'other', there it is 'fake'"):
         extract(few, out, FakeTeacher.factory(fingerprint="other"), SPEC)
     spec = FeatureSpec(cls=True, feature_map=True, layers=(1, 2), map_size=(2, 2), dtype="float16")
@@ -264,7 +267,7 @@ def test_a_ray_dataset_is_extracted_and_resumed(few: Path, fake_store: FeatureSt
     done = extract(encoded, out, FakeTeacher.factory(), SPEC, block_size=32)
     assert done.images == len(paths)
     store = FeatureStore(out)
-    assert sorted(store.ids) == list(fake_store.ids)
+    assert store.ids == fake_store.ids, "in the Dataset's order"
     for id_ in store.ids[::15]:
         assert torch.equal(store[id_].cls, fake_store[id_].cls)
     # As a kill would leave it: without its end, and without some blocks.
@@ -287,6 +290,38 @@ def test_a_ray_dataset_is_extracted_and_resumed(few: Path, fake_store: FeatureSt
     assert resumed.blocks == 3
     assert finished(out).items() >= before.items()
     assert_equal(FeatureStore(out), store)
+    assert FeatureStore(out).ids == store.ids
+    other = ray.data.from_items([{"key": "other", "image": b""}])
+    with pytest.raises(StoreError, match=r"source.first_id is 'other', there it is '0000.jpg'"):
+        extract(other, out, FakeTeacher.factory(), SPEC)
+    with pytest.raises(StoreError, match="image_column must name a column of the Dataset; got 'jpg'"):
+        extract(other, out, FakeTeacher.factory(), SPEC, image_column="jpg")
+
+
+def test_a_resumed_run_does_not_list_its_source_again(
+    few: Path, ray_cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    root, out = tmp_path / "images", tmp_path / "out"
+    root.mkdir()
+    for path in sorted(few.iterdir())[:40]:
+        os.link(path, root / path.name)
+    monkeypatch.setattr(probing, "_PATIENCE_SECONDS", 0.0)
+    with caplog.at_level(logging.WARNING):
+        done = extract(root, out, FakeTeacher.factory(), SPEC, block_size=16)
+    assert "the first teacher is not ready after 0 s: it needs 0 GPU" in caplog.text
+    root.rename(tmp_path / "gone")
+    assert extract(root, out, FakeTeacher.factory(), SPEC).manifest == done.manifest
+    (out / "manifest.json").unlink()
+    (out / "ledger" / "0000001.json").unlink()
+    with pytest.raises(StoreError, match="none of the next 16 files is there"):
+        extract(root, out, FakeTeacher.factory(), SPEC)
+    (tmp_path / "gone").rename(root)
+    (root / "came later.jpg").write_bytes(b"")
+    resumed = extract(root, out, FakeTeacher.factory(), SPEC)
+    assert (resumed.blocks, resumed.manifest) == (1, done.manifest)
+    monkeypatch.setattr(probing, "_LIMIT_SECONDS", 0.0)
+    with pytest.raises(StoreError, match="a teacher must be ready within 0 s: it needs 0 GPU"):
+        extract(root, tmp_path / "other", FakeTeacher.factory(), SPEC)
 
 
 def test_through_a_pool_that_is_running(few: Path, fake_store: FeatureStore, tmp_path: Path) -> None:
@@ -327,5 +362,8 @@ def test_options_that_contradict_each_other(few: Path, tmp_path: Path, ray_clust
         extract(few, tmp_path / "out")
     with pytest.raises(ConfigError, match="batch_size must be at least 1; got 0"):
         extract(few, tmp_path / "out", FakeTeacher.factory(), batch_size=0)
+    (tmp_path / "file").touch()
+    with pytest.raises(StoreError, match=r"out must be a folder that can be written, or made; got .*file"):
+        extract(few, tmp_path / "file", FakeTeacher.factory())
     with pytest.raises(ConfigError, match="must fit the cluster's 0 GPUs; got 2 x 1"):
         extract(few, tmp_path / "out", FakeTeacher.factory(), replicas=2, num_gpus=1)

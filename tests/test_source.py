@@ -15,7 +15,7 @@ import pytest
 from pyarrow import fs as pafs
 
 from dinov3_ray.datasets.decode import Unreadable
-from dinov3_ray.datasets.opening import matches, open_source
+from dinov3_ray.datasets.opening import check_there, matches, open_source, reopen_source
 from dinov3_ray.datasets.source import Source
 from dinov3_ray.errors import StoreError
 
@@ -142,6 +142,65 @@ def test_a_cut_shard_gives_what_is_whole_and_says_what_is_not(tmp_path: Path) ->
     troubled = {id_: content.kind for id_, content in found.items() if isinstance(content, Unreadable)}
     assert whole == ["0", "1", "2", "3", "4"]
     assert troubled == {"5": "truncated", "s.tar": "truncated"}
+
+
+def test_linked_members_have_the_content_that_they_link_to(tmp_path: Path) -> None:
+    (tmp_path / "set" / "a").mkdir(parents=True)
+    (tmp_path / "set" / "a" / "first.jpg").write_bytes(b"content")
+    os.link(tmp_path / "set" / "a" / "first.jpg", tmp_path / "set" / "hard.jpg")
+    (tmp_path / "set" / "soft.jpg").symlink_to("a/first.jpg")
+    (tmp_path / "set" / "away.jpg").symlink_to("/nowhere.jpg")
+    with tarfile.open(tmp_path / "s.tar", "w") as archive:
+        for name in ("soft.jpg", "a/first.jpg", "hard.jpg", "away.jpg"):
+            archive.add(tmp_path / "set" / name, f"./{name}")
+        assert archive.getmember("./hard.jpg").islnk()
+    found = everything(open_source(tmp_path / "s.tar"))
+    away = found.pop("./away")
+    assert found == {f"./{key}": b"content" for key in ("soft", "a/first", "hard")}
+    assert isinstance(away, Unreadable)
+    assert away.kind == "missing"
+
+
+def test_a_pipe_is_no_image_and_is_not_opened(tmp_path: Path) -> None:
+    write(tmp_path, ["1.jpg"])
+    os.mkfifo(tmp_path / "2.jpg")  # to open it would wait for a writer
+    found = everything(open_source(tmp_path))
+    assert found["1.jpg"] == b"content of 1.jpg"
+    assert isinstance(found["2.jpg"], Unreadable)
+    assert found["2.jpg"].kind == "not an image"
+
+
+def test_one_form_at_a_time(tmp_path: Path) -> None:
+    write(tmp_path, ["a.tar", "b.tar.gz"])
+    with pytest.raises(StoreError, match=r"uncompressed .tar shards.*got 'b.tar.gz'"):
+        open_source(tmp_path)
+    write(tmp_path, ["c.parquet"])
+    with pytest.raises(StoreError, match=r"has both .parquet and .tar files: choose with a glob"):
+        open_source(tmp_path)
+    with pytest.raises(StoreError, match=r"glob whose brackets hold characters; got '\[z-a\]\*'"):
+        open_source(tmp_path / "[z-a]*")
+
+
+def test_a_source_is_read_on_without_being_listed_again(tmp_path: Path) -> None:
+    contents = write(tmp_path / "files", ["1.jpg", "a/2.jpg"])
+    with tarfile.open(tmp_path / "s.tar", "w") as archive:
+        add(archive, "3.jpg", b"three")
+    pq.write_table(pa.table({"key": ["k"], "jpg": [b"bytes"]}), tmp_path / "p.parquet")
+    for path, expected in ((tmp_path / "files", contents), (tmp_path / "s.tar", {"3": b"three"})):
+        source = open_source(path)
+        again = reopen_source(source.describe(), path)
+        assert dict(again.read(source.rows())) == expected
+        assert again.describe() == source.describe()
+        assert reopen_source(source.describe(), tmp_path / "nope").describe()["path"] == str(tmp_path / "nope")
+    source = open_source(tmp_path / "p.parquet")
+    again = reopen_source(source.describe(), tmp_path / "p.parquet", id_column="other")
+    assert again.describe() == {**source.describe(), "id_column": "other"}
+    assert dict(again.read(source.rows())) == {"k": b"bytes"}
+    rows = source.rows()
+    check_there(again, rows)
+    (tmp_path / "p.parquet").unlink()
+    with pytest.raises(StoreError, match=r"none of the next 1 files is there, such as .*is its disk mounted"):
+        check_there(again, rows)
 
 
 def test_shards_with_one_key_twice_and_compressed_ones_are_refused(tmp_path: Path) -> None:

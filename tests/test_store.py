@@ -206,6 +206,23 @@ def test_what_is_not_there_says_why(tmp_path: Path) -> None:
     assert repr(store).endswith("50 images, teacher fake)")
     with pytest.raises(StoreError, match=r"is not a feature store: it has no plan\.json"):
         FeatureStore(tmp_path / "parts")
+    with pytest.raises(StoreError, match="is not a feature store"):
+        FeatureStore(tmp_path / "plan.json")
+    with pytest.raises(StoreError, match="ids must name at least one image; got none"):
+        store.read([])
+
+
+def test_a_damaged_part_is_named_with_what_repairs_it(tmp_path: Path) -> None:
+    build(tmp_path, SPEC, FakeTeacher())
+    path = tmp_path / "parts" / "0000001.parquet"
+    store = FeatureStore(tmp_path)
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(StoreError, match=r"0000001\.parquet cannot be read: the file ends early.*0000001\.json and"):
+        store[ids()[39]]
+    path.unlink()
+    with pytest.raises(StoreError, match=r"0000001\.parquet cannot be read: .*run the extraction again"):
+        FeatureStore(tmp_path)[ids()[39]]
+    assert len(FeatureStore(tmp_path)[ids()[3]]) == 1
 
 
 def test_an_unfinished_store_is_read_on_request_only(tmp_path: Path) -> None:

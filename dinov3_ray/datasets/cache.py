@@ -49,7 +49,7 @@ class CachedTeacher:
         self,
         teacher: Extractor,
         path: str | os.PathLike[str],
-        max_bytes: int,
+        max_bytes: float,
         *,
         fingerprint: str | None = None,
         queue_bytes: int = 2**28,

@@ -70,16 +70,19 @@ class FeatureCache:
     _thread: threading.Thread | None
     _trouble: str | None
 
-    def __init__(self, path: str | os.PathLike[str], max_bytes: int, *, queue_bytes: int = 2**28) -> None:
-        if max_bytes < MIN_BYTES:
-            raise StoreError(f"max_bytes must be at least {MIN_BYTES}; got {max_bytes}")
+    def __init__(self, path: str | os.PathLike[str], max_bytes: float, *, queue_bytes: int = 2**28) -> None:
+        if not isinstance(max_bytes, (int, float)) or not max_bytes >= MIN_BYTES:
+            raise StoreError(f"max_bytes must be a number of bytes, at least {MIN_BYTES}; got {max_bytes!r}")
         if queue_bytes < 1:
             raise StoreError(f"queue_bytes must be at least 1; got {queue_bytes}")
         self.path = Path(path).expanduser().absolute()
-        self.max_bytes = max_bytes
+        self.max_bytes = int(max_bytes)
         self.queue_bytes = queue_bytes
         self._start()
-        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StoreError(f"path must be a folder, or one that can be made; got {self.path}: {error}") from error
         self._create()
 
     def get(self, key: bytes) -> Features | None:

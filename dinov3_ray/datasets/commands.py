@@ -12,13 +12,13 @@ from rich.console import Console
 from torch import Tensor
 
 from dinov3_ray.config import DinoV3Config
-from dinov3_ray.datasets.decode import MAX_PIXELS, Decoder, Unreadable
+from dinov3_ray.datasets.decode import MAX_PIXELS, Decoder
 from dinov3_ray.datasets.extraction import extract
-from dinov3_ray.datasets.layout import ERRORS, Folder, open_path
+from dinov3_ray.datasets.layout import ERRORS, Folder
+from dinov3_ray.datasets.originals import Originals
 from dinov3_ray.datasets.plan import Forecast, size_text
-from dinov3_ray.datasets.source import read_whole
 from dinov3_ray.datasets.store import FeatureStore
-from dinov3_ray.errors import StoreError
+from dinov3_ray.errors import InputError, StoreError
 from dinov3_ray.features import Features, FeatureSpec
 from dinov3_ray.model import DinoV3Teacher
 from dinov3_ray.pictures import PcaBasis, save_grid
@@ -209,12 +209,9 @@ def _map(features: Features, layer: int | None) -> Tensor:
 
 
 def _original(store: FeatureStore, id_: str) -> np.ndarray | None:
-    """The image itself, where it is a file that is still there."""
-    source = store.manifest["source"]
-    if source["kind"] != "files":
+    """The image itself, where it is still there."""
+    try:
+        return Originals(store)(id_)
+    except (StoreError, InputError) as error:
+        click.echo(f"without the image: {error}", err=True)
         return None
-    content = read_whole(open_path(source["path"])[0], f"{source['root']}/{id_}")
-    if isinstance(content, Unreadable):
-        return None
-    decoded = Decoder(background=tuple(store.manifest["decoding"]["background"])).decode(content)
-    return decoded if isinstance(decoded, np.ndarray) else None

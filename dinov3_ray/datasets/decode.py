@@ -2,7 +2,7 @@
 
 What each kind becomes:
 
-- EXIF orientation is applied; of an animation, the first frame is taken.
+- EXIF orientation is applied, unless the EXIF data are damaged; of an animation, the first frame is taken.
 - Transparent pixels (RGBA, LA, palette transparency) are composited on a background, white unless told otherwise, as a
   browser shows them. Dropping the alpha channel would bring up colours that nobody sees.
 - Grey is repeated to three channels; 16-bit grey is scaled to 8 bits (Pillow's own conversion clips it to white);
@@ -138,8 +138,7 @@ class Decoder:
             if trouble is not None:
                 return trouble
             image.load()
-            upright = ImageOps.exif_transpose(image)
-            rgb = self._to_rgb(upright)
+            rgb = self._to_rgb(_upright(image))
         if isinstance(rgb, Unreadable):
             return rgb
         return np.ascontiguousarray(np.asarray(rgb, dtype=np.uint8).transpose(2, 0, 1))
@@ -156,6 +155,16 @@ class Decoder:
             top = image.convert("RGBA")
             return Image.alpha_composite(Image.new("RGBA", top.size, (*self.background, 255)), top).convert("RGB")
         return image.convert("RGB")
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """As EXIF says; as it is where that is damaged, since the pixels are not."""
+    try:
+        return ImageOps.exif_transpose(image)
+    except MemoryError:
+        raise
+    except Exception:  # noqa: BLE001 - SyntaxError, struct.error, ...: whatever Pillow's parser stumbles over
+        return image
 
 
 def _from_wide(image: Image.Image) -> Image.Image | Unreadable:

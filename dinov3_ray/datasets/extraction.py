@@ -11,21 +11,21 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-import numpy as np
 import ray
 import ray.data
-from ray.data.dataset import MaterializedDataset
 
 from dinov3_ray.config import DinoV3Config
 from dinov3_ray.datasets import plan as plans
 from dinov3_ray.datasets.decode import MAX_PIXELS, Decoder
-from dinov3_ray.datasets.decoding import Piece, decode_task
-from dinov3_ray.datasets.extractor import BlockExtractor, Job, TeacherFactory, probe
+from dinov3_ray.datasets.decoding import Piece
+from dinov3_ray.datasets.extractor import BlockExtractor, Job, TeacherFactory
 from dinov3_ray.datasets.layout import LEDGER, MANIFEST, PARTS, PLAN, Folder
-from dinov3_ray.datasets.opening import open_source
+from dinov3_ray.datasets.opening import check_there, open_source, reopen_source
 from dinov3_ray.datasets.placement import Placement, place
+from dinov3_ray.datasets.probing import ask_teacher, first_image
 from dinov3_ray.datasets.progress import Meter, metering
 from dinov3_ray.datasets.raydata import actor_pool, execution
+from dinov3_ray.datasets.rayrows import DATASET, DatasetRows
 from dinov3_ray.datasets.schema import spec_to_json
 from dinov3_ray.datasets.store import FeatureStore
 from dinov3_ray.datasets.writer import finish
@@ -41,7 +41,6 @@ logger = logging.getLogger("dinov3_ray")
 
 _BATCH = 32
 _PROBED_IMAGES = 8
-_PROBE_SECONDS = 20.0, 1800.0  # after which a teacher that is not there yet is told of, and given up
 
 
 @dataclass(frozen=True)
@@ -91,15 +90,17 @@ def extract(
 
     The same call resumes a run that ended early, however it ended: blocks in its ledger are neither computed nor read
     again, the source is not listed again (files that came since are not seen), and the result is the undisturbed
-    run's, row for row. Blocks that were on the way are computed anew.
+    run's, row for row. Blocks that were on the way are computed anew. Of a finished run, a source other than a Dataset
+    need not even be there any more.
 
     Ray is used as this process has it, joined at ``address``, or started for the run. Teachers run in an actor pool of
     Ray Data, one a GPU where the cluster has any; decoding runs in tasks on its CPUs.
 
     Args:
         source: a folder, file, glob or URI of images, WebDataset shards (.tar) or Parquet files; or a Ray Dataset with
-            a column of images (bytes, or uint8 arrays) and one of ids. A Dataset is read again when it is resumed, and
-            should give its rows in the same order; what is finished is dropped from it.
+            a column of images (bytes, or uint8 arrays) and one of ids. A Dataset's first rows are computed twice, to
+            see what it holds. It is read again when it is resumed, and must give its rows in the same order (shuffle
+            with a seed); what is finished is dropped from it.
         out: a folder; local, or a URI.
         config: the teacher: a configuration, the path of a model directory, or a picklable factory.
         spec: what to extract. Its ``dtype`` is the stored one: float32, float16, int8, or native (the compute dtype;
@@ -135,11 +136,15 @@ def extract(
             raise ConfigError(f"{name} must be at least 1; got {value}")
     folder = Folder.at(out, out_filesystem)
     decoder = Decoder(max_pixels, background=background)
+    old = folder.read_json(PLAN) if folder.exists(PLAN) else None
+    given = source if isinstance(source, ray.data.Dataset) else None
     images = None
     if not isinstance(source, ray.data.Dataset):
-        images = open_source(
-            source, filesystem=filesystem, image_column=image_column, id_column=id_column, exclude=folder.path
-        )
+        options = {"filesystem": filesystem, "image_column": image_column, "id_column": id_column}
+        if old is not None and old["source"]["kind"] != DATASET:
+            images = reopen_source(old["source"], source, **options)
+        else:
+            images = open_source(source, **options, exclude=folder.path)
     factory = None if config is None or isinstance(config, (DinoV3Config, str, os.PathLike)) else config
     model = None if config is None or factory is not None else DinoV3Config.of(config)  # type: ignore[arg-type]
     if pool is not None:
@@ -158,6 +163,7 @@ def extract(
             # Compiled code is not: torch.compile keeps state of its own. Of others' teachers nothing is known.
             reentrant=model is not None and not model.compile,
         )
+        rows = None if given is None else DatasetRows(given, image_column, id_column)
         job = Job(
             teacher=TeacherFactory(model, factory, "cuda" if placement.num_gpus else "cpu", placement.threads),
             folder=folder,
@@ -169,12 +175,12 @@ def extract(
             passes=placement.passes,
             window=placement.window,
             decode_cpus=placement.decode_cpus,
-            image_column=image_column,
-            id_column=id_column,
+            columns=None if rows is None else rows.columns,
         )
-        run = _Run(job, placement, source if images is None else None, block_size)
         with contextlib.nullcontext() if dry_run else folder.exclusive():
-            return run.execute(progress, check_space, dry_run, on_forecast)
+            if folder.exists(PLAN) != (old is not None):
+                raise StoreError(f"{folder.path} was changed by another run just now: run the same command again")
+            return _Run(job, placement, rows, block_size, old).execute(progress, check_space, dry_run, on_forecast)
     except ray.exceptions.RayError as error:
         own = _own_error(error)
         if own is None:
@@ -185,16 +191,27 @@ def extract(
 
 
 class _Run:
-    """One call of :func:`extract`, with Ray at hand."""
+    """One call of :func:`extract`, with Ray at hand.
+
+    Args:
+        given: the Dataset whose rows are the images, unless the job has a source.
+        old: the identity of the run that is resumed.
+    """
 
     def __init__(
-        self, job: Job, placement: Placement, dataset: ray.data.Dataset | None, block_size: int | None
+        self,
+        job: Job,
+        placement: Placement,
+        given: DatasetRows | None,
+        block_size: int | None,
+        old: dict[str, Any] | None,
     ) -> None:
         self.job = job
         self.folder = job.folder
         self.placement = placement
-        self.dataset = dataset
+        self.given = given
         self.block_size = block_size
+        self.old = old
 
     def execute(
         self,
@@ -203,14 +220,23 @@ class _Run:
         dry_run: bool,
         on_forecast: Callable[[plans.Forecast], None] | None,
     ) -> Extraction:
-        old = self.folder.read_json(PLAN) if self.folder.exists(PLAN) else None
-        rows = None if old is not None or self.job.source is None else self.job.source.rows()
-        identity, blocks = self._identify(old, rows)
-        if old is not None:
+        source = self.job.source
+        listed = None if self.old is not None or source is None else source.rows()
+        identity = self._identify(listed)
+        if self.old is not None:
             plans.check_same_run(self.folder, identity)
+        self.job = replace(self.job, identity=identity, batch_size=identity["batch_size"])
+        spans = None
+        if source is None:
+            sizes = []
+        elif listed is None:
+            sizes = plans.block_rows(self.folder)
+        else:
+            spans = plans.cut_blocks(listed, identity["block_size"], by_file=source.by_file)
+            sizes = [stop - start for start, stop in spans]
         finished = {name.removesuffix(".json") for name in self.folder.names(LEDGER, ".json")}
-        todo = [index for index in range(len(blocks)) if plans.block_name(index) not in finished]
-        forecast = self._forecast(identity, blocks, todo)
+        todo = [index for index in range(len(sizes)) if plans.block_name(index) not in finished]
+        forecast = self._forecast(identity, sizes, todo)
         if on_forecast is not None:
             on_forecast(forecast)
         if dry_run:
@@ -219,50 +245,60 @@ class _Run:
             return Extraction(forecast, self.folder.read_json(MANIFEST))
         if check_space and not forecast.fits:
             raise StoreError(f"out must have room for the features: {forecast} (check_space=False starts all the same)")
+        if source is not None and listed is None and todo:
+            check_there(source, plans.load_block(self.folder, todo[0]))
+        self._prepare(identity, listed, spans)
+        return self._work(identity, forecast, todo, progress)
+
+    def _prepare(self, identity: dict[str, Any], listed: Any, spans: list[tuple[int, int]] | None) -> None:
+        """The folders and the plan; what interrupted writes left is deleted."""
         for name in ("", PARTS, LEDGER):
             self.folder.make(name)
         self.folder.sweep(PARTS)
         self.folder.sweep(LEDGER)
-        if rows is not None:
-            plans.save_rows(self.folder, rows, plans.spans_of(blocks))
-        if old is None:
+        if spans is not None:
+            plans.save_rows(self.folder, listed, spans)
+        if self.old is None:
             self.folder.write_json(PLAN, identity)
-        self.job = replace(self.job, identity=identity, batch_size=identity["batch_size"])
-        computed = 0
+
+    def _work(
+        self, identity: dict[str, Any], forecast: plans.Forecast, todo: list[int], progress: bool | None
+    ) -> Extraction:
+        """Compute what is to do, and finish the store."""
+        computed = given = 0
+        order = []
         total = forecast.images
         done = 0 if total is None or forecast.remaining is None else total - forecast.remaining
-        given = 0
         with metering(progress, total, done) as meter:
             for result in self._results(todo, identity["block_size"]):
+                order.append(result["block"])
                 given += int(result["given"])
                 computed += bool(result["computed"])
                 meter.add(int(result["rows"] + result["errors"]), int(result["bytes"]))
-        manifest = finish(self.folder, identity, given if self.dataset is not None else None)
+        if self.given is None:
+            manifest = finish(self.folder, identity)
+        else:
+            manifest = finish(self.folder, identity, order=order, given=given)
         self._report(meter, manifest)
         return Extraction(forecast, manifest, computed, meter.images, round(meter.seconds, 3))
 
-    def _identify(self, old: dict[str, Any] | None, rows: Any) -> tuple[dict[str, Any], list[int]]:
-        """What tells this run from others, and the number of rows of each planned block.
+    def _identify(self, listed: Any) -> dict[str, Any]:
+        """What tells this run from others.
 
         Sizes of batches and blocks that are not asked for are those of the run that is resumed.
         """
-        given = {"batch_size": self.job.batch_size or None, "block_size": self.block_size}
-        kept = old or {}
-        found = self._probe([] if rows is None else self._first_images(rows))
-        if found["fingerprint"] is None:
-            raise StoreError(
-                "the teacher must have a fingerprint, or a resumed run could mix two teachers; got None: give it an "
-                "attribute `fingerprint`, a string that changes whenever its outputs would"
-            )
+        kept, images = self.old or {}, self.given or self.job.source
+        assert images is not None
+        image = None if kept else first_image(self._first(listed), self.job.decoder, self.placement.decode_cpus)
+        found = ask_teacher(self.job.teacher, self.job.spec, image, self.placement)
         decoder = replace(self.job.decoder, min_side=found["min_side"])
-        self.job = replace(self.job, decoder=decoder, made_by=found["made_by"])
-        size = plans.row_bytes(found["outputs"])
-        # A row's shapes may depend on the image, and without a listing the probe had none of this source's.
+        self.job = replace(self.job, decoder=decoder, made_by=found["made_by"], mixes_sizes=found["mixes_sizes"])
+        # A row's shapes may depend on the image, and without it the probe had none of this source's.
         outputs = kept.get("outputs", found["outputs"])
-        batch_size = given["batch_size"] or kept.get("batch_size") or _BATCH
-        block_size = given["block_size"] or kept.get("block_size") or plans.block_size_for(size, batch_size)
-        source = self.job.source
-        identity = {
+        batch_size = self.job.batch_size or kept.get("batch_size") or _BATCH
+        size = plans.row_bytes(outputs)
+        block_size = self.block_size or kept.get("block_size") or plans.block_size_for(size, batch_size)
+        return {
             "format": 1,
             "fingerprint": found["fingerprint"],
             "computed_in": found["computed_in"],
@@ -271,81 +307,43 @@ class _Run:
             "outputs": outputs,
             "preprocessing": found["preprocessing"],
             "decoding": {
-                "max_pixels": self.job.decoder.max_pixels,
-                "min_side": self.job.decoder.min_side,
-                "background": list(self.job.decoder.background),
+                "max_pixels": decoder.max_pixels,
+                "min_side": decoder.min_side,
+                "background": list(decoder.background),
             },
-            "source": {"kind": "dataset"} if source is None else source.describe(),
+            "source": images.describe(),
             "batch_size": batch_size,
             "block_size": block_size,
             "versions": plans.versions(),
         }
-        if rows is not None:
-            assert source is not None
-            spans = plans.cut_blocks(rows, block_size, by_file=source.by_file)
-            return identity, [stop - start for start, stop in spans]
-        return identity, [] if source is None else plans.block_rows(self.folder)
 
-    def _first_images(self, rows: Any) -> list[np.ndarray]:
-        """The readable ones of the source's first images, decoded where a fault in a decoder does no harm."""
-        source = self.job.source
-        assert source is not None
-        first = rows.slice(0, _PROBED_IMAGES)
-        ids = first["id"].to_pylist()
-        pieces = [Piece(0, [id_], source, first.slice(index, 1)) for index, id_ in enumerate(ids)]
-        images = []
-        for piece in pieces:
-            task = decode_task.options(num_cpus=self.placement.decode_cpus, num_returns="streaming", max_retries=1)
-            with contextlib.suppress(ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError):
-                for chunk in task.remote(piece, self.job.decoder, 1):
-                    images += [found.image for found in ray.get(chunk) if isinstance(found.image, np.ndarray)]
-            if images:
-                break
-        return images
+    def _first(self, listed: Any) -> list[Piece]:
+        """The first images, one a piece."""
+        if self.given is not None:
+            return [Piece(0, [row[0]], None, [row]) for row in self.given.first]
+        ids = listed["id"].slice(0, _PROBED_IMAGES).to_pylist()
+        return [Piece(0, [id_], self.job.source, listed.slice(index, 1)) for index, id_ in enumerate(ids)]
 
-    def _probe(self, images: list[np.ndarray]) -> dict[str, Any]:
-        task = ray.remote(num_cpus=self.placement.num_cpus, num_gpus=self.placement.num_gpus, max_retries=1)(probe)
-        pending = task.remote(self.job.teacher, self.job.spec, images)
-        patience, limit = _PROBE_SECONDS
-        if not ray.wait([pending], timeout=patience)[0]:
-            logger.warning("the first teacher is not ready after %g s: %s", patience, self._place_wanted())
-            if not ray.wait([pending], timeout=limit - patience)[0]:
-                ray.cancel(pending, force=True)
-                raise StoreError(f"a teacher must be ready within {limit:g} s: {self._place_wanted()}")
-        found: dict[str, Any] = ray.get(pending)
-        return found
-
-    def _place_wanted(self) -> str:
-        """What a teacher waits for, if it has no place yet."""
-        have, free = ray.cluster_resources(), ray.available_resources()
-        counts = ", ".join(f"{free.get(key, 0):g} of {have.get(key, 0):g} {key}" for key in ("GPU", "CPU"))
-        return (
-            f"it needs {self.placement.num_gpus:g} GPU and {self.placement.num_cpus:g} CPU in the cluster, and then "
-            f"time to load; free are {counts}. If a pool has the GPUs, extract through it (pool=NAME, --pool NAME), "
-            "or compute on CPUs (num_gpus=0, --num-gpus 0)"
-        )
-
-    def _forecast(self, identity: dict[str, Any], blocks: list[int], todo: list[int]) -> plans.Forecast:
-        images: int | None = sum(blocks)
-        remaining: int | None = sum(blocks[index] for index in todo)
-        if self.dataset is not None:
-            # Counting a Dataset that is not at hand would mean running it.
-            images = remaining = self.dataset.count() if isinstance(self.dataset, MaterializedDataset) else None
+    def _forecast(self, identity: dict[str, Any], sizes: list[int], todo: list[int]) -> plans.Forecast:
+        images: int | None = sum(sizes)
+        remaining: int | None = sum(sizes[index] for index in todo)
+        if self.given is not None:
+            images = remaining = self.given.count()
         outputs = identity["outputs"]
         maps = self.job.spec.feature_map or bool(self.job.spec.layers)
         return plans.Forecast(
             images,
             remaining,
             plans.row_bytes(outputs),
-            not maps or self.job.spec.map_size is not None or self.job.teacher.mixes_sizes,
+            not maps or self.job.spec.map_size is not None or self.job.mixes_sizes,
             plans.free_bytes(self.folder),
             plans.storage_note(identity["result_dtype"], outputs),
         )
 
     def _results(self, todo: list[int], block_size: int) -> Iterator[dict[str, Any]]:
         """What the extractors say of each block, as they finish."""
-        if self.dataset is not None:
-            dataset, rows = self.dataset, block_size
+        if self.given is not None:
+            dataset, rows = self.given.dataset, block_size
             self.job = replace(self.job, finished_ids=ray.put(self._finished_ids()))
         elif todo:
             dataset = ray.data.from_items([{"block": index} for index in todo], override_num_blocks=len(todo))
@@ -362,7 +360,7 @@ class _Run:
             **actor_pool(self.placement.replicas),
         )
         # A Dataset's rows must fall into the same blocks each time.
-        with execution(dataset.context, ordered=self.dataset is not None):
+        with execution(dataset.context, ordered=self.given is not None):
             for batch in dataset.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=0):
                 for values in zip(*batch.values(), strict=True):
                     result = dict(zip(batch, values, strict=True))

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import json
 import os
 import pickle
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,24 +16,22 @@ import torch
 
 from dinov3_ray.config import DinoV3Config
 from dinov3_ray.datasets.decode import Decoder, Unreadable
-from dinov3_ray.datasets.decoding import Decoded, Piece, decode_piece, decode_task
+from dinov3_ray.datasets.decoding import Decoded, Piece, decode_pieces
 from dinov3_ray.datasets.layout import Folder
-from dinov3_ray.datasets.parquetsource import ID_COLUMNS, IMAGE_COLUMNS
 from dinov3_ray.datasets.plan import block_name, load_block
+from dinov3_ray.datasets.rayrows import Columns, name_of
 from dinov3_ray.datasets.schema import Row, encode_columns
-from dinov3_ray.datasets.source import Content, Source
+from dinov3_ray.datasets.source import Source
 from dinov3_ray.datasets.writer import BlockWriter, is_finished
 from dinov3_ray.errors import DinoV3Error, InputError, StoreError
 from dinov3_ray.features import FeatureSpec
 from dinov3_ray.model import DinoV3Teacher
 from dinov3_ray.teacher import Extractor, computed_in
 
-__all__ = ["BlockExtractor", "Job", "TeacherFactory", "probe"]
+__all__ = ["BlockExtractor", "Job", "TeacherFactory"]
 
-_CHUNK_BYTES = 2**24
 _BUFFERED_BYTES = 2**28
 _AHEAD = 2  # batches given to each of the teacher's threads before the first of them is waited for
-_STALL_SECONDS = 1800.0
 
 
 @dataclass(frozen=True)
@@ -57,22 +52,18 @@ class TeacherFactory:
             return self.factory()
         return DinoV3Teacher(self.config, self.device)
 
-    @property
-    def mixes_sizes(self) -> bool:
-        """Whether images of different sizes can share a batch, since the teacher brings them to one."""
-        return self.config is not None and self.config.preprocessing.has_fixed_size
-
 
 @dataclass(frozen=True)
 class Job:
     """All that an extractor needs.
 
     Attributes:
-        source: None where the images come as rows of a Ray Dataset.
+        source, columns: one of them, as the images are those of a planned source, or rows of a Ray Dataset.
         passes: that an actor's teacher makes at a time; 1 on a GPU, where one thread does all the work.
         window: decoding tasks a call keeps going.
         finished_ids: a reference to the ids that need no work, for a Ray Dataset.
         made_by: the fingerprint of the teacher's results, which is its own, or that of another one inside it.
+        mixes_sizes: whether images of different sizes can share a batch, since the teacher brings them to one.
     """
 
     teacher: TeacherFactory
@@ -85,45 +76,10 @@ class Job:
     passes: int
     window: int
     decode_cpus: float
-    image_column: str | None = None
-    id_column: str | None = None
+    columns: Columns | None = None
     finished_ids: Any = None
     made_by: str | None = None
-
-
-def probe(teacher: TeacherFactory, spec: FeatureSpec, images: Sequence[np.ndarray]) -> dict[str, Any]:
-    """What the teacher says of itself, and the shapes and dtypes of what it gives for the first image it can take.
-
-    ``images`` are uint8 [3,H,W]; where the teacher takes none of them, a grey square stands for them.
-    """
-    extractor = teacher()
-    patch_size = int(getattr(extractor, "patch_size", 1))
-    features = None
-    for image in images:
-        with contextlib.suppress(InputError):  # it will be in the errors, with this reason
-            features = extractor.extract(torch.from_numpy(np.array(image))[None], spec.native())
-            break
-    if features is None:
-        features = extractor.extract(torch.full((1, 3, 224, 224), 128, dtype=torch.uint8), spec.native())
-    columns, result_dtype = encode_columns(features, spec)
-    config = getattr(extractor, "config", None)
-    rule = asdict(config.preprocessing) if isinstance(config, DinoV3Config) else None
-    found = {
-        "fingerprint": getattr(extractor, "fingerprint", None) or features.fingerprint,
-        "made_by": features.fingerprint,
-        "computed_in": computed_in(extractor),
-        # By way of JSON, so that what is compared with a former run's is of the same types.
-        "preprocessing": json.loads(json.dumps(rule)),
-        "min_side": patch_size,
-        "result_dtype": result_dtype,
-        "outputs": {
-            name: {"dtype": array.dtype.str, "shape": list(array.shape[1:])} for name, array in columns.items()
-        },
-    }
-    close = getattr(extractor, "close", None)
-    if close is not None:  # a pool's client; its process goes on to other work
-        close()
-    return found
+    mixes_sizes: bool = False
 
 
 class BlockExtractor:
@@ -153,7 +109,7 @@ class BlockExtractor:
         else:
             name, pieces = self._given(batch)
         given = len(next(iter(batch.values())))
-        done = {"given": given, "rows": 0, "errors": 0, "bytes": 0, "computed": False}
+        done = {"block": name, "given": given, "rows": 0, "errors": 0, "bytes": 0, "computed": False}
         failure = b""
         try:
             if pieces and not is_finished(self._job.folder, name):
@@ -174,23 +130,23 @@ class BlockExtractor:
         return block_name(block), pieces
 
     def _given(self, batch: dict[str, np.ndarray]) -> tuple[str, list[Piece]]:
-        """Rows of a Ray Dataset have no place of their own: the block's name is that of its ids."""
-        images = _column(batch, self._job.image_column, IMAGE_COLUMNS, "image_column")
-        ids = [str(id_) for id_ in _column(batch, self._job.id_column, ID_COLUMNS, "id_column")]
-        rows: list[tuple[str, Content]] = [
-            (id_, _content(image)) for id_, image in zip(ids, images, strict=True) if id_ not in self._finished
-        ]
+        """The rows that are not finished, under the name of all of them: it is the same when the run is resumed."""
+        assert self._job.columns is not None
+        contents = self._job.columns.contents(batch)
+        rows = [row for row in contents if row[0] not in self._finished]
         whole = Piece(0, [id_ for id_, _ in rows], None, rows)
         step = self._job.batch_size
         pieces = [whole.part(start, start + step) for start in range(0, len(rows), step)]
-        return "k" + hashlib.sha256("\0".join(id_ for id_, _ in rows).encode()).hexdigest()[:24], pieces
+        return name_of([id_ for id_, _ in contents]), pieces
 
     def _extract(self, name: str, pieces: Sequence[Piece]) -> dict[str, Any]:
-        writer = BlockWriter(self._job.folder, name, self._job.identity)
+        job = self._job
+        writer = BlockWriter(job.folder, name, job.identity)
         running: deque[tuple[list[Decoded], Future[dict[str, np.ndarray]]]] = deque()
-        for batch in self._batches(self._decoded(pieces), writer):
+        images = decode_pieces(pieces, job.decoder, cpus=job.decode_cpus, window=job.window)
+        for batch in self._batches(images, writer):
             running.append((batch, self._thread.submit(self._compute, batch)))
-            if len(running) > _AHEAD * self._job.passes:
+            if len(running) > _AHEAD * job.passes:
                 self._gather(*running.popleft(), writer)
         while running:
             self._gather(*running.popleft(), writer)
@@ -204,7 +160,7 @@ class BlockExtractor:
             if isinstance(decoded.image, Unreadable):
                 writer.fail(decoded.position, decoded.id, decoded.image)
                 continue
-            key = () if self._job.teacher.mixes_sizes else decoded.image.shape
+            key = () if self._job.mixes_sizes else decoded.image.shape
             groups.setdefault(key, []).append(decoded)
             buffered += decoded.image.nbytes
             full = key
@@ -252,67 +208,6 @@ class BlockExtractor:
         rows = [Row(decoded.id, shape[1], shape[2], decoded.view) for decoded, shape in zip(batch, shapes, strict=True)]
         writer.add([decoded.position for decoded in batch], rows, columns)
 
-    def _decoded(self, pieces: Sequence[Piece]) -> Iterator[Decoded]:
-        """The images of ``pieces`` in order, a few pieces being decoded at a time."""
-        if all(piece.is_decoded for piece in pieces):
-            # To send pixels to a task and back would cost more than is left to do with them.
-            for piece in pieces:
-                for chunk in decode_piece(piece, self._job.decoder, _CHUNK_BYTES):
-                    yield from chunk
-            return
-        waiting = deque(pieces)
-        running: deque[tuple[Piece, Any]] = deque()
-        while waiting or running:
-            while waiting and len(running) < self._job.window:
-                piece = waiting.popleft()
-                running.append((piece, self._start(piece, retries=3)))
-            yield from self._drain(*running.popleft())
-
-    def _start(self, piece: Piece, *, retries: int) -> Any:
-        options = decode_task.options(
-            num_cpus=self._job.decode_cpus,
-            num_returns="streaming",
-            max_retries=retries,
-            # Decoding does not run ahead of the teacher by more than this many chunks a task.
-            _generator_backpressure_num_objects=2,
-        )
-        return options.remote(piece, self._job.decoder, _CHUNK_BYTES)
-
-    def _drain(self, piece: Piece, stream: Any) -> Iterator[Decoded]:
-        """What a task gives. Of a piece that ends process after process, halves are tried, down to the one image."""
-        taken = 0
-        try:
-            for chunk in _chunks(stream, piece):
-                yield from chunk
-                taken += len(chunk)
-        except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError) as error:
-            left = len(piece.ids) - taken
-            if left == 0:
-                return
-            if left == 1:
-                trouble = Unreadable("crashed the decoder", f"{type(error).__name__}, again and again")
-                yield Decoded(piece.positions[-1], piece.ids[-1], trouble, b"")
-                return
-            middle = taken + left // 2
-            for half in (piece.part(taken, middle), piece.part(middle, len(piece.ids))):
-                yield from self._drain(half, self._start(half, retries=1))
-
-
-def _chunks(stream: Any, piece: Piece) -> Iterator[list[Decoded]]:
-    while True:
-        ready, _ = ray.wait([stream], timeout=_STALL_SECONDS)
-        if not ready:
-            raise StoreError(
-                f"decoding {piece.ids[0]!r} and the next {len(piece.ids) - 1} images gave nothing for "
-                f"{_STALL_SECONDS:.0f} s: is the file system stuck, or has the cluster no CPU left?"
-            )
-        try:
-            reference = next(stream)
-        except StopIteration:
-            return
-        chunk: list[Decoded] = ray.get(reference)
-        yield chunk
-
 
 def _cores() -> int:
     """That this process may use; where the system cannot say, all."""
@@ -322,20 +217,3 @@ def _cores() -> int:
 def _pixels(decoded: Decoded) -> np.ndarray:
     assert isinstance(decoded.image, np.ndarray)
     return decoded.image
-
-
-def _content(value: Any) -> Content:
-    """A cell of a Ray Dataset's image column."""
-    if isinstance(value, dict):
-        value = value.get("bytes")
-    if value is None:
-        return Unreadable("missing", "the row has no image (null)")
-    return value if isinstance(value, np.ndarray) else bytes(value)
-
-
-def _column(batch: Mapping[str, np.ndarray], given: str | None, names: Sequence[str], option: str) -> np.ndarray:
-    for name in (given,) if given is not None else names:
-        if name in batch:
-            return batch[name]
-    remedy = " (ray.data.read_images has include_paths=True)" if option == "id_column" else ""
-    raise StoreError(f"{option} must name a column of the Dataset; got {given!r}, there are {list(batch)}{remedy}")

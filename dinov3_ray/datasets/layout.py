@@ -94,7 +94,7 @@ class Folder:
         """Raises StoreError where the file is missing or not JSON."""
         try:
             return json.loads(self.read(name))
-        except FileNotFoundError as error:
+        except (FileNotFoundError, NotADirectoryError) as error:
             raise StoreError(f"{self.path} is not a feature store: it has no {name}") from error
         except ValueError as error:
             raise StoreError(f"{self.join(name)} is damaged: {error}") from error
@@ -132,9 +132,12 @@ class Folder:
         The lock is the kernel's, and ends with the process, however that ends.
 
         Raises:
-            StoreError: another process holds it.
+            StoreError: another process holds it, or it cannot be made.
         """
-        self.make()
+        try:
+            self.make()
+        except OSError as error:
+            raise StoreError(f"out must be a folder that can be written, or made; got {self.path}: {error}") from error
         if not self.is_local:
             yield
             return

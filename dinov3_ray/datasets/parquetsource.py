@@ -65,7 +65,8 @@ class ParquetSource:
         return cls(system, root, name, tuple(file for file, _ in files), image, id_ or ROW_NUMBER)
 
     def describe(self) -> dict[str, Any]:
-        return {"kind": "parquet", "path": self.name, "image_column": self.image_column, "id_column": self.id_column}
+        columns = {"image_column": self.image_column, "id_column": self.id_column}
+        return {"kind": "parquet", "path": self.name, "root": self.root, **columns}
 
     def rows(self) -> pa.Table:
         rows = [row for file in self.files for row in self._rows(file)]

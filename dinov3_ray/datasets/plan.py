@@ -28,6 +28,7 @@ __all__ = [
     "differences",
     "free_bytes",
     "load_block",
+    "load_rows",
     "row_bytes",
     "save_rows",
     "size_text",
@@ -156,6 +157,12 @@ def load_block(folder: Folder, index: int) -> pa.Table:
     """The rows of a block."""
     with folder.system.open_input_file(folder.join(PLAN_ROWS)) as file:
         return pa.Table.from_batches([pa.ipc.open_file(file).get_batch(index)])
+
+
+def load_rows(folder: Folder) -> pa.Table:
+    """The whole listing."""
+    with folder.system.open_input_file(folder.join(PLAN_ROWS)) as file:
+        return pa.ipc.open_file(file).read_all()
 
 
 def block_rows(folder: Folder) -> list[int]:

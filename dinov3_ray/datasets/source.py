@@ -17,12 +17,15 @@ import pyarrow as pa
 from dinov3_ray.datasets.decode import Unreadable
 from dinov3_ray.errors import StoreError
 
-__all__ = ["LISTING", "Content", "FileSource", "Source", "check_unique", "listing", "read_whole"]
+__all__ = ["IRREGULAR", "LISTING", "Content", "FileSource", "Source", "check_unique", "listing", "read_whole"]
 
 LISTING = pa.schema([("id", pa.string()), ("file", pa.string()), ("offset", pa.int64()), ("size", pa.int64())])
 
 Content = bytes | np.ndarray | Unreadable
 """What a source has of one image: encoded bytes, decoded pixels, or why it has neither."""
+
+IRREGULAR = -1
+"""In place of a size: a pipe, a socket or a device, which might never end."""
 
 _SLICE = 32
 #: Seconds before another attempt at a read that failed: networks recover.
@@ -31,6 +34,16 @@ PAUSES = 0.2, 0.8
 
 class Source(Protocol):
     """Images that can be listed, and read row by row; picklable."""
+
+    @property
+    def system(self) -> Any:
+        """The pyarrow file system that they are on."""
+        ...
+
+    @property
+    def root(self) -> str:
+        """The folder in it that names of files are relative to."""
+        ...
 
     @property
     def by_file(self) -> bool:
@@ -75,8 +88,11 @@ class FileSource:
         return [rows.slice(start, _SLICE) for start in range(0, len(rows), _SLICE)]
 
     def read(self, rows: pa.Table) -> Iterator[tuple[str, Content]]:
-        for id_, file in zip(rows["id"].to_pylist(), rows["file"].to_pylist(), strict=True):
-            yield id_, read_whole(self.system, f"{self.root}/{file}")
+        for row in rows.to_pylist():
+            if row["size"] == IRREGULAR:
+                yield row["id"], Unreadable("not an image", "neither a file nor a folder: a pipe, a socket or a device")
+            else:
+                yield row["id"], read_whole(self.system, f"{self.root}/{row['file']}")
 
     def __getstate__(self) -> dict[str, Any]:
         # Tasks get their rows; the listing stays with the driver.

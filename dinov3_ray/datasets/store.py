@@ -43,26 +43,26 @@ class FeatureStore:
     """
 
     def __init__(self, out: str | os.PathLike[str], *, filesystem: Any = None, partial: bool = False) -> None:
-        self._folder = Folder.at(out, filesystem)
-        plan = self._folder.read_json(PLAN)
-        self.complete = self._folder.exists(MANIFEST)
+        self.folder = Folder.at(out, filesystem)
+        """Where it is."""
+        plan = self.folder.read_json(PLAN)
+        self.complete = self.folder.exists(MANIFEST)
         if not self.complete and not partial:
             raise StoreError(
-                f"the extraction into {self._folder.path} is not finished: run the same command again to go on with "
+                f"the extraction into {self.folder.path} is not finished: run the same command again to go on with "
                 "it, or pass partial=True to read what is there"
             )
-        self.manifest: dict[str, Any] = self._folder.read_json(MANIFEST) if self.complete else plan
+        self.manifest: dict[str, Any] = self.folder.read_json(MANIFEST) if self.complete else plan
         """fingerprint, spec, preprocessing, versions; counts once the run is finished."""
         self._parts = [
-            _Part(
-                self._folder, part["file"], {name: Column.from_json(value) for name, value in part["columns"].items()}
-            )
+            _Part(self.folder, part["file"], {name: Column.from_json(value) for name, value in part["columns"].items()})
             for entry in self._ledger()
             for part in entry["parts"]
         ]
         index = self._read_index()
         self.ids: tuple[str, ...] = tuple(index["id"].to_pylist())
-        """Of the rows, in the source's order."""
+        """Of the rows: block by block in the source's order, and in a block by the shape of their outputs; in no order
+        of blocks while the source is a Ray Dataset and its run not finished."""
         self._part = index["part"].to_numpy()
         self._row = index["row"].to_numpy()
         self._sizes = np.stack([index["height"].to_numpy(), index["width"].to_numpy()], axis=1)
@@ -73,12 +73,12 @@ class FeatureStore:
         if self.complete:
             entries: list[dict[str, Any]] = self.manifest["blocks"]
             return entries
-        return [self._folder.read_json(f"{LEDGER}/{name}") for name in self._folder.names(LEDGER, ".json")]
+        return [self.folder.read_json(f"{LEDGER}/{name}") for name in self.folder.names(LEDGER, ".json")]
 
     def _read_index(self) -> pa.Table:
         if self.complete:
-            return pq.read_table(io.BytesIO(self._folder.read(INDEX)))
-        return index_table(self._folder, [part.file for part in self._parts])
+            return pq.read_table(io.BytesIO(self.folder.read(INDEX)))
+        return index_table(self.folder, [part.file for part in self._parts])
 
     @property
     def fingerprint(self) -> str | None:
@@ -95,7 +95,7 @@ class FeatureStore:
     def errors(self) -> pa.Table:
         """The images that have no features: id, kind, detail."""
         if self.complete:
-            return pq.read_table(io.BytesIO(self._folder.read(ERRORS)))
+            return pq.read_table(io.BytesIO(self.folder.read(ERRORS)))
         return errors_table(self._ledger())
 
     def __len__(self) -> int:
@@ -121,8 +121,10 @@ class FeatureStore:
         """The features of several images, B = len(ids), in this order.
 
         Raises:
-            StoreError: one of them is missing, or their outputs differ in shape.
+            StoreError: one of them is missing, there are none, or their outputs differ in shape.
         """
+        if not len(ids):
+            raise StoreError("ids must name at least one image; got none")
         places = [self.place(id_) for id_ in ids]
         shapes = {self._parts[self._part[place]].shapes for place in places}
         if len(shapes) != 1:
@@ -180,7 +182,7 @@ class FeatureStore:
 
     def __repr__(self) -> str:
         state = "" if self.complete else ", unfinished"
-        return f"FeatureStore({self._folder.path!r}, {len(self)} images, teacher {self.fingerprint}{state})"
+        return f"FeatureStore({self.folder.path!r}, {len(self)} images, teacher {self.fingerprint}{state})"
 
     def _why_missing(self, id_: object) -> str:
         if not isinstance(id_, str):
@@ -188,7 +190,7 @@ class FeatureStore:
         for row in self.errors.to_pylist():
             if row["id"] == id_:
                 return f"image {id_!r} has no features, since it could not be read ({row['kind']}): {row['detail']}"
-        return f"the store {self._folder.path} has no image {id_!r}; its ids look like {self.ids[:1]}"
+        return f"the store {self.folder.path} has no image {id_!r}; its ids look like {self.ids[:1]}"
 
     def _decode(self, columns: Mapping[str, np.ndarray]) -> Features:
         return decode_columns(columns, self.manifest["result_dtype"], self.fingerprint)
@@ -268,14 +270,28 @@ class _Part:
         return self.folder.join(f"{PARTS}/{self.file}")
 
     def _bytes(self, start: int, stop: int) -> np.ndarray:
-        if not self.folder.is_local:
-            with self.folder.system.open_input_file(self._path) as file:
-                return np.frombuffer(file.read_at(stop - start, start), np.uint8)
-        if self._map is None:
-            # Not Python's mmap, which keeps the file open: a store may have more parts than a process may open files.
-            with pa.memory_map(self._path) as file:
-                self._map = np.frombuffer(file.read_buffer(), np.uint8)
-        return self._map[start:stop]
+        try:
+            if not self.folder.is_local:
+                with self.folder.system.open_input_file(self._path) as file:
+                    found = np.frombuffer(file.read_at(stop - start, start), np.uint8)
+            else:
+                if self._map is None:
+                    # Not Python's mmap, which keeps the file open: a store may have more parts than a process may open.
+                    with pa.memory_map(self._path) as file:
+                        self._map = np.frombuffer(file.read_buffer(), np.uint8)
+                found = self._map[start:stop]
+        except OSError as error:
+            raise StoreError(self._damage(str(error))) from error
+        if len(found) < stop - start:
+            raise StoreError(self._damage("the file ends early"))
+        return found
+
+    def _damage(self, what: str) -> str:
+        entry = self.folder.join(f"{LEDGER}/{self.file.partition('.')[0]}.json")
+        return (
+            f"{self._path} cannot be read: {what}. To have its features computed anew, delete {entry} and "
+            f"{self.folder.join(MANIFEST)}, and run the extraction again"
+        )
 
     def _decoded(self, name: str, start: int, stop: int) -> np.ndarray:
         """Rows of a column that Parquet must decode.

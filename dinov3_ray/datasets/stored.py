@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from dinov3_ray.datasets.originals import Originals
 from dinov3_ray.datasets.store import FeatureStore
 from dinov3_ray.datasets.views import view_digest
 from dinov3_ray.errors import MissingViewError, SpecError, StoreError
@@ -153,15 +154,20 @@ class TargetDataset(Dataset[tuple[Any, Features]]):
 
     Args:
         store: gives the ids, in its order, and the targets.
-        read: gives the image (or any sample: pixels and boxes) of an id, upright as the teacher saw it. For stores of
-            local files, ``lambda id: Decoder().read(Path(root, id).read_bytes(), id)`` (of
-            :mod:`dinov3_ray.datasets.decode`: uint8 [3,H,W], turned as EXIF says).
+        read: gives the image (or any sample: pixels and boxes) of an id, upright as the teacher saw it. By default, the
+            image is read from where it was extracted, uint8 [3,H,W]; see
+            :class:`~dinov3_ray.datasets.originals.Originals`.
         ids: a subset, or another order; all of the store's by default.
+
+    Raises:
+        StoreError: the store has not all of ``ids``, or no images of its own to read.
     """
 
-    def __init__(self, store: FeatureStore, read: Callable[[str], Any], ids: Sequence[str] | None = None) -> None:
+    def __init__(
+        self, store: FeatureStore, read: Callable[[str], Any] | None = None, ids: Sequence[str] | None = None
+    ) -> None:
         self.store = store
-        self.read = read
+        self.read = Originals(store) if read is None else read
         self.ids = store.ids if ids is None else tuple(ids)
         for id_ in self.ids:
             store.place(id_)
@@ -175,7 +181,8 @@ class TargetDataset(Dataset[tuple[Any, Features]]):
 
     @staticmethod
     def collate(items: Sequence[tuple[Any, Features]]) -> tuple[Any, Features]:
-        """For ``DataLoader(collate_fn=...)``: images stacked if they are tensors of one shape, else a list."""
+        """For ``DataLoader(collate_fn=...)``: images as tensors, stacked if they are of one shape, else a list."""
         samples, features = zip(*items, strict=True)
+        samples = tuple(torch.from_numpy(item) if isinstance(item, np.ndarray) else item for item in samples)
         tensors = all(isinstance(sample, Tensor) and sample.shape == samples[0].shape for sample in samples)
         return (torch.stack(samples) if tensors else list(samples)), Features.cat(features)

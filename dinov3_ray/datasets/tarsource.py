@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import posixpath
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ IMAGE_EXTENSIONS = frozenset(
 )
 """Of names that are taken for images where other files are expected beside them."""
 
-_NO_IMAGE, _DAMAGED = -1, -2  # in place of a size
+_NO_IMAGE, _DAMAGED, _DANGLING = -1, -2, -3  # in place of a size
 _SLICE = 32
 
 
@@ -39,7 +40,7 @@ class TarSource:
     by_file: bool = True
 
     def describe(self) -> dict[str, Any]:
-        return {"kind": "webdataset", "path": self.name}
+        return {"kind": "webdataset", "path": self.name, "root": self.root}
 
     def rows(self) -> pa.Table:
         rows = [row for file in self.files for row in self._members(file)]
@@ -54,6 +55,8 @@ class TarSource:
             path = f"{self.root}/{row['file']}"
             if row["size"] == _NO_IMAGE:
                 yield row["id"], Unreadable("missing", f"the sample in {row['file']} has no member that is an image")
+            elif row["size"] == _DANGLING:
+                yield row["id"], Unreadable("missing", f"a link in {row['file']} to a member that is not there")
             elif row["size"] == _DAMAGED:
                 yield row["id"], Unreadable("truncated", f"the shard is damaged from byte {row['offset']} on")
             else:
@@ -63,23 +66,33 @@ class TarSource:
                 yield row["id"], data
 
     def _members(self, file: str) -> Iterator[tuple[str, str, int, int]]:
-        samples: dict[str, list[tuple[str, int, int]]] = {}
+        samples: dict[str, list[tuple[str, str]]] = {}  # by key: extension, and the member that has the content
+        places: dict[str, tuple[int, int]] = {}
         damaged = None
         with self.system.open_input_file(f"{self.root}/{file}") as stream:
             try:
                 with tarfile.open(fileobj=stream, mode="r:") as archive:
                     for member in archive:
+                        folder, _, name = member.name.rpartition("/")
+                        stem, _, extension = name.partition(".")
+                        key = f"{folder}/{stem}" if folder else stem
+                        content = posixpath.normpath(member.name)
                         if member.isfile():
-                            folder, _, name = member.name.rpartition("/")
-                            stem, _, extension = name.partition(".")
-                            key = f"{folder}/{stem}" if folder else stem
-                            samples.setdefault(key, []).append((extension, member.offset_data, member.size))
+                            places[content] = member.offset_data, member.size
+                        elif member.islnk():  # as tar packs a file that has several names
+                            content = posixpath.normpath(member.linkname)
+                        elif member.issym():
+                            content = posixpath.normpath(posixpath.join(folder, member.linkname))
+                        else:
+                            continue
+                        samples.setdefault(key, []).append((extension, content))
             except tarfile.TarError:
                 damaged = stream.tell()
         for key, members in samples.items():
             images = [member for member in members if member[0].lower().rpartition(".")[2] in IMAGE_EXTENSIONS]
-            for extension, offset, size in images:
-                yield (key if len(images) == 1 else f"{key}.{extension}"), file, offset, size
+            for extension, content in images:
+                place = places.get(content, (0, _DANGLING))
+                yield (key if len(images) == 1 else f"{key}.{extension}"), file, *place
             if not images:
                 yield key, file, 0, _NO_IMAGE
         if damaged is not None:

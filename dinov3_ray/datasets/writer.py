@@ -88,21 +88,36 @@ def is_finished(folder: Folder, name: str) -> bool:
     return folder.exists(f"{LEDGER}/{name}.json")
 
 
-def finish(folder: Folder, identity: Mapping[str, Any], given: int | None = None) -> dict[str, Any]:
+def finish(
+    folder: Folder, identity: Mapping[str, Any], *, order: Sequence[str] | None = None, given: int | None = None
+) -> dict[str, Any]:
     """Write the index, the errors and, last, the manifest of a run whose blocks are all in the ledger.
+
+    Args:
+        order: the blocks' names as their rows came; by default, as they sort.
+        given: the number of rows that came.
 
     Raises:
         StoreError: ids are not unique; or ``given`` rows have become another number of rows and errors.
     """
     ledger = [folder.read_json(f"{LEDGER}/{name}") for name in folder.names(LEDGER, ".json")]
+    if order is not None:
+        places = {name: place for place, name in enumerate(order)}
+        ledger.sort(key=lambda entry: places.get(entry["block"], len(places)))
     files = [part["file"] for entry in ledger for part in entry["parts"]]
     errors = errors_table(ledger)
     index = index_table(folder, files)
     check_unique([*index["id"].to_pylist(), *errors["id"].to_pylist()], "name another id_column")
-    if given not in (None, len(index) + len(errors)):
+    held = len(index) + len(errors)
+    if given is not None and given < held:
         raise StoreError(
-            f"each row of the Dataset must have an id of its own; of {given} rows, {len(index) + len(errors)} have: "
-            "name another id_column, and extract into another folder"
+            f"a Dataset must have the same rows when it is resumed; it has {given}, but {folder.path} holds {held}: "
+            "extract another Dataset into another folder"
+        )
+    if given is not None and given > held:
+        raise StoreError(
+            f"each row of the Dataset must have an id of its own; of {given} rows, {held} have: name another "
+            "id_column, and extract into another folder"
         )
     kinds: dict[str, int] = {}
     for kind in errors["kind"].to_pylist():

@@ -11,6 +11,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
 from dinov3_ray.pool.options import PoolOptions
+from dinov3_ray.preprocessing import Preprocessing
 
 if TYPE_CHECKING:  # they load torch, which the controller has no use for
     from dinov3_ray.features import FeatureSpec
@@ -110,6 +111,7 @@ class TeacherInfo:
     computed_in: str | None = None
     device: str = "cpu"
     golden_cosine: float | None = None
+    preprocessing: Preprocessing | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,6 +21,7 @@ from dinov3_ray.pool.messages import PoolView, TeacherInfo
 from dinov3_ray.pool.registry import open_transport
 from dinov3_ray.pool.router import Router
 from dinov3_ray.pool.routing import Limits, RoutingStatistics
+from dinov3_ray.preprocessing import Preprocessing
 from dinov3_ray.training.prefetch import OnReload, Prefetch, prefetch
 
 __all__ = ["RemoteTeacher"]
@@ -198,6 +199,11 @@ class RemoteTeacher:
     def computed_in(self) -> str | None:
         """How exactly the teacher computes, such as bfloat16 or float8; None if it does not say."""
         return self.info.computed_in or self.info.dtype
+
+    @property
+    def preprocessing(self) -> Preprocessing | None:
+        """How the teacher brings images to its input; None if it does not say."""
+        return self.info.preprocessing
 
     @property
     def patch_size(self) -> int:
