@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,11 +24,13 @@ from picturefiles import EVERY, damage_of, file_name, write_pictures
 from PIL import Image
 from pyarrow import fs as pafs
 from torch import Tensor
+from waiting import until
 
 from dinov3_ray.config import DinoV3Config
-from dinov3_ray.datasets import FeatureStore, StoredTeacher, extract, plan, probing
+from dinov3_ray.datasets import FeatureStore, StoredTeacher, extract, plan, probing, watch
 from dinov3_ray.datasets.decode import Decoder
 from dinov3_ray.datasets.layout import Folder
+from dinov3_ray.datasets.placement import place
 from dinov3_ray.errors import ConfigError, MissingViewError, StoreError
 from dinov3_ray.features import Features, FeatureSpec
 from dinov3_ray.images import Images
@@ -355,6 +358,22 @@ def test_two_runs_into_one_folder_are_refused(few: Path, tmp_path: Path, ray_clu
         pytest.raises(StoreError, match="is being written by another run"),
     ):
         extract(few, tmp_path / "out", FakeTeacher.factory(), SPEC)
+
+
+def test_gpus_that_are_lost_are_told_once(
+    ray_cluster: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    on_gpus = place({"GPU": 2, "CPU": 8}, 2)
+    assert watch.lost(on_gpus, {"GPU": 2.0}) is None
+    assert watch.lost(place({"CPU": 8}, 2), {"CPU": 4.0}) is None
+    said = watch.lost(on_gpus, {"GPU": 1.0, "CPU": 4.0})
+    assert said is not None
+    assert "has 1 of the 2 GPUs that the teachers began with" in said
+    monkeypatch.setattr(watch, "_SECONDS", 0.02)
+    with caplog.at_level(logging.WARNING), watch.watching(on_gpus):  # the tests' Ray has none
+        until(lambda: "has 0 of the 2 GPUs" in caplog.text, "the loss is told")
+        time.sleep(0.2)
+    assert len(caplog.records) == 1
 
 
 def test_options_that_contradict_each_other(few: Path, tmp_path: Path, ray_cluster: str) -> None:
