@@ -18,7 +18,7 @@ from dinov3_ray.datasets.extractor import Job, TeacherFactory
 from dinov3_ray.datasets.layout import PLAN, Folder
 from dinov3_ray.datasets.opening import open_source, reopen_source
 from dinov3_ray.datasets.placement import place
-from dinov3_ray.datasets.rayrows import DATASET, DatasetRows
+from dinov3_ray.datasets.rayrows import DatasetRows
 from dinov3_ray.datasets.run import Extraction, Run
 from dinov3_ray.errors import ConfigError, DinoV3Error, StoreError
 from dinov3_ray.features import FeatureSpec
@@ -109,7 +109,7 @@ def extract(
     images = None
     if not isinstance(source, ray.data.Dataset):
         options = {"filesystem": filesystem, "image_column": image_column, "id_column": id_column}
-        if old is not None and old["source"]["kind"] != DATASET:
+        if old is not None and "root" in old["source"]:
             images = reopen_source(old["source"], source, **options)
         else:
             images = open_source(source, **options, exclude=folder.path)

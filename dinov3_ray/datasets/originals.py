@@ -33,7 +33,7 @@ class Originals:
     def __init__(self, store: FeatureStore, *, filesystem: Any = None) -> None:
         manifest = store.manifest
         described, rules = manifest["source"], manifest["decoding"]
-        if "path" not in described:
+        if "root" not in described:
             raise StoreError(f"the images of {store!r} were rows of a Ray Dataset: read them from there")
         self._store = store
         self._source = reopen_source(described, described["path"], filesystem=filesystem)

@@ -17,10 +17,7 @@ from dinov3_ray.datasets.raydata import execution
 from dinov3_ray.datasets.source import Content
 from dinov3_ray.errors import StoreError
 
-__all__ = ["DATASET", "Columns", "DatasetRows", "name_of"]
-
-DATASET = "dataset"
-"""The kind of source."""
+__all__ = ["Columns", "DatasetRows", "name_of"]
 
 _LOOKED_AT = 8
 
@@ -61,7 +58,7 @@ class DatasetRows:
     def describe(self) -> dict[str, Any]:
         """What tells this Dataset from another, as far as its beginning does."""
         columns = {"image_column": self.columns.image, "id_column": self.columns.id}
-        return {"kind": DATASET, **columns, "first_id": self.first[0][0]}
+        return {"kind": "dataset", **columns, "first_id": self.first[0][0]}
 
     def count(self) -> int | None:
         """Its rows; None if counting them would mean computing them."""
