@@ -23,7 +23,6 @@ __all__ = ["Decoded", "Piece", "decode_pieces"]
 
 _CHUNK_BYTES = 2**24
 _STALL_SECONDS = 1800.0
-_RETRIES = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,8 +67,12 @@ class Piece:
         return Piece(self.first + start, self.ids[start:stop], self.source, rows)
 
 
-def decode_pieces(pieces: Sequence[Piece], decoder: Decoder, *, cpus: float, window: int) -> Iterator[Decoded]:
+def decode_pieces(
+    pieces: Sequence[Piece], decoder: Decoder, *, cpus: float, window: int, retries: int = 3
+) -> Iterator[Decoded]:
     """The images of ``pieces`` in order, decoded by tasks that reserve ``cpus`` each, ``window`` of them at a time.
+
+    ``retries`` are for processes that end through no fault of their images, as when a node is lost.
 
     Raises:
         StoreError: nothing comes for half an hour.
@@ -85,7 +88,7 @@ def decode_pieces(pieces: Sequence[Piece], decoder: Decoder, *, cpus: float, win
     while waiting or running:
         while waiting and len(running) < window:
             piece = waiting.popleft()
-            running.append((piece, _start(piece, decoder, cpus, _RETRIES)))
+            running.append((piece, _start(piece, decoder, cpus, retries)))
         yield from _drain(*running.popleft(), decoder, cpus)
 
 
@@ -142,7 +145,8 @@ def _drain(piece: Piece, stream: Any, decoder: Decoder, cpus: float) -> Iterator
             return
         middle = taken + left // 2
         for half in (piece.part(taken, middle), piece.part(middle, len(piece.ids))):
-            yield from _drain(half, _start(half, decoder, cpus, 1), decoder, cpus)
+            # What is halved again if it fails need not be retried; an image that is to be blamed is.
+            yield from _drain(half, _start(half, decoder, cpus, int(len(half.ids) == 1)), decoder, cpus)
 
 
 def _chunks(stream: Any, piece: Piece) -> Iterator[list[Decoded]]:

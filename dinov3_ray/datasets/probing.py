@@ -32,7 +32,7 @@ _PATIENCE_SECONDS, _LIMIT_SECONDS = 20.0, 1800.0  # after which a teacher that i
 
 def first_image(pieces: Sequence[Piece], decoder: Decoder, cpus: float) -> np.ndarray | None:
     """The first readable one of ``pieces`` [3,H,W], decoded where a fault in a decoder does no harm."""
-    for decoded in decode_pieces(pieces, decoder, cpus=cpus, window=1):
+    for decoded in decode_pieces(pieces, decoder, cpus=cpus, window=1, retries=0):
         if isinstance(decoded.image, np.ndarray):
             return decoded.image
     return None
