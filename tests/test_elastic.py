@@ -128,10 +128,12 @@ def test_ten_thousand_small_batches_leave_nothing_behind(ray_cluster: str) -> No
     with TeacherPool.start(FakeTeacher.factory(), name="flat", replicas=2) as pool:
         remote = pool.teacher()
         processes = [replica.pid for replica in pool.status().replicas if replica.pid]
-        images = torch.zeros(1, 3, 160, 160, dtype=torch.uint8)  # above what travels inside a call
+        # The larger ones are above what travels inside a call, and take twice as long.
+        sizes = [torch.zeros(1, 3, side, side, dtype=torch.uint8) for side in (160, 64)]
         memory: list[tuple[int, int, int]] = []
-        for _ in range(10):
-            for _ in remote.prefetch(range(1000), SPEC, images=lambda _: images):
+        for thousand in range(10):
+            images = sizes[thousand % 2]
+            for _ in remote.prefetch(range(1000), SPEC, images=lambda _, images=images: images):
                 pass
             gc.collect()
             client, replicas = resident("self"), max(resident(str(pid)) for pid in processes)

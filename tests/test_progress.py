@@ -18,8 +18,8 @@ def test_the_bar_tells_rates_and_time_left_from_blocks_however_far_apart(
     monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: now))
     with progress.metering(True, total=1000, done=200) as meter:
         assert meter.seconds_left(800) is None
-        now += 100
-        meter.add(100, 50_000_000)
+        now += 150  # of which the teacher took 50 to start
+        meter.add(100, 50_000_000, 100)
         assert str(meter) == "1.0 img/s, 0.5 MB/s"
         assert meter.seconds_left(700) == 700
         now += 60  # no block since
@@ -33,7 +33,7 @@ def test_the_bar_tells_rates_and_time_left_from_blocks_however_far_apart(
 def test_no_bar_unless_asked_or_at_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     for show in (False, None):
         with progress.metering(show, total=None, done=0) as meter:
-            meter.add(3, 5)
+            meter.add(3, 5, 0.1)
         assert meter.images == 3
     assert capsys.readouterr().err == ""
 

@@ -109,13 +109,13 @@ class BlockExtractor:
         else:
             name, pieces = self._given(batch)
         given = len(next(iter(batch.values())))
-        done = {"block": name, "given": given, "rows": 0, "errors": 0, "bytes": 0, "computed": False}
+        done = {"block": name, "given": given, "rows": 0, "errors": 0, "bytes": 0, "seconds": 0.0, "computed": False}
         failure = b""
         try:
             if pieces and not is_finished(self._job.folder, name):
                 entry = self._extract(name, pieces)
                 done |= {"rows": entry["rows"], "errors": len(entry["errors"]), "bytes": entry["bytes"]}
-                done["computed"] = True
+                done |= {"seconds": entry["seconds"], "computed": True}
         except DinoV3Error as error:
             failure = pickle.dumps(error)
         return {"failure": np.array([failure], object), **{key: np.asarray([value]) for key, value in done.items()}}

@@ -24,7 +24,10 @@ __all__ = ["Meter", "metering"]
 
 
 class Meter:
-    """Counts images and bytes as blocks are finished, and shows them."""
+    """Counts images and bytes as blocks are finished, and shows them.
+
+    Its clock starts when the first block begins: rates, and the time left, are not those of starting the teacher.
+    """
 
     def __init__(self, bar: Progress | None, total: int | None, done: int) -> None:
         self.images = 0
@@ -35,8 +38,10 @@ class Meter:
         if bar is not None:
             self._task = bar.add_task("starting the teacher", total=total, completed=done, rates="", meter=self)
 
-    def add(self, images: int, size: int) -> None:
-        """A block of so many images, and so many bytes written."""
+    def add(self, images: int, size: int, seconds: float) -> None:
+        """A block of so many images, and so many bytes written, which took ``seconds``."""
+        if not self.images:
+            self._started = max(self._started, time.monotonic() - seconds)
         self.images += images
         self.bytes += size
         self._last = self.seconds
@@ -51,6 +56,7 @@ class Meter:
 
     @property
     def seconds(self) -> float:
+        """Since the first block began."""
         return time.monotonic() - self._started
 
     def __str__(self) -> str:

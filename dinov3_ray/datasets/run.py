@@ -43,7 +43,7 @@ class Extraction:
         forecast: what it was going to write.
         manifest: of the finished store; None after a dry run.
         blocks, images: that this run computed; those that it found finished are not counted.
-        seconds: for them.
+        seconds: from the first block's begin to the last one's end.
     """
 
     forecast: plans.Forecast
@@ -137,7 +137,8 @@ class Run:
                 order.append(result["block"])
                 given += int(result["given"])
                 computed += bool(result["computed"])
-                meter.add(int(result["rows"] + result["errors"]), int(result["bytes"]))
+                if result["computed"]:
+                    meter.add(int(result["rows"] + result["errors"]), int(result["bytes"]), float(result["seconds"]))
         if self.given is None:
             manifest = finish(self.folder, identity)
         else:
