@@ -8,6 +8,8 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from torch import Tensor
 
 from dinov3_ray.config import ComputeDtype, DinoV3Config
 from dinov3_ray.datasets import CachedTeacher
+from dinov3_ray.datasets.cachedb import FeatureCache
 from dinov3_ray.errors import InputError, StoreError
 from dinov3_ray.features import Features, FeatureSpec
 from dinov3_ray.model import DinoV3Teacher
@@ -256,7 +259,7 @@ def test_options_and_images_are_checked(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="max_bytes must be a number of bytes, at least 1048576; got '50GB'"):
         CachedTeacher(FakeTeacher(), tmp_path, "50GB")  # type: ignore[arg-type]
     (tmp_path / "file").touch()
-    with pytest.raises(StoreError, match="path must be a folder, or one that can be made"):
+    with pytest.raises(StoreError, match="path must be a folder that can be written, or made"):
         CachedTeacher(FakeTeacher(), tmp_path / "file", 4e6)
     with CachedTeacher(Nameless(), tmp_path, 4 * MB, fingerprint="mine") as cached:
         first = cached.extract(views(1), SPEC)
@@ -271,6 +274,7 @@ _WRITER = """
 import sys, torch
 from dinov3_ray.config import DinoV3Config
 from dinov3_ray.datasets import CachedTeacher
+from dinov3_ray.datasets.cachedb import FeatureCache
 from dinov3_ray.features import FeatureSpec
 from dinov3_ray.testing import FakeTeacher
 cached = CachedTeacher(FakeTeacher(hidden_size=512), sys.argv[1], 2**26)
@@ -338,6 +342,18 @@ def test_ranks_share_a_path(tmp_path: Path) -> None:
         for seed in range(40):
             cached.extract(views(2, seed=seed), SPEC)
         assert teacher.calls == calls
+
+
+def test_many_may_make_it_at_once(tmp_path: Path) -> None:
+    for round_ in range(20):
+        together = threading.Barrier(8)
+
+        def make(_: int, path: Path = tmp_path / str(round_), together: threading.Barrier = together) -> FeatureCache:
+            together.wait()
+            return FeatureCache(path, 4 * MB)
+
+        with ThreadPoolExecutor(8) as threads:
+            assert len(list(threads.map(make, range(8)))) == 8
 
 
 def test_repr_says_how_it_stands(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ WAL needs memory shared between the processes: a local disk, not a network file 
 
 from __future__ import annotations
 
+import fcntl
 import os
 import sqlite3
 import threading
@@ -81,9 +82,12 @@ class FeatureCache:
         self._start()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            with open(self.path / ".lock", "w") as turn:
+                # One process at a time: where two make a database a WAL at once, SQLite does not wait, but fails.
+                fcntl.flock(turn, fcntl.LOCK_EX)
+                self._create()
         except OSError as error:
-            raise StoreError(f"path must be a folder, or one that can be made; got {self.path}: {error}") from error
-        self._create()
+            raise StoreError(f"path must be a folder that can be written, or made; got {self.path}: {error}") from error
 
     def get(self, key: bytes) -> Features | None:
         """The features stored under ``key``, on the CPU; None if there are none that are whole."""
