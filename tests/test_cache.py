@@ -8,8 +8,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
-import threading
-from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 import pytest
@@ -344,16 +343,21 @@ def test_ranks_share_a_path(tmp_path: Path) -> None:
         assert teacher.calls == calls
 
 
-def test_many_may_make_it_at_once(tmp_path: Path) -> None:
+def make_caches(folder: Path, together: Barrier) -> None:
     for round_ in range(20):
-        together = threading.Barrier(8)
+        together.wait(60)
+        FeatureCache(folder / str(round_), 4 * MB)
 
-        def make(_: int, path: Path = tmp_path / str(round_), together: threading.Barrier = together) -> FeatureCache:
-            together.wait()
-            return FeatureCache(path, 4 * MB)
 
-        with ThreadPoolExecutor(8) as threads:
-            assert len(list(threads.map(make, range(8)))) == 8
+def test_many_may_make_it_at_once(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    together = context.Barrier(6)
+    ranks = [context.Process(target=make_caches, args=(tmp_path, together)) for _ in range(6)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join(120)
+    assert [rank.exitcode for rank in ranks] == [0] * 6
 
 
 def test_repr_says_how_it_stands(tmp_path: Path) -> None:
