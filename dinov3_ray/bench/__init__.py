@@ -3,8 +3,10 @@
 Notes, of what was seen on 2 CPUs with ray 2.60.0, one run each on a machine with little else to do:
 
 - Four simulated accelerators (``dinov3-ray bench pool --batches 300``, three runs each): the pool delivers 96% of the
-  ideal in each; ActorPool with NumPy 80%, with torch tensors 42%, a Serve handle 35% (21% on another day), Ray Data
-  12%. It was 81 to 83% before results were looked at and packed in a second thread, and before our own Ray freed
+  ideal in each; ActorPool with NumPy 80%, with torch tensors 42%, a Serve handle 35% (15% and 21% on other days), Ray
+  Data 12%. With ``--batches 600`` 96.9%, and by a script of 1,000 batches 97.2% (two of three runs): the first batch's
+  way in and the last one's way out count less. A sleep of 40 ms alone takes 40.17 here, and a shorter switch interval
+  of the interpreter in the replicas (0.5 and 0.1 ms) made no difference; not kept. It was 81 to 83% before results were looked at and packed in a second thread, and before our own Ray freed
   results ten times a second: with Ray's period of a second the first 300 batches wrote to memory that no process had
   touched, at 72%.
 - A batch costs about 13 ms of CPU time in all processes together (the replicas 6, the client 5, the raylet 2.5): two
