@@ -87,6 +87,19 @@ def test_16_bit_grey_is_scaled_not_clipped(form: str) -> None:
     assert np.array_equal(image, np.repeat(expected[..., None], 3, axis=2))
 
 
+def test_16_bit_grey_shows_the_background_where_it_is_transparent() -> None:
+    values = np.full((40, 50), 20_000, np.uint16)
+    values[:10] = 7
+    data = encoded(Image.fromarray(values), "PNG", transparency=7)
+    shown = decoded(data, Decoder(background=(1, 2, 3)))
+    assert (shown[:10] == (1, 2, 3)).all()
+    assert (shown[10:] == 78).all()
+
+
+def test_eps_runs_no_other_program() -> None:
+    assert refused(encoded(Image.fromarray(PHOTO), "EPS")).kind == "unsupported"
+
+
 def test_16_bit_rgb_keeps_its_high_bytes() -> None:
     # Pillow cannot write 48-bit PNG, so the file is put together here: signature, IHDR, IDAT, IEND.
     wide = PHOTO.astype(">u2") * 257

@@ -31,7 +31,7 @@ from dinov3_ray.datasets import FeatureStore, StoredTeacher, extract, plan, prob
 from dinov3_ray.datasets.decode import Decoder
 from dinov3_ray.datasets.layout import Folder
 from dinov3_ray.datasets.placement import place
-from dinov3_ray.errors import ConfigError, MissingViewError, StoreError
+from dinov3_ray.errors import ConfigError, MissingViewError, NumericsError, StoreError
 from dinov3_ray.features import Features, FeatureSpec
 from dinov3_ray.images import Images
 from dinov3_ray.model import DinoV3Teacher
@@ -223,6 +223,13 @@ class Changing(FakeTeacher):
         return super().extract(images, spec)
 
 
+class Broken:
+    fingerprint = "broken"
+
+    def extract(self, images: Images, spec: FeatureSpec) -> Features:
+        return FakeTeacher().extract(images, spec).map(lambda _, tensor: tensor / 0)
+
+
 class Nameless:
     def extract(self, images: Images, spec: FeatureSpec) -> Features:
         return replace(FakeTeacher().extract(images, spec), fingerprint=None)
@@ -235,6 +242,8 @@ def test_a_store_never_mixes_two_teachers(few: Path, ray_cluster: str, tmp_path:
         extract(few, tmp_path / "dtype", FakeTeacher.factory(dtype=torch.bfloat16), spec)
     with pytest.raises(StoreError, match="fingerprint is 'after', not 'before'"):
         extract(few, tmp_path / "changing", Changing, SPEC, block_size=16)
+    with pytest.raises(NumericsError, match="has values that are not finite"):
+        extract(few, tmp_path / "broken", Broken, spec)
     with pytest.raises(StoreError, match="the teacher must have a fingerprint"):
         extract(few, tmp_path / "nameless", Nameless, SPEC)
 
@@ -243,7 +252,7 @@ def test_rows_of_a_dataset_that_share_an_id_are_not_lost_unnoticed(ray_cluster: 
     rows = [{"id": str(index % 8), "image": np.full((32, 32, 3), index, np.uint8)} for index in range(16)]
     dataset = ray.data.from_items(rows, override_num_blocks=1)
     before = dataset.context.enable_progress_bars, dataset.context.execution_options.preserve_order
-    with pytest.raises(StoreError, match="each row of the Dataset must have an id of its own; of 16 rows, 8 have"):
+    with pytest.raises(StoreError, match="each with an id of its own; it has 16 and the folder 8"):
         extract(dataset, tmp_path / "out", FakeTeacher.factory(), SPEC, block_size=8)
     after = dataset.context.enable_progress_bars, dataset.context.execution_options.preserve_order
     assert after == before, "the caller's Dataset is as it was"
@@ -295,8 +304,14 @@ def test_a_ray_dataset_is_extracted_and_resumed(few: Path, fake_store: FeatureSt
     assert_equal(FeatureStore(out), store)
     assert FeatureStore(out).ids == store.ids
     other = ray.data.from_items([{"key": "other", "image": b""}])
-    with pytest.raises(StoreError, match=r"source.first_id is 'other', there it is '0000.jpg'"):
+    with pytest.raises(StoreError, match=r"source.first_ids is \['other'\], there it is \['0000.jpg', "):
         extract(other, out, FakeTeacher.factory(), SPEC)
+    longer = ray.data.from_items([{"key": path.name, "image": b""} for path in [*paths, Path("more.jpg")]])
+    with pytest.raises(StoreError, match=r"the rows of a Dataset must be those that .* holds"):
+        extract(longer, out, FakeTeacher.factory(), SPEC)
+    texts = ray.data.from_items([{"key": path.name, "image": str(path)} for path in paths])
+    with pytest.raises(StoreError, match=r"image_column must hold encoded bytes or uint8 pixels; 'image' holds str"):
+        extract(texts, out, FakeTeacher.factory(), SPEC)
     with pytest.raises(StoreError, match="image_column must name a column of the Dataset; got 'jpg'"):
         extract(other, out, FakeTeacher.factory(), SPEC, image_column="jpg")
 
@@ -322,13 +337,17 @@ def test_a_resumed_run_does_not_list_its_source_again(
     (root / "came later.jpg").write_bytes(b"")
     resumed = extract(root, out, FakeTeacher.factory(), SPEC)
     assert (resumed.blocks, resumed.manifest) == (1, done.manifest)
+    (out / "plan.json").rename(out / "elsewhere.json")
+    with pytest.raises(StoreError, match=r"holds features, but no plan\.json that says whose"):
+        extract(root, out, FakeTeacher.factory(fingerprint="other"), SPEC)
     monkeypatch.setattr(probing, "_LIMIT_SECONDS", 0.0)
     with pytest.raises(StoreError, match="a teacher must be ready within 0 s: it needs 0 GPU"):
         extract(root, tmp_path / "other", FakeTeacher.factory(), SPEC)
 
 
 def test_through_a_pool_that_is_running(few: Path, fake_store: FeatureStore, tmp_path: Path) -> None:
-    with TeacherPool.start(FakeTeacher.factory(), name="extracting", replicas=1, num_cpus=0.5):
+    # Its replica reserves all CPUs that Ray has: decoding goes on beside it, and does not wait for one to be free.
+    with TeacherPool.start(FakeTeacher.factory(), name="extracting", replicas=1, num_cpus=4):
         extract(few, tmp_path / "out", None, SPEC, pool="extracting", block_size=16)
     assert_equal(FeatureStore(tmp_path / "out"), fake_store)
 
@@ -379,7 +398,7 @@ def test_gpus_that_are_lost_are_told_once(
 def test_options_that_contradict_each_other(few: Path, tmp_path: Path, ray_cluster: str) -> None:
     with pytest.raises(ConfigError, match="exactly one of config and pool"):
         extract(few, tmp_path / "out")
-    with pytest.raises(ConfigError, match="batch_size must be at least 1; got 0"):
+    with pytest.raises(ConfigError, match="batch_size must be an integer, at least 1; got 0"):
         extract(few, tmp_path / "out", FakeTeacher.factory(), batch_size=0)
     (tmp_path / "file").touch()
     with pytest.raises(StoreError, match=r"out must be a folder that can be written, or made; got .*file"):

@@ -43,8 +43,15 @@ def test_a_pool_is_asked_by_one_actor_with_several_calls_in_flight() -> None:
     assert found.passes > 1
 
 
+def test_others_cpus_are_not_waited_for() -> None:
+    for free, decode_cpus in ((8, 1.0), (1.2, 0.6), (0.3, 0.1), (0.0, 0.0)):
+        found = place({"CPU": 8}, 2, pooled=True, free_cpus=free)
+        assert (found.num_cpus, found.decode_cpus) == (0.0, decode_cpus)
+    assert place({"CPU": 2, "GPU": 1}, 1, free_cpus=1.0).decode_cpus == 0.9
+
+
 def test_more_than_the_cluster_has_is_refused() -> None:
     with pytest.raises(ConfigError, match="must fit the cluster's 1 GPUs; got 2 x 1"):
         place({"CPU": 8, "GPU": 1}, 1, replicas=2)
-    with pytest.raises(ConfigError, match="decoders must be at least 1; got 0"):
+    with pytest.raises(ConfigError, match="decoders must be an integer, at least 1; got 0"):
         place({"CPU": 8}, 1, decoders=0)

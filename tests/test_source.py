@@ -203,6 +203,49 @@ def test_a_source_is_read_on_without_being_listed_again(tmp_path: Path) -> None:
         check_there(again, rows)
 
 
+@pytest.mark.parametrize("damage", ["header", "zeros", "cut before the header", "cut in the header"])
+def test_a_shard_that_does_not_end_as_tar_files_do_is_damaged_from_there_on(damage: str, tmp_path: Path) -> None:
+    path = tmp_path / "s.tar"
+    with tarfile.open(path, "w") as archive:
+        for number in range(10):
+            add(archive, f"{number}.jpg", bytes([number]) * 600)
+    offset = 4 * (512 + 1024)  # of the fifth member, each with a header and whole blocks of 512 bytes
+    whole = bytearray(path.read_bytes())
+    damaged = {
+        "header": whole[:offset] + b"\xa5" * 512 + whole[offset + 512 :],
+        "zeros": whole[:offset] + bytes(512) + whole[offset + 512 :],
+        "cut before the header": whole[:offset],
+        "cut in the header": whole[: offset + 100],
+    }
+    path.write_bytes(damaged[damage])
+    found = everything(open_source(path))
+    last = found.pop("s.tar")
+    assert isinstance(last, Unreadable)
+    assert (last.kind, last.detail) == ("truncated", f"the shard is damaged from byte {offset} on")
+    assert list(found) == ["0", "1", "2", "3"]
+
+
+def test_folders_that_hold_one_another(tmp_path: Path) -> None:
+    write(tmp_path, ["images/1.jpg", "images/a/2.jpg"])
+    for source in (tmp_path / "images", tmp_path / "images" / "*.jpg"):
+        with pytest.raises(StoreError, match=r"out must be a folder beside the source's images, or below them"):
+            open_source(source, exclude=str(tmp_path / "images" if "*" in source.name else tmp_path))
+    (tmp_path / "images" / "a" / "up").symlink_to("..")
+    with pytest.raises(StoreError, match=r"source must not hold a link to a folder around it; .*a/up leads to"):
+        open_source(tmp_path / "images")
+
+
+def test_cells_that_are_no_images_or_no_keys(tmp_path: Path) -> None:
+    keys = pa.array(["a", "b"]).dictionary_encode()
+    pq.write_table(pa.table({"id": keys, "image": [b"x", None]}), tmp_path / "a.parquet")
+    found = everything(open_source(tmp_path))
+    assert found.pop("a") == b"x"
+    assert found["b"].kind == "missing"  # type: ignore[attr-defined]
+    pq.write_table(pa.table({"id": ["a", None], "image": [b"x", b"y"]}), tmp_path / "a.parquet")
+    with pytest.raises(StoreError, match=r"id_column must name a column with a key in each row; 'id' has a"):
+        open_source(tmp_path).rows()
+
+
 def test_shards_with_one_key_twice_and_compressed_ones_are_refused(tmp_path: Path) -> None:
     for shard in range(2):
         with tarfile.open(tmp_path / f"s-{shard}.tar", "w") as archive:

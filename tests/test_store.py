@@ -208,7 +208,7 @@ def test_what_is_not_there_says_why(tmp_path: Path) -> None:
         FeatureStore(tmp_path / "parts")
     with pytest.raises(StoreError, match="is not a feature store"):
         FeatureStore(tmp_path / "plan.json")
-    with pytest.raises(StoreError, match="ids must name at least one image; got none"):
+    with pytest.raises(StoreError, match="ids must be a sequence of at least one id; got "):
         store.read([])
 
 
@@ -217,12 +217,27 @@ def test_a_damaged_part_is_named_with_what_repairs_it(tmp_path: Path) -> None:
     path = tmp_path / "parts" / "0000001.parquet"
     store = FeatureStore(tmp_path)
     path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(StoreError, match=r"0000001\.parquet cannot be read: the file ends early.*0000001\.json and"):
+    with pytest.raises(
+        StoreError, match=r"0000001\.parquet is damaged, or cannot be read: the file ends early.*0000001\.json and"
+    ):
         store[ids()[39]]
     path.unlink()
-    with pytest.raises(StoreError, match=r"0000001\.parquet cannot be read: .*run the extraction again"):
+    with pytest.raises(StoreError, match=r"0000001\.parquet is damaged, or cannot be read: .*run the extraction again"):
         FeatureStore(tmp_path)[ids()[39]]
     assert len(FeatureStore(tmp_path)[ids()[3]]) == 1
+    with pytest.raises(StoreError, match=r"0000001\.parquet is damaged, or cannot be read: .*run the extraction again"):
+        finish(Folder.at(tmp_path), {})
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "index.parquet", "errors.parquet", "plan.json"])
+@pytest.mark.parametrize("content", [None, b"", b"{}"])
+def test_damaged_files_are_named_with_what_repairs_them(name: str, content: bytes | None, tmp_path: Path) -> None:
+    build(tmp_path, SPEC, FakeTeacher())
+    (tmp_path / name).unlink()
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(StoreError, match=r"is damaged, or cannot be read: |is not finished|it has no plan\.json"):
+        FeatureStore(tmp_path)["bad.jpg"]
 
 
 def test_an_unfinished_store_is_read_on_request_only(tmp_path: Path) -> None:

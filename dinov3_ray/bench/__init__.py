@@ -6,9 +6,9 @@ Notes, of what was seen on 2 CPUs with ray 2.60.0, one run each on a machine wit
   ideal in each; ActorPool with NumPy 80%, with torch tensors 42%, a Serve handle 35% (15% and 21% on other days), Ray
   Data 12%. With ``--batches 600`` 96.9%, and by a script of 1,000 batches 97.2% (two of three runs): the first batch's
   way in and the last one's way out count less. A sleep of 40 ms alone takes 40.17 here, and a shorter switch interval
-  of the interpreter in the replicas (0.5 and 0.1 ms) made no difference; not kept. It was 81 to 83% before results were looked at and packed in a second thread, and before our own Ray freed
-  results ten times a second: with Ray's period of a second the first 300 batches wrote to memory that no process had
-  touched, at 72%.
+  of the interpreter in the replicas (0.5 and 0.1 ms) made no difference; not kept. It was 81 to 83% before results
+  were looked at and packed in a second thread, and before our own Ray freed results ten times a second: with Ray's
+  period of a second the first 300 batches wrote to memory that no process had touched, at 72%.
 - A batch costs about 13 ms of CPU time in all processes together (the replicas 6, the client 5, the raylet 2.5): two
   cores are full at about 150 batches a second, so that 16 such accelerators (400 a second) cannot be kept busy here.
 - One result of 12.2 MiB after the other (``dinov3-ray bench transport``): 5.2, 6.0 and 6.2 times the rate of a plain

@@ -72,10 +72,10 @@ class FeatureCache:
     _trouble: str | None
 
     def __init__(self, path: str | os.PathLike[str], max_bytes: float, *, queue_bytes: int = 2**28) -> None:
-        if not isinstance(max_bytes, (int, float)) or not max_bytes >= MIN_BYTES:
+        if not isinstance(max_bytes, (int, float)) or not MIN_BYTES <= max_bytes < 2**63:
             raise StoreError(f"max_bytes must be a number of bytes, at least {MIN_BYTES}; got {max_bytes!r}")
-        if queue_bytes < 1:
-            raise StoreError(f"queue_bytes must be at least 1; got {queue_bytes}")
+        if not isinstance(queue_bytes, (int, float)) or queue_bytes < 1:
+            raise StoreError(f"queue_bytes must be a number of bytes, at least 1; got {queue_bytes!r}")
         self.path = Path(path).expanduser().absolute()
         self.max_bytes = int(max_bytes)
         self.queue_bytes = queue_bytes

@@ -137,6 +137,8 @@ class Decoder:
             trouble = self._check_size(image.height, image.width)
             if trouble is not None:
                 return trouble
+            if image.format == "EPS":
+                return Unreadable("unsupported", "EPS is a program, which another program would have to run")
             image.load()
             rgb = self._to_rgb(_upright(image))
         if isinstance(rgb, Unreadable):
@@ -145,7 +147,7 @@ class Decoder:
 
     def _to_rgb(self, image: Image.Image) -> Image.Image | Unreadable:
         if image.mode.startswith("I"):
-            return _from_wide(image)
+            return self._from_wide(image)
         if image.mode == "F":
             values = np.asarray(image)
             if not np.isfinite(values).all() or values.min() < 0 or values.max() > 1:
@@ -156,6 +158,17 @@ class Decoder:
             return Image.alpha_composite(Image.new("RGBA", top.size, (*self.background, 255)), top).convert("RGB")
         return image.convert("RGB")
 
+    def _from_wide(self, image: Image.Image) -> Image.Image | Unreadable:
+        """16-bit grey, which Pillow holds as ``I;16`` or ``I``, scaled to 8 bits and rounded."""
+        values = np.asarray(image).astype(np.int64)
+        if values.min() < 0 or values.max() > 65535:
+            return Unreadable("unsupported", f"integer pixels of mode {image.mode} outside 0..65535")
+        rgb = np.repeat(((values * 255 + 32767) // 65535).astype(np.uint8)[:, :, None], 3, axis=2)
+        transparent = image.info.get("transparency")
+        if isinstance(transparent, int):
+            rgb[values == transparent] = self.background
+        return Image.fromarray(rgb)
+
 
 def _upright(image: Image.Image) -> Image.Image:
     """As EXIF says; as it is where that is damaged, since the pixels are not."""
@@ -165,11 +178,3 @@ def _upright(image: Image.Image) -> Image.Image:
         raise
     except Exception:  # noqa: BLE001 - SyntaxError, struct.error, ...: whatever Pillow's parser stumbles over
         return image
-
-
-def _from_wide(image: Image.Image) -> Image.Image | Unreadable:
-    """16-bit grey, which Pillow holds as ``I;16`` or ``I``, scaled to 8 bits and rounded."""
-    values = np.asarray(image).astype(np.int64)
-    if values.min() < 0 or values.max() > 65535:
-        return Unreadable("unsupported", f"integer pixels of mode {image.mode} outside 0..65535")
-    return Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")

@@ -20,7 +20,7 @@ from dinov3_ray.datasets.opening import open_source, reopen_source
 from dinov3_ray.datasets.placement import place
 from dinov3_ray.datasets.rayrows import DatasetRows
 from dinov3_ray.datasets.run import Extraction, Run
-from dinov3_ray.errors import ConfigError, DinoV3Error, StoreError
+from dinov3_ray.errors import ConfigError, DinoV3Error, SpecError, StoreError
 from dinov3_ray.features import FeatureSpec
 from dinov3_ray.pool.cluster import connect
 from dinov3_ray.pool.remote import RemoteTeacher
@@ -96,15 +96,19 @@ def extract(
         NumericsError: the stored dtype cannot hold the values.
         PoolError: Ray or the pool cannot be reached.
     """
+    if not isinstance(spec, FeatureSpec):
+        raise SpecError(f"spec must be a FeatureSpec; got {type(spec).__name__}")
     spec.require_outputs()
     if (config is None) == (pool is None):
         raise ConfigError("exactly one of config and pool must be given: they say who computes")
     for name, value in (("batch_size", batch_size), ("block_size", block_size)):
-        if value is not None and value < 1:
-            raise ConfigError(f"{name} must be at least 1; got {value}")
+        if value is not None and (not isinstance(value, int) or value < 1):
+            raise ConfigError(f"{name} must be an integer, at least 1; got {value!r}")
+    if not isinstance(source, (str, os.PathLike, ray.data.Dataset)):
+        raise ConfigError(f"source must be a path, a glob, a URI or a Ray Dataset; got {type(source).__name__}")
     folder = Folder.at(out, out_filesystem)
     decoder = Decoder(max_pixels, background=background)
-    old = folder.read_json(PLAN) if folder.exists(PLAN) else None
+    old = folder.read_json(PLAN, "source", "batch_size", "block_size", "outputs") if folder.exists(PLAN) else None
     given = source if isinstance(source, ray.data.Dataset) else None
     images = None
     if not isinstance(source, ray.data.Dataset):
@@ -128,6 +132,7 @@ def extract(
             decoders=decoders,
             threads=threads,
             pooled=pool is not None,
+            free_cpus=ray.available_resources().get("CPU", 0.0),
             # Compiled code is not: torch.compile keeps state of its own. Of others' teachers nothing is known.
             reentrant=model is not None and not model.compile,
         )

@@ -25,7 +25,9 @@ from dinov3_ray.datasets.source import Source
 from dinov3_ray.datasets.writer import BlockWriter, is_finished
 from dinov3_ray.errors import DinoV3Error, InputError, StoreError
 from dinov3_ray.features import FeatureSpec
+from dinov3_ray.images import ImageBatch
 from dinov3_ray.model import DinoV3Teacher
+from dinov3_ray.pool.passes import check_finite
 from dinov3_ray.teacher import Extractor, computed_in
 
 __all__ = ["BlockExtractor", "Job", "TeacherFactory"]
@@ -178,7 +180,9 @@ class BlockExtractor:
         """On the teacher's thread: the columns of ``batch``, on the host."""
         arrays = [_pixels(decoded) for decoded in batch]
         same = len({array.shape for array in arrays}) == 1
-        features = self._teacher.extract(np.stack(arrays) if same else arrays, self._job.spec.native())
+        images = np.stack(arrays) if same else arrays
+        features = self._teacher.extract(images, self._job.spec.native())
+        check_finite(features, ImageBatch.of(images))
         columns, result_dtype = encode_columns(features, self._job.spec)
         seen = {"computed_in": computed_in(self._teacher), "result_dtype": result_dtype}
         seen["fingerprint"] = features.fingerprint

@@ -24,6 +24,8 @@ from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 from pyarrow import fs as pafs
 
 from dinov3_ray.errors import StoreError
@@ -47,6 +49,11 @@ def open_path(path: str | os.PathLike[str], filesystem: Any = None) -> tuple[Any
     """
     text = os.fspath(path)
     if filesystem is not None:
+        if not isinstance(filesystem, pafs.FileSystem):
+            raise StoreError(
+                f"filesystem must be a pyarrow one; got {type(filesystem).__name__} (of fsspec, "
+                "PyFileSystem(FSSpecHandler(filesystem)) makes one)"
+            )
         return filesystem, text
     if "://" not in text:
         return pafs.LocalFileSystem(), os.path.abspath(os.path.expanduser(text))
@@ -90,14 +97,43 @@ class Folder:
         with self.system.open_input_file(self.join(name)) as file:
             return bytes(file.read())
 
-    def read_json(self, name: str) -> Any:
-        """Raises StoreError where the file is missing or not JSON."""
+    def read_json(self, name: str, *keys: str) -> Any:
+        """An object that has these keys; raises StoreError where the file is missing or damaged."""
         try:
-            return json.loads(self.read(name))
+            value = json.loads(self.read(name))
         except (FileNotFoundError, NotADirectoryError) as error:
             raise StoreError(f"{self.path} is not a feature store: it has no {name}") from error
-        except ValueError as error:
-            raise StoreError(f"{self.join(name)} is damaged: {error}") from error
+        except (OSError, ValueError) as error:
+            raise self.damaged(name, error) from error
+        if not isinstance(value, dict) or not value.keys() >= set(keys):
+            raise self.damaged(name, f"it must be an object with {', '.join(keys)}")
+        return value
+
+    def ledger(self) -> list[dict[str, Any]]:
+        """The entries of all finished blocks, in the order of their names."""
+        keys = ("block", "rows", "bytes", "parts", "errors")
+        return [self.read_json(f"{LEDGER}/{name}", *keys) for name in self.names(LEDGER, ".json")]
+
+    def read_table(self, name: str, columns: list[str] | None = None) -> pa.Table:
+        """A Parquet file; raises StoreError where it is missing or damaged."""
+        try:
+            with self.system.open_input_file(self.join(name)) as file:
+                return pq.read_table(file, columns=columns)
+        except (OSError, pa.ArrowException) as error:
+            raise self.damaged(name, error) from error
+
+    def damaged(self, name: str, what: object) -> StoreError:
+        """An error that says what is wrong with a file, and how to have it made anew."""
+        kind, _, file = name.rpartition("/")
+        remedy = "bring it back, or extract into another folder"
+        if kind:
+            entry = self.join(f"{LEDGER}/{file.partition('.')[0]}.json")
+            remedy = (
+                f"delete {entry} and {self.join(MANIFEST)}, and run the extraction again, which computes the block anew"
+            )
+        elif name in (INDEX, ERRORS, MANIFEST):
+            remedy = f"delete {self.join(MANIFEST)}, and run the extraction again, which computes nothing that is there"
+        return StoreError(f"{self.join(name)} is damaged, or cannot be read: {what}. Remedy: {remedy}")
 
     def write_json(self, name: str, value: Any) -> None:
         self.write(name, json.dumps(value, indent=1).encode())

@@ -44,6 +44,8 @@ def open_source(
     """
     system, path = open_path(source, filesystem)
     path = path.rstrip("/") or "/"
+    if exclude is not None and f"{path}/".startswith(exclude.rstrip("/") + "/"):
+        raise StoreError(f"out must be a folder beside the source's images, or below them; {exclude} holds {path}")
     root, infos = _find(system, path, exclude)
     if not infos:
         raise StoreError(f"source {os.fspath(source)!r} must hold images; no file is there")
@@ -122,7 +124,7 @@ def matches(pattern: str, path: str) -> bool:
 
 def _name(source: str | os.PathLike[str], path: str) -> str:
     """What a run's identity calls the source: the URI, or the absolute path."""
-    return os.fspath(source) if "://" in os.fspath(source) else path
+    return os.fspath(source).rstrip("/") if "://" in os.fspath(source) else path
 
 
 def _find(system: Any, path: str, exclude: str | None) -> tuple[str, list[tuple[str, int]]]:
@@ -150,7 +152,17 @@ def _find(system: Any, path: str, exclude: str | None) -> tuple[str, list[tuple[
             raise StoreError(f"names of files must be UTF-8, since ids are made of them; rename {name!r}") from error
         hidden = any(part.startswith(".") for part in PurePosixPath(name).parts)
         excluded = exclude is not None and f"{info.path}/".startswith(exclude.rstrip("/") + "/")
+        if info.type == pafs.FileType.Directory and system.type_name == "local":
+            _check_link(info.path)
         if info.type != pafs.FileType.Directory and not hidden and not excluded:
             irregular = info.type == pafs.FileType.Unknown
             files.append((name, IRREGULAR if irregular else info.size or 0))
     return path.rstrip("/"), sorted(file for file in files if pattern is None or matches(pattern, file[0]))
+
+
+def _check_link(folder: str) -> None:
+    """Raise StoreError if ``folder`` is a link to one that holds it: its images would be listed again and again."""
+    if os.path.islink(folder):
+        target = os.path.realpath(folder)
+        if f"{os.path.realpath(os.path.dirname(folder))}/".startswith(target.rstrip("/") + "/"):
+            raise StoreError(f"source must not hold a link to a folder around it; {folder} leads to {target}")

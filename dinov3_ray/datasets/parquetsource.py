@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dinov3_ray.datasets.decode import Unreadable
-from dinov3_ray.datasets.source import PAUSES, Content, check_unique, listing
+from dinov3_ray.datasets.source import PAUSES, Content, check_unique, content_of, key_of, listing
 from dinov3_ray.errors import StoreError
 
 __all__ = ["ID_COLUMNS", "IMAGE_COLUMNS", "ROW_NUMBER", "ParquetSource"]
@@ -107,7 +107,7 @@ class ParquetSource:
             parquet = pq.ParquetFile(stream)
             row = sum(parquet.metadata.row_group(before).num_rows for before in range(group))
             for batch in parquet.iter_batches(_READ_ROWS, row_groups=[group], columns=[self.image_column]):
-                yield from ((row + index, _content(cell.as_py())) for index, cell in enumerate(batch[0]))
+                yield from ((row + index, content_of(cell.as_py())) for index, cell in enumerate(batch[0]))
                 row += len(batch)
                 if row > last:
                     return
@@ -129,18 +129,11 @@ class ParquetSource:
                 if self.id_column == ROW_NUMBER:
                     ids = [f"{file}#{row + index}" for index in range(count)]
                 else:
-                    ids = [str(id_) for id_ in parquet.read_row_group(group, [self.id_column])[0].to_pylist()]
+                    cells = parquet.read_row_group(group, [self.id_column])[0].to_pylist()
+                    ids = [key_of(cell, self.id_column) for cell in cells]
                 for index, id_ in enumerate(ids):
                     yield id_, file, row + index, group
                 row += count
-
-
-def _content(value: Any) -> Content:
-    if isinstance(value, dict):
-        value = value.get("bytes")
-    if value is None:
-        return Unreadable("missing", "the row has no image (null)")
-    return bytes(value)
 
 
 def _choose(given: str | None, option: str, schema: Any, names: Sequence[str], fits: Any) -> str | None:
@@ -164,4 +157,6 @@ def _holds_bytes(kind: Any) -> bool:
 
 
 def _holds_keys(kind: Any) -> bool:
+    if pa.types.is_dictionary(kind):  # as pandas writes categories
+        kind = kind.value_type
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_integer(kind))

@@ -48,6 +48,7 @@ def place(
     threads: int | None = None,
     pooled: bool = False,
     reentrant: bool = False,
+    free_cpus: float | None = None,
 ) -> Placement:
     """One actor a GPU where the cluster has any, else one a node; for a pool, one actor that asks it.
 
@@ -55,14 +56,15 @@ def place(
     wait for one another, the more so when decoding or writing holds up one of them.
 
     Actors reserve little, whatever they use: should nodes die and their actors crowd on those that are left, decoding
-    must still find a CPU there, or nothing would ever go on.
+    must still find a CPU there, or nothing would ever go on. For the same reason a task reserves no more than others (a
+    pool's replicas, say) leave of ``free_cpus``, and nothing if that is nothing.
 
     Raises:
         ConfigError: an option is out of range, or the cluster has not got that much.
     """
     for name, value in (("replicas", replicas), ("decoders", decoders), ("threads", threads)):
-        if value is not None and value < 1:
-            raise ConfigError(f"{name} must be at least 1; got {value}")
+        if value is not None and (not isinstance(value, int) or value < 1):
+            raise ConfigError(f"{name} must be an integer, at least 1; got {value!r}")
     gpus, cpus = resources.get("GPU", 0.0), max(resources.get("CPU", 1.0), 1.0)
     if pooled:
         num_gpus = 0.0
@@ -74,7 +76,10 @@ def place(
         )
     if replicas is None:
         replicas = 1 if pooled else int(gpus // num_gpus) if num_gpus else nodes
-    num_cpus = min(_ACTOR_CPUS, cpus / 2 / replicas)
+    num_cpus = 0.0 if pooled else min(_ACTOR_CPUS, cpus / 2 / replicas)
+    spare = ((cpus if free_cpus is None else free_cpus) - replicas * num_cpus) / nodes
+    wanted = 1.0 if cpus / nodes >= 2 else 0.5
+    decode_cpus = wanted if spare >= wanted else max(0.0, math.floor(spare * 10) / 10)
     if threads is None and not num_gpus and not pooled:
         threads = max(1, int(cpus / nodes) // math.ceil(replicas / nodes))
     passes = _POOL_PASSES if pooled else 1
@@ -85,7 +90,7 @@ def place(
         replicas,
         num_gpus,
         num_cpus,
-        1.0 if cpus / nodes >= 2 else 0.5,
+        decode_cpus,
         decoders or max(2, math.ceil(cpus / replicas)),
         passes,
         threads,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import pairwise
@@ -155,21 +156,29 @@ def save_rows(folder: Folder, rows: pa.Table, blocks: list[tuple[int, int]]) -> 
 
 def load_block(folder: Folder, index: int) -> pa.Table:
     """The rows of a block."""
-    with folder.system.open_input_file(folder.join(PLAN_ROWS)) as file:
-        return pa.Table.from_batches([pa.ipc.open_file(file).get_batch(index)])
+    with _listing(folder) as reader:
+        return pa.Table.from_batches([reader.get_batch(index)])
 
 
 def load_rows(folder: Folder) -> pa.Table:
     """The whole listing."""
-    with folder.system.open_input_file(folder.join(PLAN_ROWS)) as file:
-        return pa.ipc.open_file(file).read_all()
+    with _listing(folder) as reader:
+        return reader.read_all()
 
 
 def block_rows(folder: Folder) -> list[int]:
     """The number of rows of every block."""
-    with folder.system.open_input_file(folder.join(PLAN_ROWS)) as file:
-        reader = pa.ipc.open_file(file)
+    with _listing(folder) as reader:
         return [reader.get_batch(index).num_rows for index in range(reader.num_record_batches)]
+
+
+@contextmanager
+def _listing(folder: Folder) -> Iterator[Any]:
+    try:
+        with folder.system.open_input_file(folder.join(PLAN_ROWS)) as file:
+            yield pa.ipc.open_file(file)
+    except (OSError, pa.ArrowException) as error:
+        raise folder.damaged(PLAN_ROWS, error) from error
 
 
 def versions() -> dict[str, str]:

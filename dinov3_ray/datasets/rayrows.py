@@ -14,7 +14,7 @@ from ray.data.dataset import MaterializedDataset
 from dinov3_ray.datasets.decode import Unreadable
 from dinov3_ray.datasets.parquetsource import ID_COLUMNS, IMAGE_COLUMNS
 from dinov3_ray.datasets.raydata import execution
-from dinov3_ray.datasets.source import Content
+from dinov3_ray.datasets.source import Content, content_of, key_of
 from dinov3_ray.errors import StoreError
 
 __all__ = ["Columns", "DatasetRows", "name_of"]
@@ -32,7 +32,7 @@ class Columns:
     def contents(self, batch: Mapping[str, Sequence[Any] | np.ndarray]) -> list[tuple[str, Content]]:
         """The id and content of each row of ``batch``, a column a key."""
         pairs = zip(batch[self.id], batch[self.image], strict=True)
-        return [(str(id_), _content(image)) for id_, image in pairs]
+        return [(key_of(id_, self.id), content_of(image)) for id_, image in pairs]
 
 
 class DatasetRows:
@@ -54,11 +54,16 @@ class DatasetRows:
             _choose(names, id_column, ID_COLUMNS, "id_column", " (ray.data.read_images has include_paths=True)"),
         )
         self.first = self.columns.contents({name: [row[name] for row in rows] for name in names})
+        if all(isinstance(content, Unreadable) and content.kind == "unsupported" for _, content in self.first):
+            raise StoreError(
+                f"image_column must hold encoded bytes or uint8 pixels; {self.columns.image!r} holds "
+                f"{type(rows[0][self.columns.image]).__name__} (ray.data.read_binary_files reads what paths name)"
+            )
 
     def describe(self) -> dict[str, Any]:
         """What tells this Dataset from another, as far as its beginning does."""
         columns = {"image_column": self.columns.image, "id_column": self.columns.id}
-        return {"kind": "dataset", **columns, "first_id": self.first[0][0]}
+        return {"kind": "dataset", **columns, "first_ids": [id_ for id_, _ in self.first]}
 
     def count(self) -> int | None:
         """Its rows; None if counting them would mean computing them."""
@@ -68,14 +73,6 @@ class DatasetRows:
 def name_of(ids: Sequence[str]) -> str:
     """Of a block: rows of a Dataset have no place of their own, but ids."""
     return "k" + hashlib.sha256("\0".join(ids).encode()).hexdigest()[:24]
-
-
-def _content(value: Any) -> Content:
-    if isinstance(value, dict):
-        value = value.get("bytes")
-    if value is None:
-        return Unreadable("missing", "the row has no image (null)")
-    return value if isinstance(value, np.ndarray) else bytes(value)
 
 
 def _choose(names: Sequence[str], given: str | None, usual: Sequence[str], option: str, remedy: str) -> str:

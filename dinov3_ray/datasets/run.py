@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,7 +24,7 @@ from dinov3_ray.datasets.rayrows import DatasetRows
 from dinov3_ray.datasets.schema import spec_to_json
 from dinov3_ray.datasets.store import FeatureStore
 from dinov3_ray.datasets.watch import watching
-from dinov3_ray.datasets.writer import finish
+from dinov3_ray.datasets.writer import check_rows, finish
 from dinov3_ray.errors import StoreError
 
 __all__ = ["Extraction", "Run"]
@@ -84,6 +84,11 @@ class Run:
         on_forecast: Callable[[plans.Forecast], None] | None,
     ) -> Extraction:
         source = self.job.source
+        if self.old is None and (self.folder.exists(MANIFEST) or self.folder.names(LEDGER, ".json")):
+            raise StoreError(
+                f"{self.folder.path} holds features, but no {PLAN} that says whose: bring it back, or choose another "
+                "output folder"
+            )
         listed = None if self.old is not None or source is None else source.rows()
         identity = self._identify(listed)
         if self.old is not None:
@@ -99,13 +104,16 @@ class Run:
             sizes = [stop - start for start, stop in spans]
         finished = {name.removesuffix(".json") for name in self.folder.names(LEDGER, ".json")}
         todo = [index for index in range(len(sizes)) if plans.block_name(index) not in finished]
-        forecast = self._forecast(identity, sizes, todo)
+        forecast = self._forecast(identity, sizes, todo, finished)
         if on_forecast is not None:
             on_forecast(forecast)
         if dry_run:
             return Extraction(forecast)
         if self.folder.exists(MANIFEST):
-            return Extraction(forecast, self.folder.read_json(MANIFEST))
+            manifest = self.folder.read_json(MANIFEST)
+            if self.given is not None and forecast.images is not None:
+                check_rows(self.folder, forecast.images, manifest["rows"] + manifest["errors"])
+            return Extraction(forecast, manifest)
         if check_space and not forecast.fits:
             raise StoreError(f"out must have room for the features: {forecast} (check_space=False starts all the same)")
         if source is not None and listed is None and todo:
@@ -188,11 +196,15 @@ class Run:
         ids = listed["id"].slice(0, _PROBED_IMAGES).to_pylist()
         return [Piece(0, [id_], self.job.source, listed.slice(index, 1)) for index, id_ in enumerate(ids)]
 
-    def _forecast(self, identity: dict[str, Any], sizes: list[int], todo: list[int]) -> plans.Forecast:
+    def _forecast(
+        self, identity: dict[str, Any], sizes: list[int], todo: list[int], finished: Collection[str]
+    ) -> plans.Forecast:
         images: int | None = sum(sizes)
         remaining: int | None = sum(sizes[index] for index in todo)
         if self.given is not None:
             images = remaining = self.given.count()
+            if images is not None and finished:
+                remaining = max(0, images - len(self._finished_ids()))
         outputs = identity["outputs"]
         maps = self.job.spec.feature_map or bool(self.job.spec.layers)
         return plans.Forecast(

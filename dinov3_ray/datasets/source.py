@@ -17,7 +17,18 @@ import pyarrow as pa
 from dinov3_ray.datasets.decode import Unreadable
 from dinov3_ray.errors import StoreError
 
-__all__ = ["IRREGULAR", "LISTING", "Content", "FileSource", "Source", "check_unique", "listing", "read_whole"]
+__all__ = [
+    "IRREGULAR",
+    "LISTING",
+    "Content",
+    "FileSource",
+    "Source",
+    "check_unique",
+    "content_of",
+    "key_of",
+    "listing",
+    "read_whole",
+]
 
 LISTING = pa.schema([("id", pa.string()), ("file", pa.string()), ("offset", pa.int64()), ("size", pa.int64())])
 
@@ -103,6 +114,26 @@ def listing(rows: Iterator[tuple[str, str, int, int]]) -> pa.Table:
     """Rows of (id, file, offset, size) as a table."""
     columns = list(zip(*rows, strict=True)) or [(), (), (), ()]
     return pa.table([pa.array(column, field.type) for column, field in zip(columns, LISTING, strict=True)], LISTING)
+
+
+def content_of(cell: Any) -> Content:
+    """What a cell of an image column has: encoded bytes, plain or as Hugging Face's ``{bytes, path}``, or pixels."""
+    if isinstance(cell, dict):
+        cell = cell.get("bytes")
+    if cell is None:
+        return Unreadable("missing", "the row has no image (null)")
+    if isinstance(cell, (bytes, bytearray, memoryview)):
+        return bytes(cell)
+    if isinstance(cell, np.ndarray):
+        return cell
+    return Unreadable("unsupported", f"an image must be encoded bytes or pixels; the row has {type(cell).__name__}")
+
+
+def key_of(cell: Any, column: str) -> str:
+    """The id in a cell; raises StoreError if there is none."""
+    if cell is None:
+        raise StoreError(f"id_column must name a column with a key in each row; {column!r} has a row without (null)")
+    return str(cell)
 
 
 def read_whole(system: Any, path: str, offset: int = 0, size: int | None = None) -> bytes | Unreadable:

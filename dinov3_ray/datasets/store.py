@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dinov3_ray.datasets.layout import ERRORS, INDEX, LEDGER, MANIFEST, PARTS, PLAN, Folder
+from dinov3_ray.datasets.layout import ERRORS, INDEX, MANIFEST, PARTS, PLAN, Folder
 from dinov3_ray.datasets.schema import Column, decode_columns, spec_of
 from dinov3_ray.errors import StoreError
 from dinov3_ray.features import Features, FeatureSpec
@@ -45,14 +44,14 @@ class FeatureStore:
     def __init__(self, out: str | os.PathLike[str], *, filesystem: Any = None, partial: bool = False) -> None:
         self.folder = Folder.at(out, filesystem)
         """Where it is."""
-        plan = self.folder.read_json(PLAN)
+        plan = self.folder.read_json(PLAN, "fingerprint", "spec", "result_dtype")
         self.complete = self.folder.exists(MANIFEST)
         if not self.complete and not partial:
             raise StoreError(
                 f"the extraction into {self.folder.path} is not finished: run the same command again to go on with "
                 "it, or pass partial=True to read what is there"
             )
-        self.manifest: dict[str, Any] = self.folder.read_json(MANIFEST) if self.complete else plan
+        self.manifest: dict[str, Any] = self.folder.read_json(MANIFEST, "blocks", "rows") if self.complete else plan
         """fingerprint, spec, preprocessing, versions; counts once the run is finished."""
         self._parts = [
             _Part(self.folder, part["file"], {name: Column.from_json(value) for name, value in part["columns"].items()})
@@ -73,11 +72,11 @@ class FeatureStore:
         if self.complete:
             entries: list[dict[str, Any]] = self.manifest["blocks"]
             return entries
-        return [self.folder.read_json(f"{LEDGER}/{name}") for name in self.folder.names(LEDGER, ".json")]
+        return self.folder.ledger()
 
     def _read_index(self) -> pa.Table:
         if self.complete:
-            return pq.read_table(io.BytesIO(self.folder.read(INDEX)))
+            return self.folder.read_table(INDEX)
         return index_table(self.folder, [part.file for part in self._parts])
 
     @property
@@ -95,7 +94,7 @@ class FeatureStore:
     def errors(self) -> pa.Table:
         """The images that have no features: id, kind, detail."""
         if self.complete:
-            return pq.read_table(io.BytesIO(self.folder.read(ERRORS)))
+            return self.folder.read_table(ERRORS)
         return errors_table(self._ledger())
 
     def __len__(self) -> int:
@@ -123,8 +122,8 @@ class FeatureStore:
         Raises:
             StoreError: one of them is missing, there are none, or their outputs differ in shape.
         """
-        if not len(ids):
-            raise StoreError("ids must name at least one image; got none")
+        if isinstance(ids, str) or not len(ids):
+            raise StoreError(f"ids must be a sequence of at least one id; got {ids!r}")
         places = [self.place(id_) for id_ in ids]
         shapes = {self._parts[self._part[place]].shapes for place in places}
         if len(shapes) != 1:
@@ -146,8 +145,8 @@ class FeatureStore:
 
         Where outputs differ in shape from row to row, a batch ends at the change.
         """
-        if batch_size < 1:
-            raise StoreError(f"batch_size must be at least 1; got {batch_size}")
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise StoreError(f"batch_size must be an integer, at least 1; got {batch_size!r}")
         shapes = [part.shapes for part in self._parts]
         start = 0
         while start < len(self):
@@ -281,17 +280,13 @@ class _Part:
                         self._map = np.frombuffer(file.read_buffer(), np.uint8)
                 found = self._map[start:stop]
         except OSError as error:
-            raise StoreError(self._damage(str(error))) from error
+            raise self._damage(error) from error
         if len(found) < stop - start:
-            raise StoreError(self._damage("the file ends early"))
+            raise self._damage("the file ends early")
         return found
 
-    def _damage(self, what: str) -> str:
-        entry = self.folder.join(f"{LEDGER}/{self.file.partition('.')[0]}.json")
-        return (
-            f"{self._path} cannot be read: {what}. To have its features computed anew, delete {entry} and "
-            f"{self.folder.join(MANIFEST)}, and run the extraction again"
-        )
+    def _damage(self, what: object) -> StoreError:
+        return self.folder.damaged(f"{PARTS}/{self.file}", what)
 
     def _decoded(self, name: str, start: int, stop: int) -> np.ndarray:
         """Rows of a column that Parquet must decode.
@@ -322,8 +317,7 @@ def index_table(folder: Folder, files: Sequence[str]) -> pa.Table:
     """id, height, width, view, part and row of every image, from the parts themselves."""
     tables = []
     for number, file in enumerate(files):
-        with folder.system.open_input_file(folder.join(f"{PARTS}/{file}")) as source:
-            table = pq.read_table(source, columns=_INDEX_COLUMNS)
+        table = folder.read_table(f"{PARTS}/{file}", _INDEX_COLUMNS)
         place = pa.array(np.full(len(table), number, np.int32)), pa.array(np.arange(len(table), dtype=np.int32))
         tables.append(table.append_column("part", place[0]).append_column("row", place[1]).replace_schema_metadata())
     if tables:

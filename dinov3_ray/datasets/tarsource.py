@@ -86,6 +86,8 @@ class TarSource:
                         else:
                             continue
                         samples.setdefault(key, []).append((extension, content))
+                    if not _ends(stream, archive.offset):
+                        damaged = archive.offset
             except tarfile.TarError:
                 damaged = stream.tell()
         for key, members in samples.items():
@@ -97,3 +99,17 @@ class TarSource:
                 yield key, file, 0, _NO_IMAGE
         if damaged is not None:
             yield file, file, damaged, _DAMAGED
+
+
+def _ends(stream: Any, offset: int) -> bool:
+    """Whether an archive that is read up to ``offset`` ends there, with a block of zeros and nothing else after it.
+
+    ``tarfile`` takes the first damaged header for the end, and says nothing.
+    """
+    stream.seek(offset)
+    if stream.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+        return False
+    while rest := stream.read(tarfile.RECORDSIZE):
+        if any(rest):
+            return False
+    return True

@@ -18,7 +18,7 @@ from dinov3_ray.datasets.source import check_unique
 from dinov3_ray.datasets.store import errors_table, index_table
 from dinov3_ray.errors import StoreError
 
-__all__ = ["BlockWriter", "finish", "is_finished"]
+__all__ = ["BlockWriter", "check_rows", "finish", "is_finished"]
 
 
 @dataclass
@@ -88,6 +88,15 @@ def is_finished(folder: Folder, name: str) -> bool:
     return folder.exists(f"{LEDGER}/{name}.json")
 
 
+def check_rows(folder: Folder, given: int, held: int) -> None:
+    """Raise StoreError unless a Dataset of ``given`` rows is what a store of ``held`` rows and errors was made of."""
+    if given != held:
+        raise StoreError(
+            f"the rows of a Dataset must be those that {folder.path} holds, each with an id of its own; it has {given} "
+            f"and the folder {held}: extract another Dataset, or one with another id_column, into another folder"
+        )
+
+
 def finish(
     folder: Folder, identity: Mapping[str, Any], *, order: Sequence[str] | None = None, given: int | None = None
 ) -> dict[str, Any]:
@@ -98,27 +107,21 @@ def finish(
         given: the number of rows that came.
 
     Raises:
-        StoreError: ids are not unique; or ``given`` rows have become another number of rows and errors.
+        StoreError: ids are not unique, or ``given`` rows have become another number of rows and errors; or a part
+            cannot be read.
     """
-    ledger = [folder.read_json(f"{LEDGER}/{name}") for name in folder.names(LEDGER, ".json")]
+    ledger = folder.ledger()
     if order is not None:
         places = {name: place for place, name in enumerate(order)}
         ledger.sort(key=lambda entry: places.get(entry["block"], len(places)))
     files = [part["file"] for entry in ledger for part in entry["parts"]]
     errors = errors_table(ledger)
     index = index_table(folder, files)
-    check_unique([*index["id"].to_pylist(), *errors["id"].to_pylist()], "name another id_column")
-    held = len(index) + len(errors)
-    if given is not None and given < held:
-        raise StoreError(
-            f"a Dataset must have the same rows when it is resumed; it has {given}, but {folder.path} holds {held}: "
-            "extract another Dataset into another folder"
-        )
-    if given is not None and given > held:
-        raise StoreError(
-            f"each row of the Dataset must have an id of its own; of {given} rows, {held} have: name another "
-            "id_column, and extract into another folder"
-        )
+    check_unique(
+        [*index["id"].to_pylist(), *errors["id"].to_pylist()], "name another id_column, and extract into another folder"
+    )
+    if given is not None:
+        check_rows(folder, given, len(index) + len(errors))
     kinds: dict[str, int] = {}
     for kind in errors["kind"].to_pylist():
         kinds[kind] = kinds.get(kind, 0) + 1
