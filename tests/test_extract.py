@@ -7,12 +7,12 @@ import logging
 import os
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import deadly
 import kills
 import numpy as np
+import oddteachers
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -20,6 +20,7 @@ import ray
 import torch
 from deadly import Deadly
 from kills import assert_equal, finished
+from oddteachers import Broken, Changing, Nameless, Picky
 from picturefiles import EVERY, damage_of, file_name, write_pictures
 from PIL import Image
 from pyarrow import fs as pafs
@@ -32,8 +33,7 @@ from dinov3_ray.datasets.decode import Decoder
 from dinov3_ray.datasets.layout import Folder
 from dinov3_ray.datasets.placement import place
 from dinov3_ray.errors import ConfigError, MissingViewError, NumericsError, StoreError
-from dinov3_ray.features import Features, FeatureSpec
-from dinov3_ray.images import Images
+from dinov3_ray.features import FeatureSpec
 from dinov3_ray.model import DinoV3Teacher
 from dinov3_ray.pool.teacher_pool import TeacherPool
 from dinov3_ray.testing import FakeTeacher
@@ -41,6 +41,7 @@ from dinov3_ray.testing import FakeTeacher
 # The workers cannot import the tests: what they need of this module travels with the tasks.
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
 ray.cloudpickle.register_pickle_by_value(deadly)
+ray.cloudpickle.register_pickle_by_value(oddteachers)
 
 SPEC = FeatureSpec(cls=True, feature_map=True, layers=(1,), map_size=(2, 2))
 GOOD, BROKEN = 1960, 40
@@ -161,15 +162,6 @@ def test_killed_at_random_moments_it_is_resumed(
     assert again.manifest == FeatureStore(tmp_path / "out").manifest
 
 
-class Picky:
-    """Refuses each image of fewer than 50 rows, and counts on."""
-
-    fingerprint = "picky"
-
-    def extract(self, images: Tensor, spec: FeatureSpec) -> Features:
-        return FakeTeacher(patch_size=50).extract(images, spec)
-
-
 def test_images_that_end_their_process_or_are_refused_fail_alone(few: Path, ray_cluster: str, tmp_path: Path) -> None:
     root = tmp_path / "images"
     root.mkdir()
@@ -208,31 +200,6 @@ def test_another_teacher_or_spec_is_refused(few: Path, fake_store: FeatureStore)
     with pytest.raises(StoreError, match=r"source.path is .*, there it is"):
         extract(few.parent, out, FakeTeacher.factory(), SPEC)
     assert FeatureStore(out).manifest == fake_store.manifest
-
-
-class Changing(FakeTeacher):
-    """Becomes another teacher after two passes, as a pool does that is reloaded."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._passes = 0
-
-    def extract(self, images: Images, spec: FeatureSpec) -> Features:
-        self._passes += 1
-        self.fingerprint = "before" if self._passes <= 2 else "after"
-        return super().extract(images, spec)
-
-
-class Broken:
-    fingerprint = "broken"
-
-    def extract(self, images: Images, spec: FeatureSpec) -> Features:
-        return FakeTeacher().extract(images, spec).map(lambda _, tensor: tensor / 0)
-
-
-class Nameless:
-    def extract(self, images: Images, spec: FeatureSpec) -> Features:
-        return replace(FakeTeacher().extract(images, spec), fingerprint=None)
 
 
 def test_a_store_never_mixes_two_teachers(few: Path, ray_cluster: str, tmp_path: Path) -> None:
