@@ -110,7 +110,7 @@ class Run:
         if dry_run:
             return Extraction(forecast)
         if self.folder.exists(MANIFEST):
-            manifest = self.folder.read_json(MANIFEST)
+            manifest = self.folder.read_json(MANIFEST, "rows", "errors", "blocks")
             if self.given is not None and forecast.images is not None:
                 check_rows(self.folder, forecast.images, manifest["rows"] + manifest["errors"])
             return Extraction(forecast, manifest)
