@@ -276,6 +276,13 @@ def test_a_ray_dataset_is_extracted_and_resumed(few: Path, fake_store: FeatureSt
     longer = ray.data.from_items([{"key": path.name, "image": b""} for path in [*paths, Path("more.jpg")]])
     with pytest.raises(StoreError, match=r"the rows of a Dataset must be those that .* holds"):
         extract(longer, out, FakeTeacher.factory(), SPEC)
+    nameless = ray.data.from_items(
+        [*[{"key": path.name, "image": b""} for path in paths[:8]], {"key": None, "image": b""}]
+    )
+    with pytest.raises(
+        StoreError, match=r"id_column must name a column with a key in each row; 'key' has a row without"
+    ):
+        extract(nameless, tmp_path / "nameless", FakeTeacher.factory(), SPEC)
     texts = ray.data.from_items([{"key": path.name, "image": str(path)} for path in paths])
     with pytest.raises(StoreError, match=r"image_column must hold encoded bytes or uint8 pixels; 'image' holds str"):
         extract(texts, out, FakeTeacher.factory(), SPEC)

@@ -106,14 +106,13 @@ class BlockExtractor:
 
         This package's own errors are returned, pickled: of one that is raised, Ray Data passes on the words alone.
         """
-        if self._job.source is not None:
-            name, pieces = self._planned(int(batch["block"][0]))
-        else:
-            name, pieces = self._given(batch)
         given = len(next(iter(batch.values())))
-        done = {"block": name, "given": given, "rows": 0, "errors": 0, "bytes": 0, "seconds": 0.0, "computed": False}
+        done = {"block": "", "given": given, "rows": 0, "errors": 0, "bytes": 0, "seconds": 0.0, "computed": False}
         failure = b""
         try:
+            planned = self._job.source is not None
+            name, pieces = self._planned(int(batch["block"][0])) if planned else self._given(batch)
+            done["block"] = name
             if pieces and not is_finished(self._job.folder, name):
                 entry = self._extract(name, pieces)
                 done |= {"rows": entry["rows"], "errors": len(entry["errors"]), "bytes": entry["bytes"]}

@@ -152,9 +152,12 @@ def _find(system: Any, path: str, exclude: str | None) -> tuple[str, list[tuple[
             raise StoreError(f"names of files must be UTF-8, since ids are made of them; rename {name!r}") from error
         hidden = any(part.startswith(".") for part in PurePosixPath(name).parts)
         excluded = exclude is not None and f"{info.path}/".startswith(exclude.rstrip("/") + "/")
-        if info.type == pafs.FileType.Directory and system.type_name == "local":
-            _check_link(info.path)
-        if info.type != pafs.FileType.Directory and not hidden and not excluded:
+        if hidden or excluded:
+            continue
+        if info.type == pafs.FileType.Directory:
+            if system.type_name == "local":
+                _check_link(info.path)
+        else:
             irregular = info.type == pafs.FileType.Unknown
             files.append((name, IRREGULAR if irregular else info.size or 0))
     return path.rstrip("/"), sorted(file for file in files if pattern is None or matches(pattern, file[0]))

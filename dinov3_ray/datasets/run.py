@@ -6,6 +6,7 @@ import logging
 import pickle
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import ray
@@ -144,8 +145,8 @@ class Run:
             for result in self._results(todo, identity["block_size"]):
                 order.append(result["block"])
                 given += int(result["given"])
-                computed += bool(result["computed"])
                 if result["computed"]:
+                    computed += 1
                     meter.add(int(result["rows"] + result["errors"]), int(result["bytes"]), float(result["seconds"]))
         if self.given is None:
             manifest = finish(self.folder, identity)
@@ -204,7 +205,7 @@ class Run:
         if self.given is not None:
             images = remaining = self.given.count()
             if images is not None and finished:
-                remaining = max(0, images - len(self._finished_ids()))
+                remaining = max(0, images - len(self._finished_ids))
         outputs = identity["outputs"]
         maps = self.job.spec.feature_map or bool(self.job.spec.layers)
         return plans.Forecast(
@@ -220,7 +221,7 @@ class Run:
         """What the extractors say of each block, as they finish."""
         if self.given is not None:
             dataset, rows = self.given.dataset, block_size
-            self.job = replace(self.job, finished_ids=ray.put(self._finished_ids()))
+            self.job = replace(self.job, finished_ids=ray.put(self._finished_ids))
         elif todo:
             dataset = ray.data.from_items([{"block": index} for index in todo], override_num_blocks=len(todo))
             rows = 1
@@ -244,7 +245,9 @@ class Run:
                         raise pickle.loads(result["failure"])  # noqa: S301 - by this run's own actor
                     yield result
 
+    @cached_property
     def _finished_ids(self) -> frozenset[str]:
+        """Of a Dataset's rows, those that need no work; read from all parts, and so once."""
         store = FeatureStore(self.folder.path, filesystem=self.folder.system, partial=True)
         return frozenset([*store.ids, *store.errors["id"].to_pylist()])
 
