@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from dinov3_ray.config import DinoV3Config
     from dinov3_ray.features import Features, FeatureSpec
     from dinov3_ray.model import DinoV3Teacher
-    from dinov3_ray.pool.remote import RemoteTeacher
+    from dinov3_ray.pool.client.remote import RemoteTeacher
     from dinov3_ray.pool.teacher_pool import TeacherPool
 
 __all__ = ["DinoV3Config", "DinoV3Teacher", "FeatureSpec", "Features", "RemoteTeacher", "TeacherPool"]
@@ -21,7 +21,7 @@ _HOMES = {
     "DinoV3Teacher": "dinov3_ray.model",
     "FeatureSpec": "dinov3_ray.features",
     "Features": "dinov3_ray.features",
-    "RemoteTeacher": "dinov3_ray.pool.remote",
+    "RemoteTeacher": "dinov3_ray.pool.client.remote",
     "TeacherPool": "dinov3_ray.pool.teacher_pool",
 }
 

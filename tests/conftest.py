@@ -42,7 +42,10 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with slow tests first, so that no process is left alone with one of them at the end."""
+    """Mark what stands in a folder named ``with_ray``; files with slow tests go first, lest one be left at the end."""
+    for item in items:
+        if item.path.parent.name == "with_ray":
+            item.add_marker("ray")
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from dinov3_ray.lazycommands import Lazy, LazyGroup
+from dinov3_ray.cli import Lazy, LazyGroup
 
 __all__ = ["bench"]
 

@@ -30,7 +30,7 @@ from dinov3_ray.checkpoint import init_checkpoint
 from dinov3_ray.config import ComputeDtype, DinoV3Config
 from dinov3_ray.datasets import extract
 from dinov3_ray.datasets.decode import Decoder
-from dinov3_ray.datasets.schema import encode_columns
+from dinov3_ray.datasets.store.schema import encode_columns
 from dinov3_ray.features import FeatureSpec
 from dinov3_ray.model import DinoV3Teacher
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 
-from dinov3_ray.architecture import Architecture, ConvNextArchitecture
-from dinov3_ray.preprocessing import Size
+from dinov3_ray.config.architecture import Architecture, ConvNextArchitecture
+from dinov3_ray.config.preprocessing import Size
 
 __all__ = ["flops_per_image"]
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from dinov3_ray.float8 import Float8Linear
+from dinov3_ray.model.float8 import Float8Linear
 
 __all__ = ["copy_rates", "matmul_rate", "seconds_of"]
 

@@ -13,11 +13,10 @@ import numpy as np
 import torch
 
 from dinov3_ray.datasets import FeatureStore
-from dinov3_ray.datasets.layout import Folder
-from dinov3_ray.datasets.schema import Row, decode_columns, encode_columns, spec_to_json
-from dinov3_ray.datasets.writer import BlockWriter, finish
-from dinov3_ray.features import FeatureSpec
-from dinov3_ray.precision import ResultDtype
+from dinov3_ray.datasets.folder import Folder
+from dinov3_ray.datasets.store.schema import Row, decode_columns, encode_columns, spec_to_json
+from dinov3_ray.datasets.store.writer import BlockWriter, finish
+from dinov3_ray.features import FeatureSpec, ResultDtype
 
 __all__ = ["Reading", "measure_reading"]
 

@@ -7,7 +7,7 @@ import statistics
 import time
 from dataclasses import dataclass
 
-from dinov3_ray.pool.routing import Limits, RoutingBook
+from dinov3_ray.pool.client.book import Limits, RoutingBook
 
 __all__ = ["Decision", "measure_router"]
 

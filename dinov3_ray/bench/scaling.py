@@ -22,7 +22,7 @@ from dinov3_ray.bench.cputime import cpu_seconds
 from dinov3_ray.bench.simulated import Accelerator, Work
 from dinov3_ray.bench.throughput import describe_machine
 from dinov3_ray.features import FeatureSpec
-from dinov3_ray.pool.remote import RemoteTeacher
+from dinov3_ray.pool.client.remote import RemoteTeacher
 from dinov3_ray.pool.teacher_pool import TeacherPool
 
 __all__ = ["QUICK", "Plan", "Point", "Scaling", "Shape", "measure_scaling"]

@@ -19,7 +19,7 @@ from dinov3_ray.bench.teachers import Mode, Task, modes_for, through_pipeline
 from dinov3_ray.bench.throughput import describe_machine
 from dinov3_ray.errors import NumericsError
 from dinov3_ray.features import Features
-from dinov3_ray.golden import agreement, golden_images
+from dinov3_ray.model.golden import agreement, golden_images
 
 __all__ = ["TeacherBench", "measure_teacher"]
 

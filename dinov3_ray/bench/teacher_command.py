@@ -13,8 +13,8 @@ from dinov3_ray.bench.teacher import TeacherBench, measure_teacher
 from dinov3_ray.bench.teachers import Task
 from dinov3_ray.checkpoint import init_checkpoint
 from dinov3_ray.checkpoint.variants import find_variant, variant_of
-from dinov3_ray.compute import as_device
 from dinov3_ray.config import DinoV3Config
+from dinov3_ray.model.device import as_device
 
 __all__ = ["teacher"]
 

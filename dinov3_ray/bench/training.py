@@ -17,7 +17,7 @@ import torch
 
 from dinov3_ray.bench.simulated import SPEC, Accelerator, Work
 from dinov3_ray.features import Features
-from dinov3_ray.pool.remote import RemoteTeacher
+from dinov3_ray.pool.client.remote import RemoteTeacher
 from dinov3_ray.pool.teacher_pool import TeacherPool
 from dinov3_ray.training.prefetch import Prefetch
 

@@ -1,11 +1,11 @@
 """Weights: find, check, load, fingerprint; make them up at random; convert official ones."""
 
-from dinov3_ray.checkpoint.checks import verify
 from dinov3_ray.checkpoint.convert import Conversion, convert_checkpoint
-from dinov3_ray.checkpoint.create import init_checkpoint
-from dinov3_ray.checkpoint.identity import fingerprint
+from dinov3_ray.checkpoint.fingerprint import fingerprint
 from dinov3_ray.checkpoint.load import build_model, load_model
+from dinov3_ray.checkpoint.random_weights import init_checkpoint
 from dinov3_ray.checkpoint.variants import VARIANTS, find_variant, variant_of
+from dinov3_ray.checkpoint.verify import verify
 
 __all__ = [
     "VARIANTS",

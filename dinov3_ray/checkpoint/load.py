@@ -10,12 +10,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from dinov3_ray.architecture import Architecture, ConvNextArchitecture
-from dinov3_ray.checkpoint.checks import check_finite, read_tensors, verify
-from dinov3_ray.checkpoint.hfconfig import model_options
+from dinov3_ray.checkpoint.hf import model_options
+from dinov3_ray.checkpoint.verify import check_finite, read_tensors, verify
 from dinov3_ray.config import DinoV3Config
+from dinov3_ray.config.architecture import Architecture, ConvNextArchitecture
+from dinov3_ray.config.weights import canonical_name
 from dinov3_ray.errors import CheckpointError, ConfigError
-from dinov3_ray.weightfiles import canonical_name
 
 __all__ = ["build_model", "load_model"]
 

@@ -15,13 +15,13 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from dinov3_ray.architecture import Architecture
-from dinov3_ray.checkpoint.checks import DTYPES, Progress, ignore_progress
-from dinov3_ray.checkpoint.hfconfig import config_json, preprocessor_json
-from dinov3_ray.config import CONFIG_FILE, PREPROCESSOR_FILE
+from dinov3_ray.checkpoint.hf import config_json, preprocessor_json
+from dinov3_ray.checkpoint.verify import DTYPES, Progress, ignore_progress
+from dinov3_ray.config.architecture import Architecture
+from dinov3_ray.config.config import CONFIG_FILE, PREPROCESSOR_FILE
+from dinov3_ray.config.preprocessing import Preprocessing
+from dinov3_ray.config.weights import INDEX_FILE, SINGLE_FILE
 from dinov3_ray.errors import CheckpointError, ConfigError
-from dinov3_ray.preprocessing import Preprocessing
-from dinov3_ray.weightfiles import INDEX_FILE, SINGLE_FILE
 
 __all__ = ["DEFAULT_SHARD_BYTES", "write_directory"]
 

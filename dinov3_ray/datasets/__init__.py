@@ -8,18 +8,18 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from dinov3_ray.datasets.cache import CachedTeacher
-    from dinov3_ray.datasets.extraction import extract
-    from dinov3_ray.datasets.store import FeatureStore
+    from dinov3_ray.datasets.extraction.extract import extract
+    from dinov3_ray.datasets.store.reader import FeatureStore
     from dinov3_ray.datasets.stored import StoredTeacher, TargetDataset
 
 __all__ = ["CachedTeacher", "FeatureStore", "StoredTeacher", "TargetDataset", "extract"]
 
 _HOMES = {
     "CachedTeacher": "dinov3_ray.datasets.cache",
-    "FeatureStore": "dinov3_ray.datasets.store",
+    "FeatureStore": "dinov3_ray.datasets.store.reader",
     "StoredTeacher": "dinov3_ray.datasets.stored",
     "TargetDataset": "dinov3_ray.datasets.stored",
-    "extract": "dinov3_ray.datasets.extraction",
+    "extract": "dinov3_ray.datasets.extraction.extract",
 }
 
 

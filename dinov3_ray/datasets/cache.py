@@ -13,9 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dinov3_ray.datasets.cachedb import FeatureCache
-from dinov3_ray.datasets.cacheentry import CacheStatistics
-from dinov3_ray.datasets.views import view_digest
+from dinov3_ray.datasets.cache_db import CacheStatistics, FeatureCache
+from dinov3_ray.datasets.decode import view_digest
 from dinov3_ray.errors import InputError, StoreError
 from dinov3_ray.features import Features, FeatureSpec
 from dinov3_ray.images import ImageBatch, Images

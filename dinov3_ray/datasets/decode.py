@@ -11,10 +11,14 @@ What each kind becomes:
   are ignored for the same reason.
 
 This module imports neither torch nor Ray, so that decoding processes start fast.
+
+
+The identity of a view: a digest of its pixels, so that targets belong to what the student sees, not to a file.
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
 import warnings
 from dataclasses import dataclass
@@ -25,7 +29,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from dinov3_ray.errors import ConfigError, InputError
 
-__all__ = ["MAX_PIXELS", "Decoder", "Unreadable", "UnreadableKind"]
+__all__ = ["DIGEST_SIZE", "MAX_PIXELS", "Decoder", "Unreadable", "UnreadableKind", "view_digest"]
+
 
 MAX_PIXELS = 89_478_485
 """Pillow's own threshold (a quarter of a gigabyte of RGB): beyond it, an image is taken for a decompression bomb."""
@@ -178,3 +183,17 @@ def _upright(image: Image.Image) -> Image.Image:
         raise
     except Exception:  # noqa: BLE001 - SyntaxError, struct.error, ...: whatever Pillow's parser stumbles over
         return image
+
+
+DIGEST_SIZE = 16
+
+
+def view_digest(image: np.ndarray) -> bytes:
+    """16 bytes of SHA-256 over an image's dtype, shape and pixels: equal only for the same pixels in the same form.
+
+    128 bits make an accidental collision among 10^9 views less likely than 10^-20. SHA-256 rather than
+    BLAKE2b, since processors have instructions for it (1.8 against 0.9 GB/s).
+    """
+    digest = hashlib.sha256(f"{image.dtype.str}{image.shape}".encode())
+    digest.update(np.ascontiguousarray(image).reshape(-1).view(np.uint8).data)
+    return digest.digest()[:DIGEST_SIZE]

@@ -21,14 +21,14 @@ from dinov3_ray.config import DinoV3Config
 from dinov3_ray.demo.augment import Views, crop_centre
 from dinov3_ray.demo.display import Display
 from dinov3_ray.demo.embedded import DemoRay, gpus_a_replica, make_folder, remove_folder
-from dinov3_ray.demo.interrupts import Interrupts
 from dinov3_ray.demo.photographs import read_photographs
 from dinov3_ray.demo.results import Summary, save_loss_curve, save_maps, save_summary
 from dinov3_ray.demo.scenes import draw_scene
 from dinov3_ray.demo.student import Student
 from dinov3_ray.errors import ConfigError
 from dinov3_ray.features import FeatureSpec
-from dinov3_ray.pool.remote import RemoteTeacher
+from dinov3_ray.interrupts import Interrupts
+from dinov3_ray.pool.client.remote import RemoteTeacher
 from dinov3_ray.pool.teacher_pool import TeacherPool
 from dinov3_ray.training.losses import DistillationLoss
 

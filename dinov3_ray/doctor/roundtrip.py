@@ -11,7 +11,7 @@ import torch
 from dinov3_ray.doctor.finding import Finding, fine, problem
 from dinov3_ray.errors import DinoV3Error
 from dinov3_ray.features import FeatureSpec
-from dinov3_ray.pool.source import TeacherSource
+from dinov3_ray.pool.spec import TeacherSource
 from dinov3_ray.pool.teacher_pool import TeacherPool
 from dinov3_ray.testing import FakeTeacher
 

@@ -1,10 +1,15 @@
-"""How this process reaches Ray, and how a pool's actors are named there."""
+"""How this process reaches Ray, and how a pool's actors are named there.
+
+Ending a process for certain, and only the one that is meant.
+"""
 
 from __future__ import annotations
 
 import os
 import re
+import signal
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -19,10 +24,13 @@ __all__ = [
     "connect",
     "controller_name",
     "find_controller",
+    "kill_process",
     "list_actors",
     "list_pools",
+    "process_start",
     "replica_name",
 ]
+
 
 #: The Ray namespace that pools live in unless told otherwise, whatever namespace the driver uses for itself.
 NAMESPACE = "dinov3_ray"
@@ -177,3 +185,24 @@ def list_actors(namespace: str, pool: str) -> list[tuple[str, Any]]:
 def _actor_names(namespace: str) -> list[str]:
     actors = ray.util.list_named_actors(all_namespaces=True)
     return [actor["name"] for actor in actors if actor["namespace"] == namespace]
+
+
+def process_start(pid: int) -> str:
+    """When process ``pid`` of this machine began, in clock ticks since boot (field 22 of its stat file); "" if unknown.
+
+    A process number may be given to another process later; number and start together name one process for good.
+    """
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return ""
+    return stat.rpartition(")")[2].split()[19]
+
+
+@ray.remote(num_cpus=0, max_retries=0)
+def kill_process(pid: int, started: str) -> bool:
+    """Kill process ``pid`` of the node this runs on, if it is still the one that began at ``started``."""
+    if not started or process_start(pid) != started:
+        return False
+    os.kill(pid, signal.SIGKILL)
+    return True

@@ -2,31 +2,35 @@
 
 Made for tests and for one machine's first steps: a pool starts in milliseconds. What it cannot do is outlive a process,
 or end a replica that hangs.
+
+
+Where a pool is to be found: among this process's own local pools, or in Ray.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from dinov3_ray.pool.declaration import Declaration
-from dinov3_ray.pool.membership import ActionKind, Membership, MemberState
-from dinov3_ray.pool.messages import PoolView, ReplicaView, RequestHeader
-from dinov3_ray.pool.readings import ClientSeconds
-from dinov3_ray.pool.replica import Replica
-from dinov3_ray.pool.reports import Report, make_status, make_view
-from dinov3_ray.pool.routing import RoutingStatistics
-from dinov3_ray.pool.source import CheckedSource, builder
-from dinov3_ray.pool.status import PoolStatus
-from dinov3_ray.pool.transport import OnAnswer, OnView
-from dinov3_ray.pool.wire import Array
+from dinov3_ray.errors import PoolExistsError
+from dinov3_ray.pool.cluster import connect, find_controller
+from dinov3_ray.pool.control.declaration import Declaration
+from dinov3_ray.pool.control.membership import ActionKind, Membership
+from dinov3_ray.pool.control.status import PoolStatus, Report, make_status, make_view
+from dinov3_ray.pool.messages import Array, MemberState, PoolView, ReplicaView, RequestHeader
+from dinov3_ray.pool.metrics import Reading
+from dinov3_ray.pool.replica.replica import Replica
+from dinov3_ray.pool.spec import CheckedSource, builder
+from dinov3_ray.pool.transport.actors import RayTransport
+from dinov3_ray.pool.transport.base import OnAnswer, OnView, Transport
 
-__all__ = ["LocalController", "LocalTransport"]
+__all__ = ["LocalController", "LocalTransport", "local_pool", "open_transport", "register_local", "unregister_local"]
+
 
 _NODE = "local"
 _LOOK_SECONDS = 0.5
@@ -175,7 +179,7 @@ def report_on(replica: Replica) -> Report:
 
 
 class LocalTransport:
-    """One client's way to a local pool; see :class:`~dinov3_ray.pool.transport.Transport`."""
+    """One client's way to a local pool; see :class:`~dinov3_ray.pool.transport.base.Transport`."""
 
     node_id = _NODE
     default_max_bytes = _MAX_BYTES
@@ -205,8 +209,42 @@ class LocalTransport:
     def report(self, replica_id: str, reason: str) -> None:
         """Nothing to do: the replica's own counters show it, and a thread cannot be replaced."""
 
-    def publish(self, routing: RoutingStatistics, seconds: ClientSeconds) -> None:
+    def publish(self, readings: Iterable[Reading]) -> None:
         """Nobody to tell: metrics go out through Ray."""
 
     def leave(self, client_id: str) -> None:
         self._controller.leave(client_id)
+
+
+_local_pools: dict[str, LocalController] = {}
+_lock = threading.Lock()
+
+
+def register_local(controller: LocalController) -> None:
+    """Make a local pool known by its name in this process."""
+    with _lock:
+        if controller.name in _local_pools:
+            raise PoolExistsError(f"a local pool named {controller.name!r} is running in this process already")
+        _local_pools[controller.name] = controller
+
+
+def unregister_local(controller: LocalController) -> None:
+    """Forget a local pool; one that has its name by now is left alone."""
+    with _lock:
+        if _local_pools.get(controller.name) is controller:
+            del _local_pools[controller.name]
+
+
+def local_pool(name: str) -> LocalController | None:
+    """The local pool of that name in this process."""
+    with _lock:
+        return _local_pools.get(name)
+
+
+def open_transport(name: str, namespace: str, address: str | None) -> tuple[Transport, str | None]:
+    """A way to the pool, and the address under which another process finds it (None: nowhere but here)."""
+    local = local_pool(name) if address is None else None
+    if local is not None:
+        return LocalTransport(local), None
+    runtime = connect(address)
+    return RayTransport(find_controller(name, namespace), namespace, name), runtime.address

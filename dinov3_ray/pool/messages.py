@@ -2,6 +2,9 @@
 
 Plain frozen dataclasses: they are pickled with every request, so they hold no tensors (those travel beside them as
 NumPy arrays, see ``wire``).
+
+
+What a replica counts of its own work.
 """
 
 from __future__ import annotations
@@ -10,14 +13,37 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
-from dinov3_ray.pool.options import PoolOptions
-from dinov3_ray.preprocessing import Preprocessing
+import numpy as np
 
-if TYPE_CHECKING:  # they load torch, which the controller has no use for
+from dinov3_ray.config.preprocessing import Preprocessing
+from dinov3_ray.pool.spec import PoolOptions
+
+if TYPE_CHECKING:  # it loads torch, which the controller has no use for
     from dinov3_ray.features import FeatureSpec
-    from dinov3_ray.pool.wire import FeatureLayout, ImageLayout
 
-__all__ = ["Answer", "Load", "Outcome", "PoolView", "ReplicaView", "RequestHeader", "StageSeconds", "TeacherInfo"]
+__all__ = [
+    "Answer",
+    "FeatureLayout",
+    "ImageLayout",
+    "Load",
+    "MemberState",
+    "Outcome",
+    "PoolView",
+    "ReplicaStatistics",
+    "ReplicaView",
+    "RequestHeader",
+    "StageSeconds",
+    "TeacherInfo",
+]
+
+
+ImageLayout = tuple[str, bool]
+"""(dtype, stacked): torch's name of the images' dtype, and whether they are one [B,3,H,W] array or one array each."""
+
+FeatureLayout = tuple[tuple[str, str, str, bool], ...]
+"""One (name, dtype on the wire, dtype of the result, has scales) for each output; scales follow their values."""
+
+Array = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,3 +162,43 @@ class PoolView:
     closed: bool = False
     #: Why replicas are missing, newest last, for the error that a waiting client may have to raise.
     troubles: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaStatistics:
+    """Counters since the replica started, ``uptime`` seconds ago, and how it stands now.
+
+    ``batches`` counts forward passes; ``errors_in_a_row`` the requests that raised since one was answered, each once
+    however often it was sent (one bad request is no sign of a bad replica). ``preprocess_seconds`` is known of teachers
+    that tell it in an attribute ``preprocess_seconds`` (on a CUDA device, ``preprocess_watch``), as the local one does;
+    of others it is part of ``forward_seconds``. Where passes overlap, none is charged with the time in which another
+    was ahead of it, so that the stages' sum is what the device was busy. ``busy_for`` is how long the pass that is
+    ahead of all others has been so.
+    """
+
+    uptime: float = 0.0
+    images: int = 0
+    batches: int = 0
+    queue_seconds: float = 0.0
+    preprocess_seconds: float = 0.0
+    forward_seconds: float = 0.0
+    pack_seconds: float = 0.0
+    errors: int = 0
+    errors_in_a_row: int = 0
+    rejected: int = 0
+    waiting: int = 0
+    waiting_rows: int = 0
+    clients_backlog: int = 0
+    oldest_wait: float = 0.0
+    busy_for: float = 0.0
+
+    @property
+    def busy_seconds(self) -> float:
+        """What the device has spent on requests that were answered."""
+        return self.preprocess_seconds + self.forward_seconds + self.pack_seconds
+
+
+class MemberState(StrEnum):
+    STARTING = "starting"  # waits for its place, loads and proves its teacher
+    READY = "ready"
+    DRAINING = "draining"  # finishes what it holds and takes no more

@@ -15,17 +15,22 @@ from ray import cloudpickle
 from dinov3_ray.checkpoint import verify
 from dinov3_ray.config import DinoV3Config
 from dinov3_ray.errors import ConfigError, PoolClosedError
+from dinov3_ray.pool.client.remote import RemoteTeacher
 from dinov3_ray.pool.cluster import NAMESPACE, Runtime, check_name, connect
-from dinov3_ray.pool.declaration import Declaration, Placement
-from dinov3_ray.pool.local import LocalController
-from dinov3_ray.pool.options import PoolOptions, ReplicaCount, parse_replicas
-from dinov3_ray.pool.ray_control import RayControl
-from dinov3_ray.pool.readiness import wait_ready
-from dinov3_ray.pool.registry import local_pool, register_local, unregister_local
-from dinov3_ray.pool.remote import RemoteTeacher
-from dinov3_ray.pool.replica_actor import ReplicaActor
-from dinov3_ray.pool.source import CheckedSource, TeacherSource, check_source
-from dinov3_ray.pool.status import PoolStatus
+from dinov3_ray.pool.control.declaration import Declaration
+from dinov3_ray.pool.control.remote_control import RayControl, wait_ready
+from dinov3_ray.pool.control.status import PoolStatus
+from dinov3_ray.pool.local import LocalController, local_pool, register_local, unregister_local
+from dinov3_ray.pool.replica.actor import ReplicaActor
+from dinov3_ray.pool.spec import (
+    CheckedSource,
+    Placement,
+    PoolOptions,
+    ReplicaCount,
+    TeacherSource,
+    check_source,
+    parse_replicas,
+)
 
 __all__ = ["TeacherPool", "place"]
 
@@ -93,7 +98,7 @@ class TeacherPool:
             namespace: the Ray namespace of the pool's actors.
             timeout: seconds until which the replicas must be ready.
             on_status: told of each look at the pool until then, to show how it gets on.
-            options: those of :class:`~dinov3_ray.pool.options.PoolOptions`, such as ``max_batch`` or ``batching``.
+            options: those of :class:`~dinov3_ray.pool.spec.PoolOptions`, such as ``max_batch`` or ``batching``.
 
         Raises:
             ConfigError: an argument is wrong; nothing was started.

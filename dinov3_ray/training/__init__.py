@@ -1,0 +1,1 @@
+"""What a training loop needs of a teacher; no Ray."""

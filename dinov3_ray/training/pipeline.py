@@ -1,7 +1,16 @@
-"""Batches on their way through the teachers, in order."""
+"""Batches on their way through the teachers, in order.
+
+Where targets come from: anything that takes batches ahead of time, and teachers that compute when they are asked.
+
+Nothing here knows of Ray: a pool's client is one more :class:`Submitter`.
+
+
+Targets on their way to the trainer's device.
+"""
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -9,18 +18,181 @@ from concurrent import futures
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, Generic, ParamSpec, TypeVar
+from typing import Any, Generic, ParamSpec, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
 
+from dinov3_ray.errors import ConfigError, PoolClosedError
 from dinov3_ray.features import Features, FeatureSpec
 from dinov3_ray.images import Images
-from dinov3_ray.training.delivery import Delivered, Delivery
-from dinov3_ray.training.sources import LocalSource, Submitted, Submitter
-from dinov3_ray.waiting import wait
+from dinov3_ray.interrupts import wait
+from dinov3_ray.teacher import Extractor
 
-__all__ = ["Pipeline"]
+__all__ = ["Delivered", "Delivery", "LocalSource", "Pipeline", "Submitted", "Submitter", "as_source"]
+
+
+class Submitted(Protocol):
+    """A batch that is being answered."""
+
+    def result(self, timeout: float | None = None) -> Features: ...
+
+    def done(self) -> bool: ...
+
+    def cancel(self) -> None: ...
+
+
+class Submitter(Protocol):
+    """What can be sent batches ahead of time.
+
+    It may also have ``statistics()`` with ``resends`` in it, and ``count_step(waited, seconds)``, which is told of each
+    step of a loop over its targets; both are looked up by name.
+    """
+
+    @property
+    def parallelism(self) -> int:
+        """Batches that it can usefully have in flight now."""
+        ...
+
+    def submit(self, images: Images, spec: FeatureSpec) -> Submitted: ...
+
+
+class LocalSource:
+    """A teacher of this process as a source: a batch is computed when, and in the thread in which, it is waited for.
+
+    Args:
+        teacher: local, fake, stored, cached, or one's own. It is asked for one batch at a time.
+    """
+
+    def __init__(self, teacher: Extractor) -> None:
+        self.teacher = teacher
+        self.lock = threading.Lock()
+
+    @property
+    def parallelism(self) -> int:
+        """One being computed and one behind it."""
+        return 2
+
+    def submit(self, images: Images, spec: FeatureSpec) -> LocalBatch:
+        return LocalBatch(self, images, spec)
+
+    def shares(self, device: torch.device | None) -> bool:
+        """Whether the teacher computes on the accelerator where its targets shall be (None: where they come to be)."""
+        own = getattr(self.teacher, "device", None)
+        if own is None or torch.device(own).type == "cpu":
+            return False
+        return device is None or _indexed(torch.device(own)) == _indexed(device)
+
+
+class LocalBatch:
+    """A batch that a teacher of this process will compute, or has computed."""
+
+    def __init__(self, source: LocalSource, images: Images, spec: FeatureSpec) -> None:
+        self._source, self._images, self._spec = source, images, spec
+        self._done = False
+
+    def result(self, timeout: float | None = None) -> Features:  # noqa: ARG002 - computing cannot be broken off
+        """Compute it, here and now; once."""
+        with self._source.lock:
+            if self._done:
+                raise PoolClosedError("this batch was given up, or taken already")
+            try:
+                with torch.no_grad():  # grad mode belongs to a thread: another one would begin with gradients on
+                    return self._source.teacher.extract(self._images, self._spec)
+            finally:
+                self._done = True
+
+    def done(self) -> bool:
+        return self._done
+
+    def cancel(self) -> None:
+        """Give it up if it has not begun; one that has is finished first."""
+        with self._source.lock:
+            self._done = True
+
+
+def as_source(teacher: Submitter | Extractor) -> Submitter:
+    """``teacher`` itself if it takes batches ahead of time, or else as one that is asked in turn."""
+    if callable(getattr(teacher, "submit", None)):
+        return cast(Submitter, teacher)
+    if callable(getattr(teacher, "extract", None)):
+        return LocalSource(cast(Extractor, teacher))
+    raise ConfigError(
+        "teacher must be a RemoteTeacher, an object with .extract(images, spec), or a dict of them by name; "
+        f"got {teacher!r}"
+    )
+
+
+def _indexed(device: torch.device) -> torch.device:
+    """``cuda`` as the ``cuda:0`` (or another) that it stands for."""
+    if device.type != "cuda" or device.index is not None:
+        return device
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+@dataclass(frozen=True, slots=True)
+class Delivered:
+    """Features by teacher, on the device or being copied there until ``event``."""
+
+    features: Mapping[str, Features]
+    event: torch.cuda.Event | None = None
+
+
+class Delivery:
+    """Copies features to a device ahead of their use.
+
+    To CUDA, they go through pinned memory on a stream of their own, so that the copy runs beside the student's kernels;
+    the consumer's stream waits for the copy, the consumer itself does not. Pinned blocks come from torch's caching
+    allocator, which gives none back to others before the copy from it is over.
+
+    :meth:`send` may be called from another thread than :meth:`receive`.
+
+    Args:
+        device: None leaves everything where it is.
+    """
+
+    def __init__(self, device: torch.device | None) -> None:
+        self._device = device
+        on_cuda = device is not None and device.type == "cuda"
+        self._stream = torch.cuda.Stream(device) if on_cuda else None  # type: ignore[no-untyped-call]
+
+    def send(self, features: Mapping[str, Features]) -> Delivered:
+        """Begin to copy."""
+        if self._device is None or self._stream is None:
+            return self._send_plainly(features)
+        device, stream = self._device, self._stream
+        if any(tensor.device.type == "cuda" for each in features.values() for _, tensor in each.named()):
+            # Computed on a GPU by this thread: the copies below, and with them the consumer, wait for that.
+            stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            moved = {name: each.map(lambda _, tensor: _pinned(tensor)) for name, each in features.items()}
+            moved = {name: each.to(device, non_blocking=True) for name, each in moved.items()}
+            return Delivered(moved, stream.record_event())
+
+    def receive(self, delivered: Delivered) -> dict[str, Features]:
+        """The features, safe to use on the caller's current stream."""
+        if delivered.event is not None:
+            current = torch.cuda.current_stream(self._device)
+            current.wait_event(delivered.event)
+            for features in delivered.features.values():
+                for _, tensor in features.named():
+                    if tensor.is_cuda:
+                        # Its memory belongs to the stream that it was made on, which must not use it again before the
+                        # caller's kernels have read it.
+                        tensor.record_stream(current)
+        return dict(delivered.features)
+
+    def _send_plainly(self, features: Mapping[str, Features]) -> Delivered:
+        moved = features if self._device is None else {name: each.to(self._device) for name, each in features.items()}
+        cuda = [tensor for each in moved.values() for _, tensor in each.named() if tensor.is_cuda]
+        # A local teacher's outputs, left where they are: the caller's stream waits for this thread's.
+        event = torch.cuda.current_stream(cuda[0].device).record_event() if cuda else None
+        return Delivered(moved, event)
+
+
+def _pinned(tensor: Tensor) -> Tensor:
+    return tensor.pin_memory() if tensor.device.type == "cpu" else tensor
+
 
 Batch = TypeVar("Batch")
 P = ParamSpec("P")

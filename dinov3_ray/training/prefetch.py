@@ -1,29 +1,73 @@
 """Targets ahead of the training loop: while the student computes one batch, the teacher computes the next ones.
 
-It knows teachers by :class:`~dinov3_ray.training.sources.Submitter` and :class:`~dinov3_ray.teacher.Extractor` only,
+It knows teachers by :class:`~dinov3_ray.training.pipeline.Submitter` and :class:`~dinov3_ray.teacher.Extractor` only,
 and nothing of Ray.
+
+
+Finding the images in whatever a loader gives.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any, Generic, Literal, TypeVar, cast, overload
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from dinov3_ray.errors import ConfigError, PoolError
 from dinov3_ray.features import Features, FeatureSpec
 from dinov3_ray.images import Images
 from dinov3_ray.teacher import Extractor
-from dinov3_ray.training.batches import find_images
 from dinov3_ray.training.depth import Depth
-from dinov3_ray.training.pipeline import Pipeline
-from dinov3_ray.training.sources import Submitter, as_source
+from dinov3_ray.training.pipeline import Pipeline, Submitter, as_source
 
-__all__ = ["AnyTeacher", "OnReload", "Prefetch", "PrefetchStatistics", "prefetch"]
+__all__ = ["AnyTeacher", "OnReload", "Prefetch", "PrefetchStatistics", "find_images", "prefetch"]
+
+
+_KEYS = ("img", "images", "pixel_values")
+
+
+def find_images(batch: Any) -> Images:
+    """The images of a batch, by this rule:
+
+    1. a tensor or array is the images;
+    2. of a dict (or another mapping), what stands under ``img``, ``images`` or ``pixel_values``;
+    3. a list or tuple of [3,H,W] tensors or arrays is images of different sizes;
+    4. of any other list or tuple, the first item, by the same rule: ``(images, labels)``.
+
+    Raises:
+        ConfigError: none of them holds, or a dict has several of the names.
+    """
+    if isinstance(batch, (Tensor, np.ndarray)):
+        return batch
+    if isinstance(batch, Mapping):
+        names = [name for name in _KEYS if name in batch]
+        if len(names) == 1:
+            return find_images(batch[names[0]])
+    elif isinstance(batch, Sequence) and not isinstance(batch, (str, bytes)) and len(batch):
+        if all(isinstance(item, (Tensor, np.ndarray)) and item.ndim == 3 and item.shape[0] == 3 for item in batch):
+            return cast(Images, batch)
+        if not isinstance(batch[0], (Tensor, np.ndarray)) or batch[0].ndim == 4:
+            return find_images(batch[0])
+    raise ConfigError(
+        f"images must be given where a batch is not images, (images, ...) or a dict with one of {', '.join(_KEYS)}; "
+        f"this one is {_described(batch)}: pass images=lambda batch: ..., which takes them out"
+    )
+
+
+def _described(batch: object) -> str:
+    if isinstance(batch, Mapping):
+        return f"a {type(batch).__name__} with {', '.join(map(repr, batch)) or 'nothing in it'}"
+    if isinstance(batch, (list, tuple)):
+        items = [f"{type(item).__name__}{list(getattr(item, 'shape', ()))}" for item in batch[:3]]
+        return f"a {type(batch).__name__} of {len(batch)}: {', '.join(items)}{', ...' if len(batch) > 3 else ''}"
+    return f"a {type(batch).__name__}"
+
 
 AnyTeacher = Submitter | Extractor
 """A pool's client, or a teacher of this process: local, stored, cached, fake, or one's own with ``extract``."""
@@ -306,7 +350,7 @@ def prefetch(teacher: Any, loader: Any, spec: Any, **options: Any) -> Prefetch[A
         spec: what to compute; with several teachers, one for all or one for each by name.
         images: takes a batch's images out of it: the very view that the student sees. uint8 crosses the network in a
             quarter of float32's bytes, and images on the CPU need not be fetched from the GPU. It must not change them
-            later. By default found by the rule of :func:`~dinov3_ray.training.batches.find_images`.
+            later. By default found by the rule of :func:`~dinov3_ray.training.prefetch.find_images`.
         depth: batches kept ahead of the loop; ``auto`` finds it (:class:`~dinov3_ray.training.depth.Depth`).
         device: where targets shall be; None leaves them where the teacher puts them (a pool's: the CPU).
         on_reload: what to do when a teacher's fingerprint changes within the life of this object (a pool was

@@ -1,0 +1,64 @@
+"""A short name for a teacher: what its weights, its architecture and its preprocessing are, and nothing else."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+
+from dinov3_ray.checkpoint.verify import Progress, ignore_progress, verify
+from dinov3_ray.config import DinoV3Config
+from dinov3_ray.config.weights import StoredTensor
+
+__all__ = ["fingerprint"]
+
+_FORMAT = "dinov3-ray fingerprint 1"
+_BLOCK = 4 << 20
+_HEX_DIGITS = 24  # 96 bits: no two teachers that anyone has ever made will share one
+
+
+def fingerprint(config: DinoV3Config, *, progress: Progress = ignore_progress) -> str:
+    """24 hexadecimal digits of a SHA-256 over weights, architecture and preprocessing (at ``config.image_size``).
+
+    The same on every machine, under every path, in whichever files the tensors lie and however config.json spells what
+    it says; another one as soon as one byte of a weight or one statistic differs. Not part of it are ``dtype``,
+    ``compile`` and ``attention``: they change how exactly the same function is computed, not which one.
+
+    Reads all weights once, on up to eight threads.
+
+    Raises:
+        CheckpointError: the weights are not what the configuration says; see :func:`verify`.
+    """
+    weights = verify(config)
+    description = {
+        "format": _FORMAT,
+        "architecture": {"family": config.family, **asdict(config.architecture)},
+        "preprocessing": asdict(config.preprocessing),
+    }
+    digest = hashlib.sha256(json.dumps(description, sort_keys=True).encode())
+    for stored, tensor_digest in _digests(weights.tensors.values(), progress):
+        line = f"\n{stored.name} {stored.dtype} {list(stored.shape)} {tensor_digest}"
+        digest.update(line.encode())
+    return digest.hexdigest()[:_HEX_DIGITS]
+
+
+def _digests(tensors: Iterable[StoredTensor], progress: Progress) -> Iterable[tuple[StoredTensor, str]]:
+    """Each tensor with the SHA-256 of its bytes, in order. Hashing releases the GIL, so threads share the work."""
+    ordered = list(tensors)
+    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1), thread_name_prefix="fingerprint") as threads:
+        for stored, tensor_digest in zip(ordered, threads.map(_digest, ordered), strict=True):
+            progress(stored.nbytes)
+            yield stored, tensor_digest
+
+
+def _digest(stored: StoredTensor) -> str:
+    digest = hashlib.sha256()
+    block = memoryview(bytearray(min(_BLOCK, stored.nbytes)))
+    for offset in range(0, stored.nbytes, _BLOCK):
+        part = block[: stored.nbytes - offset]
+        stored.read_into(part, offset)
+        digest.update(part)
+    return digest.hexdigest()

@@ -1,0 +1,78 @@
+"""The command line ``dinov3-ray``: which commands there are, and where.
+
+A command's module is imported when the command runs, so that ``dinov3-ray --help`` answers at once and imports
+neither torch nor Ray.
+
+
+Commands whose modules are imported when they run, so that help answers at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import import_module
+from typing import Any, NamedTuple
+
+import click
+
+from dinov3_ray import __version__
+from dinov3_ray.errors import DinoV3Error
+
+__all__ = ["Lazy", "LazyGroup", "main"]
+
+
+class Lazy(NamedTuple):
+    """Where a command is (``module:attribute``), and its line in the help."""
+
+    target: str
+    help: str
+
+
+class LazyGroup(click.Group):
+    """A group that imports a command when it runs, and reports the package's own errors without a traceback."""
+
+    def __init__(self, *arguments: Any, lazy: Mapping[str, Lazy], **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._lazy = lazy
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 (click's)
+        return sorted(self._lazy)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in self._lazy:
+            return super().get_command(ctx, cmd_name)
+        module, attribute = self._lazy[cmd_name].target.split(":")
+        command = getattr(import_module(module), attribute)
+        assert isinstance(command, click.Command)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002 (click's)
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, self._lazy[name].help) for name in sorted(self._lazy)])
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except DinoV3Error as error:
+            raise click.ClickException(str(error)) from error
+
+
+COMMANDS = {
+    "bench": Lazy("dinov3_ray.bench.commands:bench", "Measure a pool beside its peers."),
+    "checkpoint": Lazy("dinov3_ray.cli.checkpoint:checkpoint", "Make, convert, check and describe checkpoints."),
+    "demo": Lazy("dinov3_ray.cli.demo:demo", "Teach a small student with a pool of teachers, in about a minute."),
+    "doctor": Lazy("dinov3_ray.doctor.commands:doctor", "Look at this machine and a cluster as a pool would."),
+    "extract": Lazy("dinov3_ray.cli.datasets:extract_command", "Extract the features of a whole data set."),
+    "show": Lazy("dinov3_ray.cli.datasets:show_command", "Make a picture of a feature map."),
+    "up": Lazy("dinov3_ray.cli.up:up", "Start a pool in a running Ray, and leave it running."),
+    "status": Lazy("dinov3_ray.cli.pool:status", "Show a pool: its replicas, their speed, their troubles."),
+    "scale": Lazy("dinov3_ray.cli.pool:scale", "Change the number of replicas, or its range."),
+    "reload": Lazy("dinov3_ray.cli.up:reload", "Replace a pool's teacher while it serves."),
+    "down": Lazy("dinov3_ray.cli.pool:down", "End a pool, all of it."),
+}
+
+
+@click.group(cls=LazyGroup, lazy=COMMANDS)
+@click.version_option(__version__, package_name="dinov3-ray")
+def main() -> None:
+    """A frozen DINOv3 teacher, local or served by a pool of Ray actors."""

@@ -1,0 +1,178 @@
+"""``dinov3-ray checkpoint``: make, convert, check and describe model directories."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.table import Table
+
+from dinov3_ray.checkpoint.convert import convert_checkpoint
+from dinov3_ray.checkpoint.fingerprint import fingerprint
+from dinov3_ray.checkpoint.random_weights import init_checkpoint
+from dinov3_ray.checkpoint.variants import STATISTICS, VARIANTS, find_variant, variant_of
+from dinov3_ray.checkpoint.verify import Progress as Report
+from dinov3_ray.checkpoint.verify import verify
+from dinov3_ray.cli.values import parse_bytes, parse_image_size
+from dinov3_ray.config import DinoV3Config
+from dinov3_ray.config.architecture import ViTArchitecture
+from dinov3_ray.config.preprocessing import Preprocessing
+from dinov3_ray.config.weights import WeightFiles
+
+__all__ = ["checkpoint"]
+
+
+_image_size = click.option(
+    "--image-size",
+    callback=parse_image_size,
+    default="224",
+    metavar="SIZE",
+    show_default=True,
+    help="Input size that the directory shall name: 518, or 384x640 (height x width).",
+)
+_shard_size = click.option(
+    "--shard-size",
+    callback=parse_bytes,
+    default="5GB",
+    metavar="BYTES",
+    show_default=True,
+    help="The most that one weight file shall hold: 500MB, 5GB.",
+)
+
+
+@click.group()
+def checkpoint() -> None:
+    """Make, convert, check and describe model directories."""
+
+
+@checkpoint.command("init")
+@click.argument("variant")
+@click.argument("directory", type=click.Path(path_type=Path))
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the random weights.")
+@_image_size
+@_shard_size
+def init_command(variant: str, directory: Path, seed: int, image_size: tuple[int, int], shard_size: int) -> None:
+    """Write a random-weight checkpoint of VARIANT to DIRECTORY.
+
+    VARIANT is vits16, vits16plus, vitb16, vitl16, vith16plus, vit7b16, convnext-tiny, -small, -base or -large, in any
+    usual spelling; or, for tests, vit-test, vit-test-gated or convnext-test.
+    """
+    name = find_variant(variant)
+    with _progress(f"writing {name}", 4 * VARIANTS[name].num_parameters) as report:
+        init_checkpoint(name, directory, seed=seed, image_size=image_size, shard_bytes=shard_size, progress=report)
+    click.echo(f"{directory}: {name}, random weights of seed {seed}")
+
+
+@checkpoint.command("convert")
+@click.argument("file", type=click.Path(path_type=Path, exists=True, dir_okay=False))
+@click.argument("directory", type=click.Path(path_type=Path))
+@click.option(
+    "--statistics",
+    type=click.Choice(["auto", *STATISTICS]),
+    default="auto",
+    show_default=True,
+    help="Channel mean and std to write: of LVD-1689M (ImageNet's) or SAT-493M; auto goes by FILE's name.",
+)
+@_image_size
+@_shard_size
+def convert_command(file: Path, directory: Path, statistics: str, image_size: tuple[int, int], shard_size: int) -> None:
+    """Convert the official checkpoint FILE (.pth) to a model directory."""
+    with _progress(f"converting {file.name}", file.stat().st_size) as report:
+        made = convert_checkpoint(
+            file,
+            directory,
+            statistics=statistics,
+            image_size=image_size,
+            shard_bytes=shard_size,
+            progress=report,
+        )
+    click.echo(f"{directory}: {made.variant or 'unnamed variant'}, statistics of {made.statistics}")
+
+
+@checkpoint.command("verify")
+@click.argument("directory", type=click.Path(path_type=Path))
+def verify_command(directory: Path) -> None:
+    """Check every file and every weight of DIRECTORY."""
+    config = DinoV3Config(directory)
+    weights = verify(config)
+    with _progress("reading weights", weights.nbytes) as report:
+        verify(config, values=True, progress=report)
+    click.echo(f"{directory}: sound; {len(weights.tensors)} tensors in {len(weights.files)} file(s)")
+
+
+@checkpoint.command("info")
+@click.argument("directory", type=click.Path(path_type=Path))
+def info_command(directory: Path) -> None:
+    """Describe the model in DIRECTORY."""
+    config = DinoV3Config(directory)
+    weights = verify(config)
+    with _progress("fingerprinting", weights.nbytes) as report:
+        digest = fingerprint(config, progress=report)
+    table = Table(show_header=False, title=str(config.root), title_justify="left")
+    for name, value in _facts(config, weights, digest):
+        table.add_row(name, value)
+    Console().print(table)
+
+
+def _facts(config: DinoV3Config, weights: WeightFiles, digest: str) -> Iterator[tuple[str, str]]:
+    architecture = config.architecture
+    yield "variant", variant_of(architecture) or f"none published ({config.family})"
+    yield "parameters", f"{architecture.num_parameters / 1e6:,.2f} M"
+    yield "hidden size", str(config.hidden_size)
+    if isinstance(architecture, ViTArchitecture):
+        yield "blocks", str(architecture.num_layers)
+        yield "heads", f"{architecture.num_heads} of {architecture.hidden_size // architecture.num_heads}"
+        yield "MLP", f"{architecture.intermediate_size}, {'SwiGLU' if architecture.gated_mlp else 'plain'}"
+        yield "registers", str(config.num_register_tokens)
+        yield "patch size", str(config.patch_size)
+    else:
+        yield "stages", ", ".join(map(str, architecture.depths))
+        yield "stage widths", ", ".join(map(str, architecture.hidden_sizes))
+        yield "stride", str(config.patch_size)
+    yield "input size", _size(config.image_size)
+    yield "map size", _size(config.grid_size)
+    yield "preprocessing", describe(config.preprocessing)
+    dtypes = sorted({tensor.dtype for tensor in weights.tensors.values()})
+    yield "weights", f"{weights.nbytes / 1e9:,.3f} GB of {', '.join(dtypes)}"
+    yield "files", ", ".join(path.name for path in weights.files)
+    yield "fingerprint", digest
+
+
+def _size(size: tuple[int, int]) -> str:
+    return f"{size[0]} x {size[1]} (h x w)"
+
+
+def describe(preprocessing: Preprocessing) -> str:
+    """The rule in one line."""
+    steps = [f"x {preprocessing.rescale_factor:.6g}"]
+    if preprocessing.size is not None:
+        steps.append(f"resize to {_size(preprocessing.size)}")
+    if preprocessing.shortest_edge is not None:
+        steps.append(f"resize the shorter side to {preprocessing.shortest_edge}")
+    if preprocessing.crop_size is not None:
+        steps.append(f"crop the centre {_size(preprocessing.crop_size)}")
+    mean, std = (", ".join(f"{value:g}" for value in values) for values in (preprocessing.mean, preprocessing.std))
+    return "; ".join([*steps, f"mean {mean}; std {std}"])
+
+
+@contextmanager
+def _progress(what: str, total: int) -> Iterator[Report]:
+    """A progress bar on standard error, which goes away when it is done; none where that is no terminal."""
+    console = Console(stderr=True)
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+    with bar:
+        task = bar.add_task(what, total=total)
+        yield lambda nbytes: bar.advance(task, nbytes)

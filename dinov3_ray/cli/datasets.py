@@ -1,0 +1,182 @@
+"""``dinov3-ray extract`` and ``dinov3-ray show``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from dinov3_ray.cli.values import parse_colour, parse_integers, parse_outputs, parse_size
+from dinov3_ray.config import DinoV3Config
+from dinov3_ray.datasets.decode import MAX_PIXELS, Decoder
+from dinov3_ray.datasets.extraction.extract import extract
+from dinov3_ray.datasets.extraction.plan import Forecast, size_text
+from dinov3_ray.datasets.folder import ERRORS, Folder
+from dinov3_ray.datasets.store.reader import FeatureStore
+from dinov3_ray.datasets.stored import Originals
+from dinov3_ray.errors import InputError, StoreError
+from dinov3_ray.features import RESULT_DTYPES, Features, FeatureSpec
+from dinov3_ray.model import DinoV3Teacher
+from dinov3_ray.pictures import PcaBasis, save_grid
+
+__all__ = ["extract_command", "show_command"]
+
+
+_INTERRUPTED = 130  # as shells have it: 128 and the signal's number
+
+
+@click.command("extract")
+@click.argument("source")
+@click.argument("out")
+@click.option("--root", type=click.Path(path_type=Path), help="The teacher's model directory.")
+@click.option("--pool", help="A running pool's name, in place of --root.")
+@click.option("--outputs", default="cls,map", show_default=True, callback=parse_outputs, help="Of cls, map, registers.")
+@click.option("--layers", default="", callback=parse_integers, help="Blocks whose maps to keep, such as 4,11.")
+@click.option("--no-norm", is_flag=True, help="Leave intermediate layers without the model's final LayerNorm.")
+@click.option("--map-size", callback=parse_size, help="Resample maps to SIZE or HxW on the teacher.")
+@click.option("--dtype", default="native", show_default=True, type=click.Choice(RESULT_DTYPES), help="As stored.")
+@click.option("--image-size", callback=parse_size, help="The model's input, in place of preprocessor_config.json's.")
+@click.option(
+    "--compute-dtype",
+    default="auto",
+    show_default=True,
+    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+    help="What the model computes in.",
+)
+@click.option("--batch-size", type=click.IntRange(1), help="Images a forward pass; 32 by default.")
+@click.option("--block-size", type=click.IntRange(1), help="Images a block, which is committed and resumed as a whole.")
+@click.option("--replicas", type=click.IntRange(1), help="Teachers; by default one a GPU, or one a node without any.")
+@click.option("--num-gpus", type=click.FloatRange(0), help="GPUs a teacher reserves.")
+@click.option("--decoders", type=click.IntRange(1), help="Decoding tasks for each block under way.")
+@click.option("--threads", type=click.IntRange(1), help="Threads of a teacher that computes on CPUs.")
+@click.option("--image-column", help="Of a Parquet source.")
+@click.option("--id-column", help="Of a Parquet source; '#row' numbers the rows.")
+@click.option("--max-pixels", default=MAX_PIXELS, show_default=True, type=click.IntRange(1), help="Larger ones fail.")
+@click.option(
+    "--background", default="255,255,255", show_default=True, callback=parse_colour, help="Under transparency."
+)
+@click.option("--address", help="Of a Ray cluster; by default RAY_ADDRESS, or a Ray of this command's own.")
+@click.option("--dry-run", is_flag=True, help="Say what would be written, and stop.")
+@click.option("--force", is_flag=True, help="Start even if it does not fit the disk.")
+@click.option("--quiet", is_flag=True, help="No progress bar.")
+def extract_command(
+    source: str,
+    out: str,
+    root: Path | None,
+    pool: str | None,
+    outputs: dict[str, bool],
+    layers: tuple[int, ...],
+    no_norm: bool,
+    map_size: tuple[int, int] | None,
+    dtype: Any,
+    image_size: tuple[int, int] | None,
+    compute_dtype: Any,
+    dry_run: bool,
+    force: bool,
+    quiet: bool,
+    **options: Any,
+) -> None:
+    """Extract the features of SOURCE to OUT; the same command resumes it.
+
+    SOURCE is a folder, file, glob or URI of images, WebDataset shards (.tar) or Parquet files with image bytes.
+    """
+    spec = FeatureSpec(**outputs, layers=layers, norm=not no_norm, map_size=map_size, dtype=dtype)
+    config = None if root is None else DinoV3Config(root, image_size=image_size, dtype=compute_dtype)
+    if config is None and (image_size is not None or compute_dtype != "auto"):
+        raise click.UsageError("--image-size and --compute-dtype belong to --root: a pool has its own")
+    console = Console(stderr=True)
+
+    def announce(forecast: Forecast) -> None:
+        console.print(str(forecast), highlight=False)
+
+    try:
+        done = extract(
+            source,
+            out,
+            config,
+            spec,
+            pool=pool,
+            dry_run=dry_run,
+            check_space=not force,
+            progress=False if quiet else None,
+            on_forecast=announce,
+            **options,
+        )
+    except KeyboardInterrupt:
+        click.echo(f"interrupted: what is finished stays in {out}, and the same command goes on from there", err=True)
+        raise SystemExit(_INTERRUPTED) from None
+    if done.manifest is not None:
+        manifest = done.manifest
+        click.echo(f"{out}: {manifest['rows']:,} rows, {size_text(manifest['bytes'])}, {manifest['errors']:,} errors")
+        for kind, count in manifest["errors_by_kind"].items():
+            click.echo(f"  {kind}: {count:,}")
+        if manifest["errors"]:
+            click.echo(f"  see {Folder.at(out).join(ERRORS)}")
+
+
+@click.command("show")
+@click.argument("out", required=False)
+@click.argument("id_", metavar="[ID]", required=False)
+@click.option("--image", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="An image file.")
+@click.option("--root", type=click.Path(path_type=Path), help="With --image: the teacher's model directory.")
+@click.option("--device", default="cpu", show_default=True, help="With --image: where to compute.")
+@click.option("--image-size", callback=parse_size, help="With --image: the model's input; larger shows more detail.")
+@click.option("--layer", type=int, help="Of this block, in place of the final map.")
+@click.option("--to", type=click.Path(path_type=Path), help="The picture's file; by default, named after the image.")
+def show_command(
+    out: str | None,
+    id_: str | None,
+    image: Path | None,
+    root: Path | None,
+    device: str,
+    image_size: tuple[int, int] | None,
+    layer: int | None,
+    to: Path | None,
+) -> None:
+    """Make a picture of a feature map: of image ID in the store OUT, or of --image FILE by the teacher in --root.
+
+    Its three principal components are shown as red, green and blue, beside the image where that is at hand.
+    """
+    if (out is None or id_ is None) == (image is None or root is None) or (image is None) != (root is None):
+        raise click.UsageError("give either OUT and ID, or --image FILE and --root DIR")
+    pixels: np.ndarray | None
+    if image is not None and root is not None:
+        pixels = Decoder().read(image.read_bytes(), str(image))
+        teacher = DinoV3Teacher(DinoV3Config(root, image_size=image_size), device)
+        spec = FeatureSpec(feature_map=layer is None, layers=() if layer is None else (layer,), dtype="float32")
+        features, name = teacher.extract(torch.from_numpy(pixels), spec), image.name
+    else:
+        assert out is not None
+        assert id_ is not None
+        store = FeatureStore(out, partial=True)
+        features, name, pixels = store[id_], id_, _original(store, id_)
+    map_Dhw = _map(features, layer)
+    picture = PcaBasis.fit(map_Dhw).rgb(map_Dhw)
+    title = f"{'feature map' if layer is None else f'block {layer}'}, {map_Dhw.shape[1]} x {map_Dhw.shape[2]}"
+    panels, titles = ([picture], [title])
+    if pixels is not None:
+        panels, titles = [pixels.transpose(1, 2, 0), picture], [name, title]
+    path = save_grid([panels], to or Path(f"{Path(name).stem}-features.png"), titles)
+    click.echo(str(path))
+
+
+def _map(features: Features, layer: int | None) -> Tensor:
+    found = features.feature_map if layer is None else features.layers.get(layer)
+    if found is None:
+        held = [name for name, tensor in features.named() if tensor.ndim == 4]
+        raise StoreError(f"there is no such map; these are stored: {', '.join(held) or 'none'} (see --layer)")
+    return found[0].float()
+
+
+def _original(store: FeatureStore, id_: str) -> np.ndarray | None:
+    """The image itself, where it is still there."""
+    try:
+        return Originals(store)(id_)
+    except (StoreError, InputError) as error:
+        click.echo(f"without the image: {error}", err=True)
+        return None

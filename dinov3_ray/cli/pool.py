@@ -1,0 +1,199 @@
+"""``dinov3-ray status | scale | down``: a pool that runs, seen and steered from the shell.
+
+Nothing here loads torch, which would make a look at a pool take twice as long.
+
+
+What the commands that deal with pools have in common: which pool, its Ray, and how it gets on.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import click
+import ray
+from rich.console import Console
+from rich.live import Live
+
+from dinov3_ray.cli.table import is_healthy, rates, render, summary
+from dinov3_ray.cli.values import parse_replicas
+from dinov3_ray.errors import PoolError, PoolNotFoundError
+from dinov3_ray.pool.cluster import NAMESPACE, Runtime, check_name, connect
+from dinov3_ray.pool.control.remote_control import RayControl, end_replicas, wait_ready
+from dinov3_ray.pool.control.status import PoolStatus
+from dinov3_ray.pool.kv import Ledger
+from dinov3_ray.pool.spec import parse_replicas as as_range
+
+__all__ = ["Command", "down", "joined", "pool_options", "progress", "scale", "status", "timeout_option"]
+
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+timeout_option = click.option(
+    "--timeout", type=float, default=600.0, show_default=True, help="Seconds to wait at most."
+)
+
+
+def pool_options(command: Command) -> Command:
+    """Which pool, and where."""
+    for option in (
+        click.option("--namespace", default=NAMESPACE, show_default=True, help="Ray namespace that the pool lives in."),
+        click.option("--address", metavar="HOST:PORT", help="The Ray to join. [default: RAY_ADDRESS]"),
+        click.option("--name", default="dinov3", show_default=True, help="The pool's name."),
+    ):
+        command = option(command)
+    return command
+
+
+@contextmanager
+def joined(address: str | None) -> Iterator[str]:
+    """A connection to a running Ray, for the time of a command; gives its address.
+
+    Raises:
+        PoolError: none is named, or it cannot be reached.
+    """
+    if address is None and not os.environ.get("RAY_ADDRESS") and not ray.is_initialized():
+        raise PoolError(
+            "no Ray is named: pass --address HOST:PORT or set RAY_ADDRESS. To start one on this machine: "
+            "`ray start --head --port 6379`, then --address 127.0.0.1:6379"
+        )
+    runtime = connect(address)
+    try:
+        yield runtime.address
+    finally:
+        runtime.close()
+
+
+@contextmanager
+def progress(what: str) -> Iterator[Callable[[PoolStatus], None]]:
+    """Tells on standard error how a pool gets on: a line that changes, or lines where that is no terminal."""
+    console = Console(stderr=True)
+    shown = ""
+
+    def report(seen: PoolStatus) -> None:
+        nonlocal shown
+        line = f"{what}: {summary(seen)}"
+        if seen.troubles:
+            line += f" (last trouble: {seen.troubles[-1]})"
+        if line != shown:
+            shown = line
+            spinner.update(line)
+            if not console.is_terminal:
+                console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    with console.status(what) as spinner:
+        yield report
+
+
+_DEGRADED = 3  # exit status: fewer replicas ready than wanted
+_WIDE = 160  # columns of a table that goes to no terminal
+
+
+@click.command()
+@click.option("--watch", is_flag=True, help="Show it again and again, until Ctrl-C.")
+@click.option(
+    "--interval", type=click.FloatRange(min=0.1), default=2.0, show_default=True, help="Seconds, for --watch."
+)
+@click.option("--json", "as_json", is_flag=True, help="For scripts; with --watch one line each time.")
+@pool_options
+@click.pass_context
+def status(
+    context: click.Context,
+    name: str,
+    address: str | None,
+    namespace: str,
+    watch: bool,
+    interval: float,
+    as_json: bool,
+) -> None:
+    """Show a pool: its replicas, their speed, their troubles.
+
+    Images a second, and the share of the time that a replica computes, are of the last interval under --watch, and else
+    since the replica started. golden is the cosine of its results to plain float32's, found before it took work.
+
+    Exits with 0 if as many replicas as wanted are ready, with 3 if fewer are, with 1 if there is no such pool.
+    """
+    with _connected(name, address, namespace) as pool:
+        if watch:
+            _watch(pool, interval, as_json)
+            return
+        seen = pool.status()
+    if as_json:
+        click.echo(json.dumps(seen.as_dict(), indent=2))
+    else:
+        _console().print(render(seen, rates(None, seen)))
+    context.exit(0 if is_healthy(seen) else _DEGRADED)
+
+
+def _watch(pool: RayControl, interval: float, as_json: bool) -> None:
+    console = _console()
+    before: PoolStatus | None = None
+    try:
+        with Live(console=console, auto_refresh=False, transient=not console.is_terminal) as live:
+            while True:
+                seen = pool.status()
+                if as_json:
+                    click.echo(json.dumps(seen.as_dict()))
+                elif console.is_terminal:
+                    live.update(render(seen, rates(before, seen)), refresh=True)
+                else:
+                    console.print(render(seen, rates(before, seen)))
+                before = seen
+                time.sleep(interval)
+    except KeyboardInterrupt:
+        return  # how a person leaves it
+
+
+@click.command()
+@click.argument("replicas", callback=parse_replicas, metavar="N|MIN-MAX")
+@click.option("--wait", is_flag=True, help="Until that many are ready and those to go have gone.")
+@timeout_option
+@pool_options
+def scale(name: str, address: str | None, namespace: str, replicas: Any, wait: bool, timeout: float) -> None:
+    """Change the number of replicas, or the range in which load may move it."""
+    if replicas == "auto":
+        raise click.BadParameter("write 4, or 2-8 for a range", param_hint="N|MIN-MAX")
+    with _connected(name, address, namespace) as pool:
+        pool.scale(*as_range(replicas, auto=1))
+        if wait:
+            with progress(f"pool {name}") as report:
+                wait_ready(pool, name, timeout, on_status=report)
+        click.echo(f"pool {name!r}: {summary(pool.status())}")
+
+
+@click.command()
+@pool_options
+def down(name: str, address: str | None, namespace: str) -> None:
+    """End a pool, all of it. Does nothing where there is none."""
+    with joined(address) as here:
+        try:
+            pool = RayControl.connect(check_name(name), namespace, Runtime(here, owned=False))
+        except PoolNotFoundError as error:
+            click.echo(_end_orphans(name, namespace) or f"nothing to end: {error}")
+            return
+        pool.shutdown()
+    click.echo(f"pool {name!r} has ended")
+
+
+def _end_orphans(name: str, namespace: str) -> str:
+    """End replicas whose controller is gone, such as after a shutdown that was interrupted; "" if there are none."""
+    orphans = end_replicas(namespace, name)
+    Ledger(namespace, name).clear()
+    return f"pool {name!r} had no controller; its replicas {', '.join(orphans)} have ended" if orphans else ""
+
+
+@contextmanager
+def _connected(name: str, address: str | None, namespace: str) -> Iterator[RayControl]:
+    """A connection to a running pool, for the time of a command."""
+    with joined(address) as here:
+        yield RayControl.connect(check_name(name), namespace, Runtime(here, owned=False))
+
+
+def _console() -> Console:
+    console = Console()
+    return console if console.is_terminal else Console(width=_WIDE)

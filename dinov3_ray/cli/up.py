@@ -1,0 +1,188 @@
+"""``dinov3-ray up | reload``: the commands that give a pool its teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, get_args
+
+import click
+
+from dinov3_ray.cli.pool import Command, joined, pool_options, progress, timeout_option
+from dinov3_ray.cli.table import summary
+from dinov3_ray.cli.values import parse_image_size, parse_number, parse_pairs, parse_replicas
+from dinov3_ray.config import ComputeDtype, DinoV3Config
+from dinov3_ray.pool.cluster import NAMESPACE
+from dinov3_ray.pool.poolfile import PoolFile, plan_pool
+from dinov3_ray.pool.spec import Batching
+from dinov3_ray.pool.teacher_pool import TeacherPool
+
+__all__ = ["reload", "up"]
+
+
+def _teacher_options(command: Command) -> Command:
+    """Which teacher, and how it computes."""
+    return _root_option(required=True)(_computing_options(command))
+
+
+def _root_option(*, required: bool) -> Callable[[Command], Command]:
+    return click.option(
+        "--root",
+        type=click.Path(path_type=Path),
+        required=required,
+        help="The model directory, at the same path on every node.",
+    )
+
+
+def _computing_options(command: Command) -> Command:
+    for option in (
+        click.option("--attention", default="auto", show_default=True, help="Attention kernel: auto, sdpa, eager ..."),
+        click.option("--compile/--no-compile", "compiled", default=False, help="Run it through torch.compile."),
+        click.option(
+            "--image-size",
+            metavar="SIZE",
+            callback=lambda *given: None if given[-1] is None else parse_image_size(*given),
+            help="Model input: 518, or 384x640 (height x width). [default: the directory's]",
+        ),
+        click.option(
+            "--dtype", type=click.Choice(get_args(ComputeDtype)), default="auto", help="To compute in. [default: auto]"
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+@click.command()
+@click.option("--dry-run", is_flag=True, help="With --config: show what would change, and change nothing.")
+@click.option(
+    "--config",
+    "file",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="The pool declared in a YAML file, in place of the options below; a pool that runs is changed to it.",
+)
+@_root_option(required=False)
+@_computing_options
+@click.option("--replicas", callback=parse_replicas, default="auto", show_default=True, metavar="N|MIN-MAX|auto")
+@click.option("--num-gpus", type=float, help="GPUs a replica. [default: 1 where the cluster has any, else 0]")
+@click.option("--num-cpus", type=float, default=0, show_default=True, help="CPUs that each replica reserves.")
+@click.option(
+    "--label", "labels", multiple=True, callback=parse_pairs, metavar="KEY=VALUE", help="Label that nodes must have."
+)
+@click.option("--batching", type=click.Choice(get_args(Batching)), help="How requests share passes. [default: exact]")
+@click.option("--max-batch", type=int, help="Most images in one forward pass. [default: 32]")
+@click.option("--max-wait", type=float, help="Seconds that a request may wait for company. [default: 0.005]")
+@click.option("--threads", type=int, help="CPU threads a replica. [default: the cluster's CPUs, shared out]")
+@click.option("--set", "others", multiple=True, callback=parse_pairs, metavar="NAME=VALUE", help="Another pool option.")
+@timeout_option
+@pool_options
+def up(
+    name: str,
+    address: str | None,
+    namespace: str,
+    file: Path | None,
+    dry_run: bool,
+    root: Path | None,
+    dtype: ComputeDtype,
+    image_size: tuple[int, int] | None,
+    compiled: bool,
+    attention: str,
+    replicas: Any,
+    num_gpus: float | None,
+    num_cpus: float,
+    labels: dict[str, str],
+    timeout: float,
+    others: dict[str, str],
+    **options: Any,
+) -> None:
+    """Start a pool in a running Ray, and leave it running.
+
+    With --config, the pool becomes what the file says: it is started, changed while it serves, or left as it is.
+    """
+    if file is not None:
+        _refuse_beside_config(click.get_current_context())
+        _up_as_declared(file, address, timeout, dry_run=dry_run)
+        return
+    if dry_run:
+        raise click.UsageError("--dry-run goes with --config")
+    if root is None:
+        raise click.UsageError("name the model directory with --root, or declare the pool in a file: --config")
+    config = DinoV3Config(root, dtype=dtype, image_size=image_size, compile=compiled, attention=attention)
+    options = {key: value for key, value in options.items() if value is not None}
+    options |= {key: parse_number(value) for key, value in others.items()}
+    with joined(address) as here, progress(f"pool {name}") as report:
+        pool = TeacherPool.start(
+            config,
+            name=name,
+            namespace=namespace,
+            replicas=replicas,
+            num_gpus=num_gpus,
+            num_cpus=num_cpus,
+            label_selector=labels,
+            timeout=timeout,
+            on_status=report,
+            **options,
+        )
+        started = pool.status()
+    click.echo(f"pool {name!r} is up: {summary(started)}; teacher {started.fingerprint}")
+    elsewhere = "" if namespace == NAMESPACE else f", namespace={namespace!r}"
+    click.echo(f"use it with RemoteTeacher({name!r}, address={here!r}{elsewhere})")
+
+
+def _refuse_beside_config(context: click.Context) -> None:
+    for parameter in context.command.get_params(context):
+        beside = parameter.name not in ("file", "dry_run", "address", "timeout")
+        source = context.get_parameter_source(parameter.name or "")
+        if beside and source is click.core.ParameterSource.COMMANDLINE:
+            raise click.UsageError(f"{parameter.opts[0]} does not go with --config: say it in the file")
+
+
+def _up_as_declared(file: Path, address: str | None, timeout: float, *, dry_run: bool) -> None:
+    wanted = PoolFile.read(file)
+    with joined(address) as here:
+        plan = plan_pool(wanted, here)
+        for change in plan.changes or ():
+            click.echo(f"  {change}")
+        if plan.changes is None:
+            click.echo(f"pool {wanted.name!r} does not run: it {'would be' if dry_run else 'is being'} started")
+        elif not plan.changes:
+            click.echo(f"pool {wanted.name!r} is as {file} says: nothing to change")
+        if dry_run or plan.changes == ():
+            return
+        with progress(f"pool {wanted.name}") as report:
+            now = plan.carry_out(timeout, report)
+        click.echo(f"pool {wanted.name!r} is as {file} says: {summary(now)}; teacher {now.fingerprint}")
+
+
+@click.command()
+@_teacher_options
+@click.option("--wait/--no-wait", default=True, show_default=True, help="Until all replicas have the new teacher.")
+@timeout_option
+@pool_options
+def reload(
+    name: str,
+    address: str | None,
+    namespace: str,
+    root: Path,
+    dtype: ComputeDtype,
+    image_size: tuple[int, int] | None,
+    compiled: bool,
+    attention: str,
+    wait: bool,
+    timeout: float,
+) -> None:
+    """Replace a pool's teacher, replica by replica, while it serves.
+
+    The options describe the new teacher in full: none is taken over from the former one. If it fails to start three
+    times in a row, the pool goes back to the former one, and this exits with 1.
+    """
+    config = DinoV3Config(root, dtype=dtype, image_size=image_size, compile=compiled, attention=attention)
+    with joined(address), TeacherPool.connect(name, namespace=namespace) as pool:
+        former = pool.status().fingerprint
+        if not wait:
+            pool.reload(config, wait=False)
+            click.echo(f"pool {name!r}: replacing teacher {former}")
+            return
+        with progress(f"pool {name}") as report:
+            pool.reload(config, timeout=timeout, on_status=report)
+        now = pool.status()
+    click.echo(f"pool {name!r}: teacher {former} -> {now.fingerprint}; {summary(now)}")

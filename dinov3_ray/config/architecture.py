@@ -1,0 +1,336 @@
+"""What a DINOv3 model is made of, as plain numbers: enough to build it, and to say which tensors it must have.
+
+Tensor names and shapes are those of released checkpoints in transformers' layout (``models/dinov3_vit`` and
+``models/dinov3_convnext``). D hidden size, R register tokens, p patch size.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from dinov3_ray.config.files import JsonFields
+
+__all__ = [
+    "Architecture",
+    "ConvNextArchitecture",
+    "Family",
+    "ViTArchitecture",
+    "heads_for",
+    "infer_convnext",
+    "infer_vit",
+    "missing_keys",
+    "read_architecture",
+    "read_family",
+    "read_patch_size",
+]
+
+Family = Literal["vit", "convnext"]
+Shapes = Mapping[str, tuple[int, ...]]
+
+_BLOCK = re.compile(r"^layer\.(\d+)\.")
+_STAGE_BLOCK = re.compile(r"^stages\.(\d+)\.layers\.(\d+)\.")
+
+
+@dataclass(frozen=True, slots=True)
+class ViTArchitecture:
+    """A Vision Transformer with RoPE, LayerScale and register tokens."""
+
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    intermediate_size: int
+    gated_mlp: bool = False
+    num_register_tokens: int = 4
+    patch_size: int = 16
+    hidden_act: str = "gelu"
+    layer_norm_eps: float = 1e-5
+    rope_theta: float = 100.0
+    query_bias: bool = True
+    key_bias: bool = False
+    value_bias: bool = True
+    proj_bias: bool = True
+    mlp_bias: bool = True
+
+    family: ClassVar[Family] = "vit"
+
+    @property
+    def layer_channels(self) -> tuple[int, ...]:
+        """Channels of each layer's map."""
+        return (self.hidden_size,) * self.num_layers
+
+    @property
+    def layer_strides(self) -> tuple[int, ...]:
+        """Pixels a cell of each layer's map."""
+        return (self.patch_size,) * self.num_layers
+
+    def tensors(self) -> dict[str, tuple[int, ...]]:
+        """Every tensor of a checkpoint with its shape."""
+        width, inner = self.hidden_size, self.intermediate_size
+        shapes: dict[str, tuple[int, ...]] = {
+            "embeddings.cls_token": (1, 1, width),
+            "embeddings.mask_token": (1, 1, width),
+            "embeddings.register_tokens": (1, self.num_register_tokens, width),
+            "embeddings.patch_embeddings.weight": (width, 3, self.patch_size, self.patch_size),
+            "embeddings.patch_embeddings.bias": (width,),
+        }
+        for block in range(self.num_layers):
+            shapes |= {f"layer.{block}.{name}": shape for name, shape in self._block(width, inner).items()}
+        return shapes | {"norm.weight": (width,), "norm.bias": (width,)}
+
+    def _block(self, width: int, inner: int) -> dict[str, tuple[int, ...]]:
+        shapes: dict[str, tuple[int, ...]] = {"layer_scale1.lambda1": (width,), "layer_scale2.lambda1": (width,)}
+        for norm in ("norm1", "norm2"):
+            shapes |= {f"{norm}.weight": (width,), f"{norm}.bias": (width,)}
+        linears = {
+            "attention.q_proj": (width, width, self.query_bias),
+            "attention.k_proj": (width, width, self.key_bias),
+            "attention.v_proj": (width, width, self.value_bias),
+            "attention.o_proj": (width, width, self.proj_bias),
+            "mlp.up_proj": (inner, width, self.mlp_bias),
+            "mlp.down_proj": (width, inner, self.mlp_bias),
+        }
+        if self.gated_mlp:
+            linears["mlp.gate_proj"] = (inner, width, self.mlp_bias)
+        for name, (rows, columns, bias) in linears.items():
+            shapes[f"{name}.weight"] = (rows, columns)
+            if bias:
+                shapes[f"{name}.bias"] = (rows,)
+        return shapes
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(math.prod(shape) for shape in self.tensors().values())
+
+
+@dataclass(frozen=True, slots=True)
+class ConvNextArchitecture:
+    """A ConvNeXt of four stages; its "layers" are the stages, its "CLS" the normed global average."""
+
+    hidden_sizes: tuple[int, ...]
+    depths: tuple[int, ...]
+    hidden_act: str = "gelu"
+    layer_norm_eps: float = 1e-6
+
+    family: ClassVar[Family] = "convnext"
+    num_register_tokens: ClassVar[int] = 0
+
+    @property
+    def hidden_size(self) -> int:
+        """Channels of the last stage."""
+        return self.hidden_sizes[-1]
+
+    @property
+    def patch_size(self) -> int:
+        """Pixels a cell of the final map: the stem shrinks by 4, each later stage by 2."""
+        return self.layer_strides[-1]
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.depths)
+
+    @property
+    def layer_channels(self) -> tuple[int, ...]:
+        """Channels of each stage's map."""
+        return self.hidden_sizes
+
+    @property
+    def layer_strides(self) -> tuple[int, ...]:
+        """Pixels a cell of each stage's map."""
+        return tuple(4 * 2**stage for stage in range(len(self.depths)))
+
+    def tensors(self) -> dict[str, tuple[int, ...]]:
+        """Every tensor of a checkpoint with its shape."""
+        shapes: dict[str, tuple[int, ...]] = {}
+        before = 3
+        for stage, (width, depth) in enumerate(zip(self.hidden_sizes, self.depths, strict=True)):
+            # The stem is convolution then norm; the later downsamplings are norm then convolution.
+            conv, norm, kernel, normed = (0, 1, 4, width) if stage == 0 else (1, 0, 2, before)
+            prefix = f"stages.{stage}.downsample_layers"
+            shapes[f"{prefix}.{conv}.weight"] = (width, before, kernel, kernel)
+            shapes[f"{prefix}.{conv}.bias"] = (width,)
+            shapes |= {f"{prefix}.{norm}.weight": (normed,), f"{prefix}.{norm}.bias": (normed,)}
+            for block in range(depth):
+                inner = f"stages.{stage}.layers.{block}"
+                shapes |= {
+                    f"{inner}.gamma": (width,),
+                    f"{inner}.depthwise_conv.weight": (width, 1, 7, 7),
+                    f"{inner}.depthwise_conv.bias": (width,),
+                    f"{inner}.layer_norm.weight": (width,),
+                    f"{inner}.layer_norm.bias": (width,),
+                    f"{inner}.pointwise_conv1.weight": (4 * width, width),
+                    f"{inner}.pointwise_conv1.bias": (4 * width,),
+                    f"{inner}.pointwise_conv2.weight": (width, 4 * width),
+                    f"{inner}.pointwise_conv2.bias": (width,),
+                }
+            before = width
+        return shapes | {"layer_norm.weight": (before,), "layer_norm.bias": (before,)}
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(math.prod(shape) for shape in self.tensors().values())
+
+
+Architecture = ViTArchitecture | ConvNextArchitecture
+
+
+def heads_for(hidden_size: int) -> int:
+    """The head count where nothing says it.
+
+    RoPE leaves no trace of the head size in the weights. Every published variant has heads of 64, but for 7B, whose
+    are of 128.
+    """
+    return hidden_size // (128 if hidden_size == 4096 else 64)
+
+
+def infer_vit(shapes: Shapes) -> ViTArchitecture | None:
+    """What a ViT checkpoint's tensors say of its architecture; None where a telling tensor is missing."""
+    patches = shapes.get("embeddings.patch_embeddings.weight", ())
+    registers = shapes.get("embeddings.register_tokens", ())
+    up = shapes.get("layer.0.mlp.up_proj.weight", ())
+    if len(patches) != 4 or len(registers) != 3 or len(up) != 2:
+        return None
+    blocks = {int(match[1]) for name in shapes if (match := _BLOCK.match(name))}
+    gated = "layer.0.mlp.gate_proj.weight" in shapes
+    return ViTArchitecture(
+        hidden_size=patches[0],
+        num_layers=max(blocks) + 1,
+        num_heads=heads_for(patches[0]),
+        intermediate_size=up[0],
+        gated_mlp=gated,
+        num_register_tokens=registers[1],
+        patch_size=patches[-1],
+        hidden_act="silu" if gated else "gelu",
+        query_bias="layer.0.attention.q_proj.bias" in shapes,
+        key_bias="layer.0.attention.k_proj.bias" in shapes,
+        value_bias="layer.0.attention.v_proj.bias" in shapes,
+        proj_bias="layer.0.attention.o_proj.bias" in shapes,
+        mlp_bias="layer.0.mlp.up_proj.bias" in shapes,
+    )
+
+
+def infer_convnext(shapes: Shapes) -> ConvNextArchitecture | None:
+    """What a ConvNeXt checkpoint's tensors say of its architecture; None where a telling tensor is missing."""
+    depths: dict[int, int] = {}
+    for name in shapes:
+        if match := _STAGE_BLOCK.match(name):
+            stage, block = int(match[1]), int(match[2])
+            depths[stage] = max(depths.get(stage, 0), block + 1)
+    widths = [shapes.get(f"stages.{stage}.layers.0.gamma", (0,))[0] for stage in sorted(depths)]
+    if not depths or sorted(depths) != list(range(len(depths))) or 0 in widths:
+        return None
+    return ConvNextArchitecture(tuple(widths), tuple(depths[stage] for stage in range(len(depths))))
+
+
+_VIT_SHAPE_KEYS = (
+    "hidden_size",
+    "num_hidden_layers",
+    "intermediate_size",
+    "use_gated_mlp",
+    "patch_size",
+    "query_bias",
+    "key_bias",
+    "value_bias",
+    "proj_bias",
+    "mlp_bias",
+)
+
+
+def missing_keys(fields: JsonFields, family: Family) -> list[str]:
+    """The keys of config.json that only the weights can make up for."""
+    if family == "convnext":
+        return [key for key in ("hidden_sizes", "depths") if not fields.has(key)]
+    missing = [key for key in _VIT_SHAPE_KEYS if not fields.has(key)]
+    if not (fields.has("num_register_tokens") or fields.has("num_registers")):
+        missing.append("num_register_tokens")
+    return missing
+
+
+def read_family(fields: JsonFields) -> Family:
+    """Which of the two families config.json describes; an unknown one is noted as a problem."""
+    model_type = fields.text("model_type", "")
+    if not model_type:
+        names = fields.values.get("architectures")
+        named = any("convnext" in str(name).lower() for name in names) if isinstance(names, list) else False
+        return "convnext" if named or fields.has("hidden_sizes") or fields.has("depths") else "vit"
+    families: dict[str, Family] = {"dinov3_vit": "vit", "dinov3_convnext": "convnext"}
+    if model_type not in families:
+        fields.complain("model_type", "must be dinov3_vit or dinov3_convnext", model_type)
+    return families.get(model_type, "vit")
+
+
+def read_architecture(fields: JsonFields, family: Family, inferred: Architecture | None) -> Architecture:
+    """The architecture that config.json describes, completed by what was ``inferred`` from the weights.
+
+    Complaints are noted in ``fields``; the result is meaningful only if there are none.
+    """
+    if fields.integer("num_channels", 3) != 3:
+        fields.complain("num_channels", "must be 3 (RGB)", fields.values["num_channels"])
+    if family == "convnext":
+        assert inferred is None or isinstance(inferred, ConvNextArchitecture)
+        return _read_convnext(fields, inferred)
+    assert inferred is None or isinstance(inferred, ViTArchitecture)
+    return _read_vit(fields, inferred)
+
+
+def _read_convnext(fields: JsonFields, inferred: ConvNextArchitecture | None) -> ConvNextArchitecture:
+    base = inferred or ConvNextArchitecture((96, 192, 384, 768), (3, 3, 9, 3))
+    widths, depths = fields.integers("hidden_sizes", base.hidden_sizes), fields.integers("depths", base.depths)
+    if len(widths) != len(depths):
+        fields.complain("depths", f"must have one entry for each of hidden_sizes {list(widths)}", list(depths))
+    return ConvNextArchitecture(
+        widths,
+        depths,
+        hidden_act=fields.text("hidden_act", base.hidden_act),
+        layer_norm_eps=fields.number("layer_norm_eps", base.layer_norm_eps),
+    )
+
+
+def _read_vit(fields: JsonFields, inferred: ViTArchitecture | None) -> ViTArchitecture:
+    base = inferred or ViTArchitecture(384, 12, 6, 1536)
+    hidden_size = fields.integer("hidden_size", base.hidden_size)
+    gated = fields.flag("use_gated_mlp", base.gated_mlp)
+    architecture = ViTArchitecture(
+        hidden_size=hidden_size,
+        num_layers=fields.integer("num_hidden_layers", base.num_layers),
+        num_heads=fields.integer("num_attention_heads", max(heads_for(hidden_size), 1)),
+        intermediate_size=fields.integer("intermediate_size", base.intermediate_size),
+        gated_mlp=gated,
+        num_register_tokens=_read_registers(fields, base.num_register_tokens),
+        patch_size=read_patch_size(fields, base.patch_size),
+        # A file that names its model_type was written by transformers, whose default is gelu, gated or not.
+        hidden_act=fields.text("hidden_act", "silu" if gated and not fields.has("model_type") else "gelu"),
+        layer_norm_eps=fields.number("layer_norm_eps", 1e-5),
+        rope_theta=fields.number("rope_theta", 100.0),
+        query_bias=fields.flag("query_bias", base.query_bias),
+        key_bias=fields.flag("key_bias", base.key_bias),
+        value_bias=fields.flag("value_bias", base.value_bias),
+        proj_bias=fields.flag("proj_bias", base.proj_bias),
+        mlp_bias=fields.flag("mlp_bias", base.mlp_bias),
+    )
+    if hidden_size % (4 * architecture.num_heads):
+        rule = f"must divide hidden_size ({hidden_size}) into heads whose size is a multiple of 4 (for RoPE)"
+        fields.complain("num_attention_heads", rule, architecture.num_heads)
+    return architecture
+
+
+def _read_registers(fields: JsonFields, default: int) -> int:
+    ours = fields.integer("num_register_tokens", default, minimum=0)
+    other = fields.integer("num_registers", ours, minimum=0)
+    if fields.has("num_register_tokens") and other != ours:
+        fields.complain("num_registers", f"must equal num_register_tokens ({ours})", other)
+    return other
+
+
+def read_patch_size(fields: JsonFields, default: int) -> int:
+    """``patch_size``: an integer, or (transformers 5) a pair of equal ones."""
+    value = fields.values.get("patch_size")
+    if isinstance(value, list):
+        if len(value) == 2 and value[0] == value[1] and isinstance(value[0], int) and value[0] >= 1:
+            return value[0]
+        fields.complain("patch_size", "must be one integer, or two equal ones", value)
+        return default
+    return fields.integer("patch_size", default)

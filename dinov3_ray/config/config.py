@@ -1,0 +1,225 @@
+"""Which DINOv3 model to serve, and how: a transformers model directory, read and checked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from os import PathLike
+from pathlib import Path
+from typing import Literal, get_args
+
+from dinov3_ray.config.architecture import (
+    Architecture,
+    Family,
+    infer_convnext,
+    infer_vit,
+    missing_keys,
+    read_architecture,
+    read_family,
+    read_patch_size,
+)
+from dinov3_ray.config.files import JsonFields, is_positive_int
+from dinov3_ray.config.preprocessing import Preprocessing, Size, read_preprocessing
+from dinov3_ray.config.weights import WeightFiles
+from dinov3_ray.errors import CheckpointError, ConfigError
+
+__all__ = ["CONFIG_FILE", "PREPROCESSOR_FILE", "ComputeDtype", "DinoV3Config"]
+
+ComputeDtype = Literal["auto", "float32", "bfloat16", "float16", "float8"]
+"""The dtype that the model computes in; ``auto`` is bfloat16 where the device has it in hardware, else float32.
+``float8`` is bfloat16 with the products of linear layers in float8 (see :mod:`dinov3_ray.model.float8`)."""
+
+CONFIG_FILE = "config.json"
+PREPROCESSOR_FILE = "preprocessor_config.json"
+
+
+@dataclass(frozen=True, init=False, repr=False)
+class DinoV3Config:
+    """A model directory and the options under which to run it.
+
+    ``root`` is read and checked on construction, so that a wrong file shows before a pool starts. Weights are not
+    needed for that unless config.json leaves out what only they can tell; they are checked when they are loaded. What
+    was read travels with the object when it is pickled; the weights are looked for at ``root`` again.
+
+    Args:
+        root: a directory with config.json, preprocessor_config.json and model.safetensors, or
+            model.safetensors.index.json and its shards.
+        dtype: see :data:`ComputeDtype`.
+        image_size: of the model's input, in place of preprocessor_config.json's: one int, or (h, w). See
+            :meth:`Preprocessing.resized_to` for what becomes of the file's rule.
+        compile: run the model through ``torch.compile``.
+        cuda_graphs: record passes of shapes that come often (see :mod:`dinov3_ray.model.cuda_graphs`); without effect
+            on other devices.
+        attention: the transformers attention implementation, such as ``sdpa``, ``eager`` or ``flash_attention_2``;
+            ``auto`` leaves it to transformers. A ConvNeXt has no attention, and ignores it.
+
+    Attributes:
+        image_size: (h, w) of the model's input: the option, or else what the file says.
+        architecture: what config.json (completed by the weights' shapes) describes.
+        preprocessing: what preprocessor_config.json describes, at ``image_size``.
+
+    Raises:
+        ConfigError: names the file or option, the rule and the value; all complaints about one file at once.
+        CheckpointError: config.json is incomplete, and the weights that could complete it are damaged.
+    """
+
+    root: Path
+    dtype: ComputeDtype
+    image_size: Size
+    compile: bool
+    cuda_graphs: bool
+    attention: str
+    architecture: Architecture = field(init=False)
+    preprocessing: Preprocessing = field(init=False)
+
+    # Written out, since the option `image_size` is wider than the attribute that it settles. `dataclasses.replace`
+    # passes the settled size back in, which `resized_to` takes for no change.
+    def __init__(
+        self,
+        root: str | PathLike[str],
+        *,
+        dtype: ComputeDtype = "auto",
+        image_size: int | Size | None = None,
+        compile: bool = False,
+        cuda_graphs: bool = False,
+        attention: str = "auto",
+    ) -> None:
+        wanted_size = _check_options(dtype, image_size, {"compile": compile, "cuda_graphs": cuda_graphs}, attention)
+        # Absolute, since a relative path means another place in a worker's folder.
+        path = _check_root(root)
+        architecture = _load_architecture(path)
+        preprocessing = _load_preprocessing(path, architecture)
+        if wanted_size is not None:
+            preprocessing = preprocessing.resized_to(wanted_size)
+        if min(preprocessing.image_size) < architecture.patch_size:
+            raise ConfigError(
+                f"image_size must be at least one patch ({architecture.patch_size} px) high and wide; "
+                f"got {list(preprocessing.image_size)}"
+            )
+        settled = {
+            "root": path,
+            "dtype": dtype,
+            "image_size": preprocessing.image_size,
+            "compile": compile,
+            "cuda_graphs": cuda_graphs,
+            "attention": attention,
+            "architecture": architecture,
+            "preprocessing": preprocessing,
+        }
+        for name, value in settled.items():
+            object.__setattr__(self, name, value)
+
+    @classmethod
+    def of(cls, config: DinoV3Config | str | PathLike[str]) -> DinoV3Config:
+        """``config`` itself, or the configuration of the directory that it names."""
+        return config if isinstance(config, DinoV3Config) else cls(config)
+
+    @property
+    def family(self) -> Family:
+        """``vit`` or ``convnext``."""
+        return self.architecture.family
+
+    @property
+    def hidden_size(self) -> int:
+        """D, the channels of the CLS token and of the feature map."""
+        return self.architecture.hidden_size
+
+    @property
+    def num_layers(self) -> int:
+        """How many layers a FeatureSpec can name: blocks of a ViT, stages of a ConvNeXt."""
+        return self.architecture.num_layers
+
+    @property
+    def num_register_tokens(self) -> int:
+        """R; 0 for a ConvNeXt."""
+        return self.architecture.num_register_tokens
+
+    @property
+    def patch_size(self) -> int:
+        """Pixels a cell of the feature map, each way; for a ConvNeXt, its total stride."""
+        return self.architecture.patch_size
+
+    @property
+    def grid_size(self) -> Size:
+        """(h, w) of the feature map at ``image_size``; what the patch size does not divide is dropped."""
+        height, width = self.image_size
+        return height // self.patch_size, width // self.patch_size
+
+    def __repr__(self) -> str:
+        size = "x".join(map(str, self.image_size))
+        return (
+            f"DinoV3Config({str(self.root)!r}, {self.family}, D={self.hidden_size}, layers={self.num_layers}, "
+            f"registers={self.num_register_tokens}, patch={self.patch_size}, image={size}, dtype={self.dtype}, "
+            f"attention={self.attention}, compile={self.compile}, cuda_graphs={self.cuda_graphs})"
+        )
+
+
+def _check_options(dtype: object, image_size: object, switches: Mapping[str, object], attention: object) -> Size | None:
+    """Check the options, and bring ``image_size`` to (h, w)."""
+    if dtype not in get_args(ComputeDtype):
+        raise ConfigError(f"dtype must be one of {', '.join(get_args(ComputeDtype))}; got {dtype!r}")
+    for name, value in switches.items():
+        if not isinstance(value, bool):
+            raise ConfigError(f"{name} must be True or False; got {value!r}")
+    if not isinstance(attention, str) or not attention:
+        raise ConfigError(f"attention must be the name of an implementation, such as 'sdpa'; got {attention!r}")
+    if image_size is None:
+        return None
+    if is_positive_int(image_size):
+        assert isinstance(image_size, int)
+        return image_size, image_size
+    if isinstance(image_size, (tuple, list)) and len(image_size) == 2 and all(map(is_positive_int, image_size)):
+        return image_size[0], image_size[1]
+    raise ConfigError(f"image_size must be None, an integer >= 1 or a pair (h, w) of them; got {image_size!r}")
+
+
+def _check_root(root: object) -> Path:
+    if not isinstance(root, (str, PathLike)):
+        raise ConfigError(f"root must be the path of a model directory; got {root!r}")
+    path = Path(root).expanduser().absolute()
+    if not path.is_dir():
+        what = "a file" if path.exists() else "missing"
+        raise ConfigError(f"root must be a model directory with {CONFIG_FILE} and weights; {path} is {what}")
+    return path
+
+
+def _load_architecture(root: Path) -> Architecture:
+    fields = JsonFields.read(root / CONFIG_FILE, remedy="root must be a model directory in transformers' layout")
+    family = read_family(fields)
+    fields.raise_problems()
+    missing = missing_keys(fields, family)
+    architecture = read_architecture(fields, family, _infer(root, family, missing) if missing else None)
+    fields.raise_problems()
+    return architecture
+
+
+def _infer(root: Path, family: Family, missing: list[str]) -> Architecture:
+    """The architecture from the weights' headers, for keys ``missing`` from config.json."""
+    what = f"{root / CONFIG_FILE} lacks {', '.join(missing)}"
+    try:
+        shapes = WeightFiles.find(root).shapes
+    except CheckpointError as error:
+        raise CheckpointError(f"{what}, and the weights cannot tell: {error}") from error
+    inferred = infer_convnext(shapes) if family == "convnext" else infer_vit(shapes)
+    if inferred is None:
+        raise ConfigError(f"{what}, and the weights in {root} are not those of a DINOv3 {family}")
+    return inferred
+
+
+def _load_preprocessing(root: Path, architecture: Architecture) -> Preprocessing:
+    remedy = "copy it from the model's release; its mean, std and size cannot be guessed"
+    fields = JsonFields.read(root / PREPROCESSOR_FILE, remedy=remedy)
+    preprocessing = read_preprocessing(fields)
+    # Some writers repeat what config.json says; where they differ, one of the files belongs to another model.
+    repeated = {
+        "patch_size": (read_patch_size(fields, architecture.patch_size), architecture.patch_size),
+        "num_register_tokens": (
+            fields.integer("num_register_tokens", architecture.num_register_tokens, minimum=0),
+            architecture.num_register_tokens,
+        ),
+    }
+    for key, (value, expected) in repeated.items():
+        if value != expected:
+            fields.complain(key, f"must equal {CONFIG_FILE}'s ({expected})", value)
+    fields.raise_problems()
+    return preprocessing

@@ -1,0 +1,169 @@
+"""What a run is going to do, decided before it starts and kept with its output; compared when it is resumed."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from dinov3_ray.datasets.folder import PLAN, Folder
+from dinov3_ray.datasets.store.schema import SCALE
+from dinov3_ray.errors import StoreError
+
+__all__ = [
+    "Forecast",
+    "block_size_for",
+    "check_same_run",
+    "cut_blocks",
+    "differences",
+    "free_bytes",
+    "row_bytes",
+    "size_text",
+    "spans_of",
+    "storage_note",
+    "versions",
+]
+
+
+_BLOCK_BYTES = 2**25
+_BLOCK_ROWS = 512
+# May differ between the runs that fill a store: they say what made it, not what is in it.
+_MAY_DIFFER = {"versions", "images", "blocks_planned"}
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """What a run will write.
+
+    Attributes:
+        images: in the source; None where only reading it would tell (a Ray Dataset that is not materialized).
+        remaining: of these, in blocks that are not finished yet.
+        row_bytes: an image's features; where output shapes depend on the image, those of the first.
+        exact: whether each image takes ``row_bytes``.
+        free: bytes on the output's disk; None where it has no bound that is known.
+        note: what is worth knowing about the stored dtype.
+    """
+
+    images: int | None
+    remaining: int | None
+    row_bytes: int
+    exact: bool
+    free: int | None
+    note: str = ""
+
+    @property
+    def bytes(self) -> int | None:
+        """That remain to be written."""
+        return None if self.remaining is None else self.remaining * self.row_bytes
+
+    @property
+    def fits(self) -> bool:
+        """False only where it is known not to fit."""
+        return self.bytes is None or self.free is None or self.bytes <= self.free
+
+    def __str__(self) -> str:
+        count = "an unknown number of" if self.images is None else f"{self.images:,}"
+        text = f"{count} images, {'' if self.exact else 'about '}{size_text(self.row_bytes)} each"
+        if self.bytes is not None:
+            text += f", {size_text(self.bytes)} to write"
+            if self.remaining != self.images:
+                text += f" for the {self.remaining:,} that remain"
+        if self.free is not None:
+            text += f"; {size_text(self.free)} free on the disk"
+        return f"{text}. {self.note}".rstrip(". ")
+
+
+def size_text(count: float) -> str:
+    """Bytes for people: 1.5 GB."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if count < 1000 or unit == "TB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    raise AssertionError("unreachable")
+
+
+def row_bytes(outputs: Mapping[str, Mapping[str, Any]]) -> int:
+    """Bytes of one row of ``outputs`` (name to dtype and shape), with a little for its id and size."""
+    tensors = sum(np.dtype(value["dtype"]).itemsize * int(np.prod(value["shape"])) for value in outputs.values())
+    return int(tensors) + 64
+
+
+def storage_note(result_dtype: str, outputs: Mapping[str, Mapping[str, Any]]) -> str:
+    """What is worth saying about how values of ``result_dtype`` are stored."""
+    if any(name.endswith(SCALE) for name in outputs):
+        return "int8 with one float32 scale a token: a channel is off by at most 1/254 of its token's largest"
+    if result_dtype == "bfloat16":
+        return "Parquet has no bfloat16: stored as float32, exactly, at twice the size; dtype float16 halves it"
+    return ""
+
+
+def block_size_for(size: int, batch_size: int) -> int:
+    """Images a block for rows of ``size`` bytes: whole batches, as many as stay within 32 MiB and 512 images.
+
+    Small enough that the last block, written when nothing is left to compute, takes little time.
+    """
+    batches = min(_BLOCK_BYTES // size, _BLOCK_ROWS) // batch_size
+    return max(1, batches) * batch_size
+
+
+def cut_blocks(rows: pa.Table, block_size: int, *, by_file: bool) -> list[tuple[int, int]]:
+    """(start, stop) of the blocks of ``rows``; none crosses a file where ``by_file``."""
+    edges = [0, len(rows)]
+    if by_file:
+        codes = rows["file"].combine_chunks().dictionary_encode().indices.to_numpy()
+        edges = [0, *(np.flatnonzero(np.diff(codes)) + 1).tolist(), len(rows)]
+    blocks = []
+    for low, high in pairwise(edges):
+        blocks += [(start, min(start + block_size, high)) for start in range(low, high, block_size)]
+    return blocks
+
+
+def spans_of(sizes: list[int]) -> list[tuple[int, int]]:
+    """(start, stop) of blocks of these sizes."""
+    spans, start = [], 0
+    for size in sizes:
+        spans.append((start, start + size))
+        start += size
+    return spans
+
+
+def versions() -> dict[str, str]:
+    """Of the libraries that have a say in the values."""
+    return {name: version(name) for name in ("dinov3-ray", "torch", "transformers", "pyarrow", "pillow", "ray")}
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """What tells two runs' identities apart, a line each: ``spec.dtype is 'int8', there it is 'float16'``."""
+    for key in sorted({*old, *new} - (_MAY_DIFFER if not prefix else set())):
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            yield from differences(before, after, f"{prefix}{key}.")
+        elif before != after:
+            yield f"{prefix}{key} is {after!r}, there it is {before!r}"
+
+
+def check_same_run(folder: Folder, identity: Mapping[str, Any]) -> None:
+    """Raise StoreError unless the run in ``folder`` has this identity."""
+    found = list(differences(folder.read_json(PLAN), identity))
+    if found:
+        raise StoreError(
+            f"{folder.path} holds features of another run, and cannot be resumed with this one: {'; '.join(found)}. "
+            "Repeat the former command, or choose another output folder"
+        )
+
+
+def free_bytes(folder: Folder) -> int | None:
+    """On the disk of the folder, or of where it will be; None for remote file systems."""
+    if not folder.is_local:
+        return None
+    path = Path(folder.path)
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free

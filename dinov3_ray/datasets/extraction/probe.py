@@ -1,0 +1,107 @@
+"""What the teacher tells before a run starts: who it is, and what it gives for the source's first images."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+
+from dinov3_ray.config.preprocessing import Preprocessing
+from dinov3_ray.datasets.decode import Decoder
+from dinov3_ray.datasets.extraction.decode_tasks import Piece, decode_pieces
+from dinov3_ray.datasets.extraction.resources import Placement
+from dinov3_ray.datasets.extraction.worker import TeacherFactory
+from dinov3_ray.datasets.store.schema import encode_columns
+from dinov3_ray.errors import InputError, StoreError
+from dinov3_ray.features import FeatureSpec
+from dinov3_ray.teacher import computed_in
+
+__all__ = ["ask_teacher", "first_image"]
+
+logger = logging.getLogger("dinov3_ray")
+
+_PATIENCE_SECONDS, _LIMIT_SECONDS = 20.0, 1800.0  # after which a teacher that is not there is told of, and given up
+
+
+def first_image(pieces: Sequence[Piece], decoder: Decoder, cpus: float) -> np.ndarray | None:
+    """The first readable one of ``pieces`` [3,H,W], decoded where a fault in a decoder does no harm."""
+    for decoded in decode_pieces(pieces, decoder, cpus=cpus, window=1, retries=0):
+        if isinstance(decoded.image, np.ndarray):
+            return decoded.image
+    return None
+
+
+def ask_teacher(
+    teacher: TeacherFactory, spec: FeatureSpec, image: np.ndarray | None, placement: Placement
+) -> dict[str, Any]:
+    """What :func:`_probe` finds, in a process with a teacher's resources.
+
+    Raises:
+        StoreError: there is no place for it, or no fingerprint by which to know it again.
+    """
+    task = ray.remote(num_cpus=placement.num_cpus, num_gpus=placement.num_gpus, max_retries=1)(_probe)
+    pending = task.remote(teacher, spec, image)
+    if not ray.wait([pending], timeout=_PATIENCE_SECONDS)[0]:
+        logger.warning("the first teacher is not ready after %g s: %s", _PATIENCE_SECONDS, _place_wanted(placement))
+        if not ray.wait([pending], timeout=_LIMIT_SECONDS - _PATIENCE_SECONDS)[0]:
+            ray.cancel(pending, force=True)
+            raise StoreError(f"a teacher must be ready within {_LIMIT_SECONDS:g} s: {_place_wanted(placement)}")
+    found: dict[str, Any] = ray.get(pending)
+    if found["fingerprint"] is None:
+        raise StoreError(
+            "the teacher must have a fingerprint, or a resumed run could mix two teachers; got None: give it an "
+            "attribute `fingerprint`, a string that changes whenever its outputs would"
+        )
+    return found
+
+
+def _place_wanted(placement: Placement) -> str:
+    """What a teacher waits for, if it has no place yet."""
+    have, free = ray.cluster_resources(), ray.available_resources()
+    counts = ", ".join(f"{free.get(key, 0):g} of {have.get(key, 0):g} {key}" for key in ("GPU", "CPU"))
+    return (
+        f"it needs {placement.num_gpus:g} GPU and {placement.num_cpus:g} CPU in the cluster, and then time to load; "
+        f"free are {counts}. If a pool has the GPUs, extract through it (pool=NAME, --pool NAME), or compute on CPUs "
+        "(num_gpus=0, --num-gpus 0)"
+    )
+
+
+def _probe(teacher: TeacherFactory, spec: FeatureSpec, image: np.ndarray | None) -> dict[str, Any]:
+    """What the teacher says of itself, and the shapes and dtypes of what it gives for ``image``, uint8 [3,H,W].
+
+    Where there is none, or it is refused, a grey square stands for it.
+    """
+    extractor = teacher()
+    features = None
+    if image is not None:
+        with contextlib.suppress(InputError):  # it will be in the errors, with this reason
+            features = extractor.extract(torch.from_numpy(np.array(image))[None], spec.native())
+    if features is None:
+        features = extractor.extract(torch.full((1, 3, 224, 224), 128, dtype=torch.uint8), spec.native())
+    columns, result_dtype = encode_columns(features, spec)
+    rule = getattr(extractor, "preprocessing", None)
+    rule = rule if isinstance(rule, Preprocessing) else None
+    found = {
+        "fingerprint": getattr(extractor, "fingerprint", None) or features.fingerprint,
+        "made_by": features.fingerprint,
+        "computed_in": computed_in(extractor),
+        # By way of JSON, so that what is compared with a former run's is of the same types.
+        "preprocessing": None if rule is None else json.loads(json.dumps(asdict(rule))),
+        "mixes_sizes": rule is not None and rule.has_fixed_size,
+        "min_side": int(getattr(extractor, "patch_size", 1)),
+        "result_dtype": result_dtype,
+        "outputs": {
+            name: {"dtype": array.dtype.str, "shape": list(array.shape[1:])} for name, array in columns.items()
+        },
+    }
+    close = getattr(extractor, "close", None)
+    if close is not None:  # a pool's client; its process goes on to other work
+        close()
+    return found

@@ -1,0 +1,171 @@
+"""What a path, glob or URI is: image files, WebDataset shards or Parquet, on any file system that pyarrow reaches."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import PurePosixPath
+from typing import Any
+
+import pyarrow as pa
+from pyarrow import fs as pafs
+
+from dinov3_ray.datasets.folder import open_path
+from dinov3_ray.datasets.sources.base import IRREGULAR, FileSource, Source
+from dinov3_ray.datasets.sources.parquet import ParquetSource
+from dinov3_ray.datasets.sources.tar import IMAGE_EXTENSIONS, TarSource
+from dinov3_ray.errors import StoreError
+
+__all__ = ["check_there", "matches", "open_source", "reopen_source"]
+
+_LOOKED_FOR = 16
+
+
+def open_source(
+    source: str | os.PathLike[str],
+    *,
+    filesystem: Any = None,
+    image_column: str | None = None,
+    id_column: str | None = None,
+    exclude: str | None = None,
+) -> Source:
+    """The source that a folder, a file or a glob (``*``, ``?``, ``[...]``, ``**``) is.
+
+    If no file has an image's extension, and some are Parquet or tar, those are read; else each file is an image,
+    whatever its name, so that nothing is passed over in silence. Files and folders whose names begin with a dot are
+    left out.
+
+    Args:
+        exclude: a path below which nothing is listed: the output folder, should it lie within the source.
+
+    Raises:
+        StoreError: nothing is there, or the columns of a Parquet source cannot be told.
+    """
+    system, path = open_path(source, filesystem)
+    path = path.rstrip("/") or "/"
+    if exclude is not None and f"{path}/".startswith(exclude.rstrip("/") + "/"):
+        raise StoreError(f"out must be a folder beside the source's images, or below them; {exclude} holds {path}")
+    root, infos = _find(system, path, exclude)
+    if not infos:
+        raise StoreError(f"source {os.fspath(source)!r} must hold images; no file is there")
+    name = _name(source, path)
+    extensions = [file.rpartition(".")[2].lower() for file, _ in infos]
+    if not IMAGE_EXTENSIONS.intersection(extensions):
+        if "parquet" in extensions and "tar" in extensions:
+            raise StoreError(
+                f"source must hold images in one form; {name!r} has both .parquet and .tar files: choose with a glob, "
+                "such as FOLDER/*.tar"
+            )
+        parquet = [file for file, extension in zip(infos, extensions, strict=True) if extension == "parquet"]
+        if parquet:
+            return ParquetSource.open(system, root, name, parquet, image_column, id_column)
+        packed = [file for file, _ in infos if file.endswith((".tar.gz", ".tgz", ".tar.zst", ".tar.bz2"))]
+        if packed:
+            raise StoreError(
+                f"source must hold uncompressed .tar shards, which can be read anywhere; got {packed[0]!r}"
+            )
+        tars = [file for file, extension in zip(infos, extensions, strict=True) if extension == "tar"]
+        if tars:
+            return TarSource(system, root, name, tuple(file for file, _ in tars))
+    return FileSource(system, root, name, tuple(infos))
+
+
+def reopen_source(
+    described: Mapping[str, Any],
+    source: str | os.PathLike[str],
+    *,
+    filesystem: Any = None,
+    image_column: str | None = None,
+    id_column: str | None = None,
+) -> Source:
+    """What ``describe`` told of, to read more of its rows: nothing is listed or opened, nor need it be there.
+
+    ``source`` and the columns are those that are given now, so that its own description differs where they do.
+    """
+    system, path = open_path(source, filesystem)
+    name, root = _name(source, path.rstrip("/") or "/"), described["root"]
+    if described["kind"] == "files":
+        return FileSource(system, root, name)
+    if described["kind"] == "webdataset":
+        return TarSource(system, root, name, ())
+    columns = image_column or described["image_column"], id_column or described["id_column"]
+    return ParquetSource(system, root, name, (), *columns)
+
+
+def check_there(source: Source, rows: pa.Table) -> None:
+    """Raise StoreError if none of ``rows``' files is there: a disk that is not mounted is no set of missing images."""
+    files = rows["file"].unique().to_pylist()[:_LOOKED_FOR]
+    infos = source.system.get_file_info([f"{source.root}/{file}" for file in files])
+    if all(info.type == pafs.FileType.NotFound for info in infos):
+        raise StoreError(
+            f"source must still hold the images that remain; none of the next {len(files)} files is there, such as "
+            f"{source.root}/{files[0]}: is its disk mounted?"
+        )
+
+
+def matches(pattern: str, path: str) -> bool:
+    """Whether ``path`` matches a glob in which ``*`` stays within a folder and ``**/`` crosses any number of them.
+
+    Raises:
+        StoreError: the glob has a range such as ``[z-a]``.
+    """
+    expression = ""
+    for token in re.findall(r"\*\*/|\*\*|\*|\?|\[[^\]]+\]|.", pattern):
+        if token.startswith("[") and len(token) > 1:
+            expression += token.replace("[!", "[^")
+        else:
+            expression += {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}.get(token, re.escape(token))
+    try:
+        return re.fullmatch(expression, path, flags=re.DOTALL) is not None
+    except re.error as error:
+        raise StoreError(f"source must be a glob whose brackets hold characters; got {pattern!r}: {error}") from error
+
+
+def _name(source: str | os.PathLike[str], path: str) -> str:
+    """What a run's identity calls the source: the URI, or the absolute path."""
+    return os.fspath(source).rstrip("/") if "://" in os.fspath(source) else path
+
+
+def _find(system: Any, path: str, exclude: str | None) -> tuple[str, list[tuple[str, int]]]:
+    """The root, and the files below it with their sizes, sorted by path."""
+    info = system.get_file_info(path)
+    if info.type == pafs.FileType.File:
+        folder, _, name = path.rpartition("/")
+        return folder, [(name, info.size)]
+    pattern = None
+    if info.type == pafs.FileType.NotFound:
+        parts = PurePosixPath(path).parts
+        wild = next((index for index, part in enumerate(parts) if re.search(r"[*?\[]", part)), None)
+        if wild is None:
+            raise StoreError(f"source must exist; there is nothing at {path!r}")
+        pattern = "/".join(parts[wild:])
+        path = str(PurePosixPath(*parts[:wild]))
+    infos = system.get_file_info(pafs.FileSelector(path, recursive=True, allow_not_found=True))
+    prefix = path.rstrip("/") + "/"
+    files = []
+    for info in infos:
+        try:
+            name = info.path.removeprefix(prefix)
+        except UnicodeDecodeError as error:
+            name = error.object.decode(errors="backslashreplace")
+            raise StoreError(f"names of files must be UTF-8, since ids are made of them; rename {name!r}") from error
+        hidden = any(part.startswith(".") for part in PurePosixPath(name).parts)
+        excluded = exclude is not None and f"{info.path}/".startswith(exclude.rstrip("/") + "/")
+        if hidden or excluded:
+            continue
+        if info.type == pafs.FileType.Directory:
+            if system.type_name == "local":
+                _check_link(info.path)
+        else:
+            irregular = info.type == pafs.FileType.Unknown
+            files.append((name, IRREGULAR if irregular else info.size or 0))
+    return path.rstrip("/"), sorted(file for file in files if pattern is None or matches(pattern, file[0]))
+
+
+def _check_link(folder: str) -> None:
+    """Raise StoreError if ``folder`` is a link to one that holds it: its images would be listed again and again."""
+    if os.path.islink(folder):
+        target = os.path.realpath(folder)
+        if f"{os.path.realpath(os.path.dirname(folder))}/".startswith(target.rstrip("/") + "/"):
+            raise StoreError(f"source must not hold a link to a folder around it; {folder} leads to {target}")

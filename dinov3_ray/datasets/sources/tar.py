@@ -1,0 +1,115 @@
+"""WebDataset: tar shards whose members share a key up to the first dot of their names."""
+
+from __future__ import annotations
+
+import posixpath
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from dinov3_ray.datasets.decode import Unreadable
+from dinov3_ray.datasets.sources.base import Content, check_unique, listing, read_whole
+
+__all__ = ["IMAGE_EXTENSIONS", "TarSource"]
+
+IMAGE_EXTENSIONS = frozenset(
+    {"avif", "bmp", "dib", "gif", "heic", "jfif", "jp2", "jpe", "jpeg", "jpg"}
+    | {"pbm", "pgm", "png", "pnm", "ppm", "tga", "tif", "tiff", "webp"}
+)
+"""Of names that are taken for images where other files are expected beside them."""
+
+_NO_IMAGE, _DAMAGED, _DANGLING = -1, -2, -3  # in place of a size
+_SLICE = 32
+
+
+@dataclass(frozen=True)
+class TarSource:
+    """Images in uncompressed tar shards; the id is the sample's key.
+
+    A sample with several images has an id ``key.extension`` for each. Members are listed once, and then read by their
+    offsets: a block costs its own bytes only, wherever in a shard it lies.
+    """
+
+    system: Any
+    root: str
+    name: str
+    files: tuple[str, ...]
+    by_file: bool = True
+
+    def describe(self) -> dict[str, Any]:
+        return {"kind": "webdataset", "path": self.name, "root": self.root}
+
+    def rows(self) -> pa.Table:
+        rows = [row for file in self.files for row in self._members(file)]
+        check_unique([row[0] for row in rows], "keys must differ from shard to shard, too")
+        return listing(iter(rows))
+
+    def slices(self, rows: pa.Table) -> list[pa.Table]:
+        return [rows.slice(start, _SLICE) for start in range(0, len(rows), _SLICE)]
+
+    def read(self, rows: pa.Table) -> Iterator[tuple[str, Content]]:
+        for row in rows.to_pylist():
+            path = f"{self.root}/{row['file']}"
+            if row["size"] == _NO_IMAGE:
+                yield row["id"], Unreadable("missing", f"the sample in {row['file']} has no member that is an image")
+            elif row["size"] == _DANGLING:
+                yield row["id"], Unreadable("missing", f"a link in {row['file']} to a member that is not there")
+            elif row["size"] == _DAMAGED:
+                yield row["id"], Unreadable("truncated", f"the shard is damaged from byte {row['offset']} on")
+            else:
+                data = read_whole(self.system, path, row["offset"], row["size"])
+                if isinstance(data, bytes) and len(data) < row["size"]:
+                    data = Unreadable("truncated", f"{row['file']} ends within this member")
+                yield row["id"], data
+
+    def _members(self, file: str) -> Iterator[tuple[str, str, int, int]]:
+        samples: dict[str, list[tuple[str, str]]] = {}  # by key: extension, and the member that has the content
+        places: dict[str, tuple[int, int]] = {}
+        damaged = None
+        with self.system.open_input_file(f"{self.root}/{file}") as stream:
+            try:
+                with tarfile.open(fileobj=stream, mode="r:") as archive:
+                    for member in archive:
+                        folder, _, name = member.name.rpartition("/")
+                        stem, _, extension = name.partition(".")
+                        key = f"{folder}/{stem}" if folder else stem
+                        content = posixpath.normpath(member.name)
+                        if member.isfile():
+                            places[content] = member.offset_data, member.size
+                        elif member.islnk():  # as tar packs a file that has several names
+                            content = posixpath.normpath(member.linkname)
+                        elif member.issym():
+                            content = posixpath.normpath(posixpath.join(folder, member.linkname))
+                        else:
+                            continue
+                        samples.setdefault(key, []).append((extension, content))
+                    if not _ends(stream, archive.offset):
+                        damaged = archive.offset
+            except tarfile.TarError:
+                damaged = stream.tell()
+        for key, members in samples.items():
+            images = [member for member in members if member[0].lower().rpartition(".")[2] in IMAGE_EXTENSIONS]
+            for extension, content in images:
+                place = places.get(content, (0, _DANGLING))
+                yield (key if len(images) == 1 else f"{key}.{extension}"), file, *place
+            if not images:
+                yield key, file, 0, _NO_IMAGE
+        if damaged is not None:
+            yield file, file, damaged, _DAMAGED
+
+
+def _ends(stream: Any, offset: int) -> bool:
+    """Whether an archive that is read up to ``offset`` ends there, with a block of zeros and nothing else after it.
+
+    ``tarfile`` takes the first damaged header for the end, and says nothing.
+    """
+    stream.seek(offset)
+    if stream.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+        return False
+    while rest := stream.read(tarfile.RECORDSIZE):
+        if any(rest):
+            return False
+    return True

@@ -1,0 +1,1 @@
+"""Features on disk: Parquet files that are written once and memory-mapped."""

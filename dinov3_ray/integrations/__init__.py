@@ -1,0 +1,1 @@
+"""Trainers that people have, with a teacher beside them."""

@@ -1,0 +1,124 @@
+"""Ctrl-C at any moment, with nothing left half started or half ended.
+
+It imports nothing heavy: it is in force before torch and Ray are loaded.
+
+
+Waiting in a way that Ctrl-C ends.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType, TracebackType
+from typing import Any, Self
+
+__all__ = ["Interrupts", "wait"]
+
+
+_SIGNALS = tuple(
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
+)  # Windows has no SIGHUP
+
+
+class Interrupts:
+    """While entered, the first SIGINT, SIGTERM or SIGHUP raises KeyboardInterrupt; under :meth:`held`, at its end.
+
+    Later ones raise nothing, so that what tidies up after the first is not cut short. For the main thread.
+
+    Args:
+        last_words: for :meth:`at_once`.
+
+    Attributes:
+        signal: the first one that came.
+    """
+
+    def __init__(self, last_words: str) -> None:
+        self.last_words = last_words
+        self.signal: int | None = None
+        self._at_once = False
+        self._raised = False
+        self._held = 0
+        self._before: dict[int, Any] = {}
+
+    @property
+    def exit_code(self) -> int:
+        """What a shell expects of a command that this signal ended; 0 if none came."""
+        return 128 + self.signal if self.signal is not None else 0
+
+    def install(self) -> None:
+        """Take the signals; again after code that may have taken them itself, as ray.init() does."""
+        for number in _SIGNALS:
+            before = signal.signal(number, self._note)
+            self._before.setdefault(number, before)
+
+    def check(self) -> None:
+        """Raise what came but was lost: a library may have caught the exception."""
+        if self.signal is not None:
+            self._raise()
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """A stretch that leaves nothing to tidy up: a signal within it writes the last words, and ends the process.
+
+        For imports: an exception in the middle of one leaves a module half made, over which its own exit hooks stumble.
+        """
+        self._at_once = True
+        try:
+            yield
+        finally:
+            self._at_once = False
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """A stretch that must not be cut in two; a signal within it takes effect at its end."""
+        self._held += 1
+        try:
+            yield
+        finally:
+            self._held -= 1
+        if self.signal is not None and not self._raised and not self._held:
+            self._raise()
+
+    def __enter__(self) -> Self:
+        self.install()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for number, before in self._before.items():
+            signal.signal(number, before)
+
+    def _note(self, number: int, _frame: FrameType | None) -> None:
+        if self.signal is None:
+            self.signal = number
+        if self._at_once:
+            os.write(2, f"{self.last_words}\n".encode())
+            os._exit(self.exit_code)
+        if not self._held and not self._raised:
+            self._raise()
+
+    def _raise(self) -> None:
+        self._raised = True
+        raise KeyboardInterrupt
+
+
+_SLICE_SECONDS = 0.5
+
+
+def wait(once: Callable[[float], bool], timeout: float | None = None) -> bool:
+    """Call ``once(seconds)``, which waits so long at most, until it returns True; False after ``timeout`` seconds.
+
+    In slices: Python acts on a signal only between two steps of the main thread. One that comes just as a wait begins,
+    or that the system hands to another thread, does not end that wait, which might be for ever.
+    """
+    deadline = math.inf if timeout is None else time.monotonic() + timeout
+    while (left := deadline - time.monotonic()) > _SLICE_SECONDS:
+        if once(_SLICE_SECONDS):
+            return True
+    return once(max(left, 0.0))

@@ -1,0 +1,20 @@
+"""The teacher on one device.
+
+Names are resolved on first use: what only asks for a device need not wait until transformers is imported.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dinov3_ray.model.dinov3 import DinoV3Teacher
+
+__all__ = ["DinoV3Teacher"]
+
+
+def __getattr__(name: str) -> object:
+    if name not in __all__:
+        raise AttributeError(f"module 'dinov3_ray.model' has no attribute {name!r}")
+    value = getattr(import_module("dinov3_ray.model.dinov3"), name)
+    globals()[name] = value
+    return value

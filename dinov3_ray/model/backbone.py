@@ -1,0 +1,166 @@
+"""One pass through a transformers DINOv3 module that keeps what a FeatureSpec asks for, and nothing else.
+
+The loop over the blocks is ours, where transformers' ``output_hidden_states`` keeps every block's output: it ends at
+the last block needed, and cuts each map as it comes by. The operations and their order are those of the modules' own
+``forward`` (``models/dinov3_vit``, ``models/dinov3_convnext``), so the results are the same bits. Both layouts of these
+modules are taken: blocks in ``model.layer`` or ``model.stages`` (transformers 4), or one level down, in ``model.model``
+(5.5 and later).
+
+Shapes: B images, N = 1 + R + h × w tokens (CLS, R registers, patches row by row), D channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dinov3_ray.config.architecture import Family
+from dinov3_ray.features import Features, FeatureSpec, resample_map
+
+__all__ = ["Rope", "blocks_of", "rope_of", "run_backbone"]
+
+Rope = tuple[Tensor, ...]
+"""Cosines and sines of the patches' positions."""
+
+# The modules' attributes are known to transformers alone, hence Any.
+
+
+def blocks_of(model: Any, family: Family) -> nn.ModuleList:
+    """What ``FeatureSpec.layers`` counts: a ViT's blocks, a ConvNeXt's stages."""
+    name = "layer" if family == "vit" else "stages"
+    blocks = getattr(model if hasattr(model, name) else model.model, name)
+    assert isinstance(blocks, nn.ModuleList)
+    return blocks
+
+
+def run_backbone(
+    model: Any,
+    family: Family,
+    pixels_B3HW: Tensor,
+    spec: FeatureSpec,
+    *,
+    compiled: bool = False,
+    rope: Rope | None = None,
+) -> Features:
+    """The outputs that ``spec`` asks for: compute dtype, contiguous, maps at the spec's ``map_size``.
+
+    A ConvNeXt's CLS is its normed global average, and its layers are its four stages, each of its own width and
+    stride; the final norm fits the last stage only, and leaves the others as they are, as in the official
+    ``get_intermediate_layers``. ``compiled`` says that the blocks are; ``rope`` is what :func:`rope_of` gives for such
+    pixels, made here where it is None.
+    """
+    blocks = blocks_of(model, family)
+    if family == "convnext":
+        return _run_convnext(model, blocks, pixels_B3HW, spec, compiled)
+    pixels_B3HW = pixels_B3HW.to(model.embeddings.patch_embeddings.weight.dtype)
+    return _run_vit(model, blocks, pixels_B3HW, spec, compiled, rope or rope_of(model, pixels_B3HW))
+
+
+def rope_of(model: Any, pixels_B3HW: Tensor) -> Rope:
+    """A ViT's rotary embedding for images of this shape, in the compute dtype."""
+    rope: Rope = model.rope_embeddings(pixels_B3HW.to(model.embeddings.patch_embeddings.weight.dtype))
+    return rope
+
+
+def _run_vit(
+    model: Any, blocks: nn.ModuleList, pixels_B3HW: Tensor, spec: FeatureSpec, compiled: bool, rope: Rope
+) -> Features:
+    patch_size = model.embeddings.patch_embeddings.kernel_size
+    grid = tuple(side // patch for side, patch in zip(pixels_B3HW.shape[-2:], patch_size, strict=True))
+    embedded_BND = model.embeddings(pixels_B3HW)
+    prefix = embedded_BND.shape[1] - grid[0] * grid[1]
+
+    def cut(_: int, hidden_BND: Tensor) -> Tensor:
+        patches = hidden_BND[:, prefix:]
+        return _as_map(model.norm(patches) if spec.norm else patches, grid, spec)
+
+    def step(block: nn.Module, hidden_BND: Tensor) -> Tensor:
+        hidden: Tensor = block(hidden_BND, position_embeddings=rope)
+        return hidden
+
+    hidden_BND, layers = _run_blocks(blocks, embedded_BND, spec, step, cut, compiled)
+    return _finish(model.norm, hidden_BND, prefix, grid, spec, layers)
+
+
+def _run_convnext(
+    model: Any, blocks: nn.ModuleList, pixels_B3HW: Tensor, spec: FeatureSpec, compiled: bool
+) -> Features:
+    def cut(index: int, hidden_BDhw: Tensor) -> Tensor:
+        if spec.norm and index == len(blocks) - 1:
+            return _as_map(model.layer_norm(_as_tokens(hidden_BDhw)), hidden_BDhw.shape[-2:], spec)
+        return _resampled(hidden_BDhw, spec).contiguous()
+
+    def step(block: nn.Module, hidden_BDhw: Tensor) -> Tensor:
+        hidden: Tensor = block(hidden_BDhw)
+        return hidden
+
+    pixels_B3HW = pixels_B3HW.to(model.layer_norm.weight.dtype)
+    hidden_BDhw, layers = _run_blocks(blocks, pixels_B3HW, spec, step, cut, compiled)
+    if not _wants_final(spec):
+        return Features(layers=layers)
+    tokens_BND = torch.cat([_as_tokens(model.pool(hidden_BDhw)), _as_tokens(hidden_BDhw)], dim=1)
+    return _finish(model.layer_norm, tokens_BND, 1, hidden_BDhw.shape[-2:], spec, layers)
+
+
+def _run_blocks(
+    blocks: nn.ModuleList,
+    hidden: Tensor,
+    spec: FeatureSpec,
+    step: Callable[[nn.Module, Tensor], Tensor],
+    cut: Callable[[int, Tensor], Tensor],
+    compiled: bool,
+) -> tuple[Tensor, dict[int, Tensor]]:
+    """The output of the last block that is needed, and what ``cut`` makes of those asked for, in the spec's order."""
+    asked = spec.blocks(len(blocks))
+    needed = len(blocks) if _wants_final(spec) else max(asked) + 1
+    if compiled and len(hidden) > 1:
+        # One piece of code for all batch sizes but 1, from the first batch on. Left to itself, torch compiles one for
+        # the first size and another for all others, so that results would depend on which size came first.
+        torch._dynamo.mark_dynamic(hidden, 0)
+    kept: dict[int, Tensor] = {}
+    for index, block in enumerate(islice(blocks, needed)):
+        hidden = step(block, hidden)
+        if index in asked:
+            kept[index] = cut(index, hidden)
+    return hidden, {name: kept[index] for name, index in zip(spec.layers, asked, strict=True)}
+
+
+def _finish(
+    norm: nn.Module,
+    hidden_BND: Tensor,
+    prefix: int,
+    grid: tuple[int, ...],
+    spec: FeatureSpec,
+    layers: dict[int, Tensor],
+) -> Features:
+    """Norm the last block's tokens and take them apart."""
+    if not _wants_final(spec):
+        return Features(layers=layers)
+    tokens_BND = norm(hidden_BND)
+    return Features(
+        cls=tokens_BND[:, 0].contiguous() if spec.cls else None,
+        feature_map=_as_map(tokens_BND[:, prefix:], grid, spec) if spec.feature_map else None,
+        registers=tokens_BND[:, 1:prefix].contiguous() if spec.registers else None,
+        layers=layers,
+    )
+
+
+def _wants_final(spec: FeatureSpec) -> bool:
+    return spec.cls or spec.feature_map or spec.registers
+
+
+def _as_tokens(map_BDhw: Tensor) -> Tensor:
+    return map_BDhw.flatten(2).transpose(1, 2)
+
+
+def _as_map(patches_BND: Tensor, grid: tuple[int, ...], spec: FeatureSpec) -> Tensor:
+    map_BDN = patches_BND.transpose(1, 2).contiguous()
+    return _resampled(map_BDN.view(*map_BDN.shape[:2], *grid), spec)
+
+
+def _resampled(map_BDhw: Tensor, spec: FeatureSpec) -> Tensor:
+    return map_BDhw if spec.map_size is None else resample_map(map_BDhw, spec.map_size)

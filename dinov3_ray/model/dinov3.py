@@ -1,0 +1,293 @@
+"""The local teacher: a frozen DINOv3 model on one device.
+
+Shapes: B images, D channels, h × w patches, R register tokens.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cached_property
+from os import PathLike
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from dinov3_ray.checkpoint import fingerprint, load_model
+from dinov3_ray.config import DinoV3Config
+from dinov3_ray.config.preprocessing import Preprocessing, Size
+from dinov3_ray.errors import SpecError
+from dinov3_ray.features import Features, FeatureSpec, deliver
+from dinov3_ray.images import ImageBatch, Images
+from dinov3_ray.model.backbone import Rope, blocks_of, rope_of, run_backbone
+from dinov3_ray.model.cuda_graphs import CudaGraphs
+from dinov3_ray.model.device import Stopwatch, as_device, attention_kernels, choose_dtype
+from dinov3_ray.model.float8 import multiply_in_float8
+from dinov3_ray.model.golden import agreement, golden_images
+from dinov3_ray.model.preprocess import preprocess
+from dinov3_ray.teacher import Teacher
+
+__all__ = ["DinoV3Teacher", "Teacher"]
+
+logger = logging.getLogger("dinov3_ray")
+
+_CLS = FeatureSpec(cls=True)
+_MAP = FeatureSpec(feature_map=True)
+
+
+class DinoV3Teacher(nn.Module):
+    """A frozen DINOv3 model that turns images into features.
+
+    It stays as it was loaded: ``train()`` leaves it in eval mode, ``requires_grad_()`` leaves it without gradients, and
+    ``to()`` moves it but keeps RoPE's frequencies in float32. A student that has it as a submodule and turns gradients
+    on parameter by parameter changes nothing either: every pass runs under ``no_grad``, outside any autocast of the
+    caller's, and gives ordinary tensors, contiguous, which a student's loss may save for backward.
+
+    Args:
+        config: what to load and how; a path is taken for ``DinoV3Config(path)``.
+        device: where to compute, as a torch.device or its name.
+
+    Attributes:
+        config: as given.
+        model: the transformers module.
+        preprocess_watch: has timed the preprocessing of the last batch.
+
+    Raises:
+        ConfigError: the configuration, or ``device``, is wrong.
+        CheckpointError: the weights are missing, damaged, or not what the configuration says.
+    """
+
+    def __init__(self, config: DinoV3Config | str | PathLike[str], device: torch.device | str = "cpu") -> None:
+        super().__init__()
+        self.config = DinoV3Config.of(config)
+        device = as_device(device)
+        dtype, reason = choose_dtype(self.config.dtype, device)
+        if self.config.dtype == "auto":
+            # A warning, not a note: results differ from float32's in the third digit, and nobody asked for it by name.
+            logger.warning(
+                "dtype='auto' computes in %s on %s: %s. DinoV3Config(dtype=...) chooses another.",
+                str(dtype).removeprefix("torch."),
+                device,
+                reason,
+            )
+        # Weights loaded inside a caller's inference_mode would be barred from ordinary use ever after.
+        with torch.inference_mode(False), torch.no_grad():
+            self.model: Any = load_model(self.config, device, dtype)
+            if self.config.dtype == "float8":
+                multiply_in_float8(blocks_of(self.model, self.config.family), device)
+        self.preprocess_watch = Stopwatch()
+        self._graphs = CudaGraphs()
+        self.requires_grad_()
+        self.train()
+        if self.config.compile:
+            # Block by block: blocks of one shape share one compiled kernel, so that the start takes seconds, and no
+            # choice of layers recompiles anything. Nothing fuses across blocks; they hand on one tensor each.
+            for block in blocks_of(self.model, self.config.family):
+                block.compile()
+
+    def extract(self, images: Images | ImageBatch, spec: FeatureSpec) -> Features:
+        """All outputs that ``spec`` asks for, from one forward pass, on the teacher's device.
+
+        Args:
+            images: see :data:`dinov3_ray.images.Images`; on any device.
+            spec: what to give. ``native`` results have the teacher's :attr:`dtype`. A ConvNeXt's layers are its stages.
+
+        Raises:
+            InputError: the images break a rule; nothing was computed.
+            SpecError: the spec asks for nothing, or for what this model does not have; nothing was computed.
+        """
+        self._check(spec)
+        batch = ImageBatch.of(images, min_side=self.patch_size)
+        with self._frozen_pass():
+            with self.preprocess_watch.measure(self.device):
+                pixels_B3HW = preprocess(batch, self.config.preprocessing, self.device)
+            features = self._forward(pixels_B3HW, spec.native())
+            return replace(deliver(features, spec), fingerprint=self.fingerprint)
+
+    forward = extract
+
+    def _forward(self, pixels_B3HW: Tensor, spec: FeatureSpec) -> Features:
+        family, compiled = self.config.family, self.config.compile
+
+        def run(pixels_B3HW: Tensor, rope: Rope | None) -> Features:
+            return run_backbone(self.model, family, pixels_B3HW, spec, compiled=compiled, rope=rope)
+
+        if not (self.config.cuda_graphs and self.device.type == "cuda"):
+            return run(pixels_B3HW, None)
+        # transformers keeps the positions that RoPE is made of in a cache, which may drop them while a graph lives.
+        return self._graphs.run(
+            pixels_B3HW, spec, run, lambda: rope_of(self.model, pixels_B3HW) if family == "vit" else None
+        )
+
+    def extract_features(self, images: Images | ImageBatch) -> Tensor:
+        """CLS tokens, float32 [B, D] whatever the compute dtype; errors as in :meth:`extract`."""
+        cls_BD = self.extract(images, _CLS).cls
+        assert cls_BD is not None
+        return cls_BD.float()
+
+    def extract_feature_map(self, images: Images | ImageBatch) -> Tensor:
+        """Patch tokens as a map, float32 [B, D, h, w] whatever the compute dtype; errors as in :meth:`extract`."""
+        map_BDhw = self.extract(images, _MAP).feature_map
+        assert map_BDhw is not None
+        return map_BDhw.float()
+
+    def prove(self, minimum: float = 0.999) -> float:
+        """Show that this teacher, as it stands, computes what its checkpoint says; see :mod:`dinov3_ray.model.golden`.
+
+        Two fixed images go through the teacher's own path (its dtype, attention and compiled code), and through the
+        checkpoint loaded anew in plain float32: not compiled, with eager attention, or sdpa where the teacher's own is
+        eager. For the time of the check the device holds the float32 weights too.
+
+        Args:
+            minimum: the least mean cosine between the two, over images and outputs.
+
+        Returns:
+            That least mean cosine.
+
+        Raises:
+            NumericsError: the cosine is below ``minimum``, a single token strays far, or a value is not finite.
+        """
+        spec = FeatureSpec(cls=True, feature_map=True, registers=self.num_register_tokens > 0)
+        images = golden_images(*self.image_size)
+        fast = self.extract(images, spec)
+        own_attention = self.model.config._attn_implementation
+        other_attention = "sdpa" if own_attention == "eager" else "eager"
+        plain_config = replace(
+            self.config, dtype="float32", compile=False, cuda_graphs=False, attention=other_attention
+        )
+        reference = DinoV3Teacher(plain_config, self.device).extract(images, spec)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        path = f"{self.computed_in}, attention {own_attention}, compile={self.config.compile}"
+        return agreement(fast, reference, minimum, path)
+
+    def warm_up(self, rows: int) -> None:
+        """Do now what first passes would wait for: compile, choose kernels, get memory.
+
+        After it, batches of up to ``rows`` images compile nothing, as long as all come out at :attr:`image_size`.
+        """
+        sizes = {1, 2} if self.config.compile else set()
+        if self.device.type == "cuda":
+            sizes.add(rows)
+        image_13HW = golden_images(*self.image_size)[:1]
+        spec = FeatureSpec(cls=True, feature_map=True)
+        for size in sorted(sizes):
+            self.extract(image_13HW.expand(size, -1, -1, -1), spec)
+        if self.config.cuda_graphs and self.device.type == "cuda":
+            # The most usual outputs of the largest batch; what else comes often is recorded then.
+            for usual in (spec, _MAP):
+                for _ in range(CudaGraphs.TIMES):
+                    self.extract(image_13HW.expand(rows, -1, -1, -1), usual)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """What the weights, the architecture and the preprocessing are; reads the weights once, on first use."""
+        return fingerprint(self.config)
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """How images become the model's input."""
+        return self.config.preprocessing
+
+    @property
+    def device(self) -> torch.device:
+        return self._parameter.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the model computes in."""
+        return self._parameter.dtype
+
+    @property
+    def preprocess_seconds(self) -> float:
+        """What the last pass spent on its images, upload included; 0 while a GPU is not through with it."""
+        return self.preprocess_watch.seconds
+
+    @property
+    def computed_in(self) -> str:
+        """The dtype's name; ``float8`` where the matrix products are in it."""
+        return "float8" if self.config.dtype == "float8" else str(self.dtype).removeprefix("torch.")
+
+    @property
+    def _parameter(self) -> Tensor:
+        parameter: Tensor = self.model.norm.weight if self.config.family == "vit" else self.model.layer_norm.weight
+        return parameter
+
+    @property
+    def hidden_size(self) -> int:
+        """D."""
+        return self.config.hidden_size
+
+    @property
+    def depth(self) -> int:
+        """How many layers a FeatureSpec can name."""
+        return self.config.num_layers
+
+    @property
+    def patch_size(self) -> int:
+        """Pixels a cell of the feature map, and the smallest side of an image."""
+        return self.config.patch_size
+
+    @property
+    def num_register_tokens(self) -> int:
+        """R."""
+        return self.config.num_register_tokens
+
+    @property
+    def image_size(self) -> Size:
+        """(h, w) of the model's input."""
+        return self.config.image_size
+
+    @property
+    def grid_size(self) -> Size:
+        """(h, w) of the feature map at :attr:`image_size`."""
+        return self.config.grid_size
+
+    def train(self, mode: bool = True) -> Self:  # noqa: ARG002 - the signature is nn.Module's
+        """Stay in eval mode, whatever ``mode`` says: dropout or RoPE's augmentation would spoil the targets."""
+        return super().train(False)
+
+    def requires_grad_(self, requires_grad: bool = True) -> Self:  # noqa: ARG002 - the signature is nn.Module's
+        """Stay without gradients, whatever ``requires_grad`` says."""
+        return super().requires_grad_(False)
+
+    def __repr__(self) -> str:
+        size = "x".join(map(str, self.image_size))
+        return (
+            f"DinoV3Teacher({self.config.family}, D={self.hidden_size}, layers={self.depth}, image={size}, "
+            f"device={self.device}, dtype={self.computed_in})"
+        )
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        """What ``to()``, ``half()`` and the like end in: RoPE's frequencies follow to the device only."""
+        self._graphs = CudaGraphs()  # those there are read the weights where they were
+        rope: Any = getattr(self.model, "rope_embeddings", None)
+        if rope is None:
+            return super()._apply(fn, recurse)  # type: ignore[no-untyped-call, no-any-return]
+        frequencies = rope.inv_freq
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        rope.inv_freq = frequencies.to(rope.inv_freq.device)
+        return self
+
+    def _check(self, spec: FeatureSpec) -> None:
+        spec.require_outputs()
+        spec.blocks(self.depth)
+        if spec.registers and self.num_register_tokens == 0:
+            raise SpecError("FeatureSpec.registers must be False for this model: it has 0 register tokens")
+
+    @contextmanager
+    def _frozen_pass(self) -> Iterator[None]:
+        """No gradients, yet ordinary tensors; no autocast of the caller's; the best attention kernel."""
+        device = self.device
+        with (
+            torch.inference_mode(False),
+            torch.no_grad(),
+            torch.autocast(device.type, enabled=False),
+            attention_kernels(device),
+        ):
+            yield

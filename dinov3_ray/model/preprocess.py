@@ -1,0 +1,100 @@
+"""Images to a model's input, with the arithmetic of transformers' DINOv3ViTImageProcessor, on the teacher's device.
+
+The order is rescale, resize, crop, normalize (``models/dinov3_vit/image_processing_dinov3_vit.py``), all in float32,
+and each step is the operation that the processor ends in, so that on one device the results are the same bits.
+
+Shapes: B images, height H and width W before, h and w after.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dinov3_ray.config.preprocessing import Preprocessing, Size
+from dinov3_ray.errors import InputError
+from dinov3_ray.images import ImageBatch
+
+__all__ = ["preprocess"]
+
+
+def preprocess(batch: ImageBatch, rule: Preprocessing, device: torch.device) -> Tensor:
+    """The model's input for ``batch``: float32 [B,3,h,w] on ``device``.
+
+    uint8 values are multiplied by the rule's ``rescale_factor``; floats are taken to be in [0, 1] already. Images of
+    equal size are resized together, wherever they stand in the batch: each comes out as it would alone, bit for bit.
+
+    Raises:
+        InputError: the rule keeps the images' aspect, and they come out at different sizes.
+    """
+    if batch.stacked is not None:
+        return _transform(batch.stacked, rule, device)
+    groups: dict[tuple[torch.Size, torch.device], list[int]] = {}
+    for index, image in enumerate(batch.ragged):
+        groups.setdefault((image.shape, image.device), []).append(index)
+    parts = [
+        (members, _transform(torch.stack([batch.ragged[index] for index in members]), rule, device))
+        for members in groups.values()
+    ]
+    sizes = sorted({tuple(part.shape[-2:]) for _, part in parts})
+    if len(sizes) > 1:
+        raise InputError(
+            f"images of one batch must come to one size, but this model's preprocessing keeps their aspect: {sizes}; "
+            "give DinoV3Config an image_size=(h, w), or images of one shape"
+        )
+    if len(parts) == 1:
+        return parts[0][1]
+    pixels_B3hw = torch.empty(len(batch), 3, *sizes[0], device=device)
+    for members, part in parts:
+        for index, pixels_3hw in zip(members, part, strict=True):
+            pixels_B3hw[index] = pixels_3hw  # a list of indices would have to cross to the device, which waits for it
+    return pixels_B3hw
+
+
+def _transform(images_B3HW: Tensor, rule: Preprocessing, device: torch.device) -> Tensor:
+    # The narrower of the two forms is what crosses to the device: uint8 and half floats widen there, float64 here.
+    if images_B3HW.dtype == torch.float64:
+        images_B3HW = images_B3HW.float()
+    # Contiguous, as the processor has it: another memory format (a transposed NumPy image) may take another kernel.
+    images_B3HW = images_B3HW.to(device).contiguous()
+    pixels = images_B3HW.float() if images_B3HW.is_floating_point() else images_B3HW * rule.rescale_factor
+    size = _resized(rule, (pixels.shape[-2], pixels.shape[-1]))
+    if size != pixels.shape[-2:]:
+        pixels = F.interpolate(pixels, size=size, mode="bilinear", align_corners=False, antialias=True)
+    if rule.crop_size is not None:
+        pixels = _center_crop(pixels, rule.crop_size)
+    mean, std = _statistics(rule.mean, rule.std, device)
+    return pixels.sub(mean).div_(std)
+
+
+def _resized(rule: Preprocessing, size: Size) -> Size:
+    """(h, w) to which an image of ``size`` is resized, before the crop."""
+    if rule.size is not None:
+        return rule.size
+    if rule.shortest_edge is None:
+        return size
+    height, width = size
+    # The long side is truncated, not rounded, as in transformers' get_resize_output_image_size.
+    longest_edge = int(rule.shortest_edge * max(size) / min(size))
+    return (longest_edge, rule.shortest_edge) if width <= height else (rule.shortest_edge, longest_edge)
+
+
+def _center_crop(pixels: Tensor, size: Size) -> Tensor:
+    """The centre of ``pixels``; where the crop is larger, black is added around, more of it right and below."""
+    missing_h, missing_w = (max(want - have, 0) for want, have in zip(size, pixels.shape[-2:], strict=True))
+    if missing_h or missing_w:
+        pixels = F.pad(pixels, (missing_w // 2, (missing_w + 1) // 2, missing_h // 2, (missing_h + 1) // 2))
+    top, left = ((have - want) // 2 for want, have in zip(size, pixels.shape[-2:], strict=True))
+    return pixels[..., top : top + size[0], left : left + size[1]].contiguous()
+
+
+@lru_cache(maxsize=32)
+def _statistics(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Mean and std as [3,1,1], kept: a copy to a GPU for each batch would wait for all work queued there."""
+    return (
+        torch.tensor(mean, dtype=torch.float32, device=device).view(3, 1, 1),
+        torch.tensor(std, dtype=torch.float32, device=device).view(3, 1, 1),
+    )

@@ -1,0 +1,407 @@
+"""The control plane of one pool: starts, watches, replaces, scales and reloads its replicas. No tensor passes through
+it.
+
+A detached, named actor. If it dies, clients and replicas go on with what they know; Ray restarts it, and it finds its
+pool again: the declaration in the ledger, the replicas by their names.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from dinov3_ray.errors import ReplicaError
+from dinov3_ray.pool.cluster import kill_process, list_actors, replica_name
+from dinov3_ray.pool.control.autoscaler import Autoscaler
+from dinov3_ray.pool.control.declaration import Declaration, Redeclaration
+from dinov3_ray.pool.control.membership import Action, ActionKind, Membership
+from dinov3_ray.pool.control.status import PoolStatus, Report, make_status, make_view
+from dinov3_ray.pool.kv import Ledger
+from dinov3_ray.pool.messages import MemberState, PoolView, ReplicaStatistics
+from dinov3_ray.pool.metrics import Publisher, Reading
+from dinov3_ray.pool.replica.actor import Birth, Place, ReplicaActor, thread_groups
+
+if TYPE_CHECKING:
+    pass
+
+__all__ = ["Controller", "read_controller", "reason_of"]
+
+
+log = logging.getLogger("dinov3_ray")
+
+_FAREWELL = 0.1  # seconds in which the last answers leave this process
+_SICK_AFTER_ERRORS = 3  # requests in a row that raised, after which a replica is replaced
+
+
+class _Tended:
+    """A replica in the controller's care: what is known of it, where it runs, and the task that watches over it."""
+
+    def __init__(self, actor: Any) -> None:
+        self.report = Report(actor)
+        self.place: Place | None = None
+        self.task: asyncio.Task[None] | None = None
+
+    @property
+    def actor(self) -> Any:
+        return self.report.actor
+
+
+class Controller:
+    """See the module. Runs inside one asyncio loop, so nothing here needs a lock."""
+
+    def __init__(self, namespace: str, name: str, declaration: Declaration) -> None:
+        self._namespace, self._name = namespace, name
+        self._ledger = Ledger(namespace, name)
+        self._declaration: Declaration = self._ledger.load_declaration() or declaration
+        declared = self._declaration
+        self._membership = Membership(declared.low, declared.high)
+        # Views of a restarted controller must count as newer than those before.
+        self._membership.epoch = time.time_ns() // 1_000_000
+        self._membership.generation, self._membership.newest = declared.generation, declared.newest
+        self._membership.settled = declared.former.generation if declared.former else None
+        self._membership.resize(declared.target)
+        self._tended: dict[str, _Tended] = {}
+        self._clients: dict[str, float] = {}
+        self._watching: Counter[str] = Counter()  # calls of each client
+        self._autoscaler = Autoscaler.of(declared.options)
+        self._publisher = Publisher(name)
+        self._wake = asyncio.Event()
+        self._published = asyncio.Condition()
+        self._closed = False
+        #: Set once the replicas that run already are known: nobody is told of an empty pool before.
+        self._found = asyncio.Event()
+        self._background: set[asyncio.Task[Any]] = set()
+        self._supervision = self._spawn(self._supervise())
+
+    # What clients and pools call ------------------------------------------------------------------------------------
+
+    async def watch(self, client_id: str, known_epoch: int, timeout: float) -> PoolView:
+        """The view, as soon as it is another than ``known_epoch``, or after ``timeout`` seconds.
+
+        Being in this call, or having been lately, is what tells that a client lives.
+        """
+        self._clients[client_id] = time.monotonic()
+        self._watching[client_id] += 1
+        try:
+            await self._found.wait()
+            async with asyncio.timeout(timeout), self._published:
+                await self._published.wait_for(lambda: self._membership.epoch != known_epoch or self._closed)
+        except TimeoutError:
+            log.debug("nothing new for client %s within %s s", client_id, timeout)
+        finally:
+            self._watching[client_id] -= 1
+        if client_id in self._clients:
+            self._clients[client_id] = time.monotonic()
+        return self._view()
+
+    async def leave(self, client_id: str) -> None:
+        """A client says goodbye: what it has queued is dropped."""
+        if self._clients.pop(client_id, None) is not None:
+            self._forget(client_id)
+
+    async def report(self, replica_id: str, reason: str) -> None:
+        """A client found a replica dead, silent or sick. Dead and silent ones show by themselves in the next look."""
+        if reason.startswith("sick"):
+            self._lose(replica_id, reason)
+
+    async def scale(self, low: int, high: int) -> None:
+        self._membership.scale(low, high)
+        self._save()
+
+    async def declaration(self) -> Declaration:
+        return self._declaration
+
+    async def redeclare(self, change: Redeclaration) -> int:
+        """Begin to replace the replicas by such as ``change`` asks for; returns the number of their generation.
+
+        Calls are taken one after the other. One that comes while another's replicas are still being replaced
+        overtakes it, and falls back to what was there before both.
+        """
+        if change.token in self._declaration.taken:
+            return self._declaration.taken[change.token]
+        settled = self._membership.reload()
+        generation = self._membership.generation
+        self._turn_to(self._declaration.redeclared(change, generation, settled=settled))
+        return generation
+
+    def _turn_to(self, declared: Declaration) -> None:
+        self._declaration = declared
+        self._autoscaler = Autoscaler.of(declared.options)
+        self._save()
+
+    async def status(self) -> PoolStatus:
+        await self._found.wait()
+        options = self._declaration.options
+        return make_status(self._name, self._membership, self._reports(), options, clients=len(self._clients))
+
+    async def shutdown(self) -> list[Place]:
+        """End all replicas and tell the clients; returns where replicas ran, so that the caller can see them gone."""
+        self._closed = True
+        self._ledger.clear()
+        places = [tended.place for tended in self._tended.values() if tended.place]
+        for replica_id in list(self._tended):
+            self._membership.drained(replica_id)
+            self._bury(replica_id)
+        async with self._published:
+            self._published.notify_all()
+        # The caller ends this actor next: let the clients' answers leave first.
+        while self._watching.total():
+            await asyncio.sleep(0)
+        await asyncio.sleep(_FAREWELL)
+        return places
+
+    # Supervision ----------------------------------------------------------------------------------------------------
+
+    async def _supervise(self) -> None:
+        await self._find_replicas()
+        self._found.set()
+        self._save()
+        while not self._closed:
+            epoch = self._membership.epoch
+            now = time.monotonic()
+            self._drop_silent_clients(now)
+            self._autoscale(now)
+            if self._membership.is_hopeless:
+                self._go_back()
+            unplaced = [replica_id for replica_id, tended in self._tended.items() if tended.place is None]
+            for action in self._membership.plan(now, unplaced):
+                self._carry_out(action)
+            if self._membership.epoch != epoch:
+                self._save()
+            self._publisher.publish(read_controller(self._membership, clients=len(self._clients)))
+            async with self._published:
+                self._published.notify_all()
+            pause = self._declaration.options.health_interval
+            delayed = self._membership.next_change(time.monotonic())
+            try:
+                async with asyncio.timeout(pause if delayed is None else min(pause, delayed + 0.01)):
+                    await self._wake.wait()
+            except TimeoutError:
+                continue  # nothing woke it: time for the next look
+            finally:
+                self._wake.clear()
+
+    def _go_back(self) -> None:
+        membership = self._membership
+        given_up = membership.generation
+        membership.go_back()
+        log.error(
+            "pool %s: generation %d is given up, generation %d serves on: %s",
+            self._name,
+            given_up,
+            membership.generation,
+            membership.troubles[-1],
+        )
+        self._turn_to(self._declaration.gone_back())
+
+    async def _find_replicas(self) -> None:
+        """Adopt replicas that run already, after a restart."""
+        self._membership.begin_at(self._declaration.serial)
+        found = list_actors(self._namespace, self._name)
+        await asyncio.gather(*(self._adopt(replica_id, actor) for replica_id, actor in found))
+
+    async def _adopt(self, replica_id: str, actor: Any) -> None:
+        patience = self._declaration.options.health_timeout
+        try:
+            place = await asyncio.wait_for(actor.place.remote(), patience)
+            state = await asyncio.wait_for(actor.state.remote(), patience)
+        except (TimeoutError, ray.exceptions.RayError) as error:
+            # Dead, silent, or still without a place: a successor is as good.
+            log.warning("pool %s: replica %s is not taken over: %s", self._name, replica_id, reason_of(error))
+            ray.kill(actor)
+            return
+        self._membership.adopt(replica_id, place.generation, state, time.monotonic())
+        self._tend(replica_id, actor)
+        if state is MemberState.DRAINING:
+            self._spawn(self._drain(replica_id))
+
+    def _carry_out(self, action: Action) -> None:
+        if action.kind is ActionKind.START:
+            self._tend(action.replica_id, self._start_actor(action.replica_id))
+        else:
+            self._spawn(self._drain(action.replica_id))
+
+    def _start_actor(self, replica_id: str) -> Any:
+        declared = self._declaration
+        placement = declared.placement
+        birth = Birth(
+            replica_id=replica_id,
+            generation=self._membership.generation,
+            namespace=self._namespace,
+            pool=self._name,
+            source=declared.source,
+            options=declared.options,
+            device=placement.device,
+            threads=self._threads(),
+        )
+        options: dict[str, Any] = {
+            "name": replica_name(self._name, replica_id),
+            "namespace": self._namespace,
+            "lifetime": "detached",
+            "max_restarts": 0,  # replacing it is this controller's work: Ray would not say why it could not start
+            # Replicas that reserve nothing would all be put on one node.
+            "scheduling_strategy": "DEFAULT" if placement.num_gpus else "SPREAD",
+            **placement.actor_options(),
+        }
+        actor_class: Any = ray.remote(concurrency_groups=thread_groups(declared.options))(ReplicaActor)
+        return actor_class.options(**options).remote(birth)
+
+    def _threads(self) -> int | None:
+        """CPU threads a replica, so that those of one machine don't fight for its cores."""
+        declared = self._declaration
+        if declared.options.threads is not None or declared.placement.device != "cpu":
+            return declared.options.threads
+        if declared.placement.num_cpus >= 1:
+            return int(declared.placement.num_cpus)
+        return max(1, int(ray.cluster_resources().get("CPU", 1)) // self._membership.target)
+
+    def _tend(self, replica_id: str, actor: Any) -> None:
+        tended = self._tended[replica_id] = _Tended(actor)
+        tended.task = self._spawn(self._watch_over(replica_id, tended))
+
+    async def _watch_over(self, replica_id: str, tended: _Tended) -> None:
+        """A replica's life from its place in the cluster to its loss."""
+        options = self._declaration.options
+        try:
+            # No deadline here: a replica that waits for its place is what makes Ray's autoscaler add a node.
+            tended.place = await tended.actor.place.remote()
+            tended.report.node_id, tended.report.pid = tended.place.node_id, tended.place.pid
+            tended.report.info = await asyncio.wait_for(tended.actor.load.remote(), options.startup_timeout)
+            self._membership.became_ready(replica_id, time.monotonic())
+            self._wake.set()
+            while True:
+                seen: ReplicaStatistics = await asyncio.wait_for(tended.actor.health.remote(), options.health_timeout)
+                tended.report.statistics = seen
+                self._require_healthy(seen)
+                await asyncio.sleep(options.health_interval)
+        except TimeoutError:
+            ready = tended.report.statistics is not None
+            waited = options.health_timeout if ready else options.startup_timeout
+            self._lose(replica_id, f"no answer to {'health' if ready else 'load'} within {waited:g} s", silent=True)
+        except (ray.exceptions.RayError, ReplicaError) as error:
+            self._lose(replica_id, reason_of(error))
+
+    def _require_healthy(self, statistics: ReplicaStatistics) -> None:
+        limit = self._declaration.options.hang_timeout
+        if statistics.busy_for > limit:
+            raise ReplicaError(f"one forward pass has taken {statistics.busy_for:.1f} s (hang_timeout is {limit:g} s)")
+        if statistics.errors_in_a_row >= _SICK_AFTER_ERRORS:
+            raise ReplicaError(f"{statistics.errors_in_a_row} requests in a row raised")
+
+    def _lose(self, replica_id: str, reason: str, *, silent: bool = False) -> None:
+        if self._membership.lost(replica_id, reason, time.monotonic()):
+            log.warning("pool %s: replica %s is lost: %s", self._name, replica_id, reason)
+            self._bury(replica_id, silent=silent)
+            self._wake.set()
+
+    async def _drain(self, replica_id: str) -> None:
+        tended = self._tended.get(replica_id)
+        if tended is None:
+            return  # it was lost before its turn came
+        patience = self._declaration.options.drain_timeout
+        if tended.report.statistics is not None:
+            try:
+                await asyncio.wait_for(tended.actor.drain.remote(patience), patience + 1)
+            except (TimeoutError, ray.exceptions.RayError) as error:
+                log.warning("pool %s: replica %s did not drain: %s", self._name, replica_id, reason_of(error))
+        if self._membership.drained(replica_id):  # or it was lost meanwhile, and buried
+            self._bury(replica_id)
+            self._wake.set()
+
+    def _bury(self, replica_id: str, *, silent: bool = False) -> None:
+        """End a replica, and by force the process of one that has fallen silent."""
+        tended = self._tended.pop(replica_id)
+        if tended.task is not None and tended.task is not asyncio.current_task():
+            tended.task.cancel()
+        ray.kill(tended.actor)
+        if silent and tended.place is not None:
+            # Ray asks the process to end itself; one that is stopped, or hangs in a driver, does not hear that.
+            here = NodeAffinitySchedulingStrategy(tended.place.node_id, soft=False)
+            kill_process.options(scheduling_strategy=here).remote(tended.place.pid, tended.place.started)
+
+    def _drop_silent_clients(self, now: float) -> None:
+        limit = self._declaration.options.client_timeout
+        self._watching = +self._watching
+        silent = [one for one, seen in self._clients.items() if not self._watching[one] and now - seen > limit]
+        for client_id in silent:
+            log.warning("pool %s: client %s has been silent for %g s: dropped", self._name, client_id, limit)
+            del self._clients[client_id]
+            self._forget(client_id)
+
+    def _forget(self, client_id: str) -> None:
+        for tended in self._tended.values():
+            tended.actor.forget.remote(client_id)
+
+    def _autoscale(self, now: float) -> None:
+        membership = self._membership
+        if membership.low == membership.high:
+            return
+        ready = [self._tended[member.replica_id].report.statistics for member in membership.ready()]
+        starting = sum(member.state is MemberState.STARTING for member in membership.members)
+        known = [statistics for statistics in ready if statistics is not None]
+        membership.resize(self._autoscaler.target(membership.target, known, starting, now))
+
+    # Small parts ----------------------------------------------------------------------------------------------------
+
+    def _reports(self) -> dict[str, Report]:
+        return {replica_id: tended.report for replica_id, tended in self._tended.items()}
+
+    def _view(self) -> PoolView:
+        return make_view(self._membership, self._reports(), self._declaration.options, closed=self._closed)
+
+    def _save(self) -> None:
+        if self._closed:
+            return
+        membership = self._membership
+        self._declaration = replace(
+            self._declaration,
+            low=membership.low,
+            high=membership.high,
+            target=membership.target,
+            newest=membership.newest,
+            serial=membership.serial,
+            former=None if membership.settled == membership.generation else self._declaration.former,
+        )
+        self._ledger.save_declaration(self._declaration)
+        self._wake.set()
+
+    def _spawn(self, coroutine: Any) -> asyncio.Task[Any]:
+        task: asyncio.Task[Any] = asyncio.get_running_loop().create_task(coroutine)
+        self._background.add(task)
+        task.add_done_callback(self._finished)
+        return task
+
+    def _finished(self, task: asyncio.Task[Any]) -> None:
+        self._background.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            log.error("pool %s: a task of the controller failed", self._name, exc_info=task.exception())
+            if task is self._supervision:
+                # One that watches over nothing any more is worse than one that begins anew: Ray restarts it.
+                os._exit(1)
+
+
+def reason_of(error: BaseException) -> str:
+    """The part of an error that tells a person why a replica was lost, in one line."""
+    if isinstance(error, ray.exceptions.ActorDiedError):
+        return "its process died"
+    cause = getattr(error, "cause", None) or error
+    lines = str(cause).strip().splitlines() or ["no message"]
+    return f"{type(cause).__name__}: {lines[-1]}"
+
+
+def read_controller(membership: Membership, *, clients: int) -> Iterator[Reading]:
+    counts = Counter(member.state for member in membership.members)
+    for state in MemberState:
+        yield Reading("dinov3_replicas", counts[state], str(state))
+    yield Reading("dinov3_replicas_target", membership.target)
+    yield Reading("dinov3_clients", clients)
+    yield Reading("dinov3_restarts", membership.restarts)

@@ -1,0 +1,266 @@
+"""A pool in Ray as the process that steers it sees it: calls to the controller, with patience for one that restarts.
+
+Waiting until a pool is what was asked for, and telling why it does not become so.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+import uuid
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import ray
+from ray import cloudpickle
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from dinov3_ray.errors import PoolError, PoolExistsError, PoolNotFoundError, PoolTimeoutError, ReplicaError
+from dinov3_ray.pool.cluster import Runtime, controller_name, find_controller, kill_process, list_actors
+from dinov3_ray.pool.control.controller import Controller
+from dinov3_ray.pool.control.declaration import Declaration, Redeclaration
+from dinov3_ray.pool.control.status import PoolStatus
+from dinov3_ray.pool.replica.actor import Place
+from dinov3_ray.pool.spec import CheckedSource, Placement, PoolOptions
+
+__all__ = ["RayControl", "end_replicas", "wait_ready"]
+
+
+log = logging.getLogger("dinov3_ray")
+
+_PATIENCE = 60.0  # seconds in which a killed controller is back, with room to spare
+_RETRY = 0.2
+_WATCHERS = 10_000  # clients that may be in a call to the controller at the same time
+
+
+def end_replicas(namespace: str, pool: str, timeout: float = 20.0) -> list[str]:
+    """End the replicas of a pool that has no controller any more, and wait until they are gone.
+
+    Returns:
+        Which there were.
+
+    Raises:
+        PoolTimeoutError: some are still there, ``timeout`` seconds later.
+    """
+    deadline = time.monotonic() + timeout
+    found: set[str] = set()
+    while leftover := list_actors(namespace, pool):
+        for replica_id, actor in leftover:
+            found.add(replica_id)
+            ray.kill(actor)
+        if time.monotonic() > deadline:
+            names = ", ".join(replica_id for replica_id, _ in leftover)
+            raise PoolTimeoutError(f"replicas {names} of pool {pool!r} did not end within {timeout:g} s")
+        time.sleep(_RETRY)
+    return sorted(found)
+
+
+class RayControl:
+    """Steers one pool through its controller actor."""
+
+    def __init__(self, name: str, namespace: str, runtime: Runtime, controller: Any) -> None:
+        self.name = name
+        self._namespace = namespace
+        self._runtime = runtime
+        self._controller = controller
+
+    @classmethod
+    def start(cls, name: str, namespace: str, runtime: Runtime, declaration: Declaration) -> RayControl:
+        """Start the controller of a new pool; it starts the replicas.
+
+        Raises:
+            PoolExistsError: a pool of that name is running.
+        """
+        actor_class = ray.remote(Controller)
+        try:
+            controller = actor_class.options(
+                name=controller_name(name),
+                namespace=namespace,
+                lifetime="detached",
+                num_cpus=0,
+                max_restarts=-1,
+                max_concurrency=_WATCHERS,
+            ).remote(namespace, name, declaration)
+        except ValueError as error:
+            raise PoolExistsError(
+                f"a pool named {name!r} is running already in namespace {namespace!r}: connect to it with "
+                f"TeacherPool.connect({name!r}), or end it with `dinov3-ray down --name {name}`"
+            ) from error
+        return cls(name, namespace, runtime, controller)
+
+    @classmethod
+    def connect(cls, name: str, namespace: str, runtime: Runtime) -> RayControl:
+        """Steer a pool that is running.
+
+        Raises:
+            PoolNotFoundError: there is none of that name.
+        """
+        return cls(name, namespace, runtime, find_controller(name, namespace))
+
+    @property
+    def address(self) -> str:
+        return self._runtime.address
+
+    def status(self) -> PoolStatus:
+        status = self._call("status")
+        assert isinstance(status, PoolStatus)
+        return status
+
+    def scale(self, low: int, high: int) -> None:
+        self._call("scale", low, high)
+
+    def declaration(self) -> Declaration:
+        """The pool as it was last declared."""
+        declared = self._call("declaration")
+        assert isinstance(declared, Declaration)
+        return declared
+
+    def redeclare(
+        self, source: CheckedSource, *, placement: Placement | None = None, options: PoolOptions | None = None
+    ) -> int:
+        """Begin to replace the replicas by such with another teacher, placement (None: as it is) or options (likewise).
+
+        Returns:
+            The number of their generation.
+        """
+        change = Redeclaration(uuid.uuid4().hex, cloudpickle.dumps(source), placement, options)
+        return int(self._call("redeclare", change))
+
+    def reload(self, source: CheckedSource) -> int:
+        return self.redeclare(source)
+
+    def shutdown(self, timeout: float = 20.0) -> None:
+        """End replicas and controller, and wait until they are gone.
+
+        Raises:
+            PoolTimeoutError: some are not, ``timeout`` seconds later.
+        """
+        try:
+            places: list[Place] = self._call("shutdown")
+        except PoolNotFoundError:
+            if self._has_successor():
+                return  # somebody else ended it, and started another of its name
+            places = []
+        ray.kill(self._controller, no_restart=True)
+        end_replicas(self._namespace, self.name, timeout)
+        self._end_stopped_processes(places)
+
+    def _has_successor(self) -> bool:
+        """Whether another pool has this one's name by now."""
+        try:
+            return bool(find_controller(self.name, self._namespace) != self._controller)
+        except PoolNotFoundError:
+            return False
+
+    def _end_stopped_processes(self, places: list[Place]) -> None:
+        """Ray asks a process to end itself, which one that is stopped (SIGSTOP) or stuck in a driver does not hear."""
+        alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+        calls = [
+            kill_process.options(scheduling_strategy=NodeAffinitySchedulingStrategy(place.node_id, soft=False)).remote(
+                place.pid, place.started
+            )
+            for place in places
+            if place.node_id in alive
+        ]
+        ray.wait(calls, num_returns=len(calls), timeout=10) if calls else None
+
+    def disconnect(self) -> None:
+        """Part from Ray, if this process joined or started it for the pool's sake."""
+        self._runtime.close()
+
+    def _call(self, method: str, *arguments: Any) -> Any:
+        """Call the controller; while it is being restarted, again."""
+        deadline = time.monotonic() + _PATIENCE
+        while True:
+            try:
+                return ray.get(getattr(self._controller, method).remote(*arguments), timeout=_PATIENCE)
+            except ray.exceptions.ActorUnavailableError as error:
+                if time.monotonic() > deadline:
+                    raise PoolTimeoutError(
+                        f"the controller of pool {self.name!r} has been away for {_PATIENCE:g} s: {error}"
+                    ) from error
+                log.debug("controller of pool %s is away: %s", self.name, error)
+                time.sleep(_RETRY)
+            except ray.exceptions.ActorDiedError as error:
+                if error.actor_init_failed:
+                    raise PoolNotFoundError(
+                        f"pool {self.name!r} does not run, since its controller cannot start: "
+                        f"{str(error).strip().splitlines()[-1]}. Do the cluster's nodes have this process's version of "
+                        "dinov3_ray? `dinov3-ray doctor --address HOST:PORT` compares them"
+                    ) from error
+                raise PoolNotFoundError(f"pool {self.name!r} has been shut down") from error
+            except ray.exceptions.GetTimeoutError as error:
+                raise PoolTimeoutError(
+                    f"the controller of pool {self.name!r} did not answer {method} within {_PATIENCE:g} s"
+                ) from error
+            except ray.exceptions.RaySystemError as error:
+                raise PoolError(f"Ray failed while calling {method} of pool {self.name!r}: {error}") from error
+
+
+_POLL = 0.02
+_HOPELESS_STARTS = 2  # failed starts, none having succeeded, after which a new pool is given up
+
+
+class _Observable(Protocol):
+    def status(self) -> PoolStatus: ...
+
+
+def wait_ready(
+    pool: _Observable,
+    name: str,
+    timeout: float,
+    *,
+    generation: int | None = None,
+    on_status: Callable[[PoolStatus], None] | None = None,
+) -> PoolStatus:
+    """Wait until ``pool`` has its minimum of replicas ready, all of one teacher, none to spare.
+
+    Args:
+        name: the pool's, for the errors.
+        generation: the teacher's number, where it matters which one it is.
+        on_status: told of each look at the pool.
+
+    Raises:
+        ReplicaError, PoolError, PoolTimeoutError: as :meth:`~dinov3_ray.pool.teacher_pool.TeacherPool.wait_ready` says.
+    """
+    deadline = time.monotonic() + timeout
+    restarts: int | None = None
+    while True:
+        status = pool.status()
+        if on_status is not None:
+            on_status(status)
+        if generation is not None and status.generation != generation:
+            raise _turned(name, generation, status)
+        current = [replica for replica in status.replicas if replica.generation == status.generation]
+        ready = sum(replica.state == "ready" for replica in current)
+        if ready >= status.low and len(status.replicas) <= status.high and len(current) == len(status.replicas):
+            return status
+        restarts = status.restarts if restarts is None else restarts
+        if status.restarts >= restarts + _HOPELESS_STARTS and not ready and not status.reloading:
+            raise ReplicaError(f"the replicas of pool {name!r} do not start. {status.troubles[-1]}")
+        if time.monotonic() > deadline:
+            raise PoolTimeoutError(
+                f"pool {name!r} had {ready} of {status.low} replicas ready after timeout={timeout:g} s: "
+                f"{_waits_for(status)}"
+            )
+        time.sleep(_POLL)
+
+
+def _turned(name: str, generation: int, status: PoolStatus) -> PoolError:
+    """Why the pool is not about to become ``generation`` any more."""
+    if status.newest_generation > generation:
+        return PoolError(f"pool {name!r}: another reload has overtaken this one")
+    return ReplicaError(
+        f"the new replicas of pool {name!r} do not start, so it has gone back to the former teacher "
+        f"({status.ready} of {status.target} ready). {status.troubles[-1]}"
+    )
+
+
+def _waits_for(status: PoolStatus) -> str:
+    if status.troubles:
+        return f"last trouble: {status.troubles[-1]}"
+    if any(replica.pid is None for replica in status.replicas):
+        have = ray.cluster_resources() if ray.is_initialized() else {}
+        counts = ", ".join(f"{have.get(key, 0):g} {key}" for key in ("GPU", "CPU"))
+        return f"some wait for a place in the cluster (it has {counts} in all)"
+    return "they are loading their teacher"

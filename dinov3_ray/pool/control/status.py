@@ -1,0 +1,165 @@
+"""A snapshot of a pool, for people and for scripts.
+
+What a controller tells of its pool: the view for clients, the status for people. Pure; both controllers use it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from dinov3_ray.pool.control.membership import Membership, serial_of
+from dinov3_ray.pool.messages import PoolView, ReplicaStatistics, ReplicaView, TeacherInfo
+from dinov3_ray.pool.spec import PoolOptions
+
+__all__ = ["PoolStatus", "ReplicaStatus", "Report", "make_status", "make_view"]
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaStatus:
+    """One replica: its state (``starting``, ``ready`` or ``draining``), where it runs, and its counters."""
+
+    replica_id: str
+    state: str
+    generation: int
+    seconds_in_state: float
+    node_id: str | None = None
+    pid: int | None = None
+    fingerprint: str | None = None
+    device: str | None = None
+    golden_cosine: float | None = None
+    statistics: ReplicaStatistics | None = None
+
+    @property
+    def images_per_second(self) -> float | None:
+        """While it computes; None before the first batch."""
+        counters = self.statistics
+        return counters.images / counters.busy_seconds if counters and counters.busy_seconds else None
+
+
+@dataclass(frozen=True, slots=True)
+class PoolStatus:
+    """One pool.
+
+    Attributes:
+        generation: the number of the current teacher; replicas of others are being replaced.
+        newest_generation: counts the reloads; above ``generation`` if the last of them was given up.
+        reloading: whether replicas of a former teacher are there to go back to.
+        target: replicas wanted now, within ``low`` .. ``high``.
+        fingerprint: of the teacher that the newest ready replica serves.
+        restarts: replicas that were lost and replaced since the controller began.
+        troubles: why replicas were lost or could not start, newest last.
+    """
+
+    name: str
+    epoch: int
+    generation: int
+    newest_generation: int
+    reloading: bool
+    target: int
+    low: int
+    high: int
+    replicas: tuple[ReplicaStatus, ...]
+    fingerprint: str | None
+    teacher: str
+    batching: str
+    clients: int
+    restarts: int
+    troubles: tuple[str, ...]
+
+    @property
+    def ready(self) -> int:
+        """Replicas that take work."""
+        return sum(replica.state == "ready" for replica in self.replicas)
+
+    @property
+    def images(self) -> int:
+        """Images served by the replicas that are there now."""
+        return sum(replica.statistics.images for replica in self.replicas if replica.statistics)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain dictionaries and lists, for JSON."""
+        return {**asdict(self), "ready": self.ready, "images": self.images}
+
+
+@dataclass(slots=True)
+class Report:
+    """What a controller knows of one replica beside its membership; None until it is heard of."""
+
+    #: What clients send to: an actor handle, or a local replica.
+    actor: Any
+    node_id: str | None = None
+    pid: int | None = None
+    info: TeacherInfo | None = None
+    statistics: ReplicaStatistics | None = None
+
+    @property
+    def fingerprint(self) -> str | None:
+        return self.info.fingerprint if self.info else None
+
+
+def newest_info(membership: Membership, reports: Mapping[str, Report]) -> TeacherInfo | None:
+    """What the newest ready replica tells of its teacher; one of the current generation, if there is any."""
+    newest = max(membership.ready(), key=lambda one: (one.generation == membership.generation, one.since), default=None)
+    return reports[newest.replica_id].info if newest else None
+
+
+def make_view(
+    membership: Membership, reports: Mapping[str, Report], options: PoolOptions, *, closed: bool = False
+) -> PoolView:
+    """The pool as clients see it: the replicas that take work."""
+    return PoolView(
+        epoch=membership.epoch,
+        replicas=tuple(
+            ReplicaView(member.replica_id, report.actor, report.node_id or "", report.fingerprint)
+            for member in membership.ready()
+            for report in [reports[member.replica_id]]
+        ),
+        options=options,
+        info=newest_info(membership, reports),
+        target=membership.target,
+        closed=closed,
+        troubles=tuple(membership.troubles),
+    )
+
+
+def make_status(
+    name: str, membership: Membership, reports: Mapping[str, Report], options: PoolOptions, *, clients: int
+) -> PoolStatus:
+    """The pool as people see it: all replicas, oldest first."""
+    info, now = newest_info(membership, reports), time.monotonic()
+    members = sorted(membership.members, key=lambda member: serial_of(member.replica_id))
+    return PoolStatus(
+        name=name,
+        epoch=membership.epoch,
+        generation=membership.generation,
+        newest_generation=membership.newest,
+        reloading=membership.settled not in (None, membership.generation),
+        target=membership.target,
+        low=membership.low,
+        high=membership.high,
+        replicas=tuple(
+            ReplicaStatus(
+                replica_id=member.replica_id,
+                state=str(member.state),
+                generation=member.generation,
+                seconds_in_state=now - member.since,
+                node_id=report.node_id,
+                pid=report.pid,
+                fingerprint=report.fingerprint,
+                device=report.info.device if report.info else None,
+                golden_cosine=report.info.golden_cosine if report.info else None,
+                statistics=report.statistics,
+            )
+            for member in members
+            for report in [reports[member.replica_id]]
+        ),
+        fingerprint=info.fingerprint if info else None,
+        teacher=info.description if info else "",
+        batching=options.batching,
+        clients=clients,
+        restarts=membership.restarts,
+        troubles=tuple(membership.troubles),
+    )

@@ -1,0 +1,185 @@
+"""What a pool tells its operator's monitoring, through Ray's own metrics: names, meanings, and how they are published.
+
+Ray exports each name with the prefix ``ray_``, and counters with the suffix ``_total``, at every node's metrics port,
+where Prometheus finds them. It adds labels of its own: the process (``WorkerId``) and its node. Ours are few, since
+each combination is a series that somebody stores: the pool, the replica, and the stage or state where there is one.
+
+Nothing is published while a request is served. Every process takes a snapshot of its counters every second or few, and
+publishes by how much they have grown; what has not happened yet as 0, since Prometheus takes no growth from a series
+that begins with its first event. Ray collects that every 10 seconds (``metrics_report_interval_ms``): what a process
+counted since is lost with it when it is killed. Only pools in Ray publish; local mode has nobody to tell.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, NamedTuple
+
+from ray.util.metrics import Counter, Gauge
+
+__all__ = ["METRICS", "ClientSeconds", "Kind", "Metric", "Publisher", "Reading"]
+
+
+class Kind(StrEnum):
+    COUNTER = "counter"  # only grows; ask Prometheus for its rate
+    GAUGE = "gauge"  # how things stand now
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """One name, and what it means.
+
+    Args:
+        name: as given to Ray.
+        by: the label beside pool and replica, if there is one.
+        per_replica: whether a replica tells it. Otherwise the controller or a client does, and ``replica`` is left out.
+    """
+
+    name: str
+    kind: Kind
+    help: str
+    per_replica: bool = False
+    by: str | None = None
+
+    @property
+    def tag_keys(self) -> tuple[str, ...]:
+        keys = ("pool", "replica" if self.per_replica else None, self.by)
+        return tuple(key for key in keys if key is not None)
+
+    @property
+    def exported(self) -> str:
+        """Its name in Prometheus."""
+        return f"ray_{self.name}_total" if self.kind is Kind.COUNTER else f"ray_{self.name}"
+
+
+def _by_name(*metrics: Metric) -> dict[str, Metric]:
+    return {metric.name: metric for metric in metrics}
+
+
+METRICS = _by_name(
+    # Of replicas.
+    Metric("dinov3_images", Kind.COUNTER, "Images answered", per_replica=True),
+    Metric("dinov3_batches", Kind.COUNTER, "Forward passes", per_replica=True),
+    Metric("dinov3_errors", Kind.COUNTER, "Requests on which the teacher raised", per_replica=True),
+    Metric("dinov3_rejected", Kind.COUNTER, "Requests turned away because the queue was full", per_replica=True),
+    Metric(
+        "dinov3_stage_seconds",
+        Kind.COUNTER,
+        "Seconds that requests spent in each stage: queue, preprocess, forward and pack at the replica, and transfer, "
+        "which clients tell (with no replica): the rest of the round trip",
+        per_replica=True,
+        by="stage",
+    ),
+    Metric("dinov3_queued", Kind.GAUGE, "Requests that wait at the replica", per_replica=True),
+    # Of clients.
+    Metric("dinov3_answers", Kind.COUNTER, "Requests answered to the client"),
+    Metric("dinov3_retries", Kind.COUNTER, "Requests sent again, since a replica died, hung, raised or left"),
+    Metric("dinov3_in_flight", Kind.GAUGE, "Requests sent and not answered yet"),
+    Metric("dinov3_in_flight_bytes", Kind.GAUGE, "Bytes of their images and expected results"),
+    Metric("dinov3_waiting", Kind.GAUGE, "Requests that wait at the client for a free place"),
+    Metric("dinov3_trainer_seconds", Kind.COUNTER, "Seconds of training loops over prefetch(), waits included"),
+    Metric("dinov3_trainer_wait_seconds", Kind.COUNTER, "Of these, seconds that they waited for the teacher"),
+    # Of the controller.
+    Metric("dinov3_replicas", Kind.GAUGE, "Replicas, by state: starting, ready, draining", by="state"),
+    Metric("dinov3_replicas_target", Kind.GAUGE, "Replicas wanted"),
+    Metric("dinov3_clients", Kind.GAUGE, "Clients connected"),
+    Metric("dinov3_restarts", Kind.COUNTER, "Replicas lost and replaced"),
+)
+
+
+class Reading(NamedTuple):
+    """A counter's total or a gauge's level, at one moment; ``label`` is the value of the metric's ``by``."""
+
+    name: str
+    value: float
+    label: str = ""
+
+
+class Publisher:
+    """Publishes what one part of this process (a replica, a controller, one client) reads off itself.
+
+    Several of one pool may live in a process, such as a trainer with two teachers: their gauges are added up, because
+    Ray keeps one level for a process and would show whichever spoke last.
+
+    Args:
+        pool: the pool's name.
+        replica: the replica's; empty for others. (Prometheus takes an empty label for none.)
+    """
+
+    def __init__(self, pool: str, replica: str = "") -> None:
+        self._tags = {"pool": pool, "replica": replica}
+        self._totals: dict[tuple[str, str], float] = {}
+        self._levels: dict[tuple[str, str], float] = {}
+
+    def publish(self, readings: Iterable[Reading]) -> None:
+        """Publish a snapshot. Cheap, but not for every request."""
+        for name, value, label in readings:
+            if METRICS[name].kind is Kind.GAUGE:
+                self._level(name, value, label)
+            else:
+                self._count(name, value, label)
+
+    def close(self) -> None:
+        """Take back this part's share of the gauges: what is no more is not in flight either."""
+        for name, label in list(self._levels):
+            self._level(name, 0.0, label)
+
+    def _count(self, name: str, value: float, label: str) -> None:
+        before = self._totals.get((name, label))
+        self._totals[name, label] = value
+        if before is None:
+            # Its first sample; inc() takes no 0. If more has been counted by now, it began before it could be seen.
+            _instrument(name)._record(value, self._tags_of(name, label))
+        elif value > before:
+            _instrument(name).inc(value - before, self._tags_of(name, label))
+
+    def _level(self, name: str, value: float, label: str) -> None:
+        tags = self._tags_of(name, label)
+        change = value - self._levels.get((name, label), 0.0)
+        self._levels[name, label] = value
+        key = (name, *tags.values())
+        instrument = _instrument(name)
+        with _lock:
+            _sums[key] = _sums.get(key, 0.0) + change
+            instrument.set(_sums[key], tags)
+
+    def _tags_of(self, name: str, label: str) -> dict[str, str]:
+        return {key: label if key == METRICS[name].by else self._tags[key] for key in METRICS[name].tag_keys}
+
+
+_lock = threading.Lock()
+_instruments: dict[str, Any] = {}
+_sums: dict[tuple[str, ...], float] = {}  # each gauge's level in this process, over all publishers
+
+
+def _instrument(name: str) -> Any:
+    """Ray's object for a metric, made when it is first used: one a process."""
+    with _lock:
+        if name not in _instruments:
+            metric = METRICS[name]
+            made = Counter if metric.kind is Kind.COUNTER else Gauge
+            _instruments[name] = made(name, description=metric.help, tag_keys=metric.tag_keys)
+        return _instruments[name]
+
+
+@dataclass(slots=True)
+class ClientSeconds:
+    """Where one client's time went, so far.
+
+    Attributes:
+        transfer: of requests, between this client and their replicas: the round trip without the replica's own time.
+        trainer: of loops over ``prefetch``.
+        trainer_wait: of these, waiting for the teacher.
+    """
+
+    transfer: float = 0.0
+    trainer: float = 0.0
+    trainer_wait: float = 0.0
+
+    def add_step(self, waited: float, seconds: float) -> None:
+        """Count one step of a training loop."""
+        self.trainer += seconds
+        self.trainer_wait += waited

@@ -1,0 +1,1 @@
+"""A replica: one teacher on one device, its queue and its device pipeline."""

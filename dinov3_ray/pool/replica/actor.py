@@ -1,0 +1,177 @@
+"""The Ray actor around a replica: one pool of threads for requests, another for health and control.
+
+Threads, not coroutines: a request waits for the device in its own thread, because Ray takes about a third less time to
+run a method in a thread than in an event loop, and writes the results of several requests to the object store at once.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from queue import SimpleQueue
+from typing import TYPE_CHECKING
+
+import ray
+from ray import cloudpickle
+
+from dinov3_ray.errors import ReplicaError
+from dinov3_ray.pool.cluster import process_start
+from dinov3_ray.pool.kv import Ledger
+from dinov3_ray.pool.messages import Answer, MemberState, Outcome, ReplicaStatistics, TeacherInfo
+from dinov3_ray.pool.metrics import Publisher, Reading
+from dinov3_ray.pool.spec import PoolOptions, builder
+from dinov3_ray.pool.transport.actors import Reply, frame_answer, open_request
+
+if TYPE_CHECKING:
+    from dinov3_ray.pool.messages import Array
+
+__all__ = ["Birth", "Place", "ReplicaActor", "read_replica", "thread_groups"]
+
+
+_CONTROL_THREADS = 16
+_REFUSING_THREADS = 16  # beyond those of a full queue: who is turned away must be told so
+_ANSWER_SECONDS = 0.05  # in which an answer leaves this process
+
+
+@dataclass(frozen=True, slots=True)
+class Birth:
+    """All that a replica is told at its start."""
+
+    replica_id: str
+    generation: int
+    namespace: str
+    pool: str
+    source: bytes
+    options: PoolOptions
+    device: str
+    threads: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a replica runs."""
+
+    node_id: str
+    pid: int
+    #: The process's start time in clock ticks since boot, so that a process number used again is not mistaken for it.
+    started: str
+    generation: int
+
+
+def thread_groups(options: PoolOptions) -> dict[str, int]:
+    """Ray's concurrency groups for a replica: each request that may be queued waits in a thread of its own, and
+    requests must not keep health waiting.
+    """
+    return {"infer": options.max_queued + _REFUSING_THREADS, "control": _CONTROL_THREADS}
+
+
+class ReplicaActor:
+    """A replica as a Ray actor, for ``ray.remote(concurrency_groups=thread_groups(options))``.
+
+    Its constructor only takes notes, since Ray does not report why a constructor failed in a form that could be acted
+    on: loading is a call of its own, which returns the reason.
+    """
+
+    def __init__(self, birth: Birth) -> None:
+        # OpenMP reads it when torch is loaded, which happens here and in this process alone: its threads shall sleep
+        # while they wait. Spinning, they take the cores from Ray and from whatever else the node computes.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        from dinov3_ray.pool.replica.replica import (
+            Replica,  # not above: the controller imports this module, without torch
+        )
+
+        self._birth = birth
+        ledger = Ledger(birth.namespace, birth.pool)
+        self._replica = Replica(
+            birth.replica_id,
+            # Unpickled when it is built: a class that is missing on this node is a reason to report like any other.
+            lambda: builder(cloudpickle.loads(birth.source), birth.device)(),
+            birth.options,
+            generation=birth.generation,
+            threads=birth.threads,
+            on_suspect=lambda request_id: ledger.begin_suspect(birth.replica_id, request_id),
+        )
+        self._lock = threading.Lock()
+        self._loading = False
+        self._answering = 0
+        self._publisher = Publisher(birth.pool, birth.replica_id)
+
+    @ray.method(concurrency_group="control")
+    def place(self) -> Place:
+        node_id = ray.get_runtime_context().get_node_id()
+        return Place(node_id, os.getpid(), process_start(os.getpid()), self._birth.generation)
+
+    @ray.method(concurrency_group="control")
+    def load(self) -> TeacherInfo:
+        """Build and prove the teacher, once; later calls wait for the same result."""
+        with self._lock:
+            first, self._loading = not self._loading, True
+        if first:
+            self._replica.start()
+        return self._replica.loaded.result()
+
+    @ray.method(concurrency_group="control")
+    def state(self) -> MemberState:
+        """What a controller that has just been restarted takes it for."""
+        if self._replica.draining:
+            return MemberState.DRAINING
+        loaded = self._replica.loaded.done() and self._replica.loaded.exception() is None
+        return MemberState.READY if loaded else MemberState.STARTING
+
+    @ray.method(concurrency_group="control")
+    def health(self) -> ReplicaStatistics:
+        statistics = self._replica.statistics()
+        self._publisher.publish(read_replica(statistics))
+        return statistics
+
+    @ray.method(concurrency_group="control")
+    def forget(self, client_id: str) -> int:
+        return self._replica.forget(client_id)
+
+    @ray.method(concurrency_group="control")
+    def drain(self, timeout: float) -> bool:
+        self._replica.drain()
+        idle = self._replica.wait_idle(timeout)
+        while idle and self._answering:  # computed, but still on the way out
+            time.sleep(_ANSWER_SECONDS)
+        time.sleep(_ANSWER_SECONDS)
+        return idle
+
+    @ray.method(concurrency_group="infer")
+    def infer(self, message: bytes, *arrays: Array) -> Reply:
+        header, given = open_request(message, arrays)
+        answered: SimpleQueue[tuple[Answer, list[Array]]] = SimpleQueue()
+        with self._lock:
+            self._answering += 1
+        try:
+            self._replica.offer(header, given, lambda answer, results: answered.put((answer, results)))
+            answer, results = answered.get()
+            return frame_answer(_portable(answer) if answer.outcome is Outcome.FAILED else answer, results)
+        finally:
+            with self._lock:
+                self._answering -= 1
+
+
+def _portable(answer: Answer) -> Answer:
+    """``answer`` with an error that the client can unpickle; one that cannot be pickled is told in words."""
+    try:
+        cloudpickle.loads(cloudpickle.dumps(answer.error))
+    except Exception:  # noqa: BLE001 - pickling runs the error's own code, which may raise anything
+        error = answer.error
+        return replace(answer, error=ReplicaError(f"the teacher raised {type(error).__name__}: {error}"))
+    return answer
+
+
+def read_replica(statistics: ReplicaStatistics) -> Iterator[Reading]:
+    yield Reading("dinov3_images", statistics.images)
+    yield Reading("dinov3_batches", statistics.batches)
+    yield Reading("dinov3_errors", statistics.errors)
+    yield Reading("dinov3_rejected", statistics.rejected)
+    yield Reading("dinov3_stage_seconds", statistics.queue_seconds, "queue")
+    yield Reading("dinov3_stage_seconds", statistics.preprocess_seconds, "preprocess")
+    yield Reading("dinov3_stage_seconds", statistics.forward_seconds, "forward")
+    yield Reading("dinov3_stage_seconds", statistics.pack_seconds, "pack")
+    yield Reading("dinov3_queued", statistics.waiting)

@@ -1,0 +1,292 @@
+"""How a replica's batches pass through its device: one after the other, or three at once, each in another stage.
+
+The device thread begins a pass, and another thread waits for its results; they drive both implementations in the same
+way. On a CPU a pass is computed when it has begun, and its results are looked at and packed beside the next one. On a
+CUDA device it has only been enqueued then: while one batch is computed, the next one is copied in and the one before is
+copied out, each in a stream of its own. Waiting for it gives the device no work, except to look closer at results that
+are not finite.
+
+
+The images of one forward pass, and what is to hold of its results. Pure tensor work, no queue and no thread.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from dinov3_ray.errors import DinoV3Error, InputError, NumericsError
+from dinov3_ray.features import Features, FeatureSpec
+from dinov3_ray.images import ImageBatch
+from dinov3_ray.model.device import Stopwatch, Stretch
+from dinov3_ray.pool.messages import Array, FeatureLayout, TeacherInfo
+from dinov3_ray.pool.transport.wire import pack_features
+from dinov3_ray.teacher import Extractor
+
+__all__ = [
+    "Pass",
+    "Pipeline",
+    "Results",
+    "check_finite",
+    "describe",
+    "extract",
+    "join",
+    "pad",
+    "pipeline_for",
+    "sums_are_finite",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Results:
+    """What a pass gave, packed, and the seconds of the stages that are known apart from the forward pass.
+
+    Attributes:
+        preprocess: 0 of teachers that do not tell.
+        pack: 0 where the copy out runs beside other batches' work.
+    """
+
+    layout: FeatureLayout
+    arrays: list[Array]
+    fingerprint: str | None
+    preprocess: float
+    pack: float
+
+
+class Pass(Protocol):
+    """A batch on its way through the device."""
+
+    def result(self) -> Results:
+        """Wait for the results.
+
+        Raises:
+            InputError: the images hold values that are not finite.
+            NumericsError: the images are finite, and the results are not.
+            Exception: whatever the device raises.
+        """
+        ...
+
+
+class Pipeline(Protocol):
+    """Runs passes of one teacher, all begun on one thread; another asks for their results, in the order in which they
+    began.
+    """
+
+    #: How many passes may be under way at once.
+    depth: int
+
+    def begin(self, batch: ImageBatch, rows: int, spec: FeatureSpec) -> Pass:
+        """Begin the pass of ``batch``, of which the results of the first ``rows`` images are wanted.
+
+        Raises:
+            Exception: as :meth:`Pass.result`, and whatever the teacher raises.
+        """
+        ...
+
+
+def pipeline_for(teacher: Extractor) -> Pipeline:
+    """The pipeline that fits the device that ``teacher`` says it computes on."""
+    device = getattr(teacher, "device", None)
+    if isinstance(device, torch.device) and device.type == "cuda":
+        return CudaPipeline(teacher, device)
+    return SynchronousPipeline(teacher)
+
+
+class SynchronousPipeline:
+    """Computes a pass when it begins; its results are looked at and packed when they are asked for."""
+
+    #: One is computed while the results of the one before are packed.
+    depth = 2
+
+    def __init__(self, teacher: Extractor) -> None:
+        self._teacher = teacher
+
+    def begin(self, batch: ImageBatch, rows: int, spec: FeatureSpec) -> Pass:
+        begun = time.monotonic()
+        features = extract(self._teacher, batch, spec)
+        # Read before the next pass begins.
+        preprocess = min(getattr(self._teacher, "preprocess_seconds", 0.0), time.monotonic() - begun)
+        return _Computed(batch, rows, spec, features, preprocess)
+
+
+@dataclass(frozen=True, slots=True)
+class _Computed:
+    batch: ImageBatch
+    rows: int
+    spec: FeatureSpec
+    features: Features
+    preprocess: float
+
+    def result(self) -> Results:
+        begun = time.monotonic()
+        check_finite(self.features, self.batch)
+        layout, arrays = pack_features(self.features.rows(0, self.rows), self.spec)
+        return Results(layout, arrays, self.features.fingerprint, self.preprocess, time.monotonic() - begun)
+
+
+class CudaPipeline:
+    """Enqueues passes: copies in and out run beside the computation, from and to pinned memory.
+
+    Pinned memory is torch's own cache of it, which hands a block out again once the copies that use it are over.
+    Device memory that crosses streams is held by its pass until that has ended: only then may another use it.
+    """
+
+    #: One is copied in, one computed, one copied out.
+    depth = 3
+
+    def __init__(self, teacher: Extractor, device: torch.device) -> None:
+        self._teacher = teacher
+        self._device = device
+        stream: Any = torch.cuda.Stream  # its annotations are partial
+        self._copy_in, self._copy_out = stream(device), stream(device)
+
+    def begin(self, batch: ImageBatch, rows: int, spec: FeatureSpec) -> Pass:
+        with torch.cuda.device(self._device):
+            images = self._upload(batch)
+            features = extract(self._teacher, images, spec)
+            preprocess = getattr(self._teacher, "preprocess_watch", Stopwatch()).last
+            # Looked at when the pass has ended: a look now would wait for it.
+            finite = sums_are_finite(features)
+            download = _Download(self._copy_out)
+            layout, arrays = pack_features(features.rows(0, rows), spec, to_host=download)
+            finite_host = download(finite)
+            event: Any = torch.cuda.Event  # likewise
+            done = event(blocking=True)  # a wait that leaves the core to others
+            done.record(self._copy_out)
+        results = Results(layout, arrays, features.fingerprint, 0.0, 0.0)
+        return _CudaPass(results, done, batch, features, finite_host, preprocess, (images, *download.held))
+
+    def _upload(self, batch: ImageBatch) -> ImageBatch:
+        """``batch`` on the device; the computation's stream waits for it, this thread does not."""
+        with torch.cuda.stream(self._copy_in):
+            uploaded = [
+                # What crosses is what the teacher would copy: everything as it is, but float64, which it narrows.
+                (tensor.float() if tensor.dtype == torch.float64 else tensor)
+                .pin_memory()
+                .to(self._device, non_blocking=True)
+                for tensor in batch.tensors
+            ]
+        torch.cuda.current_stream().wait_stream(self._copy_in)
+        return ImageBatch(uploaded[0]) if batch.stacked is not None else ImageBatch(None, tuple(uploaded))
+
+
+@dataclass(slots=True)
+class _Download:
+    """Copies tensors to pinned memory in ``stream``, when what the current stream has been given is done."""
+
+    stream: torch.cuda.Stream
+    held: list[Tensor] = field(default_factory=list)
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        """Memory that will hold ``tensor``."""
+        if tensor.device.type == "cpu":
+            return tensor
+        tensor = tensor.contiguous()
+        self.held.append(tensor)
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            return host.copy_(tensor, non_blocking=True)
+
+
+@dataclass(frozen=True, slots=True)
+class _CudaPass:
+    """Its ``results`` hold their values once ``event`` has been reached."""
+
+    results: Results
+    event: Any
+    batch: ImageBatch
+    features: Features
+    finite: Tensor
+    preprocess: Stretch
+    held: tuple[object, ...]
+
+    def result(self) -> Results:
+        self.event.synchronize()
+        if not self.finite.all():
+            check_finite(self.features, self.batch)
+        return replace(self.results, preprocess=self.preprocess.seconds)
+
+
+def describe(teacher: Extractor) -> TeacherInfo:
+    """What clients need to know of ``teacher``, as far as it says; proves it first if it can be proved.
+
+    Raises:
+        NumericsError: the teacher's fast path does not agree with plain float32.
+    """
+    prove = getattr(teacher, "prove", None)
+    cosine = prove() if callable(prove) else None
+    told: dict[str, Any] = {name: getattr(teacher, name, None) for name in TeacherInfo.__dataclass_fields__}
+    told = {name: value for name, value in told.items() if value is not None}
+    for name in ("dtype", "device"):
+        if name in told:
+            told[name] = str(told[name])
+    return replace(TeacherInfo(**told), description=type(teacher).__name__, golden_cosine=cosine)
+
+
+def join(batches: list[ImageBatch]) -> ImageBatch:
+    """Several requests' images as one batch; a single one is not copied."""
+    if len(batches) == 1:
+        return batches[0]
+    if batches[0].stacked is None:
+        return ImageBatch(stacked=None, ragged=tuple(image for batch in batches for image in batch.ragged))
+    return ImageBatch(stacked=torch.cat([batch.tensors[0] for batch in batches]))
+
+
+def pad(batch: ImageBatch, size: int) -> ImageBatch:
+    """``batch`` with its first image repeated up to ``size`` images."""
+    missing = size - len(batch)
+    if missing <= 0:
+        return batch
+    first = batch.rows(0, 1)
+    return join([batch, *[first] * missing])
+
+
+def extract(teacher: Extractor, batch: ImageBatch, spec: FeatureSpec) -> Features:
+    """One forward pass, in the compute dtype.
+
+    Raises:
+        DinoV3Error: the teacher gave features of another number of images.
+        Exception: whatever the teacher raises.
+    """
+    images = batch.tensors[0] if batch.stacked is not None else batch.ragged
+    features = teacher.extract(images, spec.native())
+    if len(features) != len(batch):
+        raise DinoV3Error(f"the teacher gave features of {len(features)} images for a batch of {len(batch)}")
+    return features
+
+
+def check_finite(features: Features, batch: ImageBatch) -> None:
+    """Look at every output.
+
+    Raises:
+        InputError: the images hold values that are not finite.
+        NumericsError: the images are finite, and the results are not.
+    """
+    for name, tensor in features.named():
+        if is_finite(tensor):
+            continue
+        # Looked at only now: the caller's fault, or the device's?
+        if not all(is_finite(images) for images in batch.tensors if images.is_floating_point()):
+            raise InputError("images must be finite; these hold values that are not (NaN or infinite)")
+        raise NumericsError(f"the teacher's output {name} has values that are not finite (NaN or infinite)")
+
+
+def is_finite(tensor: Tensor) -> bool:
+    # What looks wrong is looked at again, value by value.
+    return bool(torch.isfinite(_sum(tensor))) or bool(torch.isfinite(tensor).all())
+
+
+def sums_are_finite(features: Features) -> Tensor:
+    """bool [outputs], on the features' device, without a wait: False calls for :func:`check_finite`."""
+    return torch.stack([torch.isfinite(_sum(tensor)) for _, tensor in features.named()])
+
+
+def _sum(tensor: Tensor) -> Tensor:
+    # A sum is not finite if any part is not, and is read at memory speed. The other way round only float16 sums can
+    # overflow in practice; float32 holds those.
+    return tensor.sum(dtype=torch.float32 if tensor.dtype == torch.float16 else None)

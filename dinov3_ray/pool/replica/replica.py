@@ -1,0 +1,399 @@
+"""A replica: one teacher, one queue, one thread that does all of its device work.
+
+Ray-free: the actor in ``replica_actor`` and local mode drive the same class. All work on the device happens on the
+thread that built the teacher, because CUDA work from several threads of one actor has crashed and leaked (ray issues
+33982, 49360). A second thread waits for results, looks at them and packs them, so that the device need not wait for
+that.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import threading
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+
+import torch
+
+from dinov3_ray.errors import InputError, PoolClosedError, SpecError
+from dinov3_ray.pool.messages import (
+    Answer,
+    Array,
+    Load,
+    Outcome,
+    ReplicaStatistics,
+    RequestHeader,
+    StageSeconds,
+    TeacherInfo,
+)
+from dinov3_ray.pool.replica.pipeline import Pass, Pipeline, Results, describe, join, pad, pipeline_for
+from dinov3_ray.pool.replica.queue import BatchQueue, Waiting
+from dinov3_ray.pool.spec import PoolOptions
+from dinov3_ray.pool.transport.wire import unpack_images
+from dinov3_ray.teacher import Extractor
+
+__all__ = ["Replica"]
+
+log = logging.getLogger("dinov3_ray")
+
+Done = Callable[[Answer, list[Array]], None]
+
+_FAILING = 100  # names of requests that raised: more say nothing more
+
+
+@dataclass(slots=True)
+class _Job:
+    header: RequestHeader
+    arrays: Sequence[Array]
+    done: Done
+    arrived: float
+
+
+@dataclass(frozen=True, slots=True)
+class _UnderWay:
+    """Requests whose pass the device was given at ``begun``."""
+
+    jobs: list[_Job]
+    run: Pass
+    begun: float
+
+
+class Replica:
+    """Serves one teacher.
+
+    Args:
+        replica_id: its name in the pool.
+        build: makes the teacher; called once, on the device thread.
+        options: the pool's.
+        generation: counts the pool's reloads.
+        threads: CPU threads to compute with; None leaves torch's setting alone (it is the whole process's).
+        on_suspect: called on the device thread just before a request runs that earlier replicas died with.
+        pipeline: makes what runs the teacher's passes; called once, on the device thread.
+
+    It knows nothing of Ray, of other replicas, or of who its clients are beyond their names.
+    """
+
+    def __init__(
+        self,
+        replica_id: str,
+        build: Callable[[], Extractor],
+        options: PoolOptions,
+        *,
+        generation: int = 0,
+        threads: int | None = None,
+        on_suspect: Callable[[str], None] | None = None,
+        pipeline: Callable[[Extractor], Pipeline] = pipeline_for,
+    ) -> None:
+        self.replica_id = replica_id
+        self._started = time.monotonic()
+        self.loaded: Future[TeacherInfo] = Future()
+        self._build = build
+        self._options = options
+        self._generation = generation
+        self._threads = threads
+        self._on_suspect = on_suspect
+        self._make_pipeline = pipeline
+        self._queue = BatchQueue(
+            options.batching,
+            max_batch=options.max_batch,
+            max_wait=options.max_wait,
+            max_requests=options.max_queued,
+            max_bytes=options.max_queued_bytes,
+        )
+        self._jobs: dict[int, _Job] = {}
+        self._tickets = itertools.count()
+        self._changed = threading.Condition()
+        self._counters = ReplicaStatistics()
+        self._failing: set[str] = set()
+        self._backlog: dict[str, int] = {}
+        self._again: deque[_Job] = deque()  # those whose shared pass failed: each is to run by itself
+        self._running: list[list[_Job]] = []  # of each pass that was taken up and is not answered yet
+        self._alone = False  # what runs is a suspect, beside which nothing may
+        self._busy_since: float | None = None  # when the pass that is ahead of all others came to be so
+        self._under_way: deque[_UnderWay] = deque()  # what the device has been given, for the second thread
+        self._draining = False
+        self._stopped = False
+        self._info = TeacherInfo()
+        self._thread = threading.Thread(target=self._run, name=f"dinov3-{replica_id}", daemon=True)
+        self._finisher = threading.Thread(target=self._finish_passes, name=f"dinov3-{replica_id}-results", daemon=True)
+
+    # Control --------------------------------------------------------------------------------------------------------
+
+    def start(self) -> Future[TeacherInfo]:
+        """Build and prove the teacher on the device thread; the future tells of it, or of why it failed."""
+        self._thread.start()
+        return self.loaded
+
+    def drain(self) -> None:
+        """Take no more requests."""
+        with self._changed:
+            self._draining = True
+            self._changed.notify_all()
+
+    @property
+    def draining(self) -> bool:
+        """Whether it takes no more requests."""
+        return self._draining
+
+    def wait_idle(self, timeout: float) -> bool:
+        """Wait until nothing is queued or computed; False if that took longer than ``timeout`` seconds."""
+        with self._changed:
+            return self._changed.wait_for(lambda: not (self._queue or self._again or self._running), timeout)
+
+    def stop(self, timeout: float = 5.0) -> None:
+        """Answer what is queued as dropped and end the threads (they are daemons: hung ones are left behind)."""
+        with self._changed:
+            self._draining = self._stopped = True
+            dropped = [*self._jobs.values(), *self._again]
+            self._jobs.clear()
+            self._again.clear()
+            self._changed.notify_all()
+        for job in dropped:
+            job.done(Answer(Outcome.DRAINING), [])
+        for thread in (self._thread, self._finisher):
+            if thread.is_alive() and thread is not threading.current_thread():
+                thread.join(timeout)
+
+    def forget(self, client_id: str) -> int:
+        """Drop what a client that is gone has queued; returns how many requests that were."""
+        with self._changed:
+            dropped = [self._jobs.pop(waiting.ticket) for waiting in self._queue.forget(client_id)]
+            self._backlog.pop(client_id, None)
+            self._changed.notify_all()
+        for job in dropped:
+            job.done(Answer(Outcome.DROPPED), [])
+        return len(dropped)
+
+    def statistics(self) -> ReplicaStatistics:
+        now = time.monotonic()
+        with self._changed:
+            oldest = self._queue.oldest()
+            return replace(
+                self._counters,
+                errors_in_a_row=len(self._failing),
+                uptime=now - self._started,
+                waiting=len(self._queue),
+                waiting_rows=self._queue.rows(),
+                clients_backlog=sum(self._backlog.values()),
+                oldest_wait=0.0 if oldest is None else now - oldest,
+                busy_for=0.0 if self._busy_since is None else now - self._busy_since,
+            )
+
+    def __repr__(self) -> str:
+        state = "stopped" if self._stopped else "draining" if self._draining else "serving"
+        if not self.loaded.done():
+            state = "loading"
+        return f"<Replica {self.replica_id} {state}, {self._queue!r}>"
+
+    # Requests -------------------------------------------------------------------------------------------------------
+
+    def offer(self, header: RequestHeader, arrays: Sequence[Array], done: Done) -> None:
+        """Queue a request; ``done(answer, arrays)`` is called exactly once, on one of the replica's threads or at once.
+
+        The arrays of the request are read, never written, until then.
+        """
+        now = time.monotonic()
+        waiting = Waiting(
+            ticket=next(self._tickets),
+            client_id=header.client_id,
+            key=(header.spec, header.images, tuple(array.shape[-3:] for array in arrays)),
+            rows=header.rows,
+            nbytes=sum(array.nbytes for array in arrays),
+            arrived=now,
+            urgent=header.urgent,
+            alone=header.suspect,
+        )
+        with self._changed:
+            if self._draining:
+                refusal = Answer(Outcome.DRAINING)
+            elif self._queue.offer(waiting):
+                self._backlog[header.client_id] = header.backlog
+                self._jobs[waiting.ticket] = _Job(header, arrays, done, now)
+                self._changed.notify_all()
+                return
+            else:
+                self._count(rejected=1)
+                refusal = Answer(Outcome.FULL, load=self._load(header), retry_after=self._retry_after())
+        done(refusal, [])
+
+    def _load(self, header: RequestHeader) -> Load:
+        return Load(self._queue.rows(), self._queue.rows(header.client_id))
+
+    def _retry_after(self) -> float:
+        """About the time in which half of a full queue is worked off."""
+        batches = max(self._counters.batches, 1)
+        seconds = self._counters.preprocess_seconds + self._counters.forward_seconds
+        return min(max(seconds / batches * len(self._queue) / 2, 0.01), 5.0)
+
+    # The device thread ----------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            if self._threads is not None:
+                # OpenMP keeps this number by thread: it must be set on the one that computes.
+                torch.set_num_threads(self._threads)
+            teacher = self._build()
+            info = describe(teacher)
+            warm_up = getattr(teacher, "warm_up", None)
+            if callable(warm_up):
+                warm_up(self._options.max_batch)
+            self._pipeline = self._make_pipeline(teacher)
+            # A teacher that does not say who it is gets a name all the same, or a reload could mix two unnoticed.
+            self._info = replace(info, fingerprint=info.fingerprint or f"generation-{self._generation}")
+            if self._stopped:
+                raise PoolClosedError(f"replica {self.replica_id} was stopped before it was ready")
+        except BaseException as error:  # noqa: BLE001 - whatever a user's factory raises is the reason to report
+            self.loaded.set_exception(error)
+            return
+        self._finisher.start()
+        self.loaded.set_result(self._info)
+        while jobs := self._next_jobs():
+            self._begin(jobs)
+
+    def _next_jobs(self) -> list[_Job]:
+        """What to begin next, as soon as the device may be given it; nothing at the end."""
+        with self._changed:
+            while not self._stopped:
+                now = time.monotonic()
+                next_look = None
+                if len(self._running) < (1 if self._alone else self._pipeline.depth):
+                    jobs = self._take(now)
+                    if isinstance(jobs, list):
+                        self._alone = any(job.header.suspect for job in jobs)
+                        if self._alone:
+                            self._changed.wait_for(lambda: not self._running)  # it would die with this one
+                            now = time.monotonic()
+                        if not self._running:
+                            self._busy_since = now
+                        self._running.append(jobs)
+                        return jobs
+                    next_look = jobs
+                self._changed.wait(None if next_look is None else next_look - now)
+            return []
+
+    def _take(self, now: float) -> list[_Job] | float | None:
+        """The next pass's requests; or the time until which to wait for company; or None if nothing waits."""
+        if self._again:
+            return [self._again.popleft()]
+        batch = self._queue.take(now)
+        return [self._jobs.pop(waiting.ticket) for waiting in batch] if isinstance(batch, list) else batch
+
+    def _begin(self, jobs: list[_Job]) -> None:
+        """Give the device the pass of ``jobs``."""
+        begun = time.monotonic()
+        try:
+            for job in jobs:
+                if job.header.suspect and self._on_suspect is not None:
+                    self._on_suspect(job.header.request_id)
+            batch = join([unpack_images(job.header.images, job.arrays) for job in jobs])
+            rows = len(batch)
+            if self._options.batching == "deterministic":
+                batch = pad(batch, self._options.max_batch)
+            run = self._pipeline.begin(batch, rows, jobs[0].header.spec)
+        except Exception as error:  # noqa: BLE001 - a teacher may raise anything, and the replica lives on
+            self._fail(jobs, error)
+            self._end_pass(jobs)
+            return
+        with self._changed:
+            self._under_way.append(_UnderWay(jobs, run, begun))
+            self._changed.notify_all()
+
+    # The thread for results -----------------------------------------------------------------------------------------
+
+    def _finish_passes(self) -> None:
+        if self._threads is not None:
+            torch.set_num_threads(self._threads)
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._under_way or (self._stopped and not self._running))
+                if not self._under_way:
+                    return
+                ahead = self._under_way.popleft()
+            self._finish(ahead)
+            self._end_pass(ahead.jobs)
+
+    def _finish(self, ahead: _UnderWay) -> None:
+        """Wait for a pass, and answer its requests."""
+        try:
+            results = ahead.run.result()
+        except Exception as error:  # noqa: BLE001 - likewise
+            self._fail(ahead.jobs, error)
+        else:
+            self._answer(ahead, results)
+
+    def _end_pass(self, jobs: list[_Job]) -> None:
+        with self._changed:
+            self._running = [one for one in self._running if one is not jobs]
+            self._busy_since = time.monotonic() if self._running else None
+            # A client with more to send keeps something here: one that does not has no backlog any more.
+            here = {job.header.client_id for one in self._running for job in one}
+            self._backlog = {
+                client: rows for client, rows in self._backlog.items() if client in here or self._queue.rows(client)
+            }
+            self._changed.notify_all()
+
+    def _answer(self, ahead: _UnderWay, results: Results) -> None:
+        now = time.monotonic()
+        assert self._busy_since is not None
+        busy = max(now - max(self._busy_since, ahead.begun), 0.0)  # another pass may have failed since
+        preprocess = min(results.preprocess, busy)
+        pack = min(results.pack, busy - preprocess)
+        rows = sum(job.header.rows for job in ahead.jobs)
+        first = 0
+        for job in ahead.jobs:
+            share = job.header.rows / rows
+            seconds = StageSeconds(
+                queue=ahead.begun - job.arrived,
+                preprocess=preprocess * share,
+                forward=(busy - preprocess - pack) * share,
+                pack=pack * share,
+                total=now - job.arrived,
+            )
+            with self._changed:
+                self._failing.clear()
+                self._count(
+                    images=job.header.rows,
+                    queue_seconds=seconds.queue,
+                    preprocess_seconds=seconds.preprocess,
+                    forward_seconds=seconds.forward,
+                    pack_seconds=seconds.pack,
+                )
+                load = self._load(job.header)
+            last = first + job.header.rows
+            arrays = [array[first:last] for array in results.arrays]
+            first = last
+            fingerprint = results.fingerprint or self._info.fingerprint
+            job.done(Answer(Outcome.DONE, results.layout, fingerprint, load, seconds), arrays)
+        with self._changed:
+            self._count(batches=1)
+
+    def _fail(self, jobs: list[_Job], error: Exception) -> None:
+        if len(jobs) > 1:
+            # One request's fault must not be its neighbours': each runs by itself.
+            with self._changed:
+                stopped = self._stopped
+                if not stopped:
+                    self._again.extend(jobs)
+            for job in jobs if stopped else ():
+                job.done(Answer(Outcome.DRAINING), [])
+            return
+        job = jobs[0]
+        with self._changed:
+            self._count(errors=1)
+            # What the caller did wrong says nothing of this replica's health.
+            if not isinstance(error, (InputError, SpecError)) and len(self._failing) < _FAILING:
+                self._failing.add(job.header.request_id)
+            load = self._load(job.header)
+        trace = "".join(traceback.format_exception(error))
+        # Frames would keep the batch's tensors alive, and do not survive pickling anyway.
+        error = error.with_traceback(None)
+        job.done(Answer(Outcome.FAILED, load=load, error=error, trace=trace), [])
+
+    def _count(self, **more: float) -> None:
+        """Add to the counters; holding the lock is the caller's part."""
+        self._counters = replace(self._counters, **{name: getattr(self._counters, name) + more[name] for name in more})

@@ -1,0 +1,1 @@
+"""How requests reach replicas, and how tensors cross."""

@@ -1,0 +1,345 @@
+"""Sources: every image is listed once, in one order, and read as it is."""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import tarfile
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute
+import pyarrow.parquet as pq
+import pytest
+from pyarrow import fs as pafs
+
+from dinov3_ray.datasets.decode import Unreadable
+from dinov3_ray.datasets.sources.base import Source
+from dinov3_ray.datasets.sources.open import check_there, matches, open_source, reopen_source
+from dinov3_ray.errors import StoreError
+
+
+def write(root: Path, names: list[str]) -> dict[str, bytes]:
+    """Files whose content tells their name; sources never look at it."""
+    contents = {name: f"content of {name}".encode() for name in names}
+    for name, content in contents.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(content)
+    return contents
+
+
+def everything(source: Source) -> dict[str, object]:
+    """All that a source has, read through pickled copies and slices as the decoding tasks do."""
+    found: dict[str, object] = {}
+    rows = source.rows()
+    copy = pickle.loads(pickle.dumps(source))
+    assert sum(len(piece) for piece in source.slices(rows)) == len(rows)
+    for file in dict.fromkeys(rows["file"].to_pylist()) if source.by_file else [None]:
+        part = rows if file is None else rows.filter(pa.compute.equal(rows["file"], file))
+        for piece in source.slices(part):
+            for id_, content in copy.read(piece):
+                assert id_ not in found
+                found[id_] = content
+    assert list(found) == rows["id"].to_pylist()
+    return found
+
+
+def test_a_folder_gives_every_file_by_its_relative_path(tmp_path: Path) -> None:
+    contents = write(tmp_path, ["b.jpg", "a/ä ö.png", "a/b/deep.webp", "notes.txt", "noextension"])
+    write(tmp_path, [".hidden.jpg", ".git/x.jpg", "out/part.jpg"])
+    source = open_source(tmp_path, exclude=str(tmp_path / "out"))
+    assert everything(source) == contents
+    assert list(everything(source)) == sorted(contents)
+    assert everything(open_source(tmp_path.as_uri(), exclude=str(tmp_path / "out"))) == contents
+
+
+def test_a_relative_path_is_made_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, ["images/1.jpg"])
+    monkeypatch.chdir(tmp_path)
+    assert open_source("images").describe()["path"] == str(tmp_path / "images")
+
+
+def test_globs(tmp_path: Path) -> None:
+    write(tmp_path, ["train/a/1.jpg", "train/a/2.png", "train/3.jpg", "val/4.jpg"])
+    cases = {
+        "train/**/*.jpg": {"3.jpg", "a/1.jpg"},
+        "*/*.jpg": {"train/3.jpg", "val/4.jpg"},
+        "train/a/[12].*": {"1.jpg", "2.png"},
+        "train/a/[!1].???": {"2.png"},
+        "val/4.jpg": {"4.jpg"},
+    }
+    for pattern, ids in cases.items():
+        found = set(everything(open_source(tmp_path / pattern)))
+        # Ids are relative to the last folder before the first wildcard.
+        assert {id_.removeprefix("train/") for id_ in found} == {id_.removeprefix("train/") for id_ in ids}, pattern
+
+
+def test_matches_is_exact() -> None:
+    assert matches("a*.jpg", "ab.jpg")
+    assert not matches("a*.jpg", "a/b.jpg")
+    assert not matches("a.jpg", "abjpg")
+    assert matches("**/x", "x")
+    assert matches("**/x", "a/b/x")
+
+
+def test_a_folder_with_brackets_in_its_name_is_that_folder(tmp_path: Path) -> None:
+    write(tmp_path, ["set [1]/x.jpg"])
+    assert list(everything(open_source(tmp_path / "set [1]"))) == ["x.jpg"]
+
+
+def test_any_pyarrow_file_system(tmp_path: Path) -> None:
+    contents = write(tmp_path / "bucket", ["a/1.jpg", "2.jpg"])
+    system = pafs.SubTreeFileSystem(str(tmp_path), pafs.LocalFileSystem())
+    assert everything(open_source("bucket", filesystem=system)) == contents
+
+
+def test_a_file_that_went_away_has_its_reason(tmp_path: Path) -> None:
+    write(tmp_path, ["1.jpg", "2.jpg"])
+    source = open_source(tmp_path)
+    rows = source.rows()
+    (tmp_path / "1.jpg").unlink()
+    first, second = (content for _, content in source.read(rows))
+    assert isinstance(first, Unreadable)
+    assert first.kind == "missing"
+    assert second == b"content of 2.jpg"
+
+
+def add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    archive.addfile(member, io.BytesIO(content))
+
+
+def test_webdataset_shards(tmp_path: Path) -> None:
+    expected: dict[str, object] = {}
+    for shard in range(2):
+        with tarfile.open(tmp_path / f"s-{shard}.tar", "w") as archive:
+            for number in range(40):
+                content = f"{shard} {number}".encode() * 50
+                add(archive, f"{shard}/{number:03}.jpg", content)
+                add(archive, f"{shard}/{number:03}.json", b"{}")
+                expected[f"{shard}/{number:03}"] = content
+            add(archive, f"{shard}/pair.left.png", b"left")
+            add(archive, f"{shard}/pair.right.png", b"right")
+            expected |= {f"{shard}/pair.left.png": b"left", f"{shard}/pair.right.png": b"right"}
+            add(archive, f"{shard}/wordy.txt", b"no image")
+    (tmp_path / "README.md").write_text("not an image")
+    found = everything(open_source(tmp_path))
+    wordy = [found.pop(f"{shard}/wordy") for shard in range(2)]
+    assert all(isinstance(content, Unreadable) and content.kind == "missing" for content in wordy)
+    assert found == expected
+
+
+def test_a_cut_shard_gives_what_is_whole_and_says_what_is_not(tmp_path: Path) -> None:
+    path = tmp_path / "s.tar"
+    with tarfile.open(path, "w") as archive:
+        for number in range(10):
+            add(archive, f"{number}.jpg", bytes([number]) * 5000)
+    path.write_bytes(path.read_bytes()[:30_000])
+    found = everything(open_source(path))
+    whole = [id_ for id_, content in found.items() if isinstance(content, bytes)]
+    troubled = {id_: content.kind for id_, content in found.items() if isinstance(content, Unreadable)}
+    assert whole == ["0", "1", "2", "3", "4"]
+    assert troubled == {"5": "truncated", "s.tar": "truncated"}
+
+
+def test_linked_members_have_the_content_that_they_link_to(tmp_path: Path) -> None:
+    (tmp_path / "set" / "a").mkdir(parents=True)
+    (tmp_path / "set" / "a" / "first.jpg").write_bytes(b"content")
+    os.link(tmp_path / "set" / "a" / "first.jpg", tmp_path / "set" / "hard.jpg")
+    (tmp_path / "set" / "soft.jpg").symlink_to("a/first.jpg")
+    (tmp_path / "set" / "away.jpg").symlink_to("/nowhere.jpg")
+    with tarfile.open(tmp_path / "s.tar", "w") as archive:
+        for name in ("soft.jpg", "a/first.jpg", "hard.jpg", "away.jpg"):
+            archive.add(tmp_path / "set" / name, f"./{name}")
+        assert archive.getmember("./hard.jpg").islnk()
+    found = everything(open_source(tmp_path / "s.tar"))
+    away = found.pop("./away")
+    assert found == {f"./{key}": b"content" for key in ("soft", "a/first", "hard")}
+    assert isinstance(away, Unreadable)
+    assert away.kind == "missing"
+
+
+def test_a_pipe_is_no_image_and_is_not_opened(tmp_path: Path) -> None:
+    write(tmp_path, ["1.jpg"])
+    os.mkfifo(tmp_path / "2.jpg")  # to open it would wait for a writer
+    found = everything(open_source(tmp_path))
+    assert found["1.jpg"] == b"content of 1.jpg"
+    assert isinstance(found["2.jpg"], Unreadable)
+    assert found["2.jpg"].kind == "not an image"
+
+
+def test_one_form_at_a_time(tmp_path: Path) -> None:
+    write(tmp_path, ["a.tar", "b.tar.gz"])
+    with pytest.raises(StoreError, match=r"uncompressed .tar shards.*got 'b.tar.gz'"):
+        open_source(tmp_path)
+    write(tmp_path, ["c.parquet"])
+    with pytest.raises(StoreError, match=r"has both .parquet and .tar files: choose with a glob"):
+        open_source(tmp_path)
+    with pytest.raises(StoreError, match=r"glob whose brackets hold characters; got '\[z-a\]\*'"):
+        open_source(tmp_path / "[z-a]*")
+
+
+def test_a_source_is_read_on_without_being_listed_again(tmp_path: Path) -> None:
+    contents = write(tmp_path / "files", ["1.jpg", "a/2.jpg"])
+    with tarfile.open(tmp_path / "s.tar", "w") as archive:
+        add(archive, "3.jpg", b"three")
+    pq.write_table(pa.table({"key": ["k"], "jpg": [b"bytes"]}), tmp_path / "p.parquet")
+    for path, expected in ((tmp_path / "files", contents), (tmp_path / "s.tar", {"3": b"three"})):
+        source = open_source(path)
+        again = reopen_source(source.describe(), path)
+        assert dict(again.read(source.rows())) == expected
+        assert again.describe() == source.describe()
+        assert reopen_source(source.describe(), tmp_path / "nope").describe()["path"] == str(tmp_path / "nope")
+    source = open_source(tmp_path / "p.parquet")
+    again = reopen_source(source.describe(), tmp_path / "p.parquet", id_column="other")
+    assert again.describe() == {**source.describe(), "id_column": "other"}
+    assert dict(again.read(source.rows())) == {"k": b"bytes"}
+    rows = source.rows()
+    check_there(again, rows)
+    (tmp_path / "p.parquet").unlink()
+    with pytest.raises(StoreError, match=r"none of the next 1 files is there, such as .*is its disk mounted"):
+        check_there(again, rows)
+
+
+@pytest.mark.parametrize("damage", ["header", "zeros", "cut before the header", "cut in the header"])
+def test_a_shard_that_does_not_end_as_tar_files_do_is_damaged_from_there_on(damage: str, tmp_path: Path) -> None:
+    path = tmp_path / "s.tar"
+    with tarfile.open(path, "w") as archive:
+        for number in range(10):
+            add(archive, f"{number}.jpg", bytes([number]) * 600)
+    offset = 4 * (512 + 1024)  # of the fifth member, each with a header and whole blocks of 512 bytes
+    whole = bytearray(path.read_bytes())
+    damaged = {
+        "header": whole[:offset] + b"\xa5" * 512 + whole[offset + 512 :],
+        "zeros": whole[:offset] + bytes(512) + whole[offset + 512 :],
+        "cut before the header": whole[:offset],
+        "cut in the header": whole[: offset + 100],
+    }
+    path.write_bytes(damaged[damage])
+    found = everything(open_source(path))
+    last = found.pop("s.tar")
+    assert isinstance(last, Unreadable)
+    assert (last.kind, last.detail) == ("truncated", f"the shard is damaged from byte {offset} on")
+    assert list(found) == ["0", "1", "2", "3"]
+
+
+def test_folders_that_hold_one_another(tmp_path: Path) -> None:
+    write(tmp_path, ["images/1.jpg", "images/a/2.jpg"])
+    for source in (tmp_path / "images", tmp_path / "images" / "*.jpg"):
+        with pytest.raises(StoreError, match=r"out must be a folder beside the source's images, or below them"):
+            open_source(source, exclude=str(tmp_path / "images" if "*" in source.name else tmp_path))
+    (tmp_path / "images" / "a" / "up").symlink_to("..")
+    with pytest.raises(StoreError, match=r"source must not hold a link to a folder around it; .*a/up leads to"):
+        open_source(tmp_path / "images")
+
+
+def test_cells_that_are_no_images_or_no_keys(tmp_path: Path) -> None:
+    keys = pa.array(["a", "b"]).dictionary_encode()
+    pq.write_table(pa.table({"id": keys, "image": [b"x", None]}), tmp_path / "a.parquet")
+    found = everything(open_source(tmp_path))
+    assert found.pop("a") == b"x"
+    assert found["b"].kind == "missing"  # type: ignore[attr-defined]
+    pq.write_table(pa.table({"id": ["a", None], "image": [b"x", b"y"]}), tmp_path / "a.parquet")
+    with pytest.raises(StoreError, match=r"id_column must name a column with a key in each row; 'id' has a"):
+        open_source(tmp_path).rows()
+
+
+def test_shards_with_one_key_twice_and_compressed_ones_are_refused(tmp_path: Path) -> None:
+    for shard in range(2):
+        with tarfile.open(tmp_path / f"s-{shard}.tar", "w") as archive:
+            add(archive, "same.jpg", b"x")
+    with pytest.raises(StoreError, match="'same' occurs twice"):
+        open_source(tmp_path).rows()
+    (tmp_path / "gz").mkdir()
+    (tmp_path / "gz" / "s.tar.gz").write_bytes(b"")
+    with pytest.raises(StoreError, match=r"uncompressed \.tar shards.*s\.tar\.gz"):
+        open_source(tmp_path / "gz")
+
+
+@pytest.mark.parametrize("form", ["binary", "struct"])
+def test_parquet_with_image_bytes(form: str, tmp_path: Path) -> None:
+    expected: dict[str, object] = {}
+    for file in range(2):
+        ids = [file * 100 + number for number in range(50)]
+        values: list[object] = [f"image {id_}".encode() for id_ in ids]
+        expected |= {str(id_): value for id_, value in zip(ids, values, strict=True)}
+        if form == "struct":
+            values = [{"bytes": value, "path": "x"} for value in values]
+        table = pa.table({"label": list(range(50)), "image": values, "id": ids})
+        pq.write_table(table, tmp_path / f"{file}.parquet", row_group_size=20)
+    assert everything(open_source(tmp_path)) == expected
+    by_row = everything(open_source(tmp_path / "1.parquet", id_column="#row"))
+    assert by_row["1.parquet#49"] == b"image 149"
+
+
+def test_parquet_blocks_need_not_begin_at_row_groups(tmp_path: Path) -> None:
+    table = pa.table({"id": [str(n) for n in range(100)], "bytes": [bytes([n]) for n in range(100)]})
+    pq.write_table(table, tmp_path / "x.parquet", row_group_size=40)
+    source = open_source(tmp_path)
+    rows = source.rows()
+    for start, stop in [(0, 7), (35, 45), (17, 99), (80, 100)]:
+        pieces = source.slices(rows.slice(start, stop - start))
+        found = [pair for piece in pieces for pair in source.read(piece)]
+        assert found == [(str(n), bytes([n])) for n in range(start, stop)]
+
+
+def test_parquet_columns_that_leave_a_doubt(tmp_path: Path) -> None:
+    path = tmp_path / "x.parquet"
+    pq.write_table(pa.table({"left": [b"a"], "right": [b"b"], "id": ["1"]}), path)
+    with pytest.raises(StoreError, match=r"image_column must name the column.*'left', 'right', 'id'"):
+        open_source(path)
+    assert everything(open_source(path, image_column="right")) == {"1": b"b"}
+    with pytest.raises(StoreError, match="id_column must name a column that fits; got 'nope'"):
+        open_source(path, image_column="left", id_column="nope")
+    pq.write_table(pa.table({"image": [b"a", None], "id": ["1", "1"]}), path)
+    with pytest.raises(StoreError, match=r"'1' occurs twice \(name another id_column"):
+        open_source(path).rows()
+    rows = everything(open_source(path, id_column="#row"))
+    assert isinstance(rows["x.parquet#1"], Unreadable)
+
+
+def test_nothing_there(tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match="source must exist"):
+        open_source(tmp_path / "nope")
+    with pytest.raises(StoreError, match="no file is there"):
+        open_source(tmp_path / "*.jpg")
+    with pytest.raises(StoreError, match="no pyarrow file system takes 'ftp://x/y'"):
+        open_source("ftp://x/y")
+
+
+def test_damaged_parquet_costs_its_own_rows_and_says_so(tmp_path: Path) -> None:
+    cells = [bytes([index]) * 4000 for index in range(40)]
+    table = pa.table({"id": [str(index) for index in range(40)], "image": cells})
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=10, compression="zstd", use_dictionary=False)
+    chunk = pq.read_metadata(tmp_path / "a.parquet").row_group(2).column(1)
+    data = bytearray((tmp_path / "a.parquet").read_bytes())
+    data[chunk.data_page_offset : chunk.data_page_offset + 8] = b"\xff" * 8
+    (tmp_path / "a.parquet").write_bytes(data)
+    (tmp_path / "b.parquet").write_bytes(data[:3000])  # without its end, where Parquet has its contents
+    (tmp_path / "c.parquet").write_bytes(b"")
+    found = everything(open_source(tmp_path))
+    assert list(found) == [*map(str, range(40)), "b.parquet", "c.parquet"]
+    lost = {id_ for id_, content in found.items() if isinstance(content, Unreadable)}
+    assert lost == {*map(str, range(20, 30)), "b.parquet", "c.parquet"}
+    assert all(found[str(index)] == cells[index] for index in range(40) if str(index) not in lost)
+    assert {found[id_].kind for id_ in lost} == {"corrupt"}  # type: ignore[attr-defined]
+    assert "a.parquet, row group 2: " in found["20"].detail  # type: ignore[attr-defined]
+
+
+def test_parquet_files_that_differ_in_their_columns_are_told_by_name(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"id": ["1"], "image": [b"x"]}), tmp_path / "a.parquet")
+    pq.write_table(pa.table({"id": ["2"], "picture": [b"x"]}), tmp_path / "b.parquet")
+    with pytest.raises(StoreError, match=r"image_column must name a column of each file; b.parquet has no 'image'"):
+        open_source(tmp_path).rows()
+    (tmp_path / "a.parquet").write_bytes(b"")
+    with pytest.raises(StoreError, match=r"a.parquet cannot be opened"):
+        open_source(tmp_path)
+
+
+def test_a_name_that_is_not_utf8_is_told(tmp_path: Path) -> None:
+    write(tmp_path, ["a.jpg"])
+    (Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.jpg"))).write_bytes(b"x")
+    with pytest.raises(StoreError, match=r"names of files must be UTF-8, since ids are made of them; rename"):
+        open_source(tmp_path)

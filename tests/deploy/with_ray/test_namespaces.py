@@ -1,0 +1,209 @@
+"""A cluster of several nodes, each with its own address in a network namespace, run by deploy/ray's scripts."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from network import Host, Network, why_not
+from paths import DEPLOY, SUPPORT
+
+RAY = DEPLOY / "ray"
+TRAINER = SUPPORT / "namespace_trainer.py"
+PATIENCE = 240.0  # for a machine that does much else; nothing here takes long by itself
+
+_REASON = why_not()
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(900),
+    pytest.mark.skipif(_REASON is not None, reason=str(_REASON)),
+]
+
+
+class Cluster:
+    """Nodes run by the scripts; ``hosts[0]`` is the head's."""
+
+    def __init__(self, hosts: list[Host], folder: Path, *, tls: bool) -> None:
+        self.hosts, self.folder, self.tls = hosts, folder, tls
+        self.address = f"{hosts[0].address}:6379"
+        self.token = folder / "token"
+        subprocess.run([RAY / "make-token.sh", self.token], check=True, timeout=60)
+        if tls:
+            for host in hosts:
+                command = [RAY / "make-certificates.sh", folder / "tls", host.address]
+                subprocess.run(command, check=True, timeout=60)
+        self.nodes: dict[Host, subprocess.Popen[str]] = {}
+
+    def env(self, *, host: Host | None = None, token: bool = True) -> dict[str, str]:
+        """The environment of a client: on ``host`` with its certificate, and with the token where wanted."""
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        env = {"PATH": path, "HOME": str(self.folder), "OMP_NUM_THREADS": "1", "RAY_ADDRESS": self.address}
+        env["PYTHONPATH"] = os.environ.get("PYTHONPATH", "")  # for those who test a checkout that is not installed
+        if token:
+            env |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(self.token)}
+        if host is not None and self.tls:
+            files = self.folder / "tls" / host.address
+            env |= {"RAY_USE_TLS": "1", "RAY_TLS_CA_CERT": str(files / "ca.crt")}
+            env |= {"RAY_TLS_SERVER_CERT": str(files / "node.crt"), "RAY_TLS_SERVER_KEY": str(files / "node.key")}
+        return env
+
+    def start(self, number: int) -> None:
+        """Start the node of ``hosts[number]``; wait for it with :meth:`joined`."""
+        host = self.hosts[number]
+        # Paths of Ray's sockets must stay under about 100 characters.
+        options = ["--ip", host.address, "--token", self.token, "--object-store", "128M", "--cpus", "1"]
+        options += ["--temp-dir", self.folder / str(number), "--label", f"role={'teacher' if number else 'trainer'}"]
+        options += ["--tls", self.folder / "tls" / host.address] if self.tls else []
+        # The dashboard takes seconds of a core to start, and nothing here looks at it.
+        script = ["worker.sh", "--head", self.address] if number else ["head.sh"]
+        rest = [] if number else ["--", "--include-dashboard", "false"]
+        log = self.folder / f"{number}.log"
+        env = {name: value for name, value in self.env().items() if not name.startswith("RAY_")}
+        # By default Ray takes a quarter of a minute to miss a machine that went without a word.
+        env["RAY_health_check_period_ms"] = "500"
+        # Workers when they are needed, and not as soon as somebody connects: each takes a second of a core.
+        env["RAY_prestart_worker_first_driver"] = "0"
+        self.nodes[host] = host.start([RAY / script[0], *script[1:], *options, *rest], env=env, log=log)
+
+    def joined(self, *numbers: int) -> None:
+        """Wait until these nodes run."""
+        for number in numbers:
+            log = self.folder / f"{number}.log"
+            node = self.nodes[self.hosts[number]]
+            until(
+                lambda log=log: "Ray runtime started" in log.read_text(),
+                lambda node=node, log=log: f"exit status {node.poll()}; {log.read_text()[-2000:]}",
+            )
+
+    def run(self, *command: object, number: int = 0, timeout: float = PATIENCE) -> str:
+        """Run ``dinov3-ray`` on a node; what it wrote."""
+        host = self.hosts[number]
+        status, text = host.run(["dinov3-ray", *command], env=self.env(host=host), timeout=timeout)
+        assert status == 0, text
+        return text
+
+
+def until(what: Callable[[], object], else_: Callable[[], str], timeout: float = PATIENCE) -> None:
+    deadline = time.monotonic() + timeout
+    while not what():
+        assert time.monotonic() < deadline, else_()
+        time.sleep(0.1)
+
+
+@contextmanager
+def running(hosts: int, *, nodes: int, tls: bool = False) -> Iterator[Cluster]:
+    """A cluster of ``nodes`` nodes in a network of ``hosts``."""
+    with (
+        tempfile.TemporaryDirectory(prefix="dn-", ignore_cleanup_errors=True) as folder,
+        Network(f"dn{os.getpid()}{'t' if tls else ''}", hosts) as network,
+    ):
+        cluster = Cluster(network.hosts, Path(folder), tls=tls)
+        cluster.start(0)
+        cluster.joined(0)
+        for number in range(1, nodes):
+            cluster.start(number)
+        yield cluster  # they join while what follows begins: a pool waits for its places
+
+
+def train(cluster: Cluster, root: Path, stderr: Path) -> subprocess.Popen[str]:
+    host = cluster.hosts[0]
+    command = [sys.executable, TRAINER, root, cluster.address]
+    return host.start(command, env=cluster.env(host=host), stderr=stderr)
+
+
+def read_until(
+    trainer: subprocess.Popen[str], stderr: Path, wanted: Callable[[dict[str, Any]], bool]
+) -> dict[str, Any]:
+    """The first of the trainer's lines that is ``wanted``."""
+    assert trainer.stdout is not None
+    for line in trainer.stdout:
+        if line.startswith("{") and wanted(told := json.loads(line)):
+            return dict(told)
+    raise AssertionError(f"the trainer ended with {trainer.wait(30)}: {stderr.read_text()[-3000:]}")
+
+
+def steps_beyond(trainer: subprocess.Popen[str], stderr: Path, steps: int) -> int:
+    return int(read_until(trainer, stderr, lambda told: told["steps"] > steps)["steps"])
+
+
+def finish(trainer: subprocess.Popen[str], stderr: Path) -> dict[str, Any]:
+    assert trainer.stdin is not None
+    trainer.stdin.close()
+    ended = read_until(trainer, stderr, lambda told: told.get("ended", False))
+    assert trainer.wait(60) == 0, stderr.read_text()
+    return ended
+
+
+def test_three_nodes_one_lost_one_joined(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    with running(4, nodes=3) as cluster:
+        head, lost, stays, new = cluster.hosts
+        stranger = head.start(["dinov3-ray", "status"], env=cluster.env(token=False), log=tmp_path / "stranger")
+
+        options = ["--replicas", 2, "--num-gpus", 0, "--num-cpus", 1, "--label", "role=teacher", "--threads", 1]
+        assert "2 of 2 ready" in cluster.run("up", "--root", tiny_checkpoint, *options)
+        cluster.joined(1, 2)
+        trainer = train(cluster, tiny_checkpoint, tmp_path / "trainer")
+        steps = steps_beyond(trainer, tmp_path / "trainer", 0)
+        # One process that goes on telling: each takes seconds to start.
+        watch = ["dinov3-ray", "status", "--watch", "--json", "--interval", "0.5"]
+        watcher = head.start(watch, env=cluster.env(host=head), stderr=tmp_path / "watcher")
+        before = read_until(watcher, tmp_path / "watcher", lambda told: told["ready"] == 2)
+        nodes = {replica["node_id"] for replica in before["replicas"]}
+        assert len(nodes) == 2, "the replicas are on the two nodes that are labelled for them"
+        ran = {replica["pid"] for replica in before["replicas"]}
+        assert ran <= {*lost.pids(), *stays.pids()}
+        ran_there = ran & {*lost.pids()}
+
+        # A machine goes: all of its processes at once. Another comes.
+        lost.end()
+        cluster.start(3)
+        steps = steps_beyond(trainer, tmp_path / "trainer", steps + 10)  # what is left goes on alone
+        cluster.joined(3)
+        after = read_until(
+            watcher,
+            tmp_path / "watcher",
+            lambda told: told["ready"] == 2 and not ran_there & {replica["pid"] for replica in told["replicas"]},
+        )
+        watcher.send_signal(signal.SIGINT)
+        assert {replica["pid"] for replica in after["replicas"]} <= {*stays.pids(), *new.pids()}
+        steps_beyond(trainer, tmp_path / "trainer", steps + 20)
+        ended = finish(trainer, tmp_path / "trainer")
+        assert ended["resends"] > 0, "nothing was in flight on the node that was lost"
+
+        assert "has ended" in cluster.run("down")
+        gone = [replica["pid"] for replica in after["replicas"]]
+        until(lambda: not {*gone} & {*stays.pids(), *new.pids()}, lambda: "replicas outlive their pool")
+
+        assert stranger.wait(PATIENCE) == 1
+        refusal = (tmp_path / "stranger").read_text()
+        assert "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH" in refusal
+
+        for host in (stays, new, head):
+            cluster.nodes[host].send_signal(signal.SIGTERM)
+        for host in (stays, new, head):
+            cluster.nodes[host].wait(60)
+            until(lambda host=host: not host.pids(), lambda host=host: f"left behind: {host.pids()}")
+
+
+def test_tls(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    with running(2, nodes=2, tls=True) as cluster:
+        head = cluster.hosts[0]
+        # It has the token, and talks in plain text.
+        plain = head.start(["dinov3-ray", "status"], env=cluster.env(), log=tmp_path / "plain")
+        options = ["--replicas", 1, "--num-gpus", 0, "--num-cpus", 1, "--label", "role=teacher", "--threads", 1]
+        assert "1 of 1 ready" in cluster.run("up", "--root", tiny_checkpoint, *options)
+        trainer = train(cluster, tiny_checkpoint, tmp_path / "trainer")
+        steps_beyond(trainer, tmp_path / "trainer", 0)
+        assert finish(trainer, tmp_path / "trainer")["resends"] == 0
+        assert plain.wait(PATIENCE) == 1
+        assert "RAY_USE_TLS=1" in (tmp_path / "plain").read_text()

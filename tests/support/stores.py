@@ -1,0 +1,61 @@
+"""Feature stores for tests, written as an extraction writes them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dinov3_ray.datasets.decode import Unreadable, view_digest
+from dinov3_ray.datasets.folder import Folder
+from dinov3_ray.datasets.store.schema import Row, encode_columns, spec_to_json
+from dinov3_ray.datasets.store.writer import BlockWriter, finish
+from dinov3_ray.features import Features, FeatureSpec, deliver
+from dinov3_ray.model import DinoV3Teacher
+from dinov3_ray.testing import FakeTeacher
+
+SPEC = FeatureSpec(cls=True, feature_map=True, registers=True, layers=(-1, 0), map_size=(3, 5))
+COUNT = 50
+
+
+def views(seed: int = 0) -> Tensor:
+    return torch.randint(0, 256, (COUNT, 3, 48, 80), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+
+
+def ids() -> list[str]:
+    return [f"folder {index % 3}/ä{index:03}.jpg" for index in range(COUNT)]
+
+
+def build(out: Path, spec: FeatureSpec, teacher: FakeTeacher | DinoV3Teacher, *, end: bool = True) -> Features:
+    """A store of three blocks of COUNT images in all, and one failure; gives what the teacher says for ``spec``."""
+    folder = Folder.at(out)
+    folder.make("parts")
+    folder.make("ledger")
+    images = views()
+    native = teacher.extract(images, spec.native())
+    _, result_dtype = encode_columns(native, spec)
+    identity = {
+        "fingerprint": teacher.fingerprint,
+        "spec": spec_to_json(spec),
+        "result_dtype": result_dtype,
+        "preprocessing": None,
+    }
+    folder.write_json("plan.json", identity)
+    for block, start in enumerate(range(0, COUNT, 20)):
+        stop = min(start + 20, COUNT)
+        writer = BlockWriter(folder, f"{block:07}", identity)
+        rows = [Row(ids()[index], 48, 80, view_digest(images[index].numpy())) for index in range(start, stop)]
+        # Batches come in any order, and are not those of the block.
+        for low, high in ((13, 20), (0, 13)):
+            low, high = start + low, min(start + high, stop)
+            if low < high:
+                positions = list(range(low - start, high - start))
+                part = [rows[position] for position in positions]
+                writer.add(positions, part, encode_columns(native.rows(low, high), spec)[0])
+        if block == 1:
+            writer.fail(20, "bad.jpg", Unreadable("truncated", "it ends early"))
+        writer.commit()
+    if end:
+        finish(folder, identity)
+    return deliver(native, spec)

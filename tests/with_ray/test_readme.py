@@ -1,0 +1,57 @@
+"""What the README shows works: its Python blocks run, in order, and its commands exist."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from paths import REPOSITORY
+
+from dinov3_ray.cli import COMMANDS
+
+README = REPOSITORY / "README.md"
+
+
+def python_blocks() -> list[tuple[int, str]]:
+    """Each fenced Python block, with the number of its first line."""
+    text = README.read_text(encoding="utf-8")
+    found = re.finditer(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    return [(text[: block.start(1)].count("\n") + 1, block[1]) for block in found]
+
+
+@pytest.fixture
+def readers_folder(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory of somebody who follows the README: it holds a model directory named ``dinov3``."""
+    shutil.copytree(tiny_checkpoint, tmp_path / "dinov3")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.usefixtures("readers_folder", "ray_cluster")
+def test_the_python_blocks_run_in_order() -> None:
+    blocks = python_blocks()
+    assert len(blocks) >= 6
+    namespace: dict[str, object] = {"__name__": "readme"}
+    for line, source in blocks:
+        # Blank lines in front, so that a traceback shows the README's own line.
+        exec(compile("\n" * (line - 1) + source, str(README), "exec"), namespace)
+
+
+def test_every_command_is_documented_and_every_documented_command_exists() -> None:
+    named = set(re.findall(r"dinov3-ray ([a-z]+)", README.read_text(encoding="utf-8")))
+    assert named == set(COMMANDS)
+
+
+def test_both_set_up_commands_are_there_and_what_they_name_exists() -> None:
+    text = README.read_text(encoding="utf-8")
+    assert "pip install -c deploy/constraints.txt . && dinov3-ray demo" in text
+    assert "pip install -c deploy/constraints.txt -e '.[test]' && pytest" in text
+    assert (README.parent / "deploy" / "constraints.txt").is_file()
+
+
+def test_what_it_is_and_is_not_fits_in_ten_lines() -> None:
+    text = README.read_text(encoding="utf-8")
+    section = text[text.index("**It is**") : text.index("## Set-up")]
+    assert len([line for line in section.splitlines() if line.strip()]) <= 10
