@@ -21,6 +21,7 @@ from dinov3_ray.datasets.extraction.worker import BlockExtractor, Job
 from dinov3_ray.datasets.folder import LEDGER, MANIFEST, PARTS, PLAN
 from dinov3_ray.datasets.sources.open import check_there
 from dinov3_ray.datasets.sources.ray_dataset import DatasetRows, actor_pool, execution
+from dinov3_ray.datasets.store import listing
 from dinov3_ray.datasets.store.reader import FeatureStore
 from dinov3_ray.datasets.store.schema import spec_to_json
 from dinov3_ray.datasets.store.writer import check_rows, finish
@@ -97,12 +98,12 @@ class Run:
         if source is None:
             sizes = []
         elif listed is None:
-            sizes = plans.block_rows(self.folder)
+            sizes = listing.block_rows(self.folder)
         else:
             spans = plans.cut_blocks(listed, identity["block_size"], by_file=source.by_file)
             sizes = [stop - start for start, stop in spans]
         finished = {name.removesuffix(".json") for name in self.folder.names(LEDGER, ".json")}
-        todo = [index for index in range(len(sizes)) if plans.block_name(index) not in finished]
+        todo = [index for index in range(len(sizes)) if listing.block_name(index) not in finished]
         forecast = self._forecast(identity, sizes, todo, finished)
         if on_forecast is not None:
             on_forecast(forecast)
@@ -116,7 +117,7 @@ class Run:
         if check_space and not forecast.fits:
             raise StoreError(f"out must have room for the features: {forecast} (check_space=False starts all the same)")
         if source is not None and listed is None and todo:
-            check_there(source, plans.load_block(self.folder, todo[0]))
+            check_there(source, listing.load_block(self.folder, todo[0]))
         self._prepare(identity, listed, spans)
         return self._work(identity, forecast, todo, progress)
 
@@ -127,7 +128,7 @@ class Run:
         self.folder.sweep(PARTS)
         self.folder.sweep(LEDGER)
         if spans is not None:
-            plans.save_rows(self.folder, listed, spans)
+            listing.save_rows(self.folder, listed, spans)
         if self.old is None:
             self.folder.write_json(PLAN, identity)
 

@@ -10,8 +10,8 @@ They are two for a client with nothing in flight, and one more for each request 
 loop's first batches then go to as many replicas, and the second one does not wait behind the first.
 
 What failed, in the simulation (tests/pool/test_simulation.py: replicas whose speeds differ by 10, 80% load). The
-figures are mean latencies; a random choice has 114 ms with 1,000 replicas and 10,000 clients of 6 requests each, 270 ms with 100
-replicas and 64 clients.
+figures are mean latencies; a random choice has 114 ms with 1,000 replicas and 10,000 clients of 6 requests each, 270 ms
+with 100 replicas and 64 clients.
 
 - Two candidates always: of the first four batches of a training loop, two met at one of four replicas more often than
   not, and the loop waited a whole batch for it at the start of most epochs. The three tests of the simulation have 54,
