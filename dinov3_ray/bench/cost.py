@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["COPIES", "Costs", "Line", "Load", "Spent"]
+__all__ = ["COPIES", "Costs", "Line", "Spent", "Workload"]
 
 #: Times that each byte of images and results is written: once, into the object store.
 COPIES = 1
 
 
 @dataclass(frozen=True, slots=True)
-class Load:
+class Workload:
     """What is asked of a pool.
 
     Attributes:
@@ -93,7 +93,7 @@ class Costs:
             copy_rate,
         )
 
-    def walls(self, load: Load, network: float | None = None) -> dict[str, float]:
+    def walls(self, load: Workload, network: float | None = None) -> dict[str, float]:
         """Batches/s that each part could do by itself.
 
         Args:
@@ -110,7 +110,7 @@ class Costs:
             walls["network"] = load.clients * network / load.nbytes
         return walls
 
-    def predict(self, load: Load, network: float | None = None) -> tuple[float, str]:
+    def predict(self, load: Workload, network: float | None = None) -> tuple[float, str]:
         """Batches/s, and the part that allows no more."""
         walls = self.walls(load, network)
         wall = min(walls, key=walls.__getitem__)

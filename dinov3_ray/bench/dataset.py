@@ -2,14 +2,18 @@
 
 Everyone gets the same images, twice: as pixels that are decoded already ([224,224,3], in memory or in Ray's object
 store), which leaves out file system and decoder; and as JPEG files of 500 x 375 px, decoded on the same CPUs.
+
+
+Random rows of a feature store, beside the same rows of memory-mapped NumPy arrays.
 """
 
 from __future__ import annotations
 
 import json
+import random
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -23,18 +27,20 @@ import torch.nn.functional as F
 from PIL import Image
 from rich.table import Table
 
-from dinov3_ray.bench.contenders import quiet_data
-from dinov3_ray.bench.reading import Reading, measure_reading
-from dinov3_ray.bench.throughput import describe_machine
+from dinov3_ray.bench.machine import describe_machine
+from dinov3_ray.bench.throughput import quiet_data
 from dinov3_ray.checkpoint import init_checkpoint
 from dinov3_ray.config import ComputeDtype, DinoV3Config
-from dinov3_ray.datasets import extract
+from dinov3_ray.datasets import FeatureStore, extract
 from dinov3_ray.datasets.decode import Decoder
-from dinov3_ray.datasets.store.schema import encode_columns
-from dinov3_ray.features import FeatureSpec
+from dinov3_ray.datasets.folder import Folder
+from dinov3_ray.datasets.store.schema import Row, decode_columns, encode_columns, spec_to_json
+from dinov3_ray.datasets.store.writer import BlockWriter, finish
+from dinov3_ray.features import FeatureSpec, ResultDtype
 from dinov3_ray.model import DinoV3Teacher
 
-__all__ = ["DatasetResult", "DatasetWork", "Rate", "measure_dataset"]
+__all__ = ["DatasetResult", "DatasetWork", "ImageRate", "ReadRate", "measure_dataset", "measure_reading"]
+
 
 _SPEC = FeatureSpec(cls=True, feature_map=True)
 _SIDE = 224
@@ -61,7 +67,7 @@ class DatasetWork:
 
 
 @dataclass(frozen=True, slots=True)
-class Rate:
+class ImageRate:
     """One contender, run by run.
 
     Attributes:
@@ -90,13 +96,13 @@ class DatasetResult:
 
     work: DatasetWork
     computed_in: str
-    decoded: list[Rate]
-    files: list[Rate]
-    reading: list[Reading]
+    decoded: list[ImageRate]
+    files: list[ImageRate]
+    reading: list[ReadRate]
     machine: str
 
     def as_dict(self) -> dict[str, Any]:
-        def rows(rates: Sequence[Rate]) -> list[dict[str, Any]]:
+        def rows(rates: Sequence[ImageRate]) -> list[dict[str, Any]]:
             return [
                 asdict(rate) | {"images_per_second": rate.per_second, "of_the_bare_loop": _ratio(rate, rates[0])}
                 for rate in rates
@@ -163,15 +169,15 @@ def measure_dataset(
             ray.data.from_items(part, override_num_blocks=max(_cpus(), len(part) // 128)).materialize()
             for part in (rows, rows[: work.peers_images])
         )
-        sets: dict[str, list[tuple[Rate, _Contender]]] = {
+        sets: dict[str, list[tuple[ImageRate, _Contender]]] = {
             "decoded": [
-                (Rate("bare loop", work.images), lambda _: bare_loop(teacher, pixels, work.batch)),
-                (Rate("extract", work.images), lambda out: _extract(given, out, config)),
+                (ImageRate("bare loop", work.images), lambda _: bare_loop(teacher, pixels, work.batch)),
+                (ImageRate("extract", work.images), lambda out: _extract(given, out, config)),
                 *_peers(few, root, work.peers_images),
             ],
             "files": [
-                (Rate("bare loop, decoding first", work.images), lambda _: bare_loop(teacher, files, work.batch)),
-                (Rate("extract", work.images), lambda out: _extract(str(folder / "files"), out, config)),
+                (ImageRate("bare loop, decoding first", work.images), lambda _: bare_loop(teacher, files, work.batch)),
+                (ImageRate("extract", work.images), lambda out: _extract(str(folder / "files"), out, config)),
                 *_peers([str(path) for path in files[: work.peers_images]], root, work.peers_images)[-1:],
             ],
         }
@@ -260,13 +266,13 @@ class PlainTransformers:
 _STATISTICS = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-def _peers(source: Any, root: Path, images: int) -> list[tuple[Rate, _Contender]]:
+def _peers(source: Any, root: Path, images: int) -> list[tuple[ImageRate, _Contender]]:
     def contender(actors: int) -> _Contender:
         return lambda out: _plain(source, out, root, actors)
 
     return [
-        (Rate("map_batches with transformers, one actor", images), contender(1)),
-        (Rate("map_batches with transformers, an actor a CPU", images), contender(_cpus())),
+        (ImageRate("map_batches with transformers, one actor", images), contender(1)),
+        (ImageRate("map_batches with transformers, an actor a CPU", images), contender(_cpus())),
     ]
 
 
@@ -321,5 +327,86 @@ def _square(image: Image.Image) -> np.ndarray:
     return np.asarray(image.convert("RGB").resize((_SIDE, _SIDE)))
 
 
-def _ratio(rate: Rate, bound: Rate) -> float:
+def _ratio(rate: ImageRate, bound: ImageRate) -> float:
     return rate.per_second / bound.per_second
+
+
+_READS = 1000
+_BLOCK = 256
+_DTYPES: tuple[ResultDtype, ...] = ("float32", "float16", "int8")
+
+
+@dataclass(frozen=True, slots=True)
+class ReadRate:
+    """Microseconds a row, median over the runs: through ``FeatureStore``, and from ``numpy.load(mmap_mode="r")``.
+
+    Both end in torch tensors of the same values, which the caller owns.
+    """
+
+    dtype: str
+    rows: int
+    reads: int
+    store: float
+    memmap: float
+
+    @property
+    def ratio(self) -> float:
+        return self.store / self.memmap
+
+
+def measure_reading(source: Path, folder: Path, repeats: int) -> list[ReadRate]:
+    """Store the features in ``source`` anew in each dtype, under ``folder``, and read 1,000 random ids of each."""
+    original = FeatureStore(source)
+    found = []
+    for dtype in _DTYPES:
+        out = folder / dtype
+        columns, result_dtype = _store_anew(original, out, dtype)
+        store = FeatureStore(out)
+        mapped = {}
+        for name, array in columns.items():
+            np.save(folder / f"{dtype}-{name}.npy", array)
+            mapped[name] = np.load(folder / f"{dtype}-{name}.npy", mmap_mode="r")
+        places = random.Random(0).choices(range(len(store)), k=_READS)  # noqa: S311 - no secret
+        ids = [store.ids[place] for place in places]
+        from_store, from_memmap = [], []
+        for _ in range(repeats + 1):
+            begun = time.perf_counter()
+            for id_ in ids:
+                store[id_]
+            between = time.perf_counter()
+            for place in places:
+                _row(mapped, place, result_dtype)
+            from_store.append((between - begun) / _READS * 1e6)
+            from_memmap.append((time.perf_counter() - between) / _READS * 1e6)
+        # The first warms up.
+        medians = statistics.median(from_store[1:]), statistics.median(from_memmap[1:])
+        found.append(ReadRate(dtype, len(store), _READS, *medians))
+    return found
+
+
+def _store_anew(original: FeatureStore, out: Path, dtype: ResultDtype) -> tuple[dict[str, np.ndarray], str]:
+    """The columns of the new store, in the order of its ids, and its result dtype."""
+    folder = Folder.at(out)
+    folder.make("parts")
+    folder.make("ledger")
+    spec = FeatureSpec(cls=True, feature_map=True, dtype=dtype)
+    parts: list[Mapping[str, np.ndarray]] = []
+    identity = dict(original.manifest)
+    for number, (ids, features) in enumerate(original.iter_batches(_BLOCK)):
+        columns, result_dtype = encode_columns(features, spec)
+        identity |= {"spec": spec_to_json(spec), "result_dtype": result_dtype}
+        writer = BlockWriter(folder, f"{number:07}", identity)
+        rows = [Row(id_, *original.original_size(id_), original.view(id_)) for id_ in ids]
+        writer.add(range(len(ids)), rows, columns)
+        writer.commit()
+        parts.append(columns)
+    folder.write_json("plan.json", identity)
+    finish(folder, identity)
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}, identity["result_dtype"]
+
+
+def _row(mapped: Mapping[str, np.ndarray], place: int, result_dtype: str) -> object:
+    row = {name: np.array(array[place : place + 1]) for name, array in mapped.items()}
+    if any(array.dtype == np.int8 for array in row.values()):
+        return decode_columns(row, result_dtype, None)
+    return {name: torch.from_numpy(array) for name, array in row.items()}

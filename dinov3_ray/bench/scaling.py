@@ -1,7 +1,7 @@
-"""What a pool of simulated accelerators delivers as work grows, beside what :mod:`dinov3_ray.bench.cost` predicts.
+"""What a pool of simulated accelerators delivers as work grows, compared with what ``bench.cost`` predicts.
 
-The costs are measured with one replica, one client, and batches of two sizes; all else is predicted from them, and
-then measured. Everything is on one node; nothing else should run there.
+The costs are measured with one replica, one client, and batches of two sizes. Everything else is predicted from them,
+and then measured. Everything runs on one node; nothing else should run there.
 """
 
 from __future__ import annotations
@@ -9,27 +9,32 @@ from __future__ import annotations
 import functools
 import os
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import ray
 import torch
+from rich.table import Table
 
-from dinov3_ray.bench.cost import Costs, Load, Spent
-from dinov3_ray.bench.cputime import cpu_seconds
+from dinov3_ray.bench.cost import COPIES, Costs, Line, Spent, Workload
+from dinov3_ray.bench.machine import describe_machine
 from dinov3_ray.bench.simulated import Accelerator, Work
-from dinov3_ray.bench.throughput import describe_machine
 from dinov3_ray.features import FeatureSpec
 from dinov3_ray.pool.client.remote import RemoteTeacher
 from dinov3_ray.pool.teacher_pool import TeacherPool
 
-__all__ = ["QUICK", "Plan", "Point", "Scaling", "Shape", "measure_scaling"]
+__all__ = ["QUICK", "Point", "Scaling", "ScalingPlan", "Shape", "cpu_seconds", "measure_scaling"]
+
 
 _NAME = "bench-scaling"
 _WORK = Work()  # 40 ms for 32 images
 _COPY_BYTES = 64 * 2**20
+_AXES = {"replicas": "{0} replica", "batch": "batch of {0}", "map": "map {0} x {0}", "clients": "{0} client"}
+_COUNTED = ("replicas", "clients")
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,12 +57,12 @@ class Shape:
         """Of the images and the results."""
         return self.rows * 3 * _WORK.pixels**2 + self.work.result_bytes
 
-    def load(self, replicas: int, clients: int = 1, seconds: float = _WORK.seconds) -> Load:
-        return Load(replicas, clients, self.rows, self.nbytes, seconds * self.rows / _WORK.rows)
+    def load(self, replicas: int, clients: int = 1, seconds: float = _WORK.seconds) -> Workload:
+        return Workload(replicas, clients, self.rows, self.nbytes, seconds * self.rows / _WORK.rows)
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class ScalingPlan:
     """What to measure.
 
     Attributes:
@@ -66,6 +71,7 @@ class Plan:
         base: a number in ``replicas``.
         seconds: that count, of each point.
         calibration: the two shapes from which the costs are taken.
+        network: bytes per second of a client on another node; nothing is sent there, it is only calculated with.
     """
 
     replicas: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
@@ -75,9 +81,10 @@ class Plan:
     base: int = 4
     seconds: float = 3.0
     calibration: tuple[Shape, Shape] = (Shape(rows=1), Shape(side=28))
+    network: float = 25e9 / 8
 
 
-QUICK = Plan((1, 2, 4), (1, 32), (7, 28), (1, 2), base=2, seconds=1.0)
+QUICK = ScalingPlan((1, 2, 4), (1, 32), (7, 28), (1, 2), base=2, seconds=1.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +100,7 @@ class Point:
 
     axis: str
     value: int
-    load: Load
+    load: Workload
     measured: float
     predicted: float
     wall: str
@@ -110,7 +117,7 @@ class Point:
 class Scaling:
     """What was measured, and on what."""
 
-    plan: Plan
+    plan: ScalingPlan
     costs: Costs
     points: tuple[Point, ...]
     machine: str
@@ -124,7 +131,68 @@ class Scaling:
                 asdict(point) | {"ratio": point.ratio, "images_per_second": point.measured * point.load.rows}
                 for point in self.points
             ],
+            "walls": self.walls()[1],
         }
+
+    def walls(self) -> tuple[list[Shape], dict[str, list[float]]]:
+        """Three shapes, and the number of accelerators that each part keeps busy, one number per shape."""
+        shapes = [Shape(side=7), Shape(), Shape(side=28)]
+        names = {
+            "CPU": "CPU of this node",
+            "client": "one client's process",
+            "memory": "memory of this node",
+            "network": "one client's network",
+        }
+        rates = [
+            (self.costs.walls(shape.load(1), self.plan.network), shape.load(1).accelerator_seconds) for shape in shapes
+        ]
+        return shapes, {label: [walls[name] * seconds for walls, seconds in rates] for name, label in names.items()}
+
+    def tables(self) -> list[Table]:
+        """Each point, and what each part allows by itself."""
+        return [self._points_table(), self._walls_table()]
+
+    def _points_table(self) -> Table:
+        costs = self.costs
+        table = Table(
+            title="A pool as work grows",
+            caption="MiB: a batch, in and out; ratio: predicted over measured\nsimulated accelerators, 40 ms for 32 "
+            "images of 224 px; where nothing else is said, 1 client, batches of 32,\n"
+            f"maps 14 x 14 and {self.plan.base} replicas\ncosts, from 1 replica and two sizes: "
+            f"{_line(costs.cpu)} of CPU; of these in the client {_line(costs.client)}\n{self.machine}",
+        )
+        for heading in ("", "MiB", "img/s", "predicted", "ratio", "cores busy", "the wall"):
+            table.add_column(heading, justify="left" if heading in ("", "the wall") else "right", no_wrap=True)
+        for axis in _AXES:
+            for point in self.points:
+                if point.axis != axis:
+                    continue
+                table.add_row(
+                    _AXES[axis].format(point.value) + ("s" if axis in _COUNTED and point.value > 1 else ""),
+                    f"{point.load.nbytes / 2**20:.1f}",
+                    f"{point.measured * point.load.rows:.0f}",
+                    f"{point.predicted * point.load.rows:.0f}",
+                    f"{point.ratio:.2f}",
+                    "-" if point.cpu is None else f"{point.cpu:.1f}",
+                    point.wall,
+                )
+            table.add_section()
+        return table
+
+    def _walls_table(self) -> Table:
+        shapes, walls = self.walls()
+        table = Table(
+            title="What each part allows by itself",
+            caption=f"accelerators of 40 ms for 32 images that it feeds, batches of 32; one node of "
+            f"{self.costs.cores} cores that copies {self.costs.copy_rate / 2**30:.1f} GiB/s ({COPIES} copies per byte), "
+            f"clients on other nodes with {self.plan.network * 8 / 1e9:g} Gbit/s each (calculated)",
+        )
+        table.add_column("")
+        for shape in shapes:
+            table.add_column(f"map {shape.side} x {shape.side}, {shape.nbytes / 2**20:.1f} MiB", justify="right")
+        for wall, fed in walls.items():
+            table.add_row(wall, *(f"{number:.1f}" for number in fed))
+        return table
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,13 +209,17 @@ class _Run:
         return self.batches / self.seconds
 
 
-def measure_scaling(plan: Plan, on_step: Callable[[str], None]) -> Scaling:
+def _line(line: Line) -> str:
+    return f"{line.fixed * 1e3:.2f} ms per batch and {line.per_byte * 2**20 * 1e3:.3f} ms per MiB"
+
+
+def measure_scaling(plan: ScalingPlan, on_step: Callable[[str], None]) -> Scaling:
     """Measure in the Ray that this process is connected to, which must be on this machine alone."""
     on_step("what batches cost")
     costs = _calibrate(plan)
     points: list[Point] = []
 
-    def note(axis: str, value: int, load: Load, measured: float, cpu: float | None, slowest: float = 1.0) -> None:
+    def note(axis: str, value: int, load: Workload, measured: float, cpu: float | None, slowest: float = 1.0) -> None:
         predicted, wall = costs.predict(load)
         points.append(Point(axis, value, load, measured, predicted, wall, costs.walls(load), cpu, slowest))
 
@@ -176,7 +248,7 @@ def measure_scaling(plan: Plan, on_step: Callable[[str], None]) -> Scaling:
     return Scaling(plan, costs, tuple(points), describe_machine())
 
 
-def _pool(seconds: float, plan: Plan) -> TeacherPool:
+def _pool(seconds: float, plan: ScalingPlan) -> TeacherPool:
     """One replica, whose device takes ``seconds`` for the usual batch."""
     work = replace(_WORK, seconds=seconds)
     most = max(*plan.batches, *(shape.rows for shape in plan.calibration), _WORK.rows)
@@ -184,7 +256,7 @@ def _pool(seconds: float, plan: Plan) -> TeacherPool:
     return TeacherPool.start(factory, name=_NAME, replicas=1, num_gpus=0, max_batch=most)
 
 
-def _calibrate(plan: Plan) -> Costs:
+def _calibrate(plan: ScalingPlan) -> Costs:
     """From one replica whose device takes no time."""
     cores = os.cpu_count() or 1
     with _pool(0.0, plan) as pool:
@@ -242,7 +314,7 @@ class _Client:
 
 
 def _several(
-    plan: Plan, replicas: int, on_step: Callable[[str], None]
+    plan: ScalingPlan, replicas: int, on_step: Callable[[str], None]
 ) -> Iterator[tuple[int, list[float], float | None]]:
     """(clients, each one's batches/s, cores that were busy), all at once each time."""
     remote_class = ray.remote(num_cpus=0)(_Client)
@@ -272,3 +344,40 @@ def _copy_rate(cores: int) -> float:
             list(pool.map(lambda pair: pair[1].copy_(pair[0]), pairs))
             best = min(best, time.perf_counter() - begun)
     return cores * _COPY_BYTES / best
+
+
+_PROC = Path("/proc")
+
+
+def cpu_seconds() -> float | None:
+    """Core seconds of this process and its descendants that are alive, since they began.
+
+    Where no Ray is among them (it was joined, not started), those of the whole machine since it started; None where the
+    system does not tell.
+    """
+    if not (_PROC / "stat").exists():
+        return None
+    ticks, children, has_ray = {}, defaultdict(list), set()
+    for folder in _PROC.iterdir():
+        if not folder.name.isdigit():
+            continue
+        try:
+            # pid (name) state parent ...: the name may hold anything
+            before, _, after = (folder / "stat").read_text().rpartition(")")
+        except (FileNotFoundError, ProcessLookupError):
+            continue  # it has ended meanwhile
+        fields, pid = after.split(), int(folder.name)
+        ticks[pid] = int(fields[11]) + int(fields[12])
+        children[int(fields[1])].append(pid)
+        if before.endswith("(raylet"):
+            has_ray.add(pid)
+    family, found = [os.getpid()], 0
+    while found < len(family):
+        family += children[family[found]]
+        found += 1
+    per_second = os.sysconf("SC_CLK_TCK")
+    if has_ray.intersection(family):
+        return sum(ticks[pid] for pid in family) / per_second
+    # user, nice, system, idle, iowait, irq, softirq
+    machine = [int(value) for value in (_PROC / "stat").read_text().splitlines()[0].split()[1:8]]
+    return (sum(machine) - machine[3] - machine[4]) / per_second

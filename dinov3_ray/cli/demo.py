@@ -59,9 +59,8 @@ def demo(
         with interrupts:
             with interrupts.at_once():
                 # Here, since torch and Ray take seconds to import, in which Ctrl-C is to work too.
-                from dinov3_ray.demo.display import Display
-                from dinov3_ray.demo.results import LOSS_FILE, MAPS_FILE, SUMMARY_FILE
-                from dinov3_ray.demo.run import Settings, run
+                from dinov3_ray.demo.demonstration import Settings, run
+                from dinov3_ray.demo.report import LOSS_FILE, MAPS_FILE, SUMMARY_FILE, Display
 
             settings = Settings(out, images, root, steps, seconds, replicas, batch, address)
             summary = run(settings, Display(), interrupts)

@@ -1,10 +1,18 @@
-"""The demonstration's student: a small convolutional network with a map on its teacher's grid."""
+"""The demonstration's student, a small convolutional network, and the augmented views that it sees.
+
+Shapes: B views, 3 channels (RGB), height H, width W.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["STRIDE", "Student"]
+__all__ = ["STRIDE", "Student", "Views", "crop_centre"]
+
 
 STRIDE = 16
 """Pixels a cell of the student's map, each way."""
@@ -56,3 +64,80 @@ class _Block(nn.Module):
 
 def _convolution(inner: int, outer: int, *, kernel: int, stride: int) -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(inner, outer, kernel, stride, bias=False), nn.BatchNorm2d(outer), nn.GELU())
+
+
+_SMALLEST_CROP = 0.35  # of a picture's area
+_BRIGHTNESS = 0.2
+_CONTRAST = 0.2
+_SATURATION = 0.3
+
+
+class Views:
+    """An endless data set cut into ``steps`` batches of randomly cropped, mirrored and recoloured pictures.
+
+    A pass is random but repeats exactly: it depends on the seed alone.
+
+    Args:
+        pictures: uint8 [3,H_i,W_i].
+        size: (H, W) of the views.
+        batch: B.
+        steps: batches a pass.
+        seed: of the pictures' order and of what is done to them.
+    """
+
+    def __init__(self, pictures: Sequence[Tensor], size: tuple[int, int], *, batch: int, steps: int, seed: int) -> None:
+        self._pictures, self._size = pictures, size
+        self._batch, self._steps, self._seed = batch, steps, seed
+
+    def __len__(self) -> int:
+        return self._steps
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """uint8 [B,3,H,W] each."""
+        generator = torch.Generator().manual_seed(self._seed)
+        order: list[int] = []
+        for _ in range(self._steps):
+            while len(order) < self._batch:
+                order += torch.randperm(len(self._pictures), generator=generator).tolist()
+            chosen, order = order[: self._batch], order[self._batch :]
+            yield torch.stack([self._view(self._pictures[index], generator) for index in chosen])
+
+    def _view(self, picture_3HW: Tensor, generator: torch.Generator) -> Tensor:
+        area, down, right, mirror, *colours = torch.rand(7, generator=generator).tolist()
+        share = (_SMALLEST_CROP + (1 - _SMALLEST_CROP) * area) ** 0.5
+        cropped = _crop(picture_3HW, self._size, share, down, right)
+        view = _resize(cropped, self._size)
+        if mirror < 0.5:
+            view = view.flip(-1)
+        brightness, contrast, saturation = (
+            1 + strength * (2 * colour - 1)
+            for strength, colour in zip((_BRIGHTNESS, _CONTRAST, _SATURATION), colours, strict=True)
+        )
+        return _recolour(view, brightness, contrast, saturation).round().clamp(0, 255).to(torch.uint8)
+
+
+def crop_centre(picture_3HW: Tensor, size: tuple[int, int]) -> Tensor:
+    """The largest crop of the picture's middle in the shape of ``size``, resized to it: uint8 [3,H,W]."""
+    view = _resize(_crop(picture_3HW, size, 1.0, 0.5, 0.5), size)
+    return view.round().clamp(0, 255).to(torch.uint8)
+
+
+def _crop(picture_3HW: Tensor, size: tuple[int, int], share: float, down: float, right: float) -> Tensor:
+    """A window in the shape of ``size``: ``share`` of the largest that fits, placed ``down`` and ``right`` (0 to 1)."""
+    full_height, full_width = picture_3HW.shape[-2:]
+    scale = share * min(full_height / size[0], full_width / size[1])
+    height, width = max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
+    top, left = round(down * (full_height - height)), round(right * (full_width - width))
+    return picture_3HW[:, top : top + height, left : left + width]
+
+
+def _resize(picture_3HW: Tensor, size: tuple[int, int]) -> Tensor:
+    """float32 in 0..255."""
+    return F.interpolate(picture_3HW[None].float(), size=size, mode="bilinear", antialias=True)[0]
+
+
+def _recolour(view_3HW: Tensor, brightness: float, contrast: float, saturation: float) -> Tensor:
+    bright = view_3HW * brightness
+    contrasted = (bright - bright.mean()) * contrast + bright.mean()
+    grey_1HW = contrasted.mean(0, keepdim=True)
+    return (contrasted - grey_1HW) * saturation + grey_1HW

@@ -27,7 +27,7 @@ from dinov3_ray.pool.metrics import Reading
 from dinov3_ray.pool.replica.replica import Replica
 from dinov3_ray.pool.spec import CheckedSource, builder
 from dinov3_ray.pool.transport.actors import RayTransport
-from dinov3_ray.pool.transport.base import OnAnswer, OnView, Transport
+from dinov3_ray.pool.transport.protocol import OnAnswer, OnView, Transport
 
 __all__ = ["LocalController", "LocalTransport", "local_pool", "open_transport", "register_local", "unregister_local"]
 
@@ -179,7 +179,7 @@ def report_on(replica: Replica) -> Report:
 
 
 class LocalTransport:
-    """One client's way to a local pool; see :class:`~dinov3_ray.pool.transport.base.Transport`."""
+    """One client's way to a local pool; see :class:`~dinov3_ray.pool.transport.protocol.Transport`."""
 
     node_id = _NODE
     default_max_bytes = _MAX_BYTES

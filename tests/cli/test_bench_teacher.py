@@ -10,8 +10,8 @@ import torch
 from click.testing import CliRunner
 
 from dinov3_ray import DinoV3Config
-from dinov3_ray.bench.flops import flops_per_image
-from dinov3_ray.bench.teachers import SPEC, Task, modes_for, through_pipeline
+from dinov3_ray.bench.teacher_modes import SPEC, Task, modes_for, through_pipeline
+from dinov3_ray.bench.teacher_speed import flops_per_image
 from dinov3_ray.checkpoint.variants import VARIANTS
 from dinov3_ray.cli import main
 

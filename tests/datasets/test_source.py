@@ -15,8 +15,8 @@ import pytest
 from pyarrow import fs as pafs
 
 from dinov3_ray.datasets.decode import Unreadable
-from dinov3_ray.datasets.sources.base import Source
 from dinov3_ray.datasets.sources.open import check_there, matches, open_source, reopen_source
+from dinov3_ray.datasets.sources.source import Source
 from dinov3_ray.errors import StoreError
 
 

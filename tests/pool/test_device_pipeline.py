@@ -16,7 +16,7 @@ from dinov3_ray import DinoV3Config, DinoV3Teacher, Features, FeatureSpec
 from dinov3_ray.errors import InputError
 from dinov3_ray.images import ImageBatch, Images
 from dinov3_ray.pool.messages import Answer, Array, Outcome, RequestHeader
-from dinov3_ray.pool.replica.pipeline import Pass, Results, SynchronousPipeline, pipeline_for
+from dinov3_ray.pool.replica.device_pipeline import Pass, Results, SynchronousPipeline, pipeline_for
 from dinov3_ray.pool.replica.replica import Replica
 from dinov3_ray.pool.spec import PoolOptions
 from dinov3_ray.pool.transport.wire import pack_images, unpack_features

@@ -16,7 +16,7 @@ from dinov3_ray.errors import ConfigError
 from dinov3_ray.images import ImageBatch
 from dinov3_ray.model.backbone import rope_of, run_backbone
 from dinov3_ray.model.cuda_graphs import Constants, CudaGraphs, Forward, Shapes
-from dinov3_ray.pool.replica.pipeline import pipeline_for
+from dinov3_ray.pool.replica.device_pipeline import pipeline_for
 from dinov3_ray.pool.transport.wire import unpack_features
 
 SPEC = FeatureSpec(cls=True)

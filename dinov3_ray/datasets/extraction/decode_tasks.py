@@ -15,7 +15,7 @@ import numpy as np
 import ray
 
 from dinov3_ray.datasets.decode import Decoder, Unreadable, view_digest
-from dinov3_ray.datasets.sources.base import Content, Source
+from dinov3_ray.datasets.sources.source import Content, Source
 from dinov3_ray.errors import StoreError
 
 __all__ = ["Decoded", "Piece", "decode_pieces"]

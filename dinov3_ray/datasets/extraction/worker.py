@@ -18,8 +18,8 @@ from dinov3_ray.config import DinoV3Config
 from dinov3_ray.datasets.decode import Decoder, Unreadable
 from dinov3_ray.datasets.extraction.decode_tasks import Decoded, Piece, decode_pieces
 from dinov3_ray.datasets.folder import Folder
-from dinov3_ray.datasets.sources.base import Source
 from dinov3_ray.datasets.sources.ray_dataset import Columns, name_of
+from dinov3_ray.datasets.sources.source import Source
 from dinov3_ray.datasets.store.listing import block_name, load_block
 from dinov3_ray.datasets.store.schema import Row, encode_columns
 from dinov3_ray.datasets.store.writer import BlockWriter, is_finished
@@ -27,7 +27,7 @@ from dinov3_ray.errors import DinoV3Error, InputError, StoreError
 from dinov3_ray.features import FeatureSpec
 from dinov3_ray.images import ImageBatch
 from dinov3_ray.model import DinoV3Teacher
-from dinov3_ray.pool.replica.pipeline import check_finite
+from dinov3_ray.pool.replica.device_pipeline import check_finite
 from dinov3_ray.teacher import Extractor, computed_in
 
 __all__ = ["BlockExtractor", "Job", "TeacherFactory"]

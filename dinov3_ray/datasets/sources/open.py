@@ -12,8 +12,8 @@ import pyarrow as pa
 from pyarrow import fs as pafs
 
 from dinov3_ray.datasets.folder import open_path
-from dinov3_ray.datasets.sources.base import IRREGULAR, FileSource, Source
 from dinov3_ray.datasets.sources.parquet import ParquetSource
+from dinov3_ray.datasets.sources.source import IRREGULAR, FileSource, Source
 from dinov3_ray.datasets.sources.tar import IMAGE_EXTENSIONS, TarSource
 from dinov3_ray.errors import StoreError
 

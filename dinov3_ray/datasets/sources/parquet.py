@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dinov3_ray.datasets.decode import Unreadable
-from dinov3_ray.datasets.sources.base import PAUSES, Content, check_unique, content_of, key_of, listing
+from dinov3_ray.datasets.sources.source import PAUSES, Content, check_unique, content_of, key_of, listing
 from dinov3_ray.errors import StoreError
 
 __all__ = ["ID_COLUMNS", "IMAGE_COLUMNS", "ROW_NUMBER", "ParquetSource"]

@@ -19,8 +19,8 @@ from ray.data.dataset import MaterializedDataset
 from ray.util.debug import log_once
 
 from dinov3_ray.datasets.decode import Unreadable
-from dinov3_ray.datasets.sources.base import Content, content_of, key_of
 from dinov3_ray.datasets.sources.parquet import ID_COLUMNS, IMAGE_COLUMNS
+from dinov3_ray.datasets.sources.source import Content, content_of, key_of
 from dinov3_ray.errors import StoreError
 
 __all__ = ["Columns", "DatasetRows", "actor_pool", "execution", "name_of"]

@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 
 from dinov3_ray.datasets.decode import Unreadable
-from dinov3_ray.datasets.sources.base import Content, check_unique, listing, read_whole
+from dinov3_ray.datasets.sources.source import Content, check_unique, listing, read_whole
 
 __all__ = ["IMAGE_EXTENSIONS", "TarSource"]
 

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from dinov3_ray.datasets.decode import Unreadable
 from dinov3_ray.datasets.folder import ERRORS, INDEX, LEDGER, MANIFEST, PARTS, Folder
-from dinov3_ray.datasets.sources.base import check_unique
+from dinov3_ray.datasets.sources.source import check_unique
 from dinov3_ray.datasets.store.reader import errors_table, index_table
 from dinov3_ray.datasets.store.schema import Row, encode_part
 from dinov3_ray.errors import StoreError

@@ -21,7 +21,7 @@ from dinov3_ray.features import Features, FeatureSpec
 from dinov3_ray.images import ImageBatch
 from dinov3_ray.interrupts import wait
 from dinov3_ray.pool.messages import Answer, Array, RequestHeader, TeacherInfo
-from dinov3_ray.pool.transport.base import Transport
+from dinov3_ray.pool.transport.protocol import Transport
 from dinov3_ray.pool.transport.wire import pack_images, unpack_features
 
 __all__ = ["Handle", "Outbox", "Outgoing", "Part", "ResultSizes"]

@@ -35,7 +35,7 @@ from dinov3_ray.pool.client.book import Failure, Limits, RoutingBook, RoutingSta
 from dinov3_ray.pool.client.request import Handle, Outbox, Outgoing, Part, ResultSizes
 from dinov3_ray.pool.messages import Answer, Array, Outcome, PoolView, ReplicaView
 from dinov3_ray.pool.metrics import ClientSeconds, Reading
-from dinov3_ray.pool.transport.base import Gone, Transport, Unreachable
+from dinov3_ray.pool.transport.protocol import Gone, Transport, Unreachable
 
 if TYPE_CHECKING:
     from dinov3_ray.pool.client.request import Part

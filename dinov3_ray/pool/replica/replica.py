@@ -31,7 +31,7 @@ from dinov3_ray.pool.messages import (
     StageSeconds,
     TeacherInfo,
 )
-from dinov3_ray.pool.replica.pipeline import Pass, Pipeline, Results, describe, join, pad, pipeline_for
+from dinov3_ray.pool.replica.device_pipeline import Pass, Pipeline, Results, describe, join, pad, pipeline_for
 from dinov3_ray.pool.replica.queue import BatchQueue, Waiting
 from dinov3_ray.pool.spec import PoolOptions
 from dinov3_ray.pool.transport.wire import unpack_images

@@ -26,7 +26,7 @@ from ray import cloudpickle
 from dinov3_ray.pool.kv import Ledger
 from dinov3_ray.pool.messages import Answer, Array, Outcome, ReplicaView, RequestHeader
 from dinov3_ray.pool.metrics import Publisher, Reading
-from dinov3_ray.pool.transport.base import Gone, OnAnswer, OnView, Unreachable
+from dinov3_ray.pool.transport.protocol import Gone, OnAnswer, OnView, Unreachable
 
 __all__ = [
     "INLINE_BYTES",
@@ -87,7 +87,7 @@ _WATCH_SECONDS = 5.0
 
 
 class RayTransport:
-    """One client's way to one pool; see :class:`~dinov3_ray.pool.transport.base.Transport`."""
+    """One client's way to one pool; see :class:`~dinov3_ray.pool.transport.protocol.Transport`."""
 
     def __init__(self, controller: Any, namespace: str, pool: str) -> None:
         self.node_id = ray.get_runtime_context().get_node_id()

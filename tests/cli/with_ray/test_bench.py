@@ -2,37 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-
 import pytest
-from click.testing import CliRunner
+from benchcli import run_bench
 
-from dinov3_ray.bench.contenders import CONTENDERS, missing_reason
-from dinov3_ray.cli import main
-
-
-def run(*arguments: str, in_process: bool = True) -> dict[str, object]:
-    """What ``bench`` prints; a process of its own takes seconds to start, and shows that nothing else is printed."""
-    command = ["bench", *arguments, "--json"]
-    if in_process:
-        done = CliRunner().invoke(main, command)
-        assert done.exit_code == 0, done.output
-        text = done.stdout
-    else:
-        command = [sys.executable, "-m", "dinov3_ray", *command]
-        ran = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
-        assert ran.returncode == 0, ran.stderr
-        text = ran.stdout
-    report = json.loads(text)
-    assert isinstance(report, dict)
-    return report
+from dinov3_ray.bench.throughput import CONTENDERS, missing_reason
 
 
 @pytest.mark.slow
 def test_pool_beside_its_peers(ray_cluster: str) -> None:
-    report = run("pool", "--quick", "--replicas", "1", "--batches", "20", "--address", ray_cluster)
+    report = run_bench("pool", "--quick", "--replicas", "1", "--batches", "20", "--address", ray_cluster)
     contenders = report["contenders"]
     assert isinstance(contenders, list)
     assert [row["name"] for row in contenders] == list(CONTENDERS)
@@ -46,7 +24,7 @@ def test_pool_beside_its_peers(ray_cluster: str) -> None:
 
 @pytest.mark.slow
 def test_transport(ray_cluster: str) -> None:
-    report = run("transport", "--quick", "--address", ray_cluster, in_process=False)
+    report = run_bench("transport", "--quick", "--address", ray_cluster, in_process=False)
     assert report["result_bytes"] == 32 * 1024 * 14 * 14 * 2
     assert all(report[name] > 0 for name in ("pool", "torch_actor", "copy", "token", "nothing"))
     print(report)
@@ -54,7 +32,7 @@ def test_transport(ray_cluster: str) -> None:
 
 @pytest.mark.slow
 def test_dataset(ray_cluster: str) -> None:
-    report = run("dataset", "--quick", "--address", ray_cluster)
+    report = run_bench("dataset", "--quick", "--address", ray_cluster)
     decoded = report["decoded"]
     assert isinstance(decoded, list)
     assert [rate["name"] for rate in decoded] == ["bare loop", "extract", "map_batches with transformers, one actor"]
@@ -66,7 +44,7 @@ def test_dataset(ray_cluster: str) -> None:
 
 
 def test_router() -> None:
-    report = run("router", "--quick")
+    report = run_bench("router", "--quick")
     decisions = report["decisions"]
     assert isinstance(decisions, list)
     assert [row["replicas"] for row in decisions] == [1, 4, 16, 100, 1000, 10_000]

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 from rich.console import Console
 
-from dinov3_ray.bench.cost import Costs, Line, Load, Spent
-from dinov3_ray.bench.cputime import cpu_seconds
-from dinov3_ray.bench.scaling import Plan, Point, Scaling, Shape
-from dinov3_ray.bench.scaling_command import table_of, walls_of
-from dinov3_ray.bench.scaling_plot import save_plots
+from dinov3_ray.bench.cost import Costs, Line, Spent, Workload
+from dinov3_ray.bench.scaling import Point, Scaling, ScalingPlan, Shape, cpu_seconds
 from dinov3_ray.cli import main
 
 MIB = 2**20
@@ -38,45 +34,43 @@ def test_noise_gives_no_negative_costs(small: float, large: float) -> None:
 @pytest.mark.parametrize(
     ("load", "network", "rate", "wall"),
     [
-        (Load(4, 1, 32, 10 * MIB, 0.04), None, 100.0, "accelerators"),
-        (Load(4, 1, 32, 10 * MIB, 0.08), None, 50.0, "accelerators"),
-        (Load(32, 1, 32, 10 * MIB, 0.04), None, 100.0, "CPU"),
-        (Load(32, 1, 32, 10 * MIB, 0.0), None, 100.0, "CPU"),
-        (Load(4, 1, 32, 10 * MIB, 0.04), 100 * MIB, 10.0, "network"),
-        (Load(4, 3, 32, 10 * MIB, 0.04), 100 * MIB, 30.0, "network"),
+        (Workload(4, 1, 32, 10 * MIB, 0.04), None, 100.0, "accelerators"),
+        (Workload(4, 1, 32, 10 * MIB, 0.08), None, 50.0, "accelerators"),
+        (Workload(32, 1, 32, 10 * MIB, 0.04), None, 100.0, "CPU"),
+        (Workload(32, 1, 32, 10 * MIB, 0.0), None, 100.0, "CPU"),
+        (Workload(4, 1, 32, 10 * MIB, 0.04), 100 * MIB, 10.0, "network"),
+        (Workload(4, 3, 32, 10 * MIB, 0.04), 100 * MIB, 30.0, "network"),
     ],
 )
-def test_the_slowest_part_is_the_wall(load: Load, network: float | None, rate: float, wall: str) -> None:
+def test_the_slowest_part_is_the_wall(load: Workload, network: float | None, rate: float, wall: str) -> None:
     assert COSTS.predict(load, network) == (pytest.approx(rate), wall)
 
 
 def test_one_client_and_memory_are_walls_too() -> None:
     many = Costs(cores=64, cpu=COSTS.cpu, client=COSTS.client, copy_rate=8 * 2**30)
-    assert many.predict(Load(64, 1, 32, 10 * MIB, 0.04)) == (pytest.approx(500), "client")
-    assert many.predict(Load(64, 16, 32, 64 * MIB, 0.01)) == (pytest.approx(128), "memory")
+    assert many.predict(Workload(64, 1, 32, 10 * MIB, 0.04)) == (pytest.approx(500), "client")
+    assert many.predict(Workload(64, 16, 32, 64 * MIB, 0.01)) == (pytest.approx(128), "memory")
 
 
-def test_what_was_measured_is_shown_and_drawn(tmp_path: Path) -> None:
+def test_what_was_measured_is_shown() -> None:
     loads = [Shape().load(replicas) for replicas in (1, 32)]
     points = [
         Point("replicas", load.replicas, load, 25.0, *COSTS.predict(load), COSTS.walls(load), cpu=1.5) for load in loads
     ]
-    result = Scaling(Plan(), COSTS, tuple(points), "a machine")
+    result = Scaling(ScalingPlan(), COSTS, tuple(points), "a machine")
     console = Console(width=80)
     with console.capture() as capture:
-        console.print(table_of(result), walls_of(result, network=1e9))
+        console.print(*result.tables())
     rows = [[cell.strip() for cell in line.strip("│").split("│")] for line in capture.get().splitlines()]
     assert ["1 replica", "16.8", "800", "800", "1.00", "1.5", "accelerators"] in rows
     (last,) = (row for row in rows if row[0] == "32 replicas")
     assert last[-1] == "CPU"
-    assert [path.name for path in save_plots(result, tmp_path / "plots")] == ["scaling-replicas.png"]
-    assert (tmp_path / "plots" / "scaling-replicas.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.slow
 def test_the_smallest_run(ray_cluster: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    plan = Plan((1,), (2,), (7,), (1,), base=1, seconds=0.1, calibration=(Shape(rows=1, side=7), Shape(rows=8)))
-    monkeypatch.setattr("dinov3_ray.bench.scaling_command.QUICK", plan)
+    plan = ScalingPlan((1,), (2,), (7,), (1,), base=1, seconds=0.1, calibration=(Shape(rows=1, side=7), Shape(rows=8)))
+    monkeypatch.setattr("dinov3_ray.bench.scaling.QUICK", plan)
     ran = CliRunner().invoke(main, ["bench", "scaling", "--quick", "--address", ray_cluster, "--json"])
     assert ran.exit_code == 0, ran.output
     report = json.loads(ran.stdout)

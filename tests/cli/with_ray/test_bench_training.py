@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import pytest
+from benchcli import run_bench
 from rich.console import Console
-from test_bench import run
 
-from dinov3_ray.bench.training import KINDS, Pass, Setting, Timings
-from dinov3_ray.bench.training_command import table_of
+from dinov3_ray.bench.training_steps import KINDS, LoopPass, PoolTimings, TrainingSetting
 
 
 def test_ratios_are_over_the_pass_that_ran_beside_and_the_fill_is_told_apart() -> None:
-    timings = Timings(Setting(steps=10, step_seconds=0.1))
+    timings = PoolTimings(TrainingSetting(steps=10, step_seconds=0.1))
     for slower in (1.0, 1.2, 1.4):  # a machine that slows down, from repeat to repeat
-        timings.passes["teacher-free"].append(Pass(10, 0.0, 10 * 0.1 * slower))
-        timings.passes["prefetch"].append(Pass(10, 0.5 * slower, 10 * 0.101 * slower, wait_share=0.01))
-        timings.passes["in-loop teacher"].append(Pass(2, 0.0, 2 * 0.2 * slower))
-        timings.passes["submit in the step"].append(Pass(2, 0.0, 2 * 0.15 * slower))
+        timings.passes["teacher-free"].append(LoopPass(10, 0.0, 10 * 0.1 * slower))
+        timings.passes["prefetch"].append(LoopPass(10, 0.5 * slower, 10 * 0.101 * slower, wait_share=0.01))
+        timings.passes["in-loop teacher"].append(LoopPass(2, 0.0, 2 * 0.2 * slower))
+        timings.passes["submit in the step"].append(LoopPass(2, 0.0, 2 * 0.15 * slower))
     assert timings.ratios("prefetch") == pytest.approx([1.01] * 3)
     assert timings.epoch_ratio("prefetch", 10) == pytest.approx(1.01 + 0.5)
     assert timings.epoch_ratio("prefetch", 1000) == pytest.approx(1.01 + 0.005)
@@ -24,7 +23,7 @@ def test_ratios_are_over_the_pass_that_ran_beside_and_the_fill_is_told_apart() -
     assert [round(kinds[kind]["ratio"], 3) for kind in KINDS] == [1.0, 1.01, 2.0, 1.5]
     console = Console(width=80)
     with console.capture() as capture:
-        console.print(table_of(timings))
+        console.print(timings.table())
     (line,) = [line for line in capture.get().splitlines() if "prefetch" in line and "│" in line]
     assert [cell.strip() for cell in line.strip("│").split("│")] == [
         "prefetch",
@@ -39,7 +38,7 @@ def test_ratios_are_over_the_pass_that_ran_beside_and_the_fill_is_told_apart() -
 @pytest.mark.slow
 def test_the_loops_run(ray_cluster: str) -> None:
     options = ("--replicas", "1", "--steps", "8", "--repeats", "1", "--step-seconds", "0.05", "--address", ray_cluster)
-    report = run("training", *options)
+    report = run_bench("training", *options)
     pools = report["pools"]
     assert isinstance(pools, list)
     (pool,) = pools

@@ -20,13 +20,11 @@ from PIL import Image
 from torch import Tensor
 
 from dinov3_ray.cli import main
-from dinov3_ray.demo.augment import Views, crop_centre
-from dinov3_ray.demo.display import Display, Report
-from dinov3_ray.demo.embedded import gpus_a_replica
-from dinov3_ray.demo.photographs import read_photographs
-from dinov3_ray.demo.run import Settings, run
-from dinov3_ray.demo.scenes import draw_scene
-from dinov3_ray.demo.student import Student
+from dinov3_ray.demo.demonstration import Settings, run
+from dinov3_ray.demo.ephemeral_ray import gpus_a_replica
+from dinov3_ray.demo.photographs import draw_scene, read_photographs
+from dinov3_ray.demo.report import Display, Report
+from dinov3_ray.demo.student import Student, Views, crop_centre
 from dinov3_ray.interrupts import Interrupts
 
 PATIENCE = 120  # seconds; never reached unless something hangs

@@ -17,11 +17,8 @@ from click.testing import CliRunner
 from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_put
 
 from dinov3_ray.cli import main
-from dinov3_ray.doctor.cluster import check_packages
-from dinov3_ray.doctor.descriptors import check_descriptors
-from dinov3_ray.doctor.finding import Verdict
-from dinov3_ray.doctor.token import check_token
-from dinov3_ray.doctor.versions import check_versions, installed_versions
+from dinov3_ray.doctor.cluster_checks import check_packages, check_token
+from dinov3_ray.doctor.machine_checks import Severity, check_descriptors, check_versions, installed_versions
 
 Findings = dict[str, dict[str, str]]
 
@@ -48,13 +45,13 @@ def doctor_here(*arguments: object) -> tuple[int, Findings]:
 def by_subject(text: str) -> Findings:
     findings = [json.loads(line) for line in text.splitlines()]
     for finding in findings:
-        needs_one = finding["verdict"] in (Verdict.PROBLEM, Verdict.WARNING)
+        needs_one = finding["verdict"] in (Severity.PROBLEM, Severity.WARNING)
         assert bool(finding["remedy"]) == needs_one, finding
     return {finding["subject"]: finding for finding in findings}
 
 
 def problems(findings: Findings) -> set[str]:
-    return {subject for subject, finding in findings.items() if finding["verdict"] == Verdict.PROBLEM}
+    return {subject for subject, finding in findings.items() if finding["verdict"] == Severity.PROBLEM}
 
 
 @pytest.fixture
@@ -70,7 +67,7 @@ def test_healthy(ray_cluster: str, token: str, tiny_checkpoint: Path) -> None:
     assert "a replica in the cluster was up" in findings["round trip"]["message"]
     assert "dinov3-ray, ray, torch, transformers are the same" in findings["nodes' packages"]["message"]
     assert findings["resources"]["message"].startswith("nodes: 1, with 4 CPUs")
-    assert findings["object store"]["verdict"] == Verdict.WARNING, "the tests' store is small"
+    assert findings["object store"]["verdict"] == Severity.WARNING, "the tests' store is small"
 
 
 def test_no_token(ray_cluster: str) -> None:
@@ -78,7 +75,7 @@ def test_no_token(ray_cluster: str) -> None:
     assert status == 1
     assert problems(findings) == {"token", "cluster"}
     assert "RAY_AUTH_MODE=token" in findings["token"]["remedy"]
-    assert findings["round trip"]["verdict"] == Verdict.SKIPPED
+    assert findings["round trip"]["verdict"] == Severity.SKIPPED
 
 
 def test_wrong_token(ray_cluster: str, tmp_path: Path) -> None:
@@ -105,7 +102,7 @@ def test_root_missing(tmp_path: Path) -> None:
     status, findings = doctor_here("--root", tmp_path / "nowhere")
     assert (status, problems(findings)) == (1, {"model"})
     assert "nowhere is missing" in findings["model"]["message"]
-    assert findings["round trip"]["verdict"] == Verdict.SKIPPED
+    assert findings["round trip"]["verdict"] == Severity.SKIPPED
 
 
 def test_no_gpu_where_one_is_asked_for() -> None:
@@ -136,7 +133,7 @@ def test_version_mismatch(cluster_of_another_version: str, token: str) -> None:
 
 def test_other_packages_on_a_node(ray_cluster: str) -> None:
     found = check_packages({**installed_versions(), "dinov3-ray": "0.0.9", "no-such-package": "1"}, 60)
-    assert found.verdict is Verdict.PROBLEM
+    assert found.verdict is Severity.PROBLEM
     version = installed_versions()["dinov3-ray"]
     assert f"has dinov3-ray {version} (here 0.0.9), no-such-package missing (here 1)" in found.message
 
@@ -155,9 +152,9 @@ def test_nothing_listens() -> None:
 
 
 def test_old_versions() -> None:
-    assert check_versions(installed_versions()).verdict is Verdict.FINE
+    assert check_versions(installed_versions()).verdict is Severity.FINE
     found = check_versions({**installed_versions(), "ray": "2.53.1"})
-    assert (found.verdict, found.message) == (Verdict.PROBLEM, "ray is 2.53.1, older than 2.54")
+    assert (found.verdict, found.message) == (Severity.PROBLEM, "ray is 2.53.1, older than 2.54")
     assert "pip install 'ray>=2.54'" in found.remedy
 
 
@@ -165,26 +162,26 @@ def test_tokens_that_will_not_do(tmp_path: Path) -> None:
     path = tmp_path / ".ray" / "auth_token"
     environment = {"RAY_AUTH_MODE": "token", "HOME": str(tmp_path)}
 
-    def verdict(**more: str) -> tuple[Verdict, str]:
+    def verdict(**more: str) -> tuple[Severity, str]:
         found = check_token(environment | more, "head:6379")
         return found.verdict, found.message
 
-    assert verdict() == (Verdict.PROBLEM, f"{path} cannot be read: No such file or directory")
+    assert verdict() == (Severity.PROBLEM, f"{path} cannot be read: No such file or directory")
     path.parent.mkdir()
     path.touch(mode=0o644)
-    assert verdict() == (Verdict.PROBLEM, f"{path} is empty")
+    assert verdict() == (Severity.PROBLEM, f"{path} is empty")
     path.write_text("secret")
-    assert verdict() == (Verdict.WARNING, f"others may read {path} (mode 644)")
+    assert verdict() == (Severity.WARNING, f"others may read {path} (mode 644)")
     path.chmod(0o600)
-    assert verdict() == (Verdict.FINE, f"in {path}")
-    assert verdict(RAY_AUTH_TOKEN="secret")[0] is Verdict.WARNING
-    assert check_token({}, None).verdict is Verdict.SKIPPED
+    assert verdict() == (Severity.FINE, f"in {path}")
+    assert verdict(RAY_AUTH_TOKEN="secret")[0] is Severity.WARNING
+    assert check_token({}, None).verdict is Severity.SKIPPED
 
 
 def test_file_descriptors() -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
-        for limit, verdict in ((512, Verdict.PROBLEM), (4096, Verdict.WARNING)):
+        for limit, verdict in ((512, Severity.PROBLEM), (4096, Severity.WARNING)):
             resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
             found = check_descriptors()
             assert found.verdict is verdict

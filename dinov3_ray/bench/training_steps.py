@@ -9,19 +9,22 @@ from __future__ import annotations
 import functools
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
+from rich.table import Table
 
+from dinov3_ray.bench.machine import describe_machine
 from dinov3_ray.bench.simulated import SPEC, Accelerator, Work
 from dinov3_ray.features import Features
 from dinov3_ray.pool.client.remote import RemoteTeacher
 from dinov3_ray.pool.teacher_pool import TeacherPool
 from dinov3_ray.training.prefetch import Prefetch
 
-__all__ = ["EPOCH", "KINDS", "Pass", "Setting", "Timings", "measure_training"]
+__all__ = ["EPOCH", "KINDS", "LoopPass", "PoolTimings", "TrainingSetting", "TrainingTimings", "measure_training"]
+
 
 #: How a loop may come by its targets, in the order in which they are measured and shown.
 KINDS = ("teacher-free", "prefetch", "in-loop teacher", "submit in the step")
@@ -33,7 +36,7 @@ EPOCH = 1000
 
 
 @dataclass(frozen=True, slots=True)
-class Setting:
+class TrainingSetting:
     """What is measured.
 
     Attributes:
@@ -59,7 +62,7 @@ class Setting:
 
 
 @dataclass(frozen=True, slots=True)
-class Pass:
+class LoopPass:
     """One pass over the loader.
 
     Attributes:
@@ -85,11 +88,11 @@ class Pass:
 
 
 @dataclass(frozen=True, slots=True)
-class Timings:
+class PoolTimings:
     """All passes by kind: the first of each ran beside the first of the others, and so on."""
 
-    setting: Setting
-    passes: dict[str, list[Pass]] = field(default_factory=lambda: {kind: [] for kind in KINDS})
+    setting: TrainingSetting
+    passes: dict[str, list[LoopPass]] = field(default_factory=lambda: {kind: [] for kind in KINDS})
 
     def ratios(self, kind: str) -> list[float]:
         """Step over teacher-free step, from the beginning of the first one."""
@@ -100,7 +103,7 @@ class Timings:
         pairs = self._pairs(kind)
         return statistics.median(each.step_of_epoch(steps) / free.step_of_epoch(steps) for each, free in pairs)
 
-    def median(self, kind: str, of: Callable[[Pass], float]) -> float:
+    def median(self, kind: str, of: Callable[[LoopPass], float]) -> float:
         return statistics.median(map(of, self.passes[kind]))
 
     def as_dict(self) -> dict[str, Any]:
@@ -124,7 +127,7 @@ class Timings:
         }
 
     def rows(self) -> Iterator[tuple[str, ...]]:
-        """For a table: kind, ms a step, ratio, share of waiting, seconds of the fill, and the ratio with the fill."""
+        """For a table: kind, ms per step, ratio, share of waiting, seconds of the fill, and the ratio with the fill."""
         for kind in KINDS:
             yield (
                 kind,
@@ -135,18 +138,52 @@ class Timings:
                 f"{self.epoch_ratio(kind, self.setting.steps):.3f}",
             )
 
-    def _pairs(self, kind: str) -> list[tuple[Pass, Pass]]:
+    def _pairs(self, kind: str) -> list[tuple[LoopPass, LoopPass]]:
         return list(zip(self.passes[kind], self.passes[KINDS[0]], strict=True))
 
+    def table(self) -> Table:
+        """What was measured, for people."""
+        setting = self.setting
+        table = Table(
+            title=f"{setting.replicas} replicas of {setting.work.seconds * 1e3:g} ms per batch, together "
+            f"{setting.capacity:g} times what a student of {setting.step_seconds * 1e3:g} ms per step needs",
+            caption=f"ratios over teacher-free; medians of {setting.repeats} passes of {setting.steps} steps (the last "
+            f"two kinds: a fourth), after a short one\nprefetch over an epoch of {EPOCH:,} steps, its fill included: "
+            f"{self.epoch_ratio('prefetch', EPOCH):.3f} (computed)\n{describe_machine()}",
+        )
+        for heading in ("", "ms per step", "ratio", "waiting", "fill, s", "ratio with fill"):
+            table.add_column(heading, justify="right" if heading else "left")
+        for row in self.rows():
+            table.add_row(*row)
+        return table
 
-def measure_training(setting: Setting, on_kind: Callable[[str], None]) -> Timings:
-    """Measure in the Ray that this process is connected to."""
+
+@dataclass(frozen=True, slots=True)
+class TrainingTimings:
+    """The timings of one pool after the other."""
+
+    pools: list[PoolTimings]
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"machine": describe_machine(), "pools": [timings.as_dict() for timings in self.pools]}
+
+    def tables(self) -> list[Table]:
+        """One table per pool."""
+        return [timings.table() for timings in self.pools]
+
+
+def measure_training(settings: Sequence[TrainingSetting], on_kind: Callable[[str], None]) -> TrainingTimings:
+    """Measure in the Ray that this process is connected to, one pool per setting."""
+    return TrainingTimings([_measure(setting, on_kind) for setting in settings])
+
+
+def _measure(setting: TrainingSetting, on_kind: Callable[[str], None]) -> PoolTimings:
     work = setting.work
     with TeacherPool.start(
         functools.partial(Accelerator, work), name="bench-training", replicas=work.replicas, num_gpus=0
     ) as pool:
         loops = _Loops(setting, pool.teacher())
-        timings = Timings(setting)
+        timings = PoolTimings(setting)
         for repeat in range(setting.repeats + 1):
             for kind in KINDS:
                 on_kind(f"{kind}, {setting.replicas} replicas, pass {repeat} of {setting.repeats}")
@@ -161,12 +198,12 @@ def measure_training(setting: Setting, on_kind: Callable[[str], None]) -> Timing
 class _Loops:
     """The training loops that are compared. Each sees the same batches, and yields as each of its steps begins."""
 
-    def __init__(self, setting: Setting, remote: RemoteTeacher) -> None:
+    def __init__(self, setting: TrainingSetting, remote: RemoteTeacher) -> None:
         self._step_seconds, self._remote = setting.step_seconds, remote
         self._images = setting.work.images()
         self._local = Accelerator(Work(rows=setting.work.rows, seconds=setting.in_loop * setting.step_seconds))
 
-    def run(self, kind: str, steps: int) -> Pass:
+    def run(self, kind: str, steps: int) -> LoopPass:
         stream: Prefetch[int, Features] = self._remote.prefetch(range(steps), SPEC, images=self._load)
         loop = {
             "teacher-free": self._teacher_free(steps),
@@ -181,7 +218,7 @@ class _Loops:
                 first = time.perf_counter()
         ended = time.perf_counter()
         assert done == steps, f"{kind}: {done} steps of {steps}"
-        return Pass(steps, first - begun, ended - first, stream.wait_share)
+        return LoopPass(steps, first - begun, ended - first, stream.wait_share)
 
     def _teacher_free(self, steps: int) -> Iterator[None]:
         for number in range(steps):

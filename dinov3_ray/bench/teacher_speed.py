@@ -1,4 +1,4 @@
-"""How fast a local teacher computes, beside its peer and the bound that this device's own rates set."""
+"""How fast a local teacher computes, compared with its peer and the bound that this device's own rates set."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from dinov3_ray.bench.flops import flops_per_image
-from dinov3_ray.bench.rates import copy_rates, matmul_rate, seconds_of
-from dinov3_ray.bench.teachers import Mode, Task, modes_for, through_pipeline
-from dinov3_ray.bench.throughput import describe_machine
+from dinov3_ray.bench.machine import copy_rates, describe_machine, matmul_rate, seconds_of
+from dinov3_ray.bench.teacher_modes import Mode, Task, modes_for, through_pipeline
+from dinov3_ray.config.architecture import Architecture, ConvNextArchitecture
+from dinov3_ray.config.preprocessing import Size
 from dinov3_ray.errors import NumericsError
 from dinov3_ray.features import Features
 from dinov3_ray.model.golden import agreement, golden_images
 
-__all__ = ["TeacherBench", "measure_teacher"]
+__all__ = ["TeacherBench", "flops_per_image", "measure_teacher"]
+
 
 _PIPELINE_BATCHES = 10
 _TYPICAL_RATES = (100, 300, 1_000, 3_000, 10_000)
@@ -106,7 +107,11 @@ class TeacherBench:
             rows.append(asdict(row) | derived)
         return asdict(self) | {"rows": rows, "replicas_needed": self.replicas()}
 
-    def table(self) -> Table:
+    def tables(self) -> list[Table | str]:
+        """The modes, and how many replicas a pool needs."""
+        return [self._table(), self.advice()]
+
+    def _table(self) -> Table:
         height, width = self.image_size
         rates = ", ".join(f"{name} {rate / 1e12:.3g}" for name, rate in self.matmul.items())
         caption = [
@@ -256,3 +261,35 @@ def _name(dtype: torch.dtype) -> str:
 def _cpu_name() -> str:
     capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # in newer releases of torch
     return f"{capabilities.get('cpu_name', 'CPU')}, {torch.get_num_threads()} threads"
+
+
+def flops_per_image(architecture: Architecture, image_size: Size) -> float:
+    """Floating-point operations (a multiplication and an addition are two) of all matrix products for one image.
+
+    Norms, activations, RoPE and softmax are left out: they are a few per cent, and bound by memory.
+
+    Args:
+        architecture: of the model.
+        image_size: (h, w) of its input, in pixels.
+    """
+    cells = [_cells(image_size, stride) for stride in architecture.layer_strides]
+    total = 0.0
+    for name, shape in architecture.tensors().items():
+        if not name.endswith("weight") or len(shape) == 1:
+            continue
+        if isinstance(architecture, ConvNextArchitecture):
+            # Each weight of a stage meets each cell of it once, in its convolutions and linear layers alike.
+            positions = cells[int(name.split(".")[1])]
+        else:
+            embeds = name.startswith("embeddings.")
+            positions = cells[0] + (0 if embeds else 1 + architecture.num_register_tokens)
+        total += 2.0 * math.prod(shape) * positions
+    if not isinstance(architecture, ConvNextArchitecture):
+        tokens = cells[0] + 1 + architecture.num_register_tokens
+        # Queries by keys, and the result by values.
+        total += 4.0 * tokens**2 * architecture.hidden_size * architecture.num_layers
+    return total
+
+
+def _cells(image_size: Size, stride: int) -> int:
+    return (image_size[0] // stride) * (image_size[1] // stride)

@@ -1,22 +1,48 @@
-"""A running cluster: whether it answers, takes this machine's token, has the same versions, and what pools need."""
+"""Checks of a cluster: whether it answers and takes us in, what its nodes have, and a round trip through a pool."""
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import ray
+import torch
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from dinov3_ray.doctor.finding import Finding, fine, problem, warning
-from dinov3_ray.errors import PoolError
+from dinov3_ray.doctor.machine_checks import (
+    Finding,
+    Severity,
+    check_descriptors,
+    check_disk,
+    check_gpus,
+    check_model_root,
+    check_shared_memory,
+    check_token,
+    check_versions,
+    fine,
+    installed_versions,
+    problem,
+    skipped,
+    warning,
+)
+from dinov3_ray.errors import DinoV3Error, PoolError
+from dinov3_ray.features import FeatureSpec
 from dinov3_ray.pool.cluster import Runtime, connect
 from dinov3_ray.pool.probe import answers, find_obstacle
+from dinov3_ray.pool.spec import TeacherSource
+from dinov3_ray.pool.teacher_pool import TeacherPool
+from dinov3_ray.testing import FakeTeacher
 
-__all__ = ["check_nodes", "check_packages", "check_reach", "join"]
+__all__ = ["check_nodes", "check_packages", "check_reach", "check_round_trip", "examine", "join_cluster"]
+
 
 _LEAST_STORE = 2 * 2**30  # max_queued_bytes of one replica, by default
+_BATCH = 4
+_SPEC = FeatureSpec(cls=True)
 _PORTS = {"NodeManagerPort": "node manager", "ObjectManagerPort": "object manager", "MetricsExportPort": "metrics"}
 
 
@@ -28,7 +54,7 @@ def check_reach(address: str) -> Finding:
     return fine("cluster", f"{address} answers")
 
 
-def join(address: str) -> tuple[Finding, Runtime | None]:
+def join_cluster(address: str) -> tuple[Finding, Runtime | None]:
     """Join the cluster; Ray compares the versions as it does."""
     try:
         runtime = connect(address)
@@ -46,15 +72,15 @@ def check_nodes(wanted_gpus: int) -> Iterator[Finding]:
     nodes = [node for node in ray.nodes() if node["Alive"]]
     resources = ray.cluster_resources()
     gpus = int(resources.get("GPU", 0))
-    told = f"nodes: {len(nodes)}, with {resources.get('CPU', 0):g} CPUs and {gpus} GPUs in all"
+    seen = f"nodes: {len(nodes)}, with {resources.get('CPU', 0):g} CPUs and {gpus} GPUs in all"
     if gpus < wanted_gpus:
         yield problem(
             "resources",
-            f"{told}; {wanted_gpus} GPUs asked for with --gpus",
+            f"{seen}; {wanted_gpus} GPUs asked for with --gpus",
             "start more worker nodes; one whose GPUs Ray does not see needs `worker.sh --gpus N` and NVIDIA's driver",
         )
     else:
-        yield fine("resources", told)
+        yield fine("resources", seen)
     small = [node for node in nodes if node["Resources"].get("object_store_memory", 0) < _LEAST_STORE]
     if small:
         names = ", ".join(node["NodeManagerAddress"] for node in small)
@@ -114,3 +140,76 @@ def _ports(nodes: list[dict[str, Any]]) -> Iterator[tuple[str, str, int]]:
         for key, what in _PORTS.items():
             if node.get(key):
                 yield what, node["NodeManagerAddress"], int(node[key])
+
+
+def check_round_trip(root: Path | None, *, in_cluster: bool, timeout: float) -> Finding:
+    """With the teacher at ``root`` (None: a stand-in without weights), in the cluster or else in this process."""
+    source: TeacherSource = root or FakeTeacher.factory()
+    images = torch.randint(0, 256, (_BATCH, 3, 224, 224), dtype=torch.uint8)
+    began = time.monotonic()
+    try:
+        pool = TeacherPool.start(
+            source, name=f"doctor-{os.getpid()}", replicas=1, local_mode=not in_cluster, timeout=timeout
+        )
+        with pool, pool.teacher(timeout=timeout) as teacher:
+            up = time.monotonic()
+            tokens_BD = teacher.extract(images, _SPEC).cls
+            first = time.monotonic()
+            teacher.extract(images, _SPEC)
+            again = time.monotonic()
+    except DinoV3Error as error:
+        remedy = "the message says what the replica ran into; its own log has the rest (deploy/README.md, Logs)"
+        return problem("round trip", str(error), remedy)
+    assert tokens_BD is not None
+    if not torch.isfinite(tokens_BD).all():
+        return problem("round trip", "features are not finite", "dinov3-ray checkpoint verify, and try dtype float32")
+    where = "in the cluster" if in_cluster else "in this process"
+    what = "" if root else " (a stand-in without weights: name a model with --root)"
+    return fine(
+        "round trip",
+        f"a replica {where}{what} was up after {up - began:.1f} s; {_BATCH} images took {1e3 * (first - up):.0f} ms "
+        f"at first, {1e3 * (again - first):.0f} ms then",
+    )
+
+
+def examine(root: Path | None, address: str | None, gpus: int, timeout: float) -> Iterator[Finding]:
+    """Every check, one after the other; those that need what failed before are skipped."""
+    yield check_versions(installed_versions())
+    yield check_shared_memory()
+    yield check_descriptors()
+    yield check_disk()
+    # With a cluster, GPUs are asked of that.
+    yield check_gpus(0 if address else gpus)
+    model = check_model_root(root)
+    yield model
+    token = check_token(os.environ, address)
+    yield token
+    if address is None:
+        yield _round_trip(model, root, in_cluster=False, timeout=timeout)
+        return
+    reach = check_reach(address)
+    yield reach
+    if Severity.PROBLEM in (token.verdict, reach.verdict):
+        yield skipped("round trip", "the cluster cannot be joined")
+        return
+    joined, runtime = join_cluster(address)
+    yield joined
+    if runtime is None:
+        yield skipped("round trip", "the cluster cannot be joined")
+        return
+    try:
+        yield from check_nodes(gpus)
+        packages = check_packages(installed_versions(), timeout)
+        yield packages
+        if packages.verdict is Severity.PROBLEM:
+            yield skipped("round trip", "the nodes have other packages than this process")
+            return
+        yield _round_trip(model, root, in_cluster=True, timeout=timeout)
+    finally:
+        runtime.close()
+
+
+def _round_trip(model: Finding, root: Path | None, *, in_cluster: bool, timeout: float) -> Finding:
+    if model.verdict is Severity.PROBLEM:
+        return skipped("round trip", "the model cannot be loaded")
+    return check_round_trip(root, in_cluster=in_cluster, timeout=timeout)

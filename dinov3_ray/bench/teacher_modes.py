@@ -20,7 +20,7 @@ from dinov3_ray.features import Features, FeatureSpec
 from dinov3_ray.images import ImageBatch
 from dinov3_ray.model import DinoV3Teacher
 from dinov3_ray.model.preprocess import preprocess
-from dinov3_ray.pool.replica.pipeline import pipeline_for
+from dinov3_ray.pool.replica.device_pipeline import pipeline_for
 
 __all__ = ["SPEC", "Mode", "Task", "modes_for", "through_pipeline"]
 

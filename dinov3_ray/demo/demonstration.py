@@ -1,4 +1,4 @@
-"""The demonstration: a pool of teachers, a student, and a training loop that is fed ahead of time.
+"""The demonstration: a pool of teachers, a student, and a training loop whose targets are computed ahead.
 
 Shapes: B views, D teacher channels, h × w the teacher's grid.
 """
@@ -18,13 +18,10 @@ from torch import Tensor
 
 from dinov3_ray.checkpoint import init_checkpoint
 from dinov3_ray.config import DinoV3Config
-from dinov3_ray.demo.augment import Views, crop_centre
-from dinov3_ray.demo.display import Display
-from dinov3_ray.demo.embedded import DemoRay, gpus_a_replica, make_folder, remove_folder
-from dinov3_ray.demo.photographs import read_photographs
-from dinov3_ray.demo.results import Summary, save_loss_curve, save_maps, save_summary
-from dinov3_ray.demo.scenes import draw_scene
-from dinov3_ray.demo.student import Student
+from dinov3_ray.demo.ephemeral_ray import DemoRay, gpus_a_replica, make_folder, remove_folder
+from dinov3_ray.demo.photographs import draw_scene, read_photographs
+from dinov3_ray.demo.report import Display, Summary, save_loss_curve, save_maps, save_summary
+from dinov3_ray.demo.student import Student, Views, crop_centre
 from dinov3_ray.errors import ConfigError
 from dinov3_ray.features import FeatureSpec
 from dinov3_ray.interrupts import Interrupts

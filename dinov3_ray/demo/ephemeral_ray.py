@@ -1,4 +1,4 @@
-"""A Ray of the demonstration's own, of which nothing is left when it ends; or the one that the user names."""
+"""A Ray that the demonstration starts and ends without a trace, or the one that the user names."""
 
 from __future__ import annotations
 

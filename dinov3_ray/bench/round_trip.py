@@ -6,17 +6,19 @@ import functools
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import ray
 import torch
+from rich.table import Table
 
+from dinov3_ray.bench.machine import describe_machine
 from dinov3_ray.bench.simulated import SPEC, Accelerator, Work
 from dinov3_ray.features import FeatureSpec
 from dinov3_ray.pool.teacher_pool import TeacherPool
 
-__all__ = ["Transport", "measure_transport"]
+__all__ = ["RoundTrips", "measure_round_trips"]
 
 
 _CLS = FeatureSpec(cls=True)
@@ -24,7 +26,7 @@ _WARM_UP = 40  # results are freed some at a time: only then has each page of th
 
 
 @dataclass(frozen=True, slots=True)
-class Transport:
+class RoundTrips:
     """Seconds a result, one after the other, medians of ``repeats`` (of the small ones, eight times as many).
 
     Attributes:
@@ -53,6 +55,31 @@ class Transport:
         """How many times a bare call's time a token takes."""
         return self.token / self.nothing
 
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self) | {
+            "ratio": self.ratio,
+            "token_ratio": self.token_ratio,
+            "machine": describe_machine(),
+        }
+
+    def tables(self) -> list[Table | str]:
+        """Milliseconds and rates, and the two ratios in a line."""
+        title = f"One result of {self.result_bytes / 2**20:.1f} MiB, and one token"
+        table = Table(title=title, caption=f"medians\n{describe_machine()}")
+        for heading in ("", "ms", "results/s"):
+            table.add_column(heading, justify="right" if heading else "left")
+        rows = {
+            "map, RemoteTeacher.extract": self.pool,
+            "map, plain actor that returns the torch tensor": self.torch_actor,
+            "bound: the map copied once in memory": self.copy,
+            "CLS token of one image, RemoteTeacher.extract": self.token,
+            "bound: a bare async actor's call": self.nothing,
+        }
+        for name, seconds in rows.items():
+            table.add_row(name, f"{seconds * 1e3:.2f}", f"{1 / seconds:.0f}")
+        ratios = f"map: {self.ratio:.1f} times the plain actor's rate; token: {self.token_ratio:.1f} times a bare call"
+        return [table, ratios]
+
 
 class _AsyncActor:
     async def nothing(self) -> None:
@@ -69,7 +96,7 @@ class _TorchActor:
         return map_BDhw
 
 
-def measure_transport(work: Work, repeats: int) -> Transport:
+def measure_round_trips(work: Work, repeats: int) -> RoundTrips:
     """Measure in the Ray that this process is connected to; small images, so that results are what counts."""
     images = work.images()
     torch_actor: Any = ray.remote(num_cpus=0)(_TorchActor).remote(work)
@@ -86,7 +113,7 @@ def measure_transport(work: Work, repeats: int) -> Transport:
         ray.kill(actor)
     memory = torch.ones(work.result_bytes, dtype=torch.uint8)
     copy = _median(memory.clone, repeats)
-    return Transport(work.result_bytes, repeats, through_pool, plain, copy, token, nothing)
+    return RoundTrips(work.result_bytes, repeats, through_pool, plain, copy, token, nothing)
 
 
 def _median(once: Callable[[], object], repeats: int) -> float:

@@ -1,18 +1,48 @@
-"""What this machine reaches at the two things that bound a teacher: multiplying matrices, and copying."""
+"""The machine that a bench measures on: its Ray, its name, and its rates of matrix products and copies."""
 
 from __future__ import annotations
 
 import math
+import os
+import platform
 import statistics
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
+from importlib.metadata import version
 
+import ray
 import torch
+from rich.console import Console
 from torch import Tensor
 
 from dinov3_ray.model.float8 import Float8Linear
+from dinov3_ray.pool.cluster import connect
 
-__all__ = ["copy_rates", "matmul_rate", "seconds_of"]
+__all__ = ["copy_rates", "describe_machine", "matmul_rate", "running", "seconds_of"]
+
+
+_STORE_BYTES = 2 * 2**30  # room for every contender's results in flight, and for those not freed yet
+
+
+@contextmanager
+def running(address: str | None, *, store_bytes: int = _STORE_BYTES) -> Iterator[Callable[[str], None]]:
+    """Use the Ray at ``address``, or RAY_ADDRESS, or one that is started with an object store of ``store_bytes`` and
+    ends here.
+
+    Yields:
+        What to tell each step's name.
+    """
+    # Ray tells on standard output, whatever it is asked, of tasks that end and of many processes, the last of it as it
+    # ends: tables and JSON are to stand there alone.
+    with redirect_stdout(sys.stderr):
+        runtime = connect(address, may_start=True, object_store_memory=store_bytes)
+        try:
+            with Console(stderr=True).status("starting") as status:
+                yield lambda step: status.update(f"measuring {step}")
+        finally:
+            runtime.close()
 
 
 def seconds_of(once: Callable[[], object], device: torch.device, repeats: int, least: float = 0.3) -> list[float]:
@@ -73,3 +103,10 @@ def copy_rates(device: torch.device, nbytes: int, repeats: int, least: float) ->
     copies = (lambda: there.copy_(host, non_blocking=True), lambda: host.copy_(there, non_blocking=True))
     into, out = (nbytes / statistics.median(seconds_of(copy, device, repeats, least)) for copy in copies)
     return into, out
+
+
+def describe_machine() -> str:
+    return (
+        f"{os.cpu_count()} CPUs ({platform.machine()}), Python {platform.python_version()}, ray {ray.__version__}, "
+        f"torch {torch.__version__}, transformers {version('transformers')}"
+    )

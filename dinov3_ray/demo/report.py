@@ -1,19 +1,33 @@
-"""What a demonstration leaves behind: its loss curve, its pictures, and its figures for scripts."""
+"""What a demonstration shows while it runs, and the files that it leaves: loss curve, pictures and figures."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch.nn.functional as F
 from matplotlib.figure import Figure
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from torch import Tensor
 
 from dinov3_ray.pictures import PcaBasis, save_grid
 
-__all__ = ["LOSS_FILE", "MAPS_FILE", "SUMMARY_FILE", "Summary", "save_loss_curve", "save_maps", "save_summary"]
+__all__ = [
+    "LOSS_FILE",
+    "MAPS_FILE",
+    "SUMMARY_FILE",
+    "Display",
+    "Report",
+    "Summary",
+    "save_loss_curve",
+    "save_maps",
+    "save_summary",
+]
+
 
 LOSS_FILE, MAPS_FILE, SUMMARY_FILE = "loss.png", "maps.png", "summary.json"
 
@@ -88,3 +102,56 @@ def save_maps(folder: Path, pictures: Sequence[Tensor], teacher_BDhw: Tensor, st
         for picture, teacher_Dhw, student_Dhw in zip(pictures, teacher_BDhw, student_BDhw, strict=True)
     ]
     save_grid(rows, folder / MAPS_FILE, ["image", "teacher's map", "student's map"])
+
+
+Report = Callable[[int, float, float, float], None]
+"""Told after each step: its number from 1, the loss, images a second so far, the share of the time spent waiting."""
+
+_LINES = 10  # of progress, where they cannot be overwritten
+
+
+class Display:
+    """Writes to standard error, so that what is left for scripts has standard output to itself."""
+
+    def __init__(self) -> None:
+        self._console = Console(stderr=True, highlight=False)
+
+    def note(self, text: str) -> None:
+        self._console.print(text, markup=False, soft_wrap=True)
+
+    def phase(self, text: str) -> AbstractContextManager[object]:
+        """Shows ``text`` while something is done that has no steps."""
+        if self._console.is_terminal:
+            return self._console.status(f"{text} ...")
+        self.note(text)
+        return _nothing()
+
+    @contextmanager
+    def training(self, steps: int) -> Iterator[Report]:
+        """Shows the training's progress through the :data:`Report` that it gives."""
+        if not self._console.is_terminal:
+            yield lambda step, *numbers: self._line(step, steps, *numbers)
+            return
+        bar = Progress(
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[numbers]}"),
+            console=self._console,
+            expand=True,
+        )
+        with bar:
+            task = bar.add_task("training", total=steps, numbers="")
+            yield lambda step, *numbers: bar.update(task, completed=step, numbers=_numbers(*numbers))
+
+    def _line(self, step: int, steps: int, loss: float, rate: float, waiting: float) -> None:
+        if step == 1 or step == steps or step * _LINES // steps > (step - 1) * _LINES // steps:
+            self.note(f"step {step}/{steps}  {_numbers(loss, rate, waiting)}")
+
+
+def _numbers(loss: float, rate: float, waiting: float) -> str:
+    return f"loss {loss:.3f}  {rate:.1f} img/s  {waiting:.0%} waiting for the teacher"
+
+
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield

@@ -1,0 +1,206 @@
+"""Checks of this machine: versions, shared memory, open files, disk, GPUs, the model directory and the token."""
+
+from __future__ import annotations
+
+import os
+import platform
+import resource
+import shutil
+import stat
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from dinov3_ray.checkpoint import verify
+from dinov3_ray.config import DinoV3Config
+from dinov3_ray.errors import CheckpointError, ConfigError
+
+__all__ = [
+    "Finding",
+    "Severity",
+    "check_descriptors",
+    "check_disk",
+    "check_gpus",
+    "check_model_root",
+    "check_shared_memory",
+    "check_token",
+    "check_versions",
+    "fine",
+    "installed_versions",
+    "problem",
+    "skipped",
+    "warning",
+]
+
+
+class Severity(StrEnum):
+    FINE = "fine"
+    WARNING = "warning"  # works, but not as well as it could
+    PROBLEM = "problem"  # a pool would not work
+    SKIPPED = "skipped"
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What a check found: how bad it is, a sentence, and a remedy where one is needed."""
+
+    subject: str
+    verdict: Severity
+    message: str
+    remedy: str = ""
+
+
+def fine(subject: str, message: str) -> Finding:
+    return Finding(subject, Severity.FINE, message)
+
+
+def warning(subject: str, message: str, remedy: str) -> Finding:
+    return Finding(subject, Severity.WARNING, message, remedy)
+
+
+def problem(subject: str, message: str, remedy: str) -> Finding:
+    return Finding(subject, Severity.PROBLEM, message, remedy)
+
+
+def skipped(subject: str, message: str) -> Finding:
+    return Finding(subject, Severity.SKIPPED, message)
+
+
+# Ray 2.54 mends CVE-2026-27482; transformers 4.57 norms the last hidden state as this package takes it.
+_LEAST_VERSIONS = {"ray": (2, 54), "torch": (2, 6), "transformers": (4, 57)}
+_PACKAGES = ("dinov3-ray", *_LEAST_VERSIONS)
+
+
+def installed_versions() -> dict[str, str]:
+    return {name: version(name) for name in _PACKAGES}
+
+
+def check_versions(installed: Mapping[str, str]) -> Finding:
+    for name, least in _LEAST_VERSIONS.items():
+        if tuple(int(part) for part in installed[name].split(".")[:2]) < least:
+            wanted = ".".join(map(str, least))
+            remedy = f"pip install '{name}>={wanted}', here and on every node"
+            return problem("versions", f"{name} is {installed[name]}, older than {wanted}", remedy)
+    seen = ", ".join(f"{name} {installed[name]}" for name in _PACKAGES)
+    return fine("versions", f"Python {platform.python_version()}, {seen}")
+
+
+_LEAST_SHARED, _COMFORTABLE_SHARED = 2**30, 4 * 2**30  # bytes
+
+
+def check_shared_memory(path: Path = Path("/dev/shm")) -> Finding:  # noqa: S108 (it is what is looked at)
+    if not path.is_dir():
+        return warning("shared memory", f"there is no {path}: Ray keeps its objects on disk", "mount a tmpfs there")
+    total = shutil.disk_usage(path).total
+    seen = f"{path} has {total / 2**30:.1f} GiB"
+    remedy = "docker run --shm-size=10g, an emptyDir of medium Memory in Kubernetes, or mount -o remount,size=10g"
+    if total < _LEAST_SHARED:
+        return problem("shared memory", f"{seen}, less than 1 GiB: Ray would keep its objects on disk", remedy)
+    if total < _COMFORTABLE_SHARED:
+        return warning("shared memory", f"{seen}; the queue of one replica alone may take 2 GiB", remedy)
+    return fine("shared memory", seen)
+
+
+_LEAST_FILES, _COMFORTABLE_FILES = 1024, 8192
+
+
+def check_descriptors() -> Finding:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    seen = f"{soft} open files allowed (up to {hard})"
+    remedy = "ulimit -n 65536 before ray start, or LimitNOFILE=65536 in its systemd unit"
+    if soft < _LEAST_FILES:
+        return problem("file descriptors", f"{seen}; Ray's processes need {_LEAST_FILES}", remedy)
+    if soft < _COMFORTABLE_FILES:
+        return warning("file descriptors", f"{seen}; a pool with many clients needs {_COMFORTABLE_FILES}", remedy)
+    return fine("file descriptors", seen)
+
+
+_PROBE_BYTES = 64 * 2**20
+_LEAST_FREE = 5 * 2**30
+_SLOW = 50e6  # bytes a second
+
+
+def check_disk(folder: Path | None = None) -> Finding:
+    """Write 64 MiB to ``folder`` (the one for temporary files), wait until they are on the disk, and remove them."""
+    folder = folder or Path(tempfile.gettempdir())
+    free = shutil.disk_usage(folder).free
+    other = "give `ray start` a --temp-dir on another disk"
+    if free < _LEAST_FREE:
+        remedy = f"make room, or {other}: Ray stops at 95% of a disk"
+        return problem("disk", f"{folder} has {free / 2**30:.1f} GiB free; Ray's logs need {_LEAST_FREE >> 30}", remedy)
+    chunk = os.urandom(2**20)
+    with tempfile.TemporaryFile(dir=folder) as file:
+        began = time.monotonic()
+        for _ in range(_PROBE_BYTES // len(chunk)):
+            file.write(chunk)
+        file.flush()
+        os.fsync(file.fileno())
+        speed = _PROBE_BYTES / (time.monotonic() - began)
+    seen = f"{folder} has {free / 2**30:.0f} GiB free and takes {speed / 1e6:.0f} MB/s"
+    if speed < _SLOW:
+        return warning("disk", f"{seen}: objects that are spilled there stop trainers", other)
+    return fine("disk", seen)
+
+
+def check_gpus(wanted: int) -> Finding:
+    """Args: wanted: GPUs that this machine is to have; 0 asks for none."""
+    names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    if len(names) < wanted:
+        built = f"PyTorch was built for CUDA {torch.version.cuda}" if torch.version.cuda else "PyTorch has no CUDA"
+        return problem(
+            "GPUs",
+            f"{wanted} asked for with --gpus, {len(names)} there; {built}",
+            "look at nvidia-smi: without it the driver is missing (in a container: --gpus all); if it shows them, look "
+            "at CUDA_VISIBLE_DEVICES, and install PyTorch for CUDA; or ask for fewer with --gpus",
+        )
+    return fine("GPUs", ", ".join(names) or "none; replicas compute on CPUs")
+
+
+def check_model_root(root: Path | None) -> Finding:
+    """Reads the files' headers, not every weight: that is ``dinov3-ray checkpoint verify``."""
+    if root is None:
+        return skipped("model", "no model directory is named (--root)")
+    try:
+        config = DinoV3Config(root)
+        weights = verify(config)
+    except ConfigError as error:
+        return problem(
+            "model", str(error), "name the directory with --root; it is needed at the same path on every node"
+        )
+    except CheckpointError as error:
+        return problem("model", str(error), "copy the weights again, then `dinov3-ray checkpoint verify` the directory")
+    return fine("model", f"{config!r}, {weights.nbytes / 1e9:.3f} GB")
+
+
+def check_token(environment: Mapping[str, str], address: str | None) -> Finding:
+    """Whether a client with ``environment`` has a token for the cluster at ``address``."""
+    if address is None:
+        return skipped("token", "no cluster is named (--address, RAY_ADDRESS)")
+    mode = environment.get("RAY_AUTH_MODE", "")
+    if mode != "token":
+        return problem(
+            "token",
+            f"RAY_AUTH_MODE is {mode or 'not set'}: clients that join {address} show no token",
+            "export RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH=FILE with the cluster's token",
+        )
+    if environment.get("RAY_AUTH_TOKEN"):
+        remedy = "put it in a file of mode 0600 and name that in RAY_AUTH_TOKEN_PATH"
+        return warning("token", "RAY_AUTH_TOKEN holds it, where /proc and logs may show it", remedy)
+    named = environment.get("RAY_AUTH_TOKEN_PATH")
+    path = Path(named) if named else Path(environment.get("HOME", "/")) / ".ray" / "auth_token"
+    try:
+        text, permissions = path.read_text().strip(), stat.S_IMODE(path.stat().st_mode)
+    except OSError as error:
+        remedy = f"copy the cluster's token to {path}, mode 0600, or name its file in RAY_AUTH_TOKEN_PATH"
+        return problem("token", f"{path} cannot be read: {error.strerror}", remedy)
+    if not text:
+        return problem("token", f"{path} is empty", f"copy the cluster's token to {path}, mode 0600")
+    if permissions & 0o077:
+        return warning("token", f"others may read {path} (mode {permissions:o})", f"chmod 600 {path}")
+    return fine("token", f"in {path}")
