@@ -206,7 +206,7 @@ class LocalTransport:
     def was_computing(self, replica_id: str, request_id: str) -> bool:  # noqa: ARG002
         return False  # a thread does not die of a request
 
-    def report(self, replica_id: str, reason: str) -> None:
+    def report_sick(self, replica_id: str, reason: str) -> None:
         """Nothing to do: the replica's own counters show it, and a thread cannot be replaced."""
 
     def publish(self, readings: Iterable[Reading]) -> None:

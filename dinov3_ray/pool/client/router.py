@@ -180,7 +180,6 @@ class Router:
         now = time.monotonic()
         for request_id, attempt, replica_id in self._book.expired(now):
             log.warning("pool %s: replica %s has not answered request %s in time", self.pool, replica_id, request_id)
-            quietly(self._transport.report, replica_id, "silent: a client's request was not answered in time")
             self._failed(request_id, attempt, Failure.TIMEOUT, pause=self.timeout)
         if self._follow_at is not None and self._follow_at <= now:
             self._follow()
@@ -306,7 +305,7 @@ class Router:
         if isinstance(sent.error, NumericsError):
             # Another replica computed the same images well: those that did not are sick.
             for replica_id in history:
-                quietly(self._transport.report, replica_id, f"sick: {sent.error}")
+                quietly(self._transport.report_sick, replica_id, str(sent.error))
         self.seconds.transfer += max(0.0, time.monotonic() - sent.sent_at - answer.seconds.total)
         self._sizes.learn(sent.header.spec, sent.header.rows, sum(array.nbytes for array in arrays))
         sent.part.answer, sent.part.arrays = answer, self._transport.adopt(arrays)

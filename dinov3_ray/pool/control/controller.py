@@ -108,10 +108,12 @@ class Controller:
         if self._clients.pop(client_id, None) is not None:
             self._forget(client_id)
 
-    async def report(self, replica_id: str, reason: str) -> None:
-        """A client found a replica dead, silent or sick. Dead and silent ones show by themselves in the next look."""
-        if reason.startswith("sick"):
-            self._lose(replica_id, reason)
+    async def report_sick(self, replica_id: str, reason: str) -> None:
+        """Replace a replica whose values were not finite, as a client found out.
+
+        Clients report nothing else: the next health check notices a replica that is dead or does not answer.
+        """
+        self._lose(replica_id, f"sick: {reason}")
 
     async def scale(self, low: int, high: int) -> None:
         self._membership.scale(low, high)

@@ -165,8 +165,8 @@ class RayTransport:
     def was_computing(self, replica_id: str, request_id: str) -> bool:
         return self._ledger.was_computing(replica_id, request_id)
 
-    def report(self, replica_id: str, reason: str) -> None:
-        self._controller.report.remote(replica_id, reason)
+    def report_sick(self, replica_id: str, reason: str) -> None:
+        self._controller.report_sick.remote(replica_id, reason)
 
     def publish(self, readings: Iterable[Reading]) -> None:
         self._publisher.publish(readings)

@@ -58,8 +58,8 @@ class Transport(Protocol):
         """Whether a replica that died had begun this suspect request."""
         ...
 
-    def report(self, replica_id: str, reason: str) -> None:
-        """Tell the controller of a replica that misbehaves."""
+    def report_sick(self, replica_id: str, reason: str) -> None:
+        """Report to the controller a replica whose values were not finite where another's were."""
         ...
 
     def publish(self, readings: Iterable[Reading]) -> None:
