@@ -74,7 +74,7 @@ def convert_checkpoint(
         architecture: Architecture | None = infer_convnext(_shapes(tensors))
     else:
         tensors = _vit_tensors(official, path)
-        architecture = _infer_vit(tensors, official.get("rope_embed.periods"), path)
+        architecture = _vit_architecture(tensors, official.get("rope_embed.periods"), path)
     if architecture is None:
         raise CheckpointError(f"{path} is no official DINOv3 checkpoint; it holds {_some(official)}")
     check_shapes(str(path), architecture.tensors(), _shapes(tensors))
@@ -188,7 +188,7 @@ def _split_qkv(prefix: str, kind: str, tensor: Tensor, mask: Tensor | None, path
     return {f"{prefix}.{name}.{kind}": part for name, part in parts.items()}
 
 
-def _infer_vit(tensors: Mapping[str, Tensor], periods: Tensor | None, path: Path) -> Architecture | None:
+def _vit_architecture(tensors: Mapping[str, Tensor], periods: Tensor | None, path: Path) -> Architecture | None:
     """The architecture by the shapes, and the head count by RoPE's periods, of which each head has a quarter."""
     architecture = infer_vit(_shapes(tensors))
     if architecture is None or periods is None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dinov3_ray.checkpoint.hf import model_options
-from dinov3_ray.checkpoint.verify import check_finite, read_tensors, verify
+from dinov3_ray.checkpoint.verify import require_finite, read_tensors, verify
 from dinov3_ray.config import DinoV3Config
 from dinov3_ray.config.architecture import Architecture, ConvNextArchitecture
 from dinov3_ray.config.weights import canonical_name
@@ -47,7 +47,7 @@ def load_model(
     state: dict[str, Tensor] = {}
     for stored, tensor in read_tensors(weights):
         loaded = tensor.to(device=device, dtype=dtype)
-        check_finite(stored, loaded)
+        require_finite(stored, loaded)
         state[names[stored.name]] = loaded
     model.load_state_dict(state, strict=True, assign=True)
     _restore_buffers(model, device)

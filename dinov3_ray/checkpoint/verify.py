@@ -11,7 +11,7 @@ from dinov3_ray.config import DinoV3Config
 from dinov3_ray.config.weights import StoredTensor, WeightFiles
 from dinov3_ray.errors import CheckpointError
 
-__all__ = ["DTYPES", "Progress", "check_finite", "check_shapes", "ignore_progress", "read_tensors", "verify"]
+__all__ = ["DTYPES", "Progress", "check_shapes", "ignore_progress", "read_tensors", "require_finite", "verify"]
 
 Progress = Callable[[int], None]
 """Told how many more bytes are done."""
@@ -41,7 +41,7 @@ def verify(config: DinoV3Config, *, values: bool = False, progress: Progress = i
     check_shapes(str(config.root), config.architecture.tensors(), weights.shapes)
     if values:
         for stored, tensor in read_tensors(weights):
-            check_finite(stored, tensor)
+            require_finite(stored, tensor)
             progress(stored.nbytes)
     return weights
 
@@ -65,7 +65,7 @@ def check_shapes(where: str, expected: Mapping[str, tuple[int, ...]], found: Map
         raise CheckpointError(f"the weights in {where} are not what its configuration describes:{lines}{rest}")
 
 
-def check_finite(stored: StoredTensor, tensor: Tensor) -> None:
+def require_finite(stored: StoredTensor, tensor: Tensor) -> None:
     """Refuse NaN and infinity, which would spoil every output.
 
     Raises:

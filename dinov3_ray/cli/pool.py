@@ -26,7 +26,7 @@ from dinov3_ray.errors import PoolError, PoolNotFoundError
 from dinov3_ray.pool.cluster import NAMESPACE, Runtime, check_name, connect
 from dinov3_ray.pool.control.remote_control import RayControl, end_replicas, wait_ready
 from dinov3_ray.pool.control.status import PoolStatus
-from dinov3_ray.pool.kv import Ledger
+from dinov3_ray.pool.kv import PoolKV
 from dinov3_ray.pool.spec import parse_replicas as as_range
 
 __all__ = ["Command", "down", "joined", "pool_options", "progress", "scale", "status", "timeout_option"]
@@ -78,8 +78,8 @@ def progress(what: str) -> Iterator[Callable[[PoolStatus], None]]:
     def report(seen: PoolStatus) -> None:
         nonlocal shown
         line = f"{what}: {summary(seen)}"
-        if seen.troubles:
-            line += f" (last trouble: {seen.troubles[-1]})"
+        if seen.recent_errors:
+            line += f" (last error: {seen.recent_errors[-1]})"
         if line != shown:
             shown = line
             spinner.update(line)
@@ -111,7 +111,7 @@ def status(
     interval: float,
     as_json: bool,
 ) -> None:
-    """Show a pool: its replicas, their speed, their troubles.
+    """Show a pool: its replicas, their speed, their last errors.
 
     Images a second, and the share of the time that a replica computes, are of the last interval under --watch, and else
     since the replica started. golden is the cosine of its results to plain float32's, found before it took work.
@@ -183,7 +183,7 @@ def down(name: str, address: str | None, namespace: str) -> None:
 def _end_orphans(name: str, namespace: str) -> str:
     """End replicas whose controller is gone, such as after a shutdown that was interrupted; "" if there are none."""
     orphans = end_replicas(namespace, name)
-    Ledger(namespace, name).clear()
+    PoolKV(namespace, name).clear()
     return f"pool {name!r} had no controller; its replicas {', '.join(orphans)} have ended" if orphans else ""
 
 

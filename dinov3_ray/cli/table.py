@@ -16,7 +16,7 @@ from dinov3_ray.pool.messages import ReplicaStatistics
 __all__ = ["Rate", "is_healthy", "rates", "render", "summary"]
 
 _STATE_STYLES = {"ready": "green", "starting": "yellow", "draining": "blue"}
-_SHOWN_TROUBLES = 5
+_SHOWN_ERRORS = 5
 _UNBOUNDED = 10_000  # columns
 
 _COLUMNS: dict[str, JustifyMethod] = {
@@ -83,8 +83,8 @@ def summary(status: PoolStatus) -> str:
 
 
 def render(status: PoolStatus, rate: Mapping[str, Rate]) -> RenderableType:
-    """The whole of it: a headline, a row for each replica, totals, and the last troubles."""
-    return Group(_headline(status), _Replicas(status, rate), _troubles(status))
+    """The whole of it: a headline, a row for each replica, totals, and the last errors."""
+    return Group(_headline(status), _Replicas(status, rate), _recent_errors(status))
 
 
 class _Replicas:
@@ -167,10 +167,10 @@ def _totals(status: PoolStatus, rate: Mapping[str, Rate]) -> dict[str, str]:
     }
 
 
-def _troubles(status: PoolStatus) -> Table:
+def _recent_errors(status: PoolStatus) -> Table:
     table = Table.grid("", "", padding=(0, 2))  # long ones wrap beside their headline, not below it
-    for index, trouble in enumerate(status.troubles[-_SHOWN_TROUBLES:]):
-        table.add_row("" if index else Text("last troubles", "bold red", no_wrap=True), Text(trouble))
+    for index, error in enumerate(status.recent_errors[-_SHOWN_ERRORS:]):
+        table.add_row("" if index else Text("last errors", "bold red", no_wrap=True), Text(error))
     return table
 
 

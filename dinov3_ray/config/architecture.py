@@ -58,11 +58,6 @@ class ViTArchitecture:
     family: ClassVar[Family] = "vit"
 
     @property
-    def layer_channels(self) -> tuple[int, ...]:
-        """Channels of each layer's map."""
-        return (self.hidden_size,) * self.num_layers
-
-    @property
     def layer_strides(self) -> tuple[int, ...]:
         """Pixels a cell of each layer's map."""
         return (self.patch_size,) * self.num_layers
@@ -131,11 +126,6 @@ class ConvNextArchitecture:
     @property
     def num_layers(self) -> int:
         return len(self.depths)
-
-    @property
-    def layer_channels(self) -> tuple[int, ...]:
-        """Channels of each stage's map."""
-        return self.hidden_sizes
 
     @property
     def layer_strides(self) -> tuple[int, ...]:

@@ -14,10 +14,10 @@ from typing import Any
 # outlives an actor without a service of its own; it has had this form since Ray 1.
 from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get, _internal_kv_put
 
-__all__ = ["Ledger"]
+__all__ = ["PoolKV"]
 
 
-class Ledger:
+class PoolKV:
     """The facts of one pool."""
 
     def __init__(self, namespace: str, pool: str) -> None:

@@ -21,9 +21,9 @@ from dinov3_ray.errors import PoolExistsError
 from dinov3_ray.pool.cluster import connect, find_controller
 from dinov3_ray.pool.control.declaration import Declaration
 from dinov3_ray.pool.control.membership import ActionKind, Membership
-from dinov3_ray.pool.control.status import PoolStatus, Report, make_status, make_view
+from dinov3_ray.pool.control.status import PoolStatus, ReplicaRecord, make_status, make_view
 from dinov3_ray.pool.messages import Array, MemberState, PoolView, ReplicaView, RequestHeader
-from dinov3_ray.pool.metrics import Reading
+from dinov3_ray.pool.metrics import Sample
 from dinov3_ray.pool.replica.replica import Replica
 from dinov3_ray.pool.spec import CheckedSource, builder
 from dinov3_ray.pool.transport.actors import RayTransport
@@ -93,7 +93,7 @@ class LocalController:
     def status(self) -> PoolStatus:
         with self._changed:
             clients = len(self._clients)
-            return make_status(self.name, self._membership, self._reports(), self._options, clients=clients)
+            return make_status(self.name, self._membership, self._records(), self._options, clients=clients)
 
     def shutdown(self) -> None:
         with self._changed:
@@ -166,16 +166,16 @@ class LocalController:
             on_view(view)
 
     def _view(self) -> PoolView:
-        return make_view(self._membership, self._reports(), self._options, closed=self._closed)
+        return make_view(self._membership, self._records(), self._options, closed=self._closed)
 
-    def _reports(self) -> dict[str, Report]:
-        return {replica_id: report_on(replica) for replica_id, replica in self._replicas.items()}
+    def _records(self) -> dict[str, ReplicaRecord]:
+        return {replica_id: record_of(replica) for replica_id, replica in self._replicas.items()}
 
 
-def report_on(replica: Replica) -> Report:
+def record_of(replica: Replica) -> ReplicaRecord:
     ready = replica.loaded.done() and replica.loaded.exception() is None
     info = replica.loaded.result() if ready else None
-    return Report(replica, node_id=_NODE, info=info, statistics=replica.statistics())
+    return ReplicaRecord(replica, node_id=_NODE, info=info, statistics=replica.statistics())
 
 
 class LocalTransport:
@@ -209,7 +209,7 @@ class LocalTransport:
     def report_sick(self, replica_id: str, reason: str) -> None:
         """Nothing to do: the replica's own counters show it, and a thread cannot be replaced."""
 
-    def publish(self, readings: Iterable[Reading]) -> None:
+    def publish(self, samples: Iterable[Sample]) -> None:
         """Nobody to tell: metrics go out through Ray."""
 
     def leave(self, client_id: str) -> None:

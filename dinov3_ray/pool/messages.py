@@ -25,10 +25,10 @@ __all__ = [
     "Answer",
     "FeatureLayout",
     "ImageLayout",
-    "Load",
     "MemberState",
     "Outcome",
     "PoolView",
+    "ReplicaLoad",
     "ReplicaStatistics",
     "ReplicaView",
     "RequestHeader",
@@ -78,7 +78,7 @@ class Outcome(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Load:
+class ReplicaLoad:
     """What waits at a replica when it answers."""
 
     rows: int = 0
@@ -113,7 +113,7 @@ class Answer:
     outcome: Outcome
     layout: FeatureLayout = ()
     fingerprint: str | None = None
-    load: Load = field(default_factory=Load)
+    load: ReplicaLoad = field(default_factory=ReplicaLoad)
     seconds: StageSeconds = field(default_factory=StageSeconds)
     retry_after: float = 0.0
     error: BaseException | None = None
@@ -161,7 +161,7 @@ class PoolView:
     target: int
     closed: bool = False
     #: Why replicas are missing, newest last, for the error that a waiting client may have to raise.
-    troubles: tuple[str, ...] = ()
+    recent_errors: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

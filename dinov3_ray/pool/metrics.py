@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from ray.util.metrics import Counter, Gauge
 
-__all__ = ["METRICS", "ClientSeconds", "Kind", "Metric", "Publisher", "Reading"]
+__all__ = ["METRICS", "ClientSeconds", "Kind", "Metric", "Publisher", "Sample"]
 
 
 class Kind(StrEnum):
@@ -90,7 +90,7 @@ METRICS = _by_name(
 )
 
 
-class Reading(NamedTuple):
+class Sample(NamedTuple):
     """A counter's total or a gauge's level, at one moment; ``label`` is the value of the metric's ``by``."""
 
     name: str
@@ -114,9 +114,9 @@ class Publisher:
         self._totals: dict[tuple[str, str], float] = {}
         self._levels: dict[tuple[str, str], float] = {}
 
-    def publish(self, readings: Iterable[Reading]) -> None:
+    def publish(self, samples: Iterable[Sample]) -> None:
         """Publish a snapshot. Cheap, but not for every request."""
-        for name, value, label in readings:
+        for name, value, label in samples:
             if METRICS[name].kind is Kind.GAUGE:
                 self._level(name, value, label)
             else:

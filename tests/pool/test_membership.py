@@ -287,8 +287,8 @@ def test_failed_starts_are_tried_again_after_ever_longer_delays_up_to_half_a_min
         now += delay
     assert delays[:7] == [1, 2, 4, 8, 16, 30, 30]
     assert set(delays[6:]) == {30}
-    assert len(members.troubles) == 8
-    assert members.troubles[-1] == "r1099: no such file"
+    assert len(members.recent_errors) == 8
+    assert members.recent_errors[-1] == "r1099: no such file"
     assert members.restarts == 1100
     (start,) = members.plan(now)
     members.became_ready(start.replica_id, now)
@@ -303,13 +303,13 @@ def test_a_wave_of_failed_starts_counts_once() -> None:
     assert members.next_change(0.1) == 1.0
 
 
-def test_what_is_lost_while_it_drains_is_no_trouble_and_is_not_drained_again() -> None:
+def test_what_is_lost_while_it_drains_is_no_error_and_is_not_drained_again() -> None:
     members = a_pool(2)
     members.scale(1, 1)
     (drain,) = members.plan(5.0)
     assert members.lost(drain.replica_id, "killed", 6.0)
     assert not members.drained(drain.replica_id)
-    assert (members.restarts, len(members.troubles)) == (0, 0)
+    assert (members.restarts, len(members.recent_errors)) == (0, 0)
 
 
 def test_an_adopted_pool_goes_on_where_it_was() -> None:

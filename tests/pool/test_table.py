@@ -30,7 +30,7 @@ FORMER = replace(READY, replica_id="r1", state="draining", generation=0, seconds
 STARTING = ReplicaStatus("r2", "starting", 1, 90_061.0)
 
 
-def status(*replicas: ReplicaStatus, target: int = 2, troubles: tuple[str, ...] = ()) -> PoolStatus:
+def status(*replicas: ReplicaStatus, target: int = 2, recent_errors: tuple[str, ...] = ()) -> PoolStatus:
     return PoolStatus(
         name="dinov3",
         epoch=1,
@@ -45,8 +45,8 @@ def status(*replicas: ReplicaStatus, target: int = 2, troubles: tuple[str, ...] 
         teacher="DinoV3Teacher",
         batching="exact",
         clients=1,
-        restarts=len(troubles),
-        troubles=troubles,
+        restarts=len(recent_errors),
+        recent_errors=recent_errors,
     )
 
 
@@ -87,7 +87,7 @@ def test_health_and_summary() -> None:
 
 
 def test_what_a_person_reads() -> None:
-    seen = status(READY, FORMER, STARTING, troubles=("r9: its process died", "r8: [no markup] at all"))
+    seen = status(READY, FORMER, STARTING, recent_errors=("r9: its process died", "r8: [no markup] at all"))
     lines = [" ".join(line.split()) for line in text(seen, rates(None, seen)).splitlines()]
     assert lines[0] == (
         "dinov3 degraded 1 of 2 ready (2-8 allowed) · DinoV3Teacher 74b0df3baae2 · exact batching · 1 client · "
@@ -97,7 +97,7 @@ def test_what_a_person_reads() -> None:
     assert "r0 ready 1h2m 12bf17bd 6821 cuda:0 50.0 50% 3 5,000 2 0.99987 74b0df3baae2" in lines
     assert "r2 starting 1d1h - - - - - - - - - -" in lines
     assert "all 100 50% 6 10,000 4" in lines
-    assert lines[-2:] == ["last troubles r9: its process died", "r8: [no markup] at all"]
+    assert lines[-2:] == ["last errors r9: its process died", "r8: [no markup] at all"]
 
 
 def test_an_empty_pool_can_be_shown() -> None:

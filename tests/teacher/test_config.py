@@ -150,7 +150,6 @@ def test_convnext(tmp_path: Path) -> None:
     assert (cfg.family, cfg.hidden_size, cfg.num_layers, cfg.num_register_tokens) == ("convnext", 768, 4, 0)
     assert (cfg.patch_size, cfg.grid_size) == (32, (7, 7))
     assert cfg.architecture.layer_strides == (4, 8, 16, 32)
-    assert cfg.architecture.layer_channels == (96, 192, 384, 768)
 
 
 def test_patch_size_may_be_a_pair(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ from dinov3_ray.interrupts import wait
 from dinov3_ray.pool.client.book import Failure, Limits, RoutingBook, RoutingStatistics, Send, Verdict
 from dinov3_ray.pool.client.request import Handle, Outbox, Outgoing, Part, ResultSizes
 from dinov3_ray.pool.messages import Answer, Array, Outcome, PoolView, ReplicaView
-from dinov3_ray.pool.metrics import ClientSeconds, Reading
+from dinov3_ray.pool.metrics import ClientSeconds, Sample
 from dinov3_ray.pool.transport.protocol import Gone, Transport, Unreachable
 
 if TYPE_CHECKING:
@@ -397,9 +397,9 @@ def why_empty(pool: str, timeout: float, view: PoolView | None) -> str:
     """Why nothing could be sent for ``timeout`` seconds."""
     if view is None:
         return f"the controller of pool {pool!r} did not answer within timeout={timeout:g} s"
-    troubles = f"; last troubles: {'; '.join(view.troubles[-3:])}" if view.troubles else ""
+    errors = f"; last errors: {'; '.join(view.recent_errors[-3:])}" if view.recent_errors else ""
     return (
-        f"pool {pool!r} had no replica ready for timeout={timeout:g} s (0 of {view.target} wanted){troubles}. "
+        f"pool {pool!r} had no replica ready for timeout={timeout:g} s (0 of {view.target} wanted){errors}. "
         f"See `dinov3-ray status --name {pool}`"
     )
 
@@ -416,12 +416,12 @@ def failure_of(part: Part, pool: str, verdict: Verdict) -> PoolError:
     return ReplicaError(f"{where_is(part, pool)}: given up, too many replicas died or fell silent with it")
 
 
-def read_client(routing: RoutingStatistics, seconds: ClientSeconds) -> Iterator[Reading]:
-    yield Reading("dinov3_answers", routing.answered)
-    yield Reading("dinov3_retries", routing.resends)
-    yield Reading("dinov3_stage_seconds", seconds.transfer, "transfer")
-    yield Reading("dinov3_in_flight", routing.in_flight)
-    yield Reading("dinov3_in_flight_bytes", routing.in_flight_bytes)
-    yield Reading("dinov3_waiting", routing.waiting)
-    yield Reading("dinov3_trainer_seconds", seconds.trainer)
-    yield Reading("dinov3_trainer_wait_seconds", seconds.trainer_wait)
+def read_client(routing: RoutingStatistics, seconds: ClientSeconds) -> Iterator[Sample]:
+    yield Sample("dinov3_answers", routing.answered)
+    yield Sample("dinov3_retries", routing.resends)
+    yield Sample("dinov3_stage_seconds", seconds.transfer, "transfer")
+    yield Sample("dinov3_in_flight", routing.in_flight)
+    yield Sample("dinov3_in_flight_bytes", routing.in_flight_bytes)
+    yield Sample("dinov3_waiting", routing.waiting)
+    yield Sample("dinov3_trainer_seconds", seconds.trainer)
+    yield Sample("dinov3_trainer_wait_seconds", seconds.trainer_wait)

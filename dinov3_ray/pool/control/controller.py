@@ -24,11 +24,11 @@ from dinov3_ray.pool.cluster import kill_process, list_actors, replica_name
 from dinov3_ray.pool.control.autoscaler import Autoscaler
 from dinov3_ray.pool.control.declaration import Declaration, Redeclaration
 from dinov3_ray.pool.control.membership import Action, ActionKind, Membership
-from dinov3_ray.pool.control.status import PoolStatus, Report, make_status, make_view
-from dinov3_ray.pool.kv import Ledger
+from dinov3_ray.pool.control.status import PoolStatus, ReplicaRecord, make_status, make_view
+from dinov3_ray.pool.kv import PoolKV
 from dinov3_ray.pool.messages import MemberState, PoolView, ReplicaStatistics
-from dinov3_ray.pool.metrics import Publisher, Reading
-from dinov3_ray.pool.replica.actor import Birth, Place, ReplicaActor, thread_groups
+from dinov3_ray.pool.metrics import Publisher, Sample
+from dinov3_ray.pool.replica.actor import ReplicaActor, ReplicaProcess, ReplicaSetup, thread_groups
 
 if TYPE_CHECKING:
     pass
@@ -42,17 +42,17 @@ _FAREWELL = 0.1  # seconds in which the last answers leave this process
 _SICK_AFTER_ERRORS = 3  # requests in a row that raised, after which a replica is replaced
 
 
-class _Tended:
+class _SupervisedReplica:
     """A replica in the controller's care: what is known of it, where it runs, and the task that watches over it."""
 
     def __init__(self, actor: Any) -> None:
-        self.report = Report(actor)
-        self.place: Place | None = None
+        self.record = ReplicaRecord(actor)
+        self.process: ReplicaProcess | None = None
         self.task: asyncio.Task[None] | None = None
 
     @property
     def actor(self) -> Any:
-        return self.report.actor
+        return self.record.actor
 
 
 class Controller:
@@ -60,8 +60,8 @@ class Controller:
 
     def __init__(self, namespace: str, name: str, declaration: Declaration) -> None:
         self._namespace, self._name = namespace, name
-        self._ledger = Ledger(namespace, name)
-        self._declaration: Declaration = self._ledger.load_declaration() or declaration
+        self._kv = PoolKV(namespace, name)
+        self._declaration: Declaration = self._kv.load_declaration() or declaration
         declared = self._declaration
         self._membership = Membership(declared.low, declared.high)
         # Views of a restarted controller must count as newer than those before.
@@ -69,7 +69,7 @@ class Controller:
         self._membership.generation, self._membership.newest = declared.generation, declared.newest
         self._membership.settled = declared.former.generation if declared.former else None
         self._membership.resize(declared.target)
-        self._tended: dict[str, _Tended] = {}
+        self._replicas: dict[str, _SupervisedReplica] = {}
         self._clients: dict[str, float] = {}
         self._watching: Counter[str] = Counter()  # calls of each client
         self._autoscaler = Autoscaler.of(declared.options)
@@ -143,23 +143,23 @@ class Controller:
     async def status(self) -> PoolStatus:
         await self._found.wait()
         options = self._declaration.options
-        return make_status(self._name, self._membership, self._reports(), options, clients=len(self._clients))
+        return make_status(self._name, self._membership, self._records(), options, clients=len(self._clients))
 
-    async def shutdown(self) -> list[Place]:
+    async def shutdown(self) -> list[ReplicaProcess]:
         """End all replicas and tell the clients; returns where replicas ran, so that the caller can see them gone."""
         self._closed = True
-        self._ledger.clear()
-        places = [tended.place for tended in self._tended.values() if tended.place]
-        for replica_id in list(self._tended):
+        self._kv.clear()
+        processes = [replica.process for replica in self._replicas.values() if replica.process]
+        for replica_id in list(self._replicas):
             self._membership.drained(replica_id)
-            self._bury(replica_id)
+            self._remove(replica_id)
         async with self._published:
             self._published.notify_all()
         # The caller ends this actor next: let the clients' answers leave first.
         while self._watching.total():
             await asyncio.sleep(0)
         await asyncio.sleep(_FAREWELL)
-        return places
+        return processes
 
     # Supervision ----------------------------------------------------------------------------------------------------
 
@@ -174,7 +174,7 @@ class Controller:
             self._autoscale(now)
             if self._membership.is_hopeless:
                 self._go_back()
-            unplaced = [replica_id for replica_id, tended in self._tended.items() if tended.place is None]
+            unplaced = [replica_id for replica_id, replica in self._replicas.items() if replica.process is None]
             for action in self._membership.plan(now, unplaced):
                 self._carry_out(action)
             if self._membership.epoch != epoch:
@@ -201,7 +201,7 @@ class Controller:
             self._name,
             given_up,
             membership.generation,
-            membership.troubles[-1],
+            membership.recent_errors[-1],
         )
         self._turn_to(self._declaration.gone_back())
 
@@ -214,28 +214,28 @@ class Controller:
     async def _adopt(self, replica_id: str, actor: Any) -> None:
         patience = self._declaration.options.health_timeout
         try:
-            place = await asyncio.wait_for(actor.place.remote(), patience)
+            process = await asyncio.wait_for(actor.process.remote(), patience)
             state = await asyncio.wait_for(actor.state.remote(), patience)
         except (TimeoutError, ray.exceptions.RayError) as error:
             # Dead, silent, or still without a place: a successor is as good.
             log.warning("pool %s: replica %s is not taken over: %s", self._name, replica_id, reason_of(error))
             ray.kill(actor)
             return
-        self._membership.adopt(replica_id, place.generation, state, time.monotonic())
-        self._tend(replica_id, actor)
+        self._membership.adopt(replica_id, process.generation, state, time.monotonic())
+        self._begin_supervision(replica_id, actor)
         if state is MemberState.DRAINING:
             self._spawn(self._drain(replica_id))
 
     def _carry_out(self, action: Action) -> None:
         if action.kind is ActionKind.START:
-            self._tend(action.replica_id, self._start_actor(action.replica_id))
+            self._begin_supervision(action.replica_id, self._start_actor(action.replica_id))
         else:
             self._spawn(self._drain(action.replica_id))
 
     def _start_actor(self, replica_id: str) -> Any:
         declared = self._declaration
         placement = declared.placement
-        birth = Birth(
+        setup = ReplicaSetup(
             replica_id=replica_id,
             generation=self._membership.generation,
             namespace=self._namespace,
@@ -255,7 +255,7 @@ class Controller:
             **placement.actor_options(),
         }
         actor_class: Any = ray.remote(concurrency_groups=thread_groups(declared.options))(ReplicaActor)
-        return actor_class.options(**options).remote(birth)
+        return actor_class.options(**options).remote(setup)
 
     def _threads(self) -> int | None:
         """CPU threads a replica, so that those of one machine don't fight for its cores."""
@@ -266,27 +266,27 @@ class Controller:
             return int(declared.placement.num_cpus)
         return max(1, int(ray.cluster_resources().get("CPU", 1)) // self._membership.target)
 
-    def _tend(self, replica_id: str, actor: Any) -> None:
-        tended = self._tended[replica_id] = _Tended(actor)
-        tended.task = self._spawn(self._watch_over(replica_id, tended))
+    def _begin_supervision(self, replica_id: str, actor: Any) -> None:
+        replica = self._replicas[replica_id] = _SupervisedReplica(actor)
+        replica.task = self._spawn(self._watch_over(replica_id, replica))
 
-    async def _watch_over(self, replica_id: str, tended: _Tended) -> None:
+    async def _watch_over(self, replica_id: str, replica: _SupervisedReplica) -> None:
         """A replica's life from its place in the cluster to its loss."""
         options = self._declaration.options
         try:
             # No deadline here: a replica that waits for its place is what makes Ray's autoscaler add a node.
-            tended.place = await tended.actor.place.remote()
-            tended.report.node_id, tended.report.pid = tended.place.node_id, tended.place.pid
-            tended.report.info = await asyncio.wait_for(tended.actor.load.remote(), options.startup_timeout)
+            replica.process = await replica.actor.process.remote()
+            replica.record.node_id, replica.record.pid = replica.process.node_id, replica.process.pid
+            replica.record.info = await asyncio.wait_for(replica.actor.load.remote(), options.startup_timeout)
             self._membership.became_ready(replica_id, time.monotonic())
             self._wake.set()
             while True:
-                seen: ReplicaStatistics = await asyncio.wait_for(tended.actor.health.remote(), options.health_timeout)
-                tended.report.statistics = seen
+                seen: ReplicaStatistics = await asyncio.wait_for(replica.actor.health.remote(), options.health_timeout)
+                replica.record.statistics = seen
                 self._require_healthy(seen)
                 await asyncio.sleep(options.health_interval)
         except TimeoutError:
-            ready = tended.report.statistics is not None
+            ready = replica.record.statistics is not None
             waited = options.health_timeout if ready else options.startup_timeout
             self._lose(replica_id, f"no answer to {'health' if ready else 'load'} within {waited:g} s", silent=True)
         except (ray.exceptions.RayError, ReplicaError) as error:
@@ -302,33 +302,33 @@ class Controller:
     def _lose(self, replica_id: str, reason: str, *, silent: bool = False) -> None:
         if self._membership.lost(replica_id, reason, time.monotonic()):
             log.warning("pool %s: replica %s is lost: %s", self._name, replica_id, reason)
-            self._bury(replica_id, silent=silent)
+            self._remove(replica_id, silent=silent)
             self._wake.set()
 
     async def _drain(self, replica_id: str) -> None:
-        tended = self._tended.get(replica_id)
-        if tended is None:
+        replica = self._replicas.get(replica_id)
+        if replica is None:
             return  # it was lost before its turn came
         patience = self._declaration.options.drain_timeout
-        if tended.report.statistics is not None:
+        if replica.record.statistics is not None:
             try:
-                await asyncio.wait_for(tended.actor.drain.remote(patience), patience + 1)
+                await asyncio.wait_for(replica.actor.drain.remote(patience), patience + 1)
             except (TimeoutError, ray.exceptions.RayError) as error:
                 log.warning("pool %s: replica %s did not drain: %s", self._name, replica_id, reason_of(error))
-        if self._membership.drained(replica_id):  # or it was lost meanwhile, and buried
-            self._bury(replica_id)
+        if self._membership.drained(replica_id):  # or it was lost meanwhile, and removed
+            self._remove(replica_id)
             self._wake.set()
 
-    def _bury(self, replica_id: str, *, silent: bool = False) -> None:
+    def _remove(self, replica_id: str, *, silent: bool = False) -> None:
         """End a replica, and by force the process of one that has fallen silent."""
-        tended = self._tended.pop(replica_id)
-        if tended.task is not None and tended.task is not asyncio.current_task():
-            tended.task.cancel()
-        ray.kill(tended.actor)
-        if silent and tended.place is not None:
+        replica = self._replicas.pop(replica_id)
+        if replica.task is not None and replica.task is not asyncio.current_task():
+            replica.task.cancel()
+        ray.kill(replica.actor)
+        if silent and replica.process is not None:
             # Ray asks the process to end itself; one that is stopped, or hangs in a driver, does not hear that.
-            here = NodeAffinitySchedulingStrategy(tended.place.node_id, soft=False)
-            kill_process.options(scheduling_strategy=here).remote(tended.place.pid, tended.place.started)
+            here = NodeAffinitySchedulingStrategy(replica.process.node_id, soft=False)
+            kill_process.options(scheduling_strategy=here).remote(replica.process.pid, replica.process.started)
 
     def _drop_silent_clients(self, now: float) -> None:
         limit = self._declaration.options.client_timeout
@@ -340,25 +340,25 @@ class Controller:
             self._forget(client_id)
 
     def _forget(self, client_id: str) -> None:
-        for tended in self._tended.values():
-            tended.actor.forget.remote(client_id)
+        for replica in self._replicas.values():
+            replica.actor.forget.remote(client_id)
 
     def _autoscale(self, now: float) -> None:
         membership = self._membership
         if membership.low == membership.high:
             return
-        ready = [self._tended[member.replica_id].report.statistics for member in membership.ready()]
+        ready = [self._replicas[member.replica_id].record.statistics for member in membership.ready()]
         starting = sum(member.state is MemberState.STARTING for member in membership.members)
         known = [statistics for statistics in ready if statistics is not None]
         membership.resize(self._autoscaler.target(membership.target, known, starting, now))
 
     # Small parts ----------------------------------------------------------------------------------------------------
 
-    def _reports(self) -> dict[str, Report]:
-        return {replica_id: tended.report for replica_id, tended in self._tended.items()}
+    def _records(self) -> dict[str, ReplicaRecord]:
+        return {replica_id: replica.record for replica_id, replica in self._replicas.items()}
 
     def _view(self) -> PoolView:
-        return make_view(self._membership, self._reports(), self._declaration.options, closed=self._closed)
+        return make_view(self._membership, self._records(), self._declaration.options, closed=self._closed)
 
     def _save(self) -> None:
         if self._closed:
@@ -373,7 +373,7 @@ class Controller:
             serial=membership.serial,
             former=None if membership.settled == membership.generation else self._declaration.former,
         )
-        self._ledger.save_declaration(self._declaration)
+        self._kv.save_declaration(self._declaration)
         self._wake.set()
 
     def _spawn(self, coroutine: Any) -> asyncio.Task[Any]:
@@ -400,10 +400,10 @@ def reason_of(error: BaseException) -> str:
     return f"{type(cause).__name__}: {lines[-1]}"
 
 
-def read_controller(membership: Membership, *, clients: int) -> Iterator[Reading]:
+def read_controller(membership: Membership, *, clients: int) -> Iterator[Sample]:
     counts = Counter(member.state for member in membership.members)
     for state in MemberState:
-        yield Reading("dinov3_replicas", counts[state], str(state))
-    yield Reading("dinov3_replicas_target", membership.target)
-    yield Reading("dinov3_clients", clients)
-    yield Reading("dinov3_restarts", membership.restarts)
+        yield Sample("dinov3_replicas", counts[state], str(state))
+    yield Sample("dinov3_replicas_target", membership.target)
+    yield Sample("dinov3_clients", clients)
+    yield Sample("dinov3_restarts", membership.restarts)

@@ -18,7 +18,7 @@ __all__ = ["Action", "ActionKind", "Member", "Membership"]
 _FIRST_BACKOFF = 1.0
 _LONGEST_BACKOFF = 30.0
 _MOST_DOUBLINGS = 8  # more than it takes to the longest; 2**1024 is no float
-_KEPT_TROUBLES = 8
+_KEPT_ERRORS = 8
 _PLACE_PATIENCE = 20.0  # seconds that a successor waits for a place before an old replica makes room for it
 _CROWDED_PATIENCE = 5.0  # likewise, once the cluster has turned out to be full
 _HOPELESS_STARTS = 3  # waves of failed starts, none between them having succeeded, after which a reload is given up
@@ -63,7 +63,7 @@ class Membership:
         self.generation = self.newest = 0
         self.settled: int | None = None
         self.epoch = 0
-        self.troubles: deque[str] = deque(maxlen=_KEPT_TROUBLES)
+        self.recent_errors: deque[str] = deque(maxlen=_KEPT_ERRORS)
         self.restarts = 0
         self._members: dict[str, Member] = {}
         #: The number of the next replica.
@@ -96,7 +96,7 @@ class Membership:
     def lost(self, replica_id: str, reason: str, now: float) -> bool:
         """A replica died, hung, failed to start or was found sick; False if it was not a member.
 
-        One that fails before it was ready delays the next start, ever longer: its trouble is likely to be everyone's.
+        One that fails before it was ready delays the next start, ever longer: its error is likely to be everyone's.
         Those that fail while a delay runs were started together with it, and count once.
         """
         member = self._members.pop(replica_id, None)
@@ -106,7 +106,7 @@ class Membership:
         if member.state is MemberState.DRAINING:
             return True
         self.restarts += 1
-        self.troubles.append(f"{replica_id}: {reason}")
+        self.recent_errors.append(f"{replica_id}: {reason}")
         failed = member.state is MemberState.STARTING and member.generation == self.generation
         if failed and now >= self._not_before:
             self._not_before = now + min(_FIRST_BACKOFF * 2**self._failures, _LONGEST_BACKOFF)

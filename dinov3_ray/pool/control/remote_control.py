@@ -20,7 +20,7 @@ from dinov3_ray.pool.cluster import Runtime, controller_name, find_controller, k
 from dinov3_ray.pool.control.controller import Controller
 from dinov3_ray.pool.control.declaration import Declaration, Redeclaration
 from dinov3_ray.pool.control.status import PoolStatus
-from dinov3_ray.pool.replica.actor import Place
+from dinov3_ray.pool.replica.actor import ReplicaProcess
 from dinov3_ray.pool.spec import CheckedSource, Placement, PoolOptions
 
 __all__ = ["RayControl", "end_replicas", "wait_ready"]
@@ -136,14 +136,14 @@ class RayControl:
             PoolTimeoutError: some are not, ``timeout`` seconds later.
         """
         try:
-            places: list[Place] = self._call("shutdown")
+            processes: list[ReplicaProcess] = self._call("shutdown")
         except PoolNotFoundError:
             if self._has_successor():
                 return  # somebody else ended it, and started another of its name
-            places = []
+            processes = []
         ray.kill(self._controller, no_restart=True)
         end_replicas(self._namespace, self.name, timeout)
-        self._end_stopped_processes(places)
+        self._end_stopped_processes(processes)
 
     def _has_successor(self) -> bool:
         """Whether another pool has this one's name by now."""
@@ -152,15 +152,15 @@ class RayControl:
         except PoolNotFoundError:
             return False
 
-    def _end_stopped_processes(self, places: list[Place]) -> None:
+    def _end_stopped_processes(self, processes: list[ReplicaProcess]) -> None:
         """Ray asks a process to end itself, which one that is stopped (SIGSTOP) or stuck in a driver does not hear."""
         alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
         calls = [
-            kill_process.options(scheduling_strategy=NodeAffinitySchedulingStrategy(place.node_id, soft=False)).remote(
-                place.pid, place.started
-            )
-            for place in places
-            if place.node_id in alive
+            kill_process.options(
+                scheduling_strategy=NodeAffinitySchedulingStrategy(process.node_id, soft=False)
+            ).remote(process.pid, process.started)
+            for process in processes
+            if process.node_id in alive
         ]
         ray.wait(calls, num_returns=len(calls), timeout=10) if calls else None
 
@@ -237,7 +237,7 @@ def wait_ready(
             return status
         restarts = status.restarts if restarts is None else restarts
         if status.restarts >= restarts + _HOPELESS_STARTS and not ready and not status.reloading:
-            raise ReplicaError(f"the replicas of pool {name!r} do not start. {status.troubles[-1]}")
+            raise ReplicaError(f"the replicas of pool {name!r} do not start. {status.recent_errors[-1]}")
         if time.monotonic() > deadline:
             raise PoolTimeoutError(
                 f"pool {name!r} had {ready} of {status.low} replicas ready after timeout={timeout:g} s: "
@@ -252,13 +252,13 @@ def _turned(name: str, generation: int, status: PoolStatus) -> PoolError:
         return PoolError(f"pool {name!r}: another reload has overtaken this one")
     return ReplicaError(
         f"the new replicas of pool {name!r} do not start, so it has gone back to the former teacher "
-        f"({status.ready} of {status.target} ready). {status.troubles[-1]}"
+        f"({status.ready} of {status.target} ready). {status.recent_errors[-1]}"
     )
 
 
 def _waits_for(status: PoolStatus) -> str:
-    if status.troubles:
-        return f"last trouble: {status.troubles[-1]}"
+    if status.recent_errors:
+        return f"last error: {status.recent_errors[-1]}"
     if any(replica.pid is None for replica in status.replicas):
         have = ray.cluster_resources() if ray.is_initialized() else {}
         counts = ", ".join(f"{have.get(key, 0):g} {key}" for key in ("GPU", "CPU"))

@@ -14,7 +14,7 @@ from dinov3_ray.pool.control.membership import Membership, serial_of
 from dinov3_ray.pool.messages import PoolView, ReplicaStatistics, ReplicaView, TeacherInfo
 from dinov3_ray.pool.spec import PoolOptions
 
-__all__ = ["PoolStatus", "ReplicaStatus", "Report", "make_status", "make_view"]
+__all__ = ["PoolStatus", "ReplicaRecord", "ReplicaStatus", "make_status", "make_view"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,7 @@ class PoolStatus:
         target: replicas wanted now, within ``low`` .. ``high``.
         fingerprint: of the teacher that the newest ready replica serves.
         restarts: replicas that were lost and replaced since the controller began.
-        troubles: why replicas were lost or could not start, newest last.
+        recent_errors: why replicas were lost or could not start, newest last.
     """
 
     name: str
@@ -67,7 +67,7 @@ class PoolStatus:
     batching: str
     clients: int
     restarts: int
-    troubles: tuple[str, ...]
+    recent_errors: tuple[str, ...]
 
     @property
     def ready(self) -> int:
@@ -85,7 +85,7 @@ class PoolStatus:
 
 
 @dataclass(slots=True)
-class Report:
+class ReplicaRecord:
     """What a controller knows of one replica beside its membership; None until it is heard of."""
 
     #: What clients send to: an actor handle, or a local replica.
@@ -100,36 +100,36 @@ class Report:
         return self.info.fingerprint if self.info else None
 
 
-def newest_info(membership: Membership, reports: Mapping[str, Report]) -> TeacherInfo | None:
+def newest_info(membership: Membership, records: Mapping[str, ReplicaRecord]) -> TeacherInfo | None:
     """What the newest ready replica tells of its teacher; one of the current generation, if there is any."""
     newest = max(membership.ready(), key=lambda one: (one.generation == membership.generation, one.since), default=None)
-    return reports[newest.replica_id].info if newest else None
+    return records[newest.replica_id].info if newest else None
 
 
 def make_view(
-    membership: Membership, reports: Mapping[str, Report], options: PoolOptions, *, closed: bool = False
+    membership: Membership, records: Mapping[str, ReplicaRecord], options: PoolOptions, *, closed: bool = False
 ) -> PoolView:
     """The pool as clients see it: the replicas that take work."""
     return PoolView(
         epoch=membership.epoch,
         replicas=tuple(
-            ReplicaView(member.replica_id, report.actor, report.node_id or "", report.fingerprint)
+            ReplicaView(member.replica_id, record.actor, record.node_id or "", record.fingerprint)
             for member in membership.ready()
-            for report in [reports[member.replica_id]]
+            for record in [records[member.replica_id]]
         ),
         options=options,
-        info=newest_info(membership, reports),
+        info=newest_info(membership, records),
         target=membership.target,
         closed=closed,
-        troubles=tuple(membership.troubles),
+        recent_errors=tuple(membership.recent_errors),
     )
 
 
 def make_status(
-    name: str, membership: Membership, reports: Mapping[str, Report], options: PoolOptions, *, clients: int
+    name: str, membership: Membership, records: Mapping[str, ReplicaRecord], options: PoolOptions, *, clients: int
 ) -> PoolStatus:
     """The pool as people see it: all replicas, oldest first."""
-    info, now = newest_info(membership, reports), time.monotonic()
+    info, now = newest_info(membership, records), time.monotonic()
     members = sorted(membership.members, key=lambda member: serial_of(member.replica_id))
     return PoolStatus(
         name=name,
@@ -146,20 +146,20 @@ def make_status(
                 state=str(member.state),
                 generation=member.generation,
                 seconds_in_state=now - member.since,
-                node_id=report.node_id,
-                pid=report.pid,
-                fingerprint=report.fingerprint,
-                device=report.info.device if report.info else None,
-                golden_cosine=report.info.golden_cosine if report.info else None,
-                statistics=report.statistics,
+                node_id=record.node_id,
+                pid=record.pid,
+                fingerprint=record.fingerprint,
+                device=record.info.device if record.info else None,
+                golden_cosine=record.info.golden_cosine if record.info else None,
+                statistics=record.statistics,
             )
             for member in members
-            for report in [reports[member.replica_id]]
+            for record in [records[member.replica_id]]
         ),
         fingerprint=info.fingerprint if info else None,
         teacher=info.description if info else "",
         batching=options.batching,
         clients=clients,
         restarts=membership.restarts,
-        troubles=tuple(membership.troubles),
+        recent_errors=tuple(membership.recent_errors),
     )

@@ -19,16 +19,16 @@ from ray import cloudpickle
 
 from dinov3_ray.errors import ReplicaError
 from dinov3_ray.pool.cluster import process_start
-from dinov3_ray.pool.kv import Ledger
+from dinov3_ray.pool.kv import PoolKV
 from dinov3_ray.pool.messages import Answer, MemberState, Outcome, ReplicaStatistics, TeacherInfo
-from dinov3_ray.pool.metrics import Publisher, Reading
+from dinov3_ray.pool.metrics import Publisher, Sample
 from dinov3_ray.pool.spec import PoolOptions, builder
 from dinov3_ray.pool.transport.actors import Reply, frame_answer, open_request
 
 if TYPE_CHECKING:
     from dinov3_ray.pool.messages import Array
 
-__all__ = ["Birth", "Place", "ReplicaActor", "read_replica", "thread_groups"]
+__all__ = ["ReplicaActor", "ReplicaProcess", "ReplicaSetup", "read_replica", "thread_groups"]
 
 
 _CONTROL_THREADS = 16
@@ -37,7 +37,7 @@ _ANSWER_SECONDS = 0.05  # in which an answer leaves this process
 
 
 @dataclass(frozen=True, slots=True)
-class Birth:
+class ReplicaSetup:
     """All that a replica is told at its start."""
 
     replica_id: str
@@ -51,7 +51,7 @@ class Birth:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class ReplicaProcess:
     """Where a replica runs."""
 
     node_id: str
@@ -75,7 +75,7 @@ class ReplicaActor:
     on: loading is a call of its own, which returns the reason.
     """
 
-    def __init__(self, birth: Birth) -> None:
+    def __init__(self, setup: ReplicaSetup) -> None:
         # OpenMP reads it when torch is loaded, which happens here and in this process alone: its threads shall sleep
         # while they wait. Spinning, they take the cores from Ray and from whatever else the node computes.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -83,26 +83,26 @@ class ReplicaActor:
             Replica,  # not above: the controller imports this module, without torch
         )
 
-        self._birth = birth
-        ledger = Ledger(birth.namespace, birth.pool)
+        self._setup = setup
+        kv = PoolKV(setup.namespace, setup.pool)
         self._replica = Replica(
-            birth.replica_id,
+            setup.replica_id,
             # Unpickled when it is built: a class that is missing on this node is a reason to report like any other.
-            lambda: builder(cloudpickle.loads(birth.source), birth.device)(),
-            birth.options,
-            generation=birth.generation,
-            threads=birth.threads,
-            on_suspect=lambda request_id: ledger.begin_suspect(birth.replica_id, request_id),
+            lambda: builder(cloudpickle.loads(setup.source), setup.device)(),
+            setup.options,
+            generation=setup.generation,
+            threads=setup.threads,
+            on_suspect=lambda request_id: kv.begin_suspect(setup.replica_id, request_id),
         )
         self._lock = threading.Lock()
         self._loading = False
         self._answering = 0
-        self._publisher = Publisher(birth.pool, birth.replica_id)
+        self._publisher = Publisher(setup.pool, setup.replica_id)
 
     @ray.method(concurrency_group="control")
-    def place(self) -> Place:
+    def process(self) -> ReplicaProcess:
         node_id = ray.get_runtime_context().get_node_id()
-        return Place(node_id, os.getpid(), process_start(os.getpid()), self._birth.generation)
+        return ReplicaProcess(node_id, os.getpid(), process_start(os.getpid()), self._setup.generation)
 
     @ray.method(concurrency_group="control")
     def load(self) -> TeacherInfo:
@@ -165,13 +165,13 @@ def _portable(answer: Answer) -> Answer:
     return answer
 
 
-def read_replica(statistics: ReplicaStatistics) -> Iterator[Reading]:
-    yield Reading("dinov3_images", statistics.images)
-    yield Reading("dinov3_batches", statistics.batches)
-    yield Reading("dinov3_errors", statistics.errors)
-    yield Reading("dinov3_rejected", statistics.rejected)
-    yield Reading("dinov3_stage_seconds", statistics.queue_seconds, "queue")
-    yield Reading("dinov3_stage_seconds", statistics.preprocess_seconds, "preprocess")
-    yield Reading("dinov3_stage_seconds", statistics.forward_seconds, "forward")
-    yield Reading("dinov3_stage_seconds", statistics.pack_seconds, "pack")
-    yield Reading("dinov3_queued", statistics.waiting)
+def read_replica(statistics: ReplicaStatistics) -> Iterator[Sample]:
+    yield Sample("dinov3_images", statistics.images)
+    yield Sample("dinov3_batches", statistics.batches)
+    yield Sample("dinov3_errors", statistics.errors)
+    yield Sample("dinov3_rejected", statistics.rejected)
+    yield Sample("dinov3_stage_seconds", statistics.queue_seconds, "queue")
+    yield Sample("dinov3_stage_seconds", statistics.preprocess_seconds, "preprocess")
+    yield Sample("dinov3_stage_seconds", statistics.forward_seconds, "forward")
+    yield Sample("dinov3_stage_seconds", statistics.pack_seconds, "pack")
+    yield Sample("dinov3_queued", statistics.waiting)

@@ -24,8 +24,8 @@ from dinov3_ray.errors import InputError, PoolClosedError, SpecError
 from dinov3_ray.pool.messages import (
     Answer,
     Array,
-    Load,
     Outcome,
+    ReplicaLoad,
     ReplicaStatistics,
     RequestHeader,
     StageSeconds,
@@ -221,8 +221,8 @@ class Replica:
                 refusal = Answer(Outcome.FULL, load=self._load(header), retry_after=self._retry_after())
         done(refusal, [])
 
-    def _load(self, header: RequestHeader) -> Load:
-        return Load(self._queue.rows(), self._queue.rows(header.client_id))
+    def _load(self, header: RequestHeader) -> ReplicaLoad:
+        return ReplicaLoad(self._queue.rows(), self._queue.rows(header.client_id))
 
     def _retry_after(self) -> float:
         """About the time in which half of a full queue is worked off."""

@@ -23,9 +23,9 @@ import numpy as np
 import ray
 from ray import cloudpickle
 
-from dinov3_ray.pool.kv import Ledger
+from dinov3_ray.pool.kv import PoolKV
 from dinov3_ray.pool.messages import Answer, Array, Outcome, ReplicaView, RequestHeader
-from dinov3_ray.pool.metrics import Publisher, Reading
+from dinov3_ray.pool.metrics import Publisher, Sample
 from dinov3_ray.pool.transport.protocol import Gone, OnAnswer, OnView, Unreachable
 
 __all__ = [
@@ -94,7 +94,7 @@ class RayTransport:
         stores = [node["Resources"].get("object_store_memory", 0) for node in ray.nodes() if node["Alive"]]
         self.default_max_bytes = int(min((size for size in stores if size), default=2**30) * _STORE_SHARE)
         self._controller = controller
-        self._ledger = Ledger(namespace, pool)
+        self._kv = PoolKV(namespace, pool)
         self._publisher = Publisher(pool)
         self._kept_bytes = 0
         self._kept_lock = threading.Lock()
@@ -163,13 +163,13 @@ class RayTransport:
             self._kept_bytes -= size
 
     def was_computing(self, replica_id: str, request_id: str) -> bool:
-        return self._ledger.was_computing(replica_id, request_id)
+        return self._kv.was_computing(replica_id, request_id)
 
     def report_sick(self, replica_id: str, reason: str) -> None:
         self._controller.report_sick.remote(replica_id, reason)
 
-    def publish(self, readings: Iterable[Reading]) -> None:
-        self._publisher.publish(readings)
+    def publish(self, samples: Iterable[Sample]) -> None:
+        self._publisher.publish(samples)
 
     def leave(self, client_id: str) -> None:
         self._publisher.close()

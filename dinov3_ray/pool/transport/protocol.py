@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 from dinov3_ray.pool.messages import Answer, Array, PoolView, ReplicaView, RequestHeader
-from dinov3_ray.pool.metrics import Reading
+from dinov3_ray.pool.metrics import Sample
 
 __all__ = ["Gone", "OnAnswer", "OnView", "Transport", "Unreachable"]
 
@@ -62,7 +62,7 @@ class Transport(Protocol):
         """Report to the controller a replica whose values were not finite where another's were."""
         ...
 
-    def publish(self, readings: Iterable[Reading]) -> None:
+    def publish(self, samples: Iterable[Sample]) -> None:
         """Add to the operator's metrics what this client reads off itself; called every few seconds, and at its end."""
         ...
 

@@ -96,7 +96,7 @@ def test_replica_killed_under_load(pool: TeacherPool) -> None:
     until(lambda: len(pids(pool)) == 2, "the replica is replaced")
     assert victim not in pids(pool)
     assert pool.status().restarts == restarts + 1
-    assert "process died" in pool.status().troubles[-1]
+    assert "process died" in pool.status().recent_errors[-1]
 
 
 def test_controller_killed_under_load(pool: TeacherPool) -> None:
@@ -119,7 +119,7 @@ def test_hung_forward_pass(pool: TeacherPool) -> None:
     assert all(equals_undisturbed(handle, number) for number, handle in enumerate(others))
     assert equals_undisturbed(stuck, 1000, HANG_ONCE)
     until(lambda: len(pids(pool)) == 2, "the hung replica is replaced")
-    assert "forward pass has taken" in pool.status().troubles[-1]
+    assert "forward pass has taken" in pool.status().recent_errors[-1]
 
 
 def test_stopped_process(pool: TeacherPool) -> None:
@@ -157,7 +157,7 @@ def test_values_that_are_not_finite(pool: TeacherPool) -> None:
     assert equals_undisturbed(remote.submit(batch_of(2, NAN_ONCE), SPEC), 2, NAN_ONCE)
     until(lambda: len({*pids(pool), *before}) == 3, "the sick replica is replaced")
     assert len({*pids(pool), *before}) == 3, "and no other"
-    assert "sick: " in pool.status().troubles[-1]
+    assert "sick: " in pool.status().recent_errors[-1]
 
 
 def test_exception_reaches_the_caller_as_itself(pool: TeacherPool) -> None:

@@ -16,7 +16,7 @@ import ray
 import torch
 
 from dinov3_ray import FeatureSpec, TeacherPool
-from dinov3_ray.pool.metrics import METRICS, Kind, Publisher, Reading
+from dinov3_ray.pool.metrics import METRICS, Kind, Publisher, Sample
 from dinov3_ray.testing import FakeTeacher
 
 Labels = frozenset[tuple[str, str]]
@@ -112,9 +112,9 @@ def test_a_lost_replica_shows(pool: TeacherPool) -> None:
 
 def test_two_clients_of_one_process_add_up(ray_cluster: str) -> None:
     one, other = Publisher("shared"), Publisher("shared")
-    one.publish([Reading("dinov3_in_flight", 3), Reading("dinov3_answers", 5)])
-    other.publish([Reading("dinov3_in_flight", 4), Reading("dinov3_answers", 10)])
-    one.publish([Reading("dinov3_in_flight", 2), Reading("dinov3_answers", 6)])
+    one.publish([Sample("dinov3_in_flight", 3), Sample("dinov3_answers", 5)])
+    other.publish([Sample("dinov3_in_flight", 4), Sample("dinov3_answers", 10)])
+    one.publish([Sample("dinov3_in_flight", 2), Sample("dinov3_answers", 6)])
     samples = scrape_until("shared", lambda seen: total(seen, "dinov3_answers") == 16)
     assert total(samples, "dinov3_in_flight") == 6
     other.close()
@@ -126,10 +126,10 @@ def test_two_clients_of_one_process_add_up(ray_cluster: str) -> None:
 def test_every_metric_is_exported_as_it_says(ray_cluster: str) -> None:
     """Ray drops a metric whose name or labels it does not like, with no more than a warning."""
     publisher = Publisher("every", "r1")
-    publisher.publish(Reading(metric.name, 0, metric.by or "") for metric in METRICS.values())
+    publisher.publish(Sample(metric.name, 0, metric.by or "") for metric in METRICS.values())
     samples = scrape_until("every", lambda seen: len(seen) >= len(METRICS))
     assert {value for found in samples.values() for value in found.values()} == {0}
-    publisher.publish(Reading(metric.name, 7, metric.by or "") for metric in METRICS.values())
+    publisher.publish(Sample(metric.name, 7, metric.by or "") for metric in METRICS.values())
     samples = scrape_until("every", lambda seen: all(total(seen, name) == 7 for name in METRICS))
     for metric in METRICS.values():
         labels = {"replica": "r1"} if metric.per_replica else {}
