@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dinov3_ray.checkpoint.hf import model_options
-from dinov3_ray.checkpoint.verify import require_finite, read_tensors, verify
+from dinov3_ray.checkpoint.verify import read_tensors, require_finite, verify
 from dinov3_ray.config import DinoV3Config
 from dinov3_ray.config.architecture import Architecture, ConvNextArchitecture
 from dinov3_ray.config.weights import canonical_name
