@@ -184,8 +184,8 @@ class Scaling:
         table = Table(
             title="What each part allows by itself",
             caption=f"accelerators of 40 ms for 32 images that it feeds, batches of 32; one node of "
-            f"{self.costs.cores} cores that copies {self.costs.copy_rate / 2**30:.1f} GiB/s ({COPIES} copies per byte), "
-            f"clients on other nodes with {self.plan.network * 8 / 1e9:g} Gbit/s each (calculated)",
+            f"{self.costs.cores} cores that copies {self.costs.copy_rate / 2**30:.1f} GiB/s ({COPIES} copies per byte)"
+            f", clients on other nodes with {self.plan.network * 8 / 1e9:g} Gbit/s each (calculated)",
         )
         table.add_column("")
         for shape in shapes:

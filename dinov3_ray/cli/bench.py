@@ -8,14 +8,16 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol
 
 import click
-from rich.console import Console, RenderableType
+
+from dinov3_ray.cli.values import Command, ImageSize
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 __all__ = ["bench"]
-
-Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 class _Result(Protocol):
@@ -30,6 +32,8 @@ def _show(result: _Result, *, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(result.as_dict(), indent=2))
     else:
+        from rich.console import Console  # here, so that --help answers at once
+
         Console().print(*result.tables())
 
 
@@ -81,7 +85,7 @@ def pool(replicas: int, batches: int, repeats: int, quick: bool, address: str | 
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1 ...")
 @click.option("--root", type=click.Path(path_type=Path, exists=True, file_okay=False), help="A checkpoint of your own.")
 @click.option("--variant", default="vitb16", show_default=True, help="Random weights of this variant, without --root.")
-@click.option("--image-size", type=click.IntRange(16), default=512, show_default=True, help="The model's input, in px.")
+@click.option("--image-size", type=ImageSize(), default="512", show_default=True, help="The model's input, in px.")
 @click.option("--batch", type=click.IntRange(1), help="Images per batch. [default: 4 on a CPU, else 32]")
 @_repeats(5)
 @click.option("--target-rate", type=_positive, help="img/s to size a pool for.")
@@ -91,7 +95,7 @@ def teacher(
     device: str,
     root: Path | None,
     variant: str,
-    image_size: int,
+    image_size: tuple[int, int],
     batch: int | None,
     repeats: int,
     target_rate: float | None,
@@ -103,6 +107,8 @@ def teacher(
     Each batch starts as uint8 images in the host's memory and ends as CLS tokens and maps on the device ("to the host":
     in the host's memory, through a replica's pipeline). Resizing and normalizing is part of the work.
     """
+    from rich.console import Console
+
     from dinov3_ray.bench.teacher_modes import Task
     from dinov3_ray.bench.teacher_speed import TeacherBench, measure_teacher
     from dinov3_ray.checkpoint import find_variant, init_checkpoint, variant_of

@@ -17,7 +17,7 @@ from dinov3_ray.checkpoint.random_weights import init_checkpoint
 from dinov3_ray.checkpoint.variants import STATISTICS, VARIANTS, find_variant, variant_of
 from dinov3_ray.checkpoint.verify import Progress as Report
 from dinov3_ray.checkpoint.verify import verify
-from dinov3_ray.cli.values import parse_bytes, parse_image_size
+from dinov3_ray.cli.values import Bytes, ImageSize
 from dinov3_ray.config import DinoV3Config
 from dinov3_ray.config.architecture import ViTArchitecture
 from dinov3_ray.config.preprocessing import Preprocessing
@@ -28,19 +28,17 @@ __all__ = ["checkpoint"]
 
 _image_size = click.option(
     "--image-size",
-    callback=parse_image_size,
+    type=ImageSize(),
     default="224",
-    metavar="SIZE",
     show_default=True,
-    help="Input size that the directory shall name: 518, or 384x640 (height x width).",
+    help="The model's input size, as written to the directory: 518, or 384x640 (height x width).",
 )
 _shard_size = click.option(
     "--shard-size",
-    callback=parse_bytes,
+    type=Bytes(),
     default="5GB",
-    metavar="BYTES",
     show_default=True,
-    help="The most that one weight file shall hold: 500MB, 5GB.",
+    help="The largest size of one weight file, such as 500MB or 5GB.",
 )
 
 

@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from dinov3_ray.cli.values import parse_colour, parse_integers, parse_outputs, parse_size
+from dinov3_ray.cli.values import Colour, ImageSize, Integers, Outputs
 from dinov3_ray.config import DinoV3Config
 from dinov3_ray.datasets.decode import MAX_PIXELS, Decoder
 from dinov3_ray.datasets.extraction.extract import extract
@@ -35,12 +35,12 @@ _INTERRUPTED = 130  # as shells have it: 128 and the signal's number
 @click.argument("out")
 @click.option("--root", type=click.Path(path_type=Path), help="The teacher's model directory.")
 @click.option("--pool", help="A running pool's name, in place of --root.")
-@click.option("--outputs", default="cls,map", show_default=True, callback=parse_outputs, help="Of cls, map, registers.")
-@click.option("--layers", default="", callback=parse_integers, help="Blocks whose maps to keep, such as 4,11.")
+@click.option("--outputs", default="cls,map", show_default=True, type=Outputs(), help="Of cls, map, registers.")
+@click.option("--layers", default="", type=Integers(), help="Blocks whose maps to keep, such as 4,11.")
 @click.option("--no-norm", is_flag=True, help="Leave intermediate layers without the model's final LayerNorm.")
-@click.option("--map-size", callback=parse_size, help="Resample maps to SIZE or HxW on the teacher.")
+@click.option("--map-size", type=ImageSize(), help="Resample maps to SIZE or HxW on the teacher.")
 @click.option("--dtype", default="native", show_default=True, type=click.Choice(RESULT_DTYPES), help="As stored.")
-@click.option("--image-size", callback=parse_size, help="The model's input, in place of preprocessor_config.json's.")
+@click.option("--image-size", type=ImageSize(), help="The model's input, in place of preprocessor_config.json's.")
 @click.option(
     "--compute-dtype",
     default="auto",
@@ -57,9 +57,7 @@ _INTERRUPTED = 130  # as shells have it: 128 and the signal's number
 @click.option("--image-column", help="Of a Parquet source.")
 @click.option("--id-column", help="Of a Parquet source; '#row' numbers the rows.")
 @click.option("--max-pixels", default=MAX_PIXELS, show_default=True, type=click.IntRange(1), help="Larger ones fail.")
-@click.option(
-    "--background", default="255,255,255", show_default=True, callback=parse_colour, help="Under transparency."
-)
+@click.option("--background", default="255,255,255", show_default=True, type=Colour(), help="Under transparency.")
 @click.option("--address", help="Of a Ray cluster; by default RAY_ADDRESS, or a Ray of this command's own.")
 @click.option("--dry-run", is_flag=True, help="Say what would be written, and stop.")
 @click.option("--force", is_flag=True, help="Start even if it does not fit the disk.")
@@ -125,7 +123,7 @@ def extract_command(
 @click.option("--image", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="An image file.")
 @click.option("--root", type=click.Path(path_type=Path), help="With --image: the teacher's model directory.")
 @click.option("--device", default="cpu", show_default=True, help="With --image: where to compute.")
-@click.option("--image-size", callback=parse_size, help="With --image: the model's input; larger shows more detail.")
+@click.option("--image-size", type=ImageSize(), help="With --image: the model's input; larger shows more detail.")
 @click.option("--layer", type=int, help="Of this block, in place of the final map.")
 @click.option("--to", type=click.Path(path_type=Path), help="The picture's file; by default, named after the image.")
 def show_command(

@@ -13,7 +13,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 import ray
@@ -21,18 +21,16 @@ from rich.console import Console
 from rich.live import Live
 
 from dinov3_ray.cli.table import is_healthy, rates, render, summary
-from dinov3_ray.cli.values import parse_replicas
+from dinov3_ray.cli.values import Command, Replicas
 from dinov3_ray.errors import PoolError, PoolNotFoundError
 from dinov3_ray.pool.cluster import NAMESPACE, Runtime, check_name, connect
 from dinov3_ray.pool.control.remote_control import RayControl, end_replicas, wait_ready
 from dinov3_ray.pool.control.status import PoolStatus
 from dinov3_ray.pool.kv import PoolKV
-from dinov3_ray.pool.spec import parse_replicas as as_range
+from dinov3_ray.pool.spec import parse_replicas
 
-__all__ = ["Command", "down", "joined", "pool_options", "progress", "scale", "status", "timeout_option"]
+__all__ = ["down", "joined", "pool_options", "progress", "scale", "status", "timeout_option"]
 
-
-Command = TypeVar("Command", bound=Callable[..., Any])
 
 timeout_option = click.option(
     "--timeout", type=float, default=600.0, show_default=True, help="Seconds to wait at most."
@@ -150,16 +148,14 @@ def _watch(pool: RayControl, interval: float, as_json: bool) -> None:
 
 
 @click.command()
-@click.argument("replicas", callback=parse_replicas, metavar="N|MIN-MAX")
+@click.argument("replicas", type=Replicas(auto=False))
 @click.option("--wait", is_flag=True, help="Until that many are ready and those to go have gone.")
 @timeout_option
 @pool_options
 def scale(name: str, address: str | None, namespace: str, replicas: Any, wait: bool, timeout: float) -> None:
     """Change the number of replicas, or the range in which load may move it."""
-    if replicas == "auto":
-        raise click.BadParameter("write 4, or 2-8 for a range", param_hint="N|MIN-MAX")
     with _connected(name, address, namespace) as pool:
-        pool.scale(*as_range(replicas, auto=1))
+        pool.scale(*parse_replicas(replicas, auto=1))
         if wait:
             with progress(f"pool {name}") as report:
                 wait_ready(pool, name, timeout, on_status=report)

@@ -8,9 +8,9 @@ from typing import Any, get_args
 
 import click
 
-from dinov3_ray.cli.pool import Command, joined, pool_options, progress, timeout_option
+from dinov3_ray.cli.pool import joined, pool_options, progress, timeout_option
 from dinov3_ray.cli.table import summary
-from dinov3_ray.cli.values import parse_image_size, parse_number, parse_pairs, parse_replicas
+from dinov3_ray.cli.values import Command, ImageSize, Pair, PoolOption, Replicas
 from dinov3_ray.config import ComputeDtype, DinoV3Config
 from dinov3_ray.pool.cluster import NAMESPACE
 from dinov3_ray.pool.poolfile import PoolFile, plan_pool
@@ -40,8 +40,7 @@ def _computing_options(command: Command) -> Command:
         click.option("--compile/--no-compile", "compiled", default=False, help="Run it through torch.compile."),
         click.option(
             "--image-size",
-            metavar="SIZE",
-            callback=lambda *given: None if given[-1] is None else parse_image_size(*given),
+            type=ImageSize(),
             help="Model input: 518, or 384x640 (height x width). [default: the directory's]",
         ),
         click.option(
@@ -62,17 +61,15 @@ def _computing_options(command: Command) -> Command:
 )
 @_root_option(required=False)
 @_computing_options
-@click.option("--replicas", callback=parse_replicas, default="auto", show_default=True, metavar="N|MIN-MAX|auto")
+@click.option("--replicas", type=Replicas(auto=True), default="auto", show_default=True)
 @click.option("--num-gpus", type=float, help="GPUs a replica. [default: 1 where the cluster has any, else 0]")
 @click.option("--num-cpus", type=float, default=0, show_default=True, help="CPUs that each replica reserves.")
-@click.option(
-    "--label", "labels", multiple=True, callback=parse_pairs, metavar="KEY=VALUE", help="Label that nodes must have."
-)
+@click.option("--label", "labels", multiple=True, type=Pair(), help="A label that nodes must have.")
 @click.option("--batching", type=click.Choice(get_args(Batching)), help="How requests share passes. [default: exact]")
 @click.option("--max-batch", type=int, help="Most images in one forward pass. [default: 32]")
 @click.option("--max-wait", type=float, help="Seconds that a request may wait for company. [default: 0.005]")
 @click.option("--threads", type=int, help="CPU threads a replica. [default: the cluster's CPUs, shared out]")
-@click.option("--set", "others", multiple=True, callback=parse_pairs, metavar="NAME=VALUE", help="Another pool option.")
+@click.option("--set", "others", multiple=True, type=PoolOption(), help="Another pool option.")
 @timeout_option
 @pool_options
 def up(
@@ -89,9 +86,9 @@ def up(
     replicas: Any,
     num_gpus: float | None,
     num_cpus: float,
-    labels: dict[str, str],
+    labels: tuple[tuple[str, str], ...],
     timeout: float,
-    others: dict[str, str],
+    others: tuple[tuple[str, Any], ...],
     **options: Any,
 ) -> None:
     """Start a pool in a running Ray, and leave it running.
@@ -107,8 +104,7 @@ def up(
     if root is None:
         raise click.UsageError("name the model directory with --root, or declare the pool in a file: --config")
     config = DinoV3Config(root, dtype=dtype, image_size=image_size, compile=compiled, attention=attention)
-    options = {key: value for key, value in options.items() if value is not None}
-    options |= {key: parse_number(value) for key, value in others.items()}
+    options = {name: value for name, value in options.items() if value is not None} | dict(others)
     with joined(address) as here, progress(f"pool {name}") as report:
         pool = TeacherPool.start(
             config,
@@ -117,7 +113,7 @@ def up(
             replicas=replicas,
             num_gpus=num_gpus,
             num_cpus=num_cpus,
-            label_selector=labels,
+            label_selector=dict(labels),
             timeout=timeout,
             on_status=report,
             **options,

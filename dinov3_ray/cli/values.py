@@ -1,94 +1,148 @@
-"""Values of the command line's options, from what a person writes."""
+"""The values that the command line's options take, as click parameter types."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, TypeVar
+
 import click
 
-__all__ = ["parse_bytes", "parse_image_size", "parse_number", "parse_pairs", "parse_replicas"]
+__all__ = ["Bytes", "Colour", "Command", "ImageSize", "Integers", "Outputs", "Pair", "PoolOption", "Replicas"]
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+"""What an option decorates."""
 
 
-def parse_replicas(_context: click.Context, _option: click.Parameter, value: str) -> int | str | tuple[int, int]:
-    """``4``, ``2-8``, or ``auto``; the pool judges the numbers."""
-    low, dash, high = value.partition("-")
-    if low.isdecimal() and (high.isdecimal() or not dash):
-        return (int(low), int(high)) if dash else int(low)
-    if value == "auto":
-        return value
-    raise click.BadParameter(f"{value!r} is no number of replicas: write 4, or 2-8 for a range")
+class _Value(click.ParamType):  # type: ignore[type-arg]  # no generic class at run time before click 8.2
+    """A value that is read from text. Other values, such as an option's default, stay as they are."""
 
+    rule = ""
 
-def parse_pairs(_context: click.Context, _option: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
-    """``NAME=VALUE``, any number of times."""
-    for value in values:
-        if not value.partition("=")[0] or "=" not in value:
-            raise click.BadParameter(f"{value!r} is no NAME=VALUE")
-    return dict(value.split("=", 1) for value in values)
+    def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:  # noqa: ARG002 (click's)
+        return self.name
 
-
-def parse_number(text: str) -> int | float | str:
-    """A pool option's value; what is no number is left to the pool to judge."""
-    for kind in (int, float):
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if not isinstance(value, str):
+            return value
         try:
-            return kind(text)
+            return self.parse(value)
         except ValueError:
-            continue
-    return text
+            self.fail(f"must be {self.rule}; got {value!r}", param, ctx)
+
+    def parse(self, text: str) -> Any:
+        """The value that ``text`` stands for; raises ValueError where it breaks the rule."""
+        raise NotImplementedError
 
 
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
+class Replicas(_Value):
+    """``4``, ``2-8`` as (2, 8), or ``auto``, unless that is left out; the pool checks the numbers."""
+
+    def __init__(self, *, auto: bool) -> None:
+        self._auto = auto
+        self.name = "N|MIN-MAX|auto" if auto else "N|MIN-MAX"
+        self.rule = f"a number or a range, such as 4 or 2-8{', or auto' if auto else ''}"
+
+    def parse(self, text: str) -> int | str | tuple[int, int]:
+        if text == "auto" and self._auto:
+            return text
+        low, dash, high = text.partition("-")
+        return (_natural(low), _natural(high)) if dash else _natural(low)
 
 
-def parse_image_size(_context: click.Context, _option: click.Parameter, value: str) -> tuple[int, int]:
-    """``518`` or ``384x640`` (height x width), as (h, w)."""
-    sides = value.lower().split("x")
-    if len(sides) > 2 or not all(side.isdecimal() for side in sides):
-        raise click.BadParameter(f"{value!r} is no size: write 518, or 384x640 (height x width)")
-    return int(sides[0]), int(sides[-1])
+class Pair(_Value):
+    """``NAME=VALUE`` as (name, value)."""
+
+    name = "NAME=VALUE"
+    rule = "NAME=VALUE"
+
+    def parse(self, text: str) -> tuple[str, Any]:
+        name, equals, value = text.partition("=")
+        if not name or not equals:
+            raise ValueError
+        return name, value
 
 
-def parse_bytes(_context: click.Context, _option: click.Parameter, value: str) -> int:
-    """``5GB``, ``500MB``, ``1000000``; decimal units."""
-    text = value.upper().replace(" ", "").removesuffix("B")
-    number = text.rstrip("KMG")
-    unit = text[len(number) :]
-    if not number.isdecimal() or unit not in _UNITS or int(number) == 0:
-        raise click.BadParameter(f"{value!r} is no file size: write 500MB or 5GB")
-    return int(number) * _UNITS[unit]
+class PoolOption(Pair):
+    """``NAME=VALUE``, with numbers as numbers; the pool checks anything else."""
+
+    def parse(self, text: str) -> tuple[str, int | float | str]:
+        name, value = super().parse(text)
+        for kind in (int, float):
+            try:
+                return name, kind(value)
+            except ValueError:
+                continue
+        return name, value
 
 
-_OUTPUTS = {"cls": "cls", "map": "feature_map", "registers": "registers"}
+class ImageSize(_Value):
+    """The size of an image or a map: ``518`` as (518, 518), ``384x640`` as (384, 640)."""
+
+    name = "SIZE"
+    rule = "SIZE or HEIGHTxWIDTH, at least 1, such as 518 or 384x640"
+
+    def parse(self, text: str) -> tuple[int, int]:
+        sides = [_natural(side) for side in text.lower().split("x")]
+        if len(sides) > 2 or min(sides) < 1:
+            raise ValueError
+        return sides[0], sides[-1]
 
 
-def parse_outputs(_context: click.Context, _option: click.Parameter, value: str) -> dict[str, bool]:
-    """``cls,map`` as fields of a FeatureSpec."""
-    names = [name.strip() for name in value.split(",") if name.strip()]
-    for name in names:
-        if name not in _OUTPUTS:
-            raise click.BadParameter(f"must be of {', '.join(_OUTPUTS)}, separated by commas; got {name!r}")
-    return {_OUTPUTS[name]: True for name in names}
+class Bytes(_Value):
+    """``5GB``, ``500MB``, ``1000000``: decimal units."""
+
+    name = "BYTES"
+    rule = "a size in bytes, at least 1, such as 500MB or 5GB"
+    _units = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}  # noqa: RUF012 - it is never changed
+
+    def parse(self, text: str) -> int:
+        plain = text.upper().replace(" ", "").removesuffix("B")
+        number = plain.rstrip("KMG")
+        unit = plain[len(number) :]
+        if unit not in self._units or _natural(number) == 0:
+            raise ValueError
+        return int(number) * self._units[unit]
 
 
-def parse_integers(_context: click.Context, _option: click.Parameter, value: str) -> tuple[int, ...]:
+class Outputs(_Value):
+    """``cls,map`` as fields of a FeatureSpec: {"cls": True, "feature_map": True}."""
+
+    name = "OUTPUTS"
+    _fields = {"cls": "cls", "map": "feature_map", "registers": "registers"}  # noqa: RUF012 - it is never changed
+    rule = f"of {', '.join(_fields)}, separated by commas"
+
+    def parse(self, text: str) -> dict[str, bool]:
+        names = [name.strip() for name in text.split(",") if name.strip()]
+        if not set(names) <= set(self._fields):
+            raise ValueError
+        return {self._fields[name]: True for name in names}
+
+
+class Integers(_Value):
     """``4,11,-1`` as a tuple."""
-    try:
-        return tuple(int(part) for part in value.split(",") if part.strip())
-    except ValueError as error:
-        raise click.BadParameter(f"must be integers separated by commas; got {value!r}") from error
+
+    name = "INTEGERS"
+    rule = "integers separated by commas, such as 4,11,-1"
+
+    def parse(self, text: str) -> tuple[int, ...]:
+        return tuple(int(part) for part in text.split(",") if part.strip())
 
 
-def parse_size(_context: click.Context, _option: click.Parameter, value: str | None) -> tuple[int, int] | None:
-    """``32`` or ``24x32`` (height x width)."""
-    if value is None:
-        return None
-    parts = value.lower().split("x")
-    if len(parts) > 2 or not all(part.isdigit() and int(part) > 0 for part in parts):
-        raise click.BadParameter(f"must be SIZE or HEIGHTxWIDTH, at least 1; got {value!r}")
-    return int(parts[0]), int(parts[-1])
+class Colour(_Value):
+    """``255,0,0`` as (255, 0, 0)."""
+
+    name = "R,G,B"
+    rule = "R,G,B, each from 0 to 255, such as 255,255,255"
+
+    def parse(self, text: str) -> tuple[int, int, int]:
+        red, green, blue = (_natural(part.strip()) for part in text.split(","))
+        if max(red, green, blue) > 255:
+            raise ValueError
+        return red, green, blue
 
 
-def parse_colour(_context: click.Context, _option: click.Parameter, value: str) -> tuple[int, int, int]:
-    """``255,255,255``."""
-    parts = value.split(",")
-    if len(parts) != 3 or not all(part.strip().isdigit() and int(part) <= 255 for part in parts):
-        raise click.BadParameter(f"must be R,G,B in 0..255; got {value!r}")
-    return int(parts[0]), int(parts[1]), int(parts[2])
+def _natural(text: str) -> int:
+    """The number that ASCII digits stand for: unlike ``int``, this takes no sign, blanks or underscores."""
+    if not (text.isascii() and text.isdecimal()):
+        raise ValueError
+    return int(text)

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from click.testing import CliRunner
+from commandline import run_bench
 
 from dinov3_ray import DinoV3Config
 from dinov3_ray.bench.teacher_modes import SPEC, Task, modes_for, through_pipeline
 from dinov3_ray.bench.teacher_speed import flops_per_image
 from dinov3_ray.checkpoint.variants import VARIANTS
-from dinov3_ray.cli import main
 
 
 @pytest.mark.parametrize(
@@ -31,9 +30,7 @@ def test_the_cost_of_a_convnext_is_the_papers() -> None:
 
 def test_quick_run(tiny_checkpoint: Path) -> None:
     options = ["--root", str(tiny_checkpoint), "--image-size", "32", "--batch", "2", "--quick"]
-    ran = CliRunner().invoke(main, ["bench", "teacher", *options, "--json", "--target-rate", "1e6"])
-    assert ran.exit_code == 0, ran.output
-    report = json.loads(ran.stdout)
+    report: dict[str, Any] = run_bench("teacher", *options, "--target-rate", "1e6")
     assert (report["model"], report["batch"], report["image_size"]) == ("vit-test", 2, [32, 32])
     assert report["flops"] == flops_per_image(VARIANTS["vit-test"], (32, 32))
     rows = {row["name"]: row for row in report["rows"]}

@@ -8,16 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from click.testing import CliRunner, Result
+from commandline import run_command as run
 from reference_vit import random_vit
 
 from dinov3_ray import DinoV3Config
 from dinov3_ray.checkpoint import fingerprint, verify
-from dinov3_ray.cli import COMMANDS, main
-
-
-def run(*arguments: object) -> Result:
-    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+from dinov3_ray.cli import COMMANDS
 
 
 def test_help_is_light() -> None:
@@ -79,10 +75,10 @@ def test_convert(tmp_path: Path) -> None:
     ("arguments", "status", "message"),
     [
         (["init", "vitx", "model"], 1, "Error: variant must be one of vits16"),
-        (["init", "vit-test", "model", "--image-size", "big"], 2, "'big' is no size: write 518"),
-        (["init", "vit-test", "model", "--image-size", "1x2x3"], 2, "is no size"),
+        (["init", "vit-test", "model", "--image-size", "big"], 2, "must be SIZE or HEIGHTxWIDTH, at least 1"),
+        (["init", "vit-test", "model", "--image-size", "1x2x3"], 2, "got '1x2x3'"),
         (["init", "vit-test", "model", "--image-size", "8"], 1, "Error: image_size must be"),
-        (["init", "vit-test", "model", "--shard-size", "5 apples"], 2, "is no file size: write 500MB"),
+        (["init", "vit-test", "model", "--shard-size", "5 apples"], 2, "such as 500MB or 5GB; got '5 apples'"),
         (["init", "vit-test", "model", "--seed", "x"], 2, "--seed"),
         (["verify", "nowhere"], 1, "Error: root must be a model directory"),
         (["info", "nowhere"], 1, "Error: root must be a model directory"),

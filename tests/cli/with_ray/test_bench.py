@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from benchcli import run_bench
+from commandline import run_bench
 
 from dinov3_ray.bench.throughput import CONTENDERS, missing_reason
 

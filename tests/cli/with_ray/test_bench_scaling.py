@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
+from typing import Any
 
 import pytest
-from click.testing import CliRunner
+from commandline import run_bench
 from rich.console import Console
 
 from dinov3_ray.bench.cost import Costs, Line, Spent, Workload
 from dinov3_ray.bench.scaling import Point, Scaling, ScalingPlan, Shape, cpu_seconds
-from dinov3_ray.cli import main
 
 MIB = 2**20
 COSTS = Costs(cores=2, cpu=Line(0.01, 0.001 / MIB), client=Line(0.002, 0.0), copy_rate=8 * 2**30)
@@ -71,9 +70,7 @@ def test_what_was_measured_is_shown() -> None:
 def test_the_smallest_run(ray_cluster: str, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = ScalingPlan((1,), (2,), (7,), (1,), base=1, seconds=0.1, calibration=(Shape(rows=1, side=7), Shape(rows=8)))
     monkeypatch.setattr("dinov3_ray.bench.scaling.QUICK", plan)
-    ran = CliRunner().invoke(main, ["bench", "scaling", "--quick", "--address", ray_cluster, "--json"])
-    assert ran.exit_code == 0, ran.output
-    report = json.loads(ran.stdout)
+    report: dict[str, Any] = run_bench("scaling", "--quick", "--address", ray_cluster)
     assert [(point["axis"], point["value"]) for point in report["points"]] == [
         ("replicas", 1),
         ("batch", 2),

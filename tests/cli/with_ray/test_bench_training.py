@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from benchcli import run_bench
+from commandline import run_bench
 from rich.console import Console
 
 from dinov3_ray.bench.training_steps import KINDS, LoopPass, PoolTimings, TrainingSetting

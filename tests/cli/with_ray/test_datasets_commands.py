@@ -7,21 +7,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner, Result
+from commandline import run_command as run
 from PIL import Image
 from torch import Tensor
 
 from dinov3_ray.cli import datasets as commands
-from dinov3_ray.cli import main
 from dinov3_ray.config import DinoV3Config
 from dinov3_ray.datasets import FeatureStore, TargetDataset
 from dinov3_ray.errors import StoreError
 from dinov3_ray.features import FeatureSpec
 from dinov3_ray.model import DinoV3Teacher
-
-
-def run(*arguments: object) -> Result:
-    return CliRunner().invoke(main, [str(argument) for argument in arguments])
 
 
 @pytest.fixture(scope="module")
@@ -114,9 +109,9 @@ def test_show_pictures_an_image_by_a_model(folder: Path, tiny_checkpoint: Path, 
     ("arguments", "message"),
     [
         (["extract", "a", "b", "--outputs", "cls,patches"], "must be of cls, map, registers"),
-        (["extract", "a", "b", "--layers", "x"], "must be integers separated by commas; got 'x'"),
+        (["extract", "a", "b", "--layers", "x"], "such as 4,11,-1; got 'x'"),
         (["extract", "a", "b", "--map-size", "3x4x5"], "must be SIZE or HEIGHTxWIDTH"),
-        (["extract", "a", "b", "--background", "white"], "must be R,G,B in 0..255"),
+        (["extract", "a", "b", "--background", "white"], "must be R,G,B, each from 0 to 255"),
         (["extract", "a", "b", "--pool", "p", "--image-size", "64"], "belong to --root"),
         (["extract", "a", "b"], "exactly one of config and pool must be given"),
         (["show", "a"], "give either OUT and ID, or --image FILE and --root DIR"),

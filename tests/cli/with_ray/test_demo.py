@@ -15,11 +15,10 @@ from pathlib import Path
 import pytest
 import ray
 import torch
-from click.testing import CliRunner
+from commandline import run_command
 from PIL import Image
 from torch import Tensor
 
-from dinov3_ray.cli import main
 from dinov3_ray.demo.demonstration import Settings, run
 from dinov3_ray.demo.ephemeral_ray import gpus_a_replica
 from dinov3_ray.demo.photographs import draw_scene, read_photographs
@@ -194,7 +193,7 @@ def test_mistakes_are_told_in_one_line(
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "bad.jpg").write_bytes(b"x")
     monkeypatch.chdir(tmp_path)
-    result = CliRunner().invoke(main, ["demo", *arguments])
+    result = run_command("demo", *arguments)
     assert result.exit_code == 1
     assert re.search(words, result.output)
     assert result.output.splitlines()[-1].startswith("Error: ")

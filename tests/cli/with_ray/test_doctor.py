@@ -13,10 +13,9 @@ from pathlib import Path
 
 import pytest
 import ray
-from click.testing import CliRunner
+from commandline import run_command
 from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_put
 
-from dinov3_ray.cli import main
 from dinov3_ray.doctor.cluster_checks import check_packages, check_token
 from dinov3_ray.doctor.machine_checks import Severity, check_descriptors, check_versions, installed_versions
 
@@ -37,7 +36,7 @@ def doctor(*arguments: object, prefix: tuple[str, ...] = (), token: str | None =
 
 def doctor_here(*arguments: object) -> tuple[int, Findings]:
     """The command in this process, where it needs no other environment: starting one takes seconds."""
-    done = CliRunner(env={"RAY_ADDRESS": None}).invoke(main, ["doctor", "--json", *map(str, arguments)])
+    done = run_command("doctor", "--json", *arguments, RAY_ADDRESS=None)
     assert done.exception is None or isinstance(done.exception, SystemExit), done.exception
     return done.exit_code, by_subject(done.stdout)
 

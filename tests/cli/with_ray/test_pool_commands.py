@@ -18,20 +18,14 @@ from pathlib import Path
 import pytest
 import ray
 import torch
-from click.testing import CliRunner, Result
+from commandline import run_command as run
 
 from dinov3_ray import FeatureSpec, RemoteTeacher, TeacherPool
 from dinov3_ray.checkpoint import init_checkpoint
-from dinov3_ray.cli import main
 from dinov3_ray.pool.cluster import NAMESPACE, controller_name, list_actors, list_pools
 from dinov3_ray.testing import FakeTeacher
 
 NAME = "by-command"
-
-
-def run(*arguments: object) -> Result:
-    """The command in this process, which is connected to the tests' Ray already."""
-    return CliRunner().invoke(main, [str(argument) for argument in arguments])
 
 
 def command(*arguments: object, address: str | None, **options: object) -> subprocess.Popen[str]:
@@ -156,13 +150,13 @@ def test_without_a_ray_it_says_how_to_get_one(tiny_checkpoint: Path) -> None:
     ("arguments", "status", "message"),
     [
         (["up", "--root", "nowhere"], 1, "Error: root must be a model directory"),
-        (["up", "--root", "nowhere", "--replicas", "many"], 2, "'many' is no number of replicas: write 4, or 2-8"),
-        (["up", "--root", "nowhere", "--label", "fast"], 2, "'fast' is no NAME=VALUE"),
+        (["up", "--root", "nowhere", "--replicas", "many"], 2, "such as 4 or 2-8, or auto; got 'many'"),
+        (["up", "--root", "nowhere", "--label", "fast"], 2, "must be NAME=VALUE; got 'fast'"),
         (["up", "--root", "{model}", "--replicas", "5-2"], 1, "max (2) must be >= min (5)"),
         (["up", "--root", "{model}", "--set", "hang_timout=3"], 1, "did you mean 'hang_timeout'?"),
         (["up", "--root", "{model}", "--set", "hang_timeout=soon"], 1, "hang_timeout must be more than 0 seconds"),
         (["up", "--root", "{model}", "--name", "a/b"], 1, "name must be 1 to 100 letters"),
-        (["scale", "auto"], 2, "write 4, or 2-8 for a range"),
+        (["scale", "auto"], 2, "such as 4 or 2-8; got 'auto'"),
         (["status", "--address", "127.0.0.1:1"], 1, "address is 127.0.0.1:1, but this process is connected to the Ray"),
         (["status", "--interval", "0"], 2, "0.0 is not in the range"),
     ],

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import ray
 import yaml
-from click.testing import CliRunner, Result
+from click.testing import Result
+from commandline import run_command
 from ray import cloudpickle
 
 from dinov3_ray import TeacherPool
-from dinov3_ray.cli import main
 from dinov3_ray.errors import ConfigError
 from dinov3_ray.pool.cluster import NAMESPACE, find_controller, list_actors, list_pools
 from dinov3_ray.pool.control.declaration import Declaration
@@ -148,7 +148,7 @@ def test_a_model_exchanged_under_the_same_path_is_a_difference(tmp_path: Path, t
 
 
 def up(path: Path, *arguments: str) -> Result:
-    return CliRunner().invoke(main, ["up", "--config", str(path), "--timeout", "240", *arguments])
+    return run_command("up", "--config", path, "--timeout", 240, *arguments)
 
 
 def declared() -> Declaration:
@@ -213,6 +213,6 @@ def test_up_makes_the_pool_what_the_file_says(ray_cluster: str, tmp_path: Path, 
 )
 def test_options_that_contradict(tmp_path: Path, tiny_checkpoint: Path, arguments: list[str], message: str) -> None:
     path = str(write(tmp_path, tiny_checkpoint))
-    result = CliRunner().invoke(main, [path if word == "FILE" else word for word in arguments])
+    result = run_command(*(path if word == "FILE" else word for word in arguments))
     assert result.exit_code == 2
     assert message in result.output

@@ -1,4 +1,4 @@
-"""``dinov3-ray bench`` in this process or in one of its own, as its JSON."""
+"""``dinov3-ray`` as a user runs it, in this process or in one of its own."""
 
 from __future__ import annotations
 
@@ -6,16 +6,21 @@ import json
 import subprocess
 import sys
 
-from click.testing import CliRunner
+from click.testing import CliRunner, Result
 
 from dinov3_ray.cli import main
 
 
-def run_bench(*arguments: str, in_process: bool = True) -> dict[str, object]:
+def run_command(*arguments: object, **environment: str | None) -> Result:
+    """The command in this process, and so in the Ray that the process is connected to; None removes a variable."""
+    return CliRunner(env=environment).invoke(main, [str(argument) for argument in arguments])
+
+
+def run_bench(*arguments: object, in_process: bool = True) -> dict[str, object]:
     """What ``bench`` prints; a process of its own takes seconds to start, and shows that nothing else is printed."""
-    command = ["bench", *arguments, "--json"]
+    command = ["bench", *map(str, arguments), "--json"]
     if in_process:
-        done = CliRunner().invoke(main, command)
+        done = run_command(*command)
         assert done.exit_code == 0, done.output
         text = done.stdout
     else:
