@@ -45,7 +45,7 @@ class Teacher(Extractor, Protocol):
         ...
 
 
-def computed_in(teacher: Extractor) -> str | None:
+def computed_in(teacher: object) -> str | None:
     """How exactly ``teacher`` computes, such as float32, bfloat16 or float8; None if it does not say.
 
     Not part of a fingerprint, which is the same in whatever dtype the weights are used: who keeps results needs both.

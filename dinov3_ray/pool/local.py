@@ -134,7 +134,7 @@ class LocalController:
             replica_id,
             builder(self._source, self._device),
             replace(self._options, threads=None),
-            generation=self._membership.generation,
+            unnamed=f"generation-{self._membership.generation}",
         )
         self._replicas[replica_id] = replica
 

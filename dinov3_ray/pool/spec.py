@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -138,7 +139,7 @@ def parse_replicas(replicas: object, *, auto: int) -> tuple[int, int]:
 
 
 CheckedSource = DinoV3Config | Callable[[], Extractor]
-TeacherSource = CheckedSource | str | Path
+TeacherSource = CheckedSource | str | os.PathLike[str]
 
 
 def check_source(source: TeacherSource) -> CheckedSource:
@@ -149,7 +150,7 @@ def check_source(source: TeacherSource) -> CheckedSource:
     """
     if isinstance(source, DinoV3Config):
         return source
-    if isinstance(source, (str, Path)):
+    if isinstance(source, (str, os.PathLike)):
         return DinoV3Config(root=Path(source))
     if callable(source):
         return source

@@ -16,7 +16,7 @@ from dinov3_ray import DinoV3Config, DinoV3Teacher, Features, FeatureSpec
 from dinov3_ray.errors import InputError
 from dinov3_ray.images import ImageBatch, Images
 from dinov3_ray.pool.messages import Answer, Array, Outcome, RequestHeader
-from dinov3_ray.pool.replica.device_pipeline import Pass, Results, SynchronousPipeline, pipeline_for
+from dinov3_ray.pool.replica.device_pipeline import DevicePass, Results, SynchronousPipeline, pipeline_for
 from dinov3_ray.pool.replica.replica import Replica
 from dinov3_ray.pool.spec import PoolOptions
 from dinov3_ray.pool.transport.wire import pack_images, unpack_features
@@ -66,7 +66,7 @@ class HeldPipeline:
         self.passes: list[HeldPass] = []
         self.most = 0
 
-    def begin(self, batch: ImageBatch, rows: int, spec: FeatureSpec) -> Pass:
+    def begin(self, batch: ImageBatch, rows: int, spec: FeatureSpec) -> DevicePass:
         held = HeldPass(self._real.begin(batch, rows, spec).result(), rows)
         with self._changed:
             self.passes.append(held)
@@ -214,7 +214,7 @@ def test_the_next_pass_begins_while_results_are_packed() -> None:
     class Slow(HeldPipeline):
         depth = SynchronousPipeline.depth
 
-        def begin(self, batch: ImageBatch, rows: int, spec: FeatureSpec) -> Pass:
+        def begin(self, batch: ImageBatch, rows: int, spec: FeatureSpec) -> DevicePass:
             if self.passes:
                 assert packing.wait(WAIT)
                 packed.set()  # in the middle of the second pass: it would hang if it had to wait for the first

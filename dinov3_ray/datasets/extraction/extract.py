@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import ray
@@ -16,14 +15,14 @@ from dinov3_ray.datasets.decode import MAX_PIXELS, Decoder
 from dinov3_ray.datasets.extraction import plan as plans
 from dinov3_ray.datasets.extraction.resources import place
 from dinov3_ray.datasets.extraction.run import Extraction, Run
-from dinov3_ray.datasets.extraction.worker import Job, TeacherFactory
+from dinov3_ray.datasets.extraction.worker import ExtractionJob, TeacherChoice
 from dinov3_ray.datasets.folder import PLAN, Folder
 from dinov3_ray.datasets.sources.open import open_source, reopen_source
 from dinov3_ray.datasets.sources.ray_dataset import DatasetRows
 from dinov3_ray.errors import ConfigError, DinoV3Error, SpecError, StoreError
 from dinov3_ray.features import FeatureSpec
-from dinov3_ray.pool.client.remote import RemoteTeacher
 from dinov3_ray.pool.cluster import connect
+from dinov3_ray.pool.spec import check_source
 from dinov3_ray.teacher import Extractor
 
 __all__ = ["Extraction", "extract"]
@@ -117,10 +116,7 @@ def extract(
             images = reopen_source(old["source"], source, **options)
         else:
             images = open_source(source, **options, exclude=folder.path)
-    factory = None if config is None or isinstance(config, (DinoV3Config, str, os.PathLike)) else config
-    model = None if config is None or factory is not None else DinoV3Config.of(config)  # type: ignore[arg-type]
-    if pool is not None:
-        factory = partial(RemoteTeacher, pool)
+    teacher = None if config is None else check_source(config)
     runtime = connect(address, may_start=True)
     try:
         nodes = sum(node["Alive"] and node["Resources"].get("CPU", 0) > 0 for node in ray.nodes())
@@ -134,18 +130,18 @@ def extract(
             pooled=pool is not None,
             free_cpus=ray.available_resources().get("CPU", 0.0),
             # Compiled code is not: torch.compile keeps state of its own. Of others' teachers nothing is known.
-            reentrant=model is not None and not model.compile,
+            reentrant=isinstance(teacher, DinoV3Config) and not teacher.compile,
         )
         rows = None if given is None else DatasetRows(given, image_column, id_column)
-        job = Job(
-            teacher=TeacherFactory(model, factory, "cuda" if placement.num_gpus else "cpu", placement.threads),
+        device = "cuda" if placement.num_gpus else "cpu"
+        job = ExtractionJob(
+            teacher=TeacherChoice(teacher, pool, device, placement.threads, placement.passes),
             folder=folder,
             identity={},
             spec=spec,
             decoder=decoder,
             source=images,
             batch_size=batch_size or 0,
-            passes=placement.passes,
             window=placement.window,
             decode_cpus=placement.decode_cpus,
             columns=None if rows is None else rows.columns,

@@ -11,13 +11,11 @@ from typing import Any
 
 import numpy as np
 import ray
-import torch
 
-from dinov3_ray.config.preprocessing import Preprocessing
 from dinov3_ray.datasets.decode import Decoder
 from dinov3_ray.datasets.extraction.decode_tasks import Piece, decode_pieces
 from dinov3_ray.datasets.extraction.resources import Placement
-from dinov3_ray.datasets.extraction.worker import TeacherFactory
+from dinov3_ray.datasets.extraction.worker import TeacherChoice
 from dinov3_ray.datasets.store.schema import encode_columns
 from dinov3_ray.errors import InputError, StoreError
 from dinov3_ray.features import FeatureSpec
@@ -39,7 +37,7 @@ def first_image(pieces: Sequence[Piece], decoder: Decoder, cpus: float) -> np.nd
 
 
 def ask_teacher(
-    teacher: TeacherFactory, spec: FeatureSpec, image: np.ndarray | None, placement: Placement
+    teacher: TeacherChoice, spec: FeatureSpec, image: np.ndarray | None, placement: Placement
 ) -> dict[str, Any]:
     """What :func:`_probe` finds, in a process with a teacher's resources.
 
@@ -73,35 +71,32 @@ def _place_wanted(placement: Placement) -> str:
     )
 
 
-def _probe(teacher: TeacherFactory, spec: FeatureSpec, image: np.ndarray | None) -> dict[str, Any]:
+def _probe(teacher: TeacherChoice, spec: FeatureSpec, image: np.ndarray | None) -> dict[str, Any]:
     """What the teacher says of itself, and the shapes and dtypes of what it gives for ``image``, uint8 [3,H,W].
 
     Where there is none, or it is refused, a grey square stands for it.
     """
-    extractor = teacher()
+    opened = teacher.open(max_batch=1)
     features = None
     if image is not None:
         with contextlib.suppress(InputError):  # it will be in the errors, with this reason
-            features = extractor.extract(torch.from_numpy(np.array(image))[None], spec.native())
+            features = opened.submit(np.array(image)[None], spec.native()).result()
     if features is None:
-        features = extractor.extract(torch.full((1, 3, 224, 224), 128, dtype=torch.uint8), spec.native())
+        features = opened.submit(np.full((1, 3, 224, 224), 128, np.uint8), spec.native()).result()
     columns, result_dtype = encode_columns(features, spec)
-    rule = getattr(extractor, "preprocessing", None)
-    rule = rule if isinstance(rule, Preprocessing) else None
+    rule = opened.preprocessing
     found = {
-        "fingerprint": getattr(extractor, "fingerprint", None) or features.fingerprint,
+        "fingerprint": opened.fingerprint or features.fingerprint,
         "made_by": features.fingerprint,
-        "computed_in": computed_in(extractor),
+        "computed_in": computed_in(opened),
         # By way of JSON, so that what is compared with a former run's is of the same types.
         "preprocessing": None if rule is None else json.loads(json.dumps(asdict(rule))),
         "mixes_sizes": rule is not None and rule.has_fixed_size,
-        "min_side": int(getattr(extractor, "patch_size", 1)),
+        "min_side": opened.patch_size,
         "result_dtype": result_dtype,
         "outputs": {
             name: {"dtype": array.dtype.str, "shape": list(array.shape[1:])} for name, array in columns.items()
         },
     }
-    close = getattr(extractor, "close", None)
-    if close is not None:  # a pool's client; its process goes on to other work
-        close()
+    opened.close()  # its process goes on to other work
     return found

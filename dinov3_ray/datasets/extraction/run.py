@@ -17,7 +17,7 @@ from dinov3_ray.datasets.extraction.decode_tasks import Piece
 from dinov3_ray.datasets.extraction.probe import ask_teacher, first_image
 from dinov3_ray.datasets.extraction.progress import Meter, metering, watching
 from dinov3_ray.datasets.extraction.resources import Placement
-from dinov3_ray.datasets.extraction.worker import BlockExtractor, Job
+from dinov3_ray.datasets.extraction.worker import BlockExtractor, ExtractionJob
 from dinov3_ray.datasets.folder import LEDGER, MANIFEST, PARTS, PLAN
 from dinov3_ray.datasets.sources.open import check_there
 from dinov3_ray.datasets.sources.ray_dataset import DatasetRows, actor_pool, execution
@@ -63,7 +63,7 @@ class Run:
 
     def __init__(
         self,
-        job: Job,
+        job: ExtractionJob,
         placement: Placement,
         given: DatasetRows | None,
         block_size: int | None,

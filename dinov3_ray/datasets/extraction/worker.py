@@ -5,16 +5,15 @@ from __future__ import annotations
 import os
 import pickle
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, Protocol
 
 import numpy as np
 import ray
-import torch
 
-from dinov3_ray.config import DinoV3Config
+from dinov3_ray.config.preprocessing import Preprocessing
 from dinov3_ray.datasets.decode import Decoder, Unreadable
 from dinov3_ray.datasets.extraction.decode_tasks import Decoded, Piece, decode_pieces
 from dinov3_ray.datasets.folder import Folder
@@ -24,58 +23,103 @@ from dinov3_ray.datasets.store.listing import block_name, load_block
 from dinov3_ray.datasets.store.schema import Row, encode_columns
 from dinov3_ray.datasets.store.writer import BlockWriter, is_finished
 from dinov3_ray.errors import DinoV3Error, InputError, StoreError
-from dinov3_ray.features import FeatureSpec
-from dinov3_ray.images import ImageBatch
-from dinov3_ray.model import DinoV3Teacher
-from dinov3_ray.pool.replica.device_pipeline import check_finite
-from dinov3_ray.teacher import Extractor, computed_in
+from dinov3_ray.features import Features, FeatureSpec
+from dinov3_ray.images import Images
+from dinov3_ray.pool.client.remote import RemoteTeacher
+from dinov3_ray.pool.replica.device_pipeline import ConcurrentPipeline
+from dinov3_ray.pool.replica.hosted import HostedReplica
+from dinov3_ray.pool.spec import CheckedSource, builder
+from dinov3_ray.teacher import computed_in
 
-__all__ = ["BlockExtractor", "Job", "TeacherFactory"]
+__all__ = ["BatchTeacher", "BlockExtractor", "ExtractionJob", "TeacherChoice"]
 
 _BUFFERED_BYTES = 2**28
 _AHEAD = 2  # batches given to each of the teacher's threads before the first of them is waited for
 
 
-@dataclass(frozen=True)
-class TeacherFactory:
-    """Makes the teacher in the process that uses it."""
+class SubmittedBatch(Protocol):
+    """A batch that is being computed."""
 
-    config: DinoV3Config | None
-    factory: Callable[[], Extractor] | None
+    def result(self) -> Features:
+        """Wait for its features.
+
+        Raises:
+            Exception: whatever the teacher raises.
+        """
+        ...
+
+
+class BatchTeacher(Protocol):
+    """What computes for an extraction: it takes batches ahead of their results, and says what makes those."""
+
+    @property
+    def fingerprint(self) -> str | None: ...
+
+    @property
+    def preprocessing(self) -> Preprocessing | None: ...
+
+    @property
+    def patch_size(self) -> int: ...
+
+    def submit(self, images: Images, spec: FeatureSpec) -> SubmittedBatch: ...
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class TeacherChoice:
+    """Which teacher computes, and how it is opened in the process that uses it.
+
+    Attributes:
+        source: a configuration or a factory, of which a replica is hosted; or None, where ``pool`` names a pool.
+        device: that the replica computes on.
+        threads: CPU threads that each of its passes computes with; None leaves torch's setting alone.
+        passes: that it makes at a time; 1 unless the teacher is reentrant and computes on the CPU.
+    """
+
+    source: CheckedSource | None
+    pool: str | None
     device: str
     threads: int | None
+    passes: int
 
-    def __call__(self) -> Extractor:
-        if self.threads is not None:
-            # Ray sets one thread for each CPU that an actor reserves; decoding takes the cores only now and then.
-            torch.set_num_threads(min(self.threads, _cores()))
-        if self.config is None:
-            assert self.factory is not None
-            return self.factory()
-        return DinoV3Teacher(self.config, self.device)
+    def open(self, max_batch: int) -> BatchTeacher:
+        """Connect to the pool, or build and prove the teacher of a replica in this process, on whose threads it runs.
+
+        Raises:
+            Exception: whatever the factory raises, or a pool that cannot be reached.
+        """
+        if self.source is None:
+            assert self.pool is not None
+            return RemoteTeacher(self.pool)
+        # Ray sets one thread for each CPU that an actor reserves; decoding takes the cores only now and then.
+        threads = None if self.threads is None else min(self.threads, _cores())
+        build = builder(self.source, self.device)
+        if self.passes == 1:
+            return HostedReplica(build, max_batch=max_batch, threads=threads)
+        pipeline = partial(ConcurrentPipeline, passes=self.passes, threads=threads)
+        return HostedReplica(build, max_batch=max_batch, threads=threads, pipeline=pipeline)
 
 
 @dataclass(frozen=True)
-class Job:
+class ExtractionJob:
     """All that an extractor needs.
 
     Attributes:
         source, columns: one of them, as the images are those of a planned source, or rows of a Ray Dataset.
-        passes: that an actor's teacher makes at a time; 1 on a GPU, where one thread does all the work.
-        window: decoding tasks a call keeps going.
+        window: decoding tasks that each call keeps in flight.
         finished_ids: a reference to the ids that need no work, for a Ray Dataset.
         made_by: the fingerprint of the teacher's results, which is its own, or that of another one inside it.
         mixes_sizes: whether images of different sizes can share a batch, since the teacher brings them to one.
     """
 
-    teacher: TeacherFactory
+    teacher: TeacherChoice
     folder: Folder
     identity: Mapping[str, Any]
     spec: FeatureSpec
     decoder: Decoder
     source: Source | None
     batch_size: int
-    passes: int
     window: int
     decode_cpus: float
     columns: Columns | None = None
@@ -87,18 +131,16 @@ class Job:
 class BlockExtractor:
     """Extracts blocks; a callable class for Ray Data, which calls it from several threads.
 
-    One call takes one block: it starts the tasks that decode it, gives equal sizes to the teacher batch by batch as
-    they come, and commits. While one call waits for pixels or writes, another's batches keep the teacher busy. Calls
-    share the threads that use the teacher, of which there is one, unless the teacher is known to be reentrant.
+    One call takes one block: it starts the tasks that decode it, submits equal sizes to the teacher batch by batch as
+    they come, and commits. While one call waits for pixels or writes, another's batches keep the teacher busy.
 
     Which images share a batch depends on their block alone, never on timing, so that a repeated block gives the same
     bits.
     """
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: ExtractionJob) -> None:
         self._job = job
-        self._thread = ThreadPoolExecutor(job.passes, thread_name_prefix="teacher")
-        self._teacher = self._thread.submit(job.teacher).result()
+        self._teacher = job.teacher.open(job.batch_size)
         self._finished: frozenset[str] = ray.get(job.finished_ids) if job.finished_ids is not None else frozenset()
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -143,11 +185,11 @@ class BlockExtractor:
     def _extract(self, name: str, pieces: Sequence[Piece]) -> dict[str, Any]:
         job = self._job
         writer = BlockWriter(job.folder, name, job.identity)
-        running: deque[tuple[list[Decoded], Future[dict[str, np.ndarray]]]] = deque()
+        running: deque[tuple[list[Decoded], SubmittedBatch]] = deque()
         images = decode_pieces(pieces, job.decoder, cpus=job.decode_cpus, window=job.window)
         for batch in self._batches(images, writer):
-            running.append((batch, self._thread.submit(self._compute, batch)))
-            if len(running) > _AHEAD * job.passes:
+            running.append((batch, self._submit(batch)))
+            if len(running) > _AHEAD * job.teacher.passes:
                 self._gather(*running.popleft(), writer)
         while running:
             self._gather(*running.popleft(), writer)
@@ -175,13 +217,32 @@ class BlockExtractor:
             yield batch
         yield from groups.values()
 
-    def _compute(self, batch: Sequence[Decoded]) -> dict[str, np.ndarray]:
-        """On the teacher's thread: the columns of ``batch``, on the host."""
+    def _submit(self, batch: Sequence[Decoded]) -> SubmittedBatch:
         arrays = [_pixels(decoded) for decoded in batch]
         same = len({array.shape for array in arrays}) == 1
-        images = np.stack(arrays) if same else arrays
-        features = self._teacher.extract(images, self._job.spec.native())
-        check_finite(features, ImageBatch.of(images))
+        return self._teacher.submit(np.stack(arrays) if same else arrays, self._job.spec.native())
+
+    def _gather(self, batch: Sequence[Decoded], submitted: SubmittedBatch, writer: BlockWriter) -> None:
+        """Hand a batch's features to the writer; an image that the teacher refuses fails alone."""
+        try:
+            features = submitted.result()
+        except InputError as error:
+            if len(batch) == 1:
+                writer.fail(batch[0].position, batch[0].id, Unreadable("refused", str(error)))
+                return
+            for decoded in batch:
+                self._gather([decoded], self._submit([decoded]), writer)
+            return
+        shapes = [_pixels(decoded).shape for decoded in batch]
+        rows = [Row(decoded.id, shape[1], shape[2], decoded.view) for decoded, shape in zip(batch, shapes, strict=True)]
+        writer.add([decoded.position for decoded in batch], rows, self._columns(features))
+
+    def _columns(self, features: Features) -> dict[str, np.ndarray]:
+        """``features`` as they are stored.
+
+        Raises:
+            StoreError: another teacher made them than the run's plan says.
+        """
         columns, result_dtype = encode_columns(features, self._job.spec)
         seen = {"computed_in": computed_in(self._teacher), "result_dtype": result_dtype}
         seen["fingerprint"] = features.fingerprint
@@ -195,21 +256,6 @@ class BlockExtractor:
                 "the pool reloaded? Do all nodes compute in the same dtype (DinoV3Config(dtype=...) names it)?"
             )
         return columns
-
-    def _gather(self, batch: Sequence[Decoded], future: Future[dict[str, np.ndarray]], writer: BlockWriter) -> None:
-        """Hand a batch's features to the writer; an image that the teacher refuses fails alone."""
-        try:
-            columns = future.result()
-        except InputError as error:
-            if len(batch) == 1:
-                writer.fail(batch[0].position, batch[0].id, Unreadable("refused", str(error)))
-                return
-            for decoded in batch:
-                self._gather([decoded], self._thread.submit(self._compute, [decoded]), writer)
-            return
-        shapes = [_pixels(decoded).shape for decoded in batch]
-        rows = [Row(decoded.id, shape[1], shape[2], decoded.view) for decoded, shape in zip(batch, shapes, strict=True)]
-        writer.add([decoded.position for decoded in batch], rows, columns)
 
 
 def _cores() -> int:

@@ -90,7 +90,7 @@ class ReplicaActor:
             # Unpickled when it is built: a class that is missing on this node is a reason to report like any other.
             lambda: builder(cloudpickle.loads(setup.source), setup.device)(),
             setup.options,
-            generation=setup.generation,
+            unnamed=f"generation-{setup.generation}",
             threads=setup.threads,
             on_suspect=lambda request_id: kv.begin_suspect(setup.replica_id, request_id),
         )

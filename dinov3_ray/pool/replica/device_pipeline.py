@@ -1,18 +1,17 @@
-"""How a replica's batches pass through its device: one after the other, or three at once, each in another stage.
+"""The device pipeline: how a replica's batches pass through its device, and what must hold of their results.
 
-The device thread begins a pass, and another thread waits for its results; they drive both implementations in the same
-way. On a CPU a pass is computed when it has begun, and its results are looked at and packed beside the next one. On a
-CUDA device it has only been enqueued then: while one batch is computed, the next one is copied in and the one before is
-copied out, each in a stream of its own. Waiting for it gives the device no work, except to look closer at results that
-are not finite.
-
-
-The images of one forward pass, and what is to hold of its results. Pure tensor work, no queue and no thread.
+The device thread begins a pass, and another thread waits for its results. Three implementations are driven in the same
+way. On a CPU a pass is computed when it begins, and its results are checked and packed while the next one is computed.
+A reentrant teacher can make several passes at once, each on fewer threads of the CPU. On a CUDA device a pass is only
+enqueued when it begins: while one batch is computed, the next one is copied in and the one before is copied out, each
+in its own stream. Waiting for a pass gives the device no work, except to look closer at results that are not finite.
 """
 
 from __future__ import annotations
 
+import functools
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -28,8 +27,9 @@ from dinov3_ray.pool.transport.wire import pack_features
 from dinov3_ray.teacher import Extractor
 
 __all__ = [
-    "Pass",
-    "Pipeline",
+    "ConcurrentPipeline",
+    "DevicePass",
+    "DevicePipeline",
     "Results",
     "check_finite",
     "describe",
@@ -57,7 +57,7 @@ class Results:
     pack: float
 
 
-class Pass(Protocol):
+class DevicePass(Protocol):
     """A batch on its way through the device."""
 
     def result(self) -> Results:
@@ -71,7 +71,7 @@ class Pass(Protocol):
         ...
 
 
-class Pipeline(Protocol):
+class DevicePipeline(Protocol):
     """Runs passes of one teacher, all begun on one thread; another asks for their results, in the order in which they
     began.
     """
@@ -79,16 +79,16 @@ class Pipeline(Protocol):
     #: How many passes may be under way at once.
     depth: int
 
-    def begin(self, batch: ImageBatch, rows: int, spec: FeatureSpec) -> Pass:
+    def begin(self, batch: ImageBatch, rows: int, spec: FeatureSpec) -> DevicePass:
         """Begin the pass of ``batch``, of which the results of the first ``rows`` images are wanted.
 
         Raises:
-            Exception: as :meth:`Pass.result`, and whatever the teacher raises.
+            Exception: as :meth:`DevicePass.result`, and whatever the teacher raises.
         """
         ...
 
 
-def pipeline_for(teacher: Extractor) -> Pipeline:
+def pipeline_for(teacher: Extractor) -> DevicePipeline:
     """The pipeline that fits the device that ``teacher`` says it computes on."""
     device = getattr(teacher, "device", None)
     if isinstance(device, torch.device) and device.type == "cuda":
@@ -105,7 +105,7 @@ class SynchronousPipeline:
     def __init__(self, teacher: Extractor) -> None:
         self._teacher = teacher
 
-    def begin(self, batch: ImageBatch, rows: int, spec: FeatureSpec) -> Pass:
+    def begin(self, batch: ImageBatch, rows: int, spec: FeatureSpec) -> DevicePass:
         begun = time.monotonic()
         features = extract(self._teacher, batch, spec)
         # Read before the next pass begins.
@@ -128,6 +128,30 @@ class _Computed:
         return Results(layout, arrays, self.features.fingerprint, self.preprocess, time.monotonic() - begun)
 
 
+class ConcurrentPipeline:
+    """Computes several passes of a reentrant teacher at once, on the CPU.
+
+    Threads that share one pass wait for one another, the more so while decoding or writing holds up one of them.
+
+    Args:
+        teacher: whose ``extract`` may run on several threads at once.
+        passes: how many.
+        threads: CPU threads that each pass computes with; None leaves torch's setting alone.
+    """
+
+    def __init__(self, teacher: Extractor, *, passes: int, threads: int | None) -> None:
+        self._teacher = teacher
+        self.depth = 2 * passes  # a thread that has finished a pass finds the next one
+        settle = None if threads is None else functools.partial(torch.set_num_threads, threads)
+        self._threads = ThreadPoolExecutor(passes, thread_name_prefix="dinov3-pass", initializer=settle)
+
+    def begin(self, batch: ImageBatch, rows: int, spec: FeatureSpec) -> DevicePass:
+        return self._threads.submit(self._compute, batch, rows, spec)
+
+    def _compute(self, batch: ImageBatch, rows: int, spec: FeatureSpec) -> Results:
+        return _Computed(batch, rows, spec, extract(self._teacher, batch, spec), 0.0).result()
+
+
 class CudaPipeline:
     """Enqueues passes: copies in and out run beside the computation, from and to pinned memory.
 
@@ -144,7 +168,7 @@ class CudaPipeline:
         stream: Any = torch.cuda.Stream  # its annotations are partial
         self._copy_in, self._copy_out = stream(device), stream(device)
 
-    def begin(self, batch: ImageBatch, rows: int, spec: FeatureSpec) -> Pass:
+    def begin(self, batch: ImageBatch, rows: int, spec: FeatureSpec) -> DevicePass:
         with torch.cuda.device(self._device):
             images = self._upload(batch)
             features = extract(self._teacher, images, spec)

@@ -31,7 +31,15 @@ from dinov3_ray.pool.messages import (
     StageSeconds,
     TeacherInfo,
 )
-from dinov3_ray.pool.replica.device_pipeline import Pass, Pipeline, Results, describe, join, pad, pipeline_for
+from dinov3_ray.pool.replica.device_pipeline import (
+    DevicePass,
+    DevicePipeline,
+    Results,
+    describe,
+    join,
+    pad,
+    pipeline_for,
+)
 from dinov3_ray.pool.replica.queue import BatchQueue, Waiting
 from dinov3_ray.pool.spec import PoolOptions
 from dinov3_ray.pool.transport.wire import unpack_images
@@ -59,7 +67,7 @@ class _UnderWay:
     """Requests whose pass the device was given at ``begun``."""
 
     jobs: list[_Job]
-    run: Pass
+    run: DevicePass
     begun: float
 
 
@@ -70,7 +78,7 @@ class Replica:
         replica_id: its name in the pool.
         build: makes the teacher; called once, on the device thread.
         options: the pool's.
-        generation: counts the pool's reloads.
+        unnamed: the fingerprint that a teacher without one gets, or a reload could mix two teachers unnoticed.
         threads: CPU threads to compute with; None leaves torch's setting alone (it is the whole process's).
         on_suspect: called on the device thread just before a request runs that earlier replicas died with.
         pipeline: makes what runs the teacher's passes; called once, on the device thread.
@@ -84,17 +92,17 @@ class Replica:
         build: Callable[[], Extractor],
         options: PoolOptions,
         *,
-        generation: int = 0,
+        unnamed: str | None = None,
         threads: int | None = None,
         on_suspect: Callable[[str], None] | None = None,
-        pipeline: Callable[[Extractor], Pipeline] = pipeline_for,
+        pipeline: Callable[[Extractor], DevicePipeline] = pipeline_for,
     ) -> None:
         self.replica_id = replica_id
         self._started = time.monotonic()
         self.loaded: Future[TeacherInfo] = Future()
         self._build = build
         self._options = options
-        self._generation = generation
+        self._unnamed = unnamed
         self._threads = threads
         self._on_suspect = on_suspect
         self._make_pipeline = pipeline
@@ -243,8 +251,7 @@ class Replica:
             if callable(warm_up):
                 warm_up(self._options.max_batch)
             self._pipeline = self._make_pipeline(teacher)
-            # A teacher that does not say who it is gets a name all the same, or a reload could mix two unnoticed.
-            self._info = replace(info, fingerprint=info.fingerprint or f"generation-{self._generation}")
+            self._info = replace(info, fingerprint=info.fingerprint or self._unnamed)
             if self._stopped:
                 raise PoolClosedError(f"replica {self.replica_id} was stopped before it was ready")
         except BaseException as error:  # noqa: BLE001 - whatever a user's factory raises is the reason to report
