@@ -8,7 +8,6 @@ from __future__ import annotations
 import re
 
 from dinov3_ray.config.architecture import Architecture, ConvNextArchitecture, ViTArchitecture, heads_for
-from dinov3_ray.config.files import is_positive_int
 from dinov3_ray.config.preprocessing import Preprocessing
 from dinov3_ray.errors import ConfigError
 
@@ -109,6 +108,6 @@ def preprocessing_for(statistics: Statistics, image_size: int | tuple[int, int],
         ConfigError: ``image_size`` is no size, or smaller than a patch.
     """
     size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
-    if len(size) != 2 or not all(is_positive_int(side) for side in size) or min(size) < patch_size:
+    if len(size) != 2 or not all(type(side) is int and side >= patch_size for side in size):
         raise ConfigError(f"image_size must be an integer or a pair (h, w), >= {patch_size} each; got {image_size!r}")
     return Preprocessing((size[0], size[1]), None, None, 1 / 255, *statistics, (size[0], size[1]))

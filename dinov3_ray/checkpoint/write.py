@@ -18,7 +18,7 @@ from torch import Tensor
 from dinov3_ray.checkpoint.hf import config_json, preprocessor_json
 from dinov3_ray.checkpoint.verify import DTYPES, Progress, ignore_progress
 from dinov3_ray.config.architecture import Architecture
-from dinov3_ray.config.config import CONFIG_FILE, PREPROCESSOR_FILE
+from dinov3_ray.config.files import CONFIG_FILE, PREPROCESSOR_FILE
 from dinov3_ray.config.preprocessing import Preprocessing
 from dinov3_ray.config.weights import INDEX_FILE, SINGLE_FILE
 from dinov3_ray.errors import CheckpointError, ConfigError

@@ -12,8 +12,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from dinov3_ray.config.files import JsonFields
-
 __all__ = [
     "Architecture",
     "ConvNextArchitecture",
@@ -22,10 +20,6 @@ __all__ = [
     "heads_for",
     "infer_convnext",
     "infer_vit",
-    "missing_keys",
-    "read_architecture",
-    "read_family",
-    "read_patch_size",
 ]
 
 Family = Literal["vit", "convnext"]
@@ -213,114 +207,3 @@ def infer_convnext(shapes: Shapes) -> ConvNextArchitecture | None:
     if not depths or sorted(depths) != list(range(len(depths))) or 0 in widths:
         return None
     return ConvNextArchitecture(tuple(widths), tuple(depths[stage] for stage in range(len(depths))))
-
-
-_VIT_SHAPE_KEYS = (
-    "hidden_size",
-    "num_hidden_layers",
-    "intermediate_size",
-    "use_gated_mlp",
-    "patch_size",
-    "query_bias",
-    "key_bias",
-    "value_bias",
-    "proj_bias",
-    "mlp_bias",
-)
-
-
-def missing_keys(fields: JsonFields, family: Family) -> list[str]:
-    """The keys of config.json that only the weights can make up for."""
-    if family == "convnext":
-        return [key for key in ("hidden_sizes", "depths") if not fields.has(key)]
-    missing = [key for key in _VIT_SHAPE_KEYS if not fields.has(key)]
-    if not (fields.has("num_register_tokens") or fields.has("num_registers")):
-        missing.append("num_register_tokens")
-    return missing
-
-
-def read_family(fields: JsonFields) -> Family:
-    """Which of the two families config.json describes; an unknown one is noted as a problem."""
-    model_type = fields.text("model_type", "")
-    if not model_type:
-        names = fields.values.get("architectures")
-        named = any("convnext" in str(name).lower() for name in names) if isinstance(names, list) else False
-        return "convnext" if named or fields.has("hidden_sizes") or fields.has("depths") else "vit"
-    families: dict[str, Family] = {"dinov3_vit": "vit", "dinov3_convnext": "convnext"}
-    if model_type not in families:
-        fields.complain("model_type", "must be dinov3_vit or dinov3_convnext", model_type)
-    return families.get(model_type, "vit")
-
-
-def read_architecture(fields: JsonFields, family: Family, inferred: Architecture | None) -> Architecture:
-    """The architecture that config.json describes, completed by what was ``inferred`` from the weights.
-
-    Complaints are noted in ``fields``; the result is meaningful only if there are none.
-    """
-    if fields.integer("num_channels", 3) != 3:
-        fields.complain("num_channels", "must be 3 (RGB)", fields.values["num_channels"])
-    if family == "convnext":
-        assert inferred is None or isinstance(inferred, ConvNextArchitecture)
-        return _read_convnext(fields, inferred)
-    assert inferred is None or isinstance(inferred, ViTArchitecture)
-    return _read_vit(fields, inferred)
-
-
-def _read_convnext(fields: JsonFields, inferred: ConvNextArchitecture | None) -> ConvNextArchitecture:
-    base = inferred or ConvNextArchitecture((96, 192, 384, 768), (3, 3, 9, 3))
-    widths, depths = fields.integers("hidden_sizes", base.hidden_sizes), fields.integers("depths", base.depths)
-    if len(widths) != len(depths):
-        fields.complain("depths", f"must have one entry for each of hidden_sizes {list(widths)}", list(depths))
-    return ConvNextArchitecture(
-        widths,
-        depths,
-        hidden_act=fields.text("hidden_act", base.hidden_act),
-        layer_norm_eps=fields.number("layer_norm_eps", base.layer_norm_eps),
-    )
-
-
-def _read_vit(fields: JsonFields, inferred: ViTArchitecture | None) -> ViTArchitecture:
-    base = inferred or ViTArchitecture(384, 12, 6, 1536)
-    hidden_size = fields.integer("hidden_size", base.hidden_size)
-    gated = fields.flag("use_gated_mlp", base.gated_mlp)
-    architecture = ViTArchitecture(
-        hidden_size=hidden_size,
-        num_layers=fields.integer("num_hidden_layers", base.num_layers),
-        num_heads=fields.integer("num_attention_heads", max(heads_for(hidden_size), 1)),
-        intermediate_size=fields.integer("intermediate_size", base.intermediate_size),
-        gated_mlp=gated,
-        num_register_tokens=_read_registers(fields, base.num_register_tokens),
-        patch_size=read_patch_size(fields, base.patch_size),
-        # A file that names its model_type was written by transformers, whose default is gelu, gated or not.
-        hidden_act=fields.text("hidden_act", "silu" if gated and not fields.has("model_type") else "gelu"),
-        layer_norm_eps=fields.number("layer_norm_eps", 1e-5),
-        rope_theta=fields.number("rope_theta", 100.0),
-        query_bias=fields.flag("query_bias", base.query_bias),
-        key_bias=fields.flag("key_bias", base.key_bias),
-        value_bias=fields.flag("value_bias", base.value_bias),
-        proj_bias=fields.flag("proj_bias", base.proj_bias),
-        mlp_bias=fields.flag("mlp_bias", base.mlp_bias),
-    )
-    if hidden_size % (4 * architecture.num_heads):
-        rule = f"must divide hidden_size ({hidden_size}) into heads whose size is a multiple of 4 (for RoPE)"
-        fields.complain("num_attention_heads", rule, architecture.num_heads)
-    return architecture
-
-
-def _read_registers(fields: JsonFields, default: int) -> int:
-    ours = fields.integer("num_register_tokens", default, minimum=0)
-    other = fields.integer("num_registers", ours, minimum=0)
-    if fields.has("num_register_tokens") and other != ours:
-        fields.complain("num_registers", f"must equal num_register_tokens ({ours})", other)
-    return other
-
-
-def read_patch_size(fields: JsonFields, default: int) -> int:
-    """``patch_size``: an integer, or (transformers 5) a pair of equal ones."""
-    value = fields.values.get("patch_size")
-    if isinstance(value, list):
-        if len(value) == 2 and value[0] == value[1] and isinstance(value[0], int) and value[0] >= 1:
-            return value[0]
-        fields.complain("patch_size", "must be one integer, or two equal ones", value)
-        return default
-    return fields.integer("patch_size", default)

@@ -2,35 +2,63 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Annotated, Literal, get_args
 
-from dinov3_ray.config.architecture import (
-    Architecture,
-    Family,
-    infer_convnext,
-    infer_vit,
-    missing_keys,
-    read_architecture,
-    read_family,
-    read_patch_size,
-)
-from dinov3_ray.config.files import JsonFields, is_positive_int
-from dinov3_ray.config.preprocessing import Preprocessing, Size, read_preprocessing
-from dinov3_ray.config.weights import WeightFiles
-from dinov3_ray.errors import CheckpointError, ConfigError
+from pydantic import Field
 
-__all__ = ["CONFIG_FILE", "PREPROCESSOR_FILE", "ComputeDtype", "DinoV3Config"]
+from dinov3_ray.config.architecture import Architecture, Family
+from dinov3_ray.config.files import CONFIG_FILE, PositiveInt, read_architecture, read_preprocessing
+from dinov3_ray.config.preprocessing import Preprocessing, Size
+from dinov3_ray.errors import ConfigError
+from dinov3_ray.validation import CheckedModel, check, from_list, rule
+
+__all__ = ["ComputeDtype", "DinoV3Config", "ModelOptions"]
 
 ComputeDtype = Literal["auto", "float32", "bfloat16", "float16", "float8"]
 """The dtype that the model computes in; ``auto`` is bfloat16 where the device has it in hardware, else float32.
 ``float8`` is bfloat16 with the products of linear layers in float8 (see :mod:`dinov3_ray.model.float8`)."""
 
-CONFIG_FILE = "config.json"
-PREPROCESSOR_FILE = "preprocessor_config.json"
+
+class ModelOptions(CheckedModel):
+    """The options of a :class:`DinoV3Config`, of ``dinov3-ray up`` and of a pool's file; here they are documented."""
+
+    dtype: Annotated[
+        ComputeDtype,
+        Field(
+            description="The dtype that the model computes in. auto: bfloat16 where the device has it in hardware, "
+            "else float32. float8: bfloat16 with the products of linear layers in float8."
+        ),
+        rule(f"must be one of {', '.join(get_args(ComputeDtype))}"),
+    ] = "auto"
+    image_size: Annotated[
+        PositiveInt | Annotated[tuple[PositiveInt, PositiveInt], Field(strict=True), from_list] | None,
+        Field(
+            description="The size of the model's input in pixels, one integer or [height, width], in place of what "
+            "preprocessor_config.json says."
+        ),
+        rule("must be None, an integer >= 1 or a pair (h, w) of them"),
+    ] = None
+    compile: Annotated[
+        bool, Field(strict=True, description="Run the model through torch.compile."), rule("must be True or False")
+    ] = False
+    cuda_graphs: Annotated[
+        bool,
+        Field(strict=True, description="Record passes of shapes that come often, on a CUDA device."),
+        rule("must be True or False"),
+    ] = False
+    attention: Annotated[
+        str,
+        Field(
+            strict=True,
+            min_length=1,
+            description="The attention implementation of transformers, such as sdpa, eager or flash_attention_2. auto "
+            "leaves it to transformers. A ConvNeXt has no attention and ignores it.",
+        ),
+        rule("must be the name of an implementation, such as 'sdpa'"),
+    ] = "auto"
 
 
 @dataclass(frozen=True, init=False, repr=False)
@@ -84,25 +112,29 @@ class DinoV3Config:
         cuda_graphs: bool = False,
         attention: str = "auto",
     ) -> None:
-        wanted_size = _check_options(dtype, image_size, {"compile": compile, "cuda_graphs": cuda_graphs}, attention)
+        given = {
+            "dtype": dtype,
+            "image_size": image_size,
+            "compile": compile,
+            "cuda_graphs": cuda_graphs,
+            "attention": attention,
+        }
+        options = check(ModelOptions, given)
         # Absolute, since a relative path means another place in a worker's folder.
         path = _check_root(root)
-        architecture = _load_architecture(path)
-        preprocessing = _load_preprocessing(path, architecture)
-        if wanted_size is not None:
-            preprocessing = preprocessing.resized_to(wanted_size)
+        architecture = read_architecture(path)
+        preprocessing = read_preprocessing(path, architecture)
+        if options.image_size is not None:
+            size = options.image_size
+            preprocessing = preprocessing.resized_to((size, size) if isinstance(size, int) else size)
         if min(preprocessing.image_size) < architecture.patch_size:
             raise ConfigError(
                 f"image_size must be at least one patch ({architecture.patch_size} px) high and wide; "
                 f"got {list(preprocessing.image_size)}"
             )
-        settled = {
+        settled = given | {
             "root": path,
-            "dtype": dtype,
             "image_size": preprocessing.image_size,
-            "compile": compile,
-            "cuda_graphs": cuda_graphs,
-            "attention": attention,
             "architecture": architecture,
             "preprocessing": preprocessing,
         }
@@ -154,25 +186,6 @@ class DinoV3Config:
         )
 
 
-def _check_options(dtype: object, image_size: object, switches: Mapping[str, object], attention: object) -> Size | None:
-    """Check the options, and bring ``image_size`` to (h, w)."""
-    if dtype not in get_args(ComputeDtype):
-        raise ConfigError(f"dtype must be one of {', '.join(get_args(ComputeDtype))}; got {dtype!r}")
-    for name, value in switches.items():
-        if not isinstance(value, bool):
-            raise ConfigError(f"{name} must be True or False; got {value!r}")
-    if not isinstance(attention, str) or not attention:
-        raise ConfigError(f"attention must be the name of an implementation, such as 'sdpa'; got {attention!r}")
-    if image_size is None:
-        return None
-    if is_positive_int(image_size):
-        assert isinstance(image_size, int)
-        return image_size, image_size
-    if isinstance(image_size, (tuple, list)) and len(image_size) == 2 and all(map(is_positive_int, image_size)):
-        return image_size[0], image_size[1]
-    raise ConfigError(f"image_size must be None, an integer >= 1 or a pair (h, w) of them; got {image_size!r}")
-
-
 def _check_root(root: object) -> Path:
     if not isinstance(root, (str, PathLike)):
         raise ConfigError(f"root must be the path of a model directory; got {root!r}")
@@ -181,45 +194,3 @@ def _check_root(root: object) -> Path:
         what = "a file" if path.exists() else "missing"
         raise ConfigError(f"root must be a model directory with {CONFIG_FILE} and weights; {path} is {what}")
     return path
-
-
-def _load_architecture(root: Path) -> Architecture:
-    fields = JsonFields.read(root / CONFIG_FILE, remedy="root must be a model directory in transformers' layout")
-    family = read_family(fields)
-    fields.raise_problems()
-    missing = missing_keys(fields, family)
-    architecture = read_architecture(fields, family, _infer(root, family, missing) if missing else None)
-    fields.raise_problems()
-    return architecture
-
-
-def _infer(root: Path, family: Family, missing: list[str]) -> Architecture:
-    """The architecture from the weights' headers, for keys ``missing`` from config.json."""
-    what = f"{root / CONFIG_FILE} lacks {', '.join(missing)}"
-    try:
-        shapes = WeightFiles.find(root).shapes
-    except CheckpointError as error:
-        raise CheckpointError(f"{what}, and the weights cannot tell: {error}") from error
-    inferred = infer_convnext(shapes) if family == "convnext" else infer_vit(shapes)
-    if inferred is None:
-        raise ConfigError(f"{what}, and the weights in {root} are not those of a DINOv3 {family}")
-    return inferred
-
-
-def _load_preprocessing(root: Path, architecture: Architecture) -> Preprocessing:
-    remedy = "copy it from the model's release; its mean, std and size cannot be guessed"
-    fields = JsonFields.read(root / PREPROCESSOR_FILE, remedy=remedy)
-    preprocessing = read_preprocessing(fields)
-    # Some writers repeat what config.json says; where they differ, one of the files belongs to another model.
-    repeated = {
-        "patch_size": (read_patch_size(fields, architecture.patch_size), architecture.patch_size),
-        "num_register_tokens": (
-            fields.integer("num_register_tokens", architecture.num_register_tokens, minimum=0),
-            architecture.num_register_tokens,
-        ),
-    }
-    for key, (value, expected) in repeated.items():
-        if value != expected:
-            fields.complain(key, f"must equal {CONFIG_FILE}'s ({expected})", value)
-    fields.raise_problems()
-    return preprocessing

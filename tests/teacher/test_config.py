@@ -259,6 +259,52 @@ def test_all_complaints_come_at_once(tmp_path: Path) -> None:
     assert str(tmp_path / "preprocessor_config.json") in str(caught.value)
 
 
+def test_all_problems_of_config_json_come_at_once_in_the_order_of_the_fields(tmp_path: Path) -> None:
+    changes = {"hidden_size": "1024", "num_attention_heads": True, "mlp_bias": 1, "layer_norm_eps": "1e-5"}
+    root = model_dir(tmp_path, {**VIT, **changes, "num_registers": 5})
+    with pytest.raises(ConfigError) as caught:
+        DinoV3Config(root)
+    assert str(caught.value) == (
+        f"{root / 'config.json'} has 5 problems:\n"
+        "  - hidden_size must be an integer >= 1; got '1024'\n"
+        "  - num_attention_heads must be an integer >= 1; got True\n"
+        "  - num_registers must equal num_register_tokens (4); got 5\n"
+        "  - layer_norm_eps must be a positive finite number; got '1e-5'\n"
+        "  - mlp_bias must be true or false; got 1"
+    )
+
+
+def test_all_wrong_options_come_at_once(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"(?s)3 problems:.*dtype must be.*image_size must be.*compile must be True"):
+        DinoV3Config(model_dir(tmp_path), dtype="fp8", image_size="224", compile="yes")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"do_pad": 0},
+        {"do_resize": 1},
+        {"do_normalize": "false"},
+        {"size": "224"},
+        {"size": {"height": 224, "width": True}},
+        {"image_mean": ["0.5", 0.5, 0.5]},
+        {"image_std": [True, True, True]},
+        {"rescale_factor": "0.1"},
+        {"patch_size": "16"},
+    ],
+)
+def test_nothing_is_converted_silently(tmp_path: Path, changes: dict[str, Any]) -> None:
+    (key,) = changes
+    with pytest.raises(ConfigError, match=rf"{key} must be .*; got"):
+        DinoV3Config(model_dir(tmp_path, **changes))
+
+
+def test_what_a_step_that_is_off_would_need_is_not_looked_at(tmp_path: Path) -> None:
+    off = {"do_rescale": False, "do_normalize": False, "do_center_crop": False}
+    wrong = {"rescale_factor": 0, "image_mean": "x", "image_std": [0], "crop_size": -1}
+    assert DinoV3Config(model_dir(tmp_path, **off, **wrong)).preprocessing.rescale_factor == 1.0
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -9,7 +9,6 @@ the same filter, to 1e-4 (its filter weights are float64, torch's float32; witho
 from __future__ import annotations
 
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,8 +17,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dinov3_ray.config.files import JsonFields
-from dinov3_ray.config.preprocessing import Preprocessing, read_preprocessing
+from dinov3_ray.config.files import PreprocessorFile
+from dinov3_ray.config.preprocessing import Preprocessing
 from dinov3_ray.errors import InputError
 from dinov3_ray.images import ImageBatch
 from dinov3_ray.model.preprocess import preprocess
@@ -56,10 +55,7 @@ FILES: dict[str, dict[str, Any]] = {
 
 
 def rule_of(file: dict[str, Any]) -> Preprocessing:
-    fields = JsonFields(Path("preprocessor_config.json"), {**STATISTICS, **file})
-    rule = read_preprocessing(fields)
-    fields.raise_problems()
-    return rule
+    return PreprocessorFile.model_validate({**STATISTICS, **file}).preprocessing()
 
 
 def run(images: Any, file: dict[str, Any]) -> Tensor:
