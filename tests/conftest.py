@@ -18,6 +18,10 @@ from torch import Tensor
 
 from dinov3_ray.checkpoint import init_checkpoint
 
+pytest.register_assert_rewrite(
+    "teacher_contract", "lightning_training", "kills"
+)  # which assert for the tests that use them
+
 # The suite shares few cores with the processes that it starts: threads that wait for a core by spinning cost more than
 # they bring.
 torch.set_num_threads(1)
@@ -39,6 +43,12 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """
     named = config.args_source is pytest.Config.ArgsSource.ARGS or config.getoption("keyword")
     return 0 if named else 2
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Refuse a test that starts Ray in a folder where the quick loop would run it."""
+    if "ray_cluster" in metafunc.fixturenames and metafunc.definition.path.parent.name != "with_ray":
+        pytest.fail(f"{metafunc.definition.name} needs ray_cluster: it belongs in a folder with_ray", pytrace=False)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -154,3 +155,16 @@ def test_scale_takes_no_auto(pool: TeacherPool) -> None:
     with pytest.raises(ConfigError, match="auto"):
         pool.scale("auto")
     assert pool.status().target == 2
+
+
+def test_stages_of_the_local_teacher_are_told_apart(tiny_checkpoint: Path) -> None:
+    """In local mode, where nothing is published, the same counters stand in the status."""
+    with TeacherPool.start(tiny_checkpoint, name="stages", replicas=1, local_mode=True) as pool:
+        pool.teacher().extract(torch.rand(4, 3, 300, 400), FeatureSpec(cls=True, feature_map=True))
+        (replica,) = pool.status().replicas
+    counters = replica.statistics
+    assert counters is not None
+    assert counters.images == 4
+    assert min(counters.queue_seconds, counters.preprocess_seconds, counters.forward_seconds, counters.pack_seconds) > 0
+    assert counters.busy_seconds < counters.uptime
+    assert replica.images_per_second == 4 / counters.busy_seconds

@@ -8,3 +8,4 @@ SUPPORT = Path(__file__).parent
 TESTS = SUPPORT.parent
 REPOSITORY = TESTS.parent
 DEPLOY = REPOSITORY / "deploy"
+README = REPOSITORY / "README.md"

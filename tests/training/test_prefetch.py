@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from stores import build, views
@@ -23,7 +24,7 @@ from dinov3_ray.datasets import CachedTeacher, FeatureStore, StoredTeacher
 from dinov3_ray.errors import ConfigError, InputError, PoolError, SpecError
 from dinov3_ray.images import Images
 from dinov3_ray.testing import FakeTeacher
-from dinov3_ray.training.prefetch import AnyTeacher, prefetch
+from dinov3_ray.training.prefetch import AnyTeacher, find_images, prefetch
 
 SPEC = FeatureSpec(cls=True, feature_map=True)
 
@@ -120,9 +121,6 @@ def test_memory_is_bounded_by_the_depth(remote: RemoteTeacher, depth: Any) -> No
     assert delivered == 60
     assert stream.depth <= 2 * remote.parallelism
     assert remote.statistics().peak_in_flight <= 2 * remote.parallelism
-
-
-# Errors and ends ----------------------------------------------------------------------------------------------------
 
 
 class MistakeError(Exception):
@@ -249,9 +247,6 @@ def test_ctrl_c_while_waiting_for_the_teacher(receiver: str) -> None:
         assert same(remote.extract(batches(1)[0], SPEC), expected(batches(1)[0]))
 
 
-# What it counts and says --------------------------------------------------------------------------------------------
-
-
 def test_waits_are_counted_and_said_once(caplog: pytest.LogCaptureFixture) -> None:
     stream = prefetch(FakeTeacher(delay=0.01), batches(), SPEC)
     with caplog.at_level(logging.WARNING, "dinov3_ray"):
@@ -325,9 +320,6 @@ def test_options_that_cannot_be(arguments: dict[str, Any], error: type[Exception
         prefetch(**{"teacher": FakeTeacher(), "loader": [], "spec": SPEC, **arguments})
 
 
-# Long runs ----------------------------------------------------------------------------------------------------------
-
-
 def resident_bytes() -> int:
     pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
     return pages * resource.getpagesize()
@@ -346,3 +338,29 @@ def test_host_memory_does_not_grow(remote: RemoteTeacher) -> None:
     print(f"resident memory grew by {grown / 2**20:.2f} MiB over 2000 steps")
     # A kept batch or answer a step would be 24 KiB + 2 KiB, 50 MiB in all.
     assert grown < 8 * 2**20
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        (image := torch.zeros(2, 3, 32, 32)),
+        image.numpy(),
+        {"img": image, "cls": torch.zeros(2)},
+        {"pixel_values": image},
+        (image, torch.zeros(2)),
+        [{"images": image}, "rest"],
+        [image[0], torch.zeros(3, 16, 16)],
+        ((image[0], image[1]), ({"boxes": 1}, {"boxes": 2})),
+    ],
+)
+def test_images_are_found(batch: Any) -> None:
+    found = find_images(batch)
+    assert np.shape(found[0]) == (3, 32, 32)
+
+
+@pytest.mark.parametrize(
+    "batch", [{"x": image}, {"img": image, "images": image}, (torch.zeros(2), image), [], "img", 3, (image[0], 1)]
+)
+def test_images_that_cannot_be_found(batch: Any) -> None:
+    with pytest.raises(ConfigError, match="images must be given"):
+        find_images(batch)

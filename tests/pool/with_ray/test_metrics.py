@@ -9,7 +9,6 @@ import time
 import urllib.request
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 import ray
@@ -137,16 +136,3 @@ def test_every_metric_is_exported_as_it_says(ray_cluster: str) -> None:
         assert dict(samples[metric.exported]) == {frozenset(labels.items()): 7}
         assert metric.exported.endswith("_total") == (metric.kind is Kind.COUNTER)
     publisher.close()
-
-
-def test_stages_of_the_local_teacher_are_told_apart(tiny_checkpoint: Path) -> None:
-    """In local mode, where nothing is published, the same counters stand in the status."""
-    with TeacherPool.start(tiny_checkpoint, name="stages", replicas=1, local_mode=True) as pool:
-        pool.teacher().extract(torch.rand(4, 3, 300, 400), SPEC)
-        (replica,) = pool.status().replicas
-    counters = replica.statistics
-    assert counters is not None
-    assert counters.images == 4
-    assert min(counters.queue_seconds, counters.preprocess_seconds, counters.forward_seconds, counters.pack_seconds) > 0
-    assert counters.busy_seconds < counters.uptime
-    assert replica.images_per_second == 4 / counters.busy_seconds

@@ -1,4 +1,4 @@
-"""What the README shows works: its Python blocks run, in order, and its commands exist."""
+"""The Python blocks of the README run, in order."""
 
 from __future__ import annotations
 
@@ -7,11 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from paths import REPOSITORY
-
-from dinov3_ray.cli import COMMANDS
-
-README = REPOSITORY / "README.md"
+from paths import README
 
 
 def python_blocks() -> list[tuple[int, str]]:
@@ -37,21 +33,3 @@ def test_the_python_blocks_run_in_order() -> None:
     for line, source in blocks:
         # Blank lines in front, so that a traceback shows the README's own line.
         exec(compile("\n" * (line - 1) + source, str(README), "exec"), namespace)
-
-
-def test_every_command_is_documented_and_every_documented_command_exists() -> None:
-    named = set(re.findall(r"dinov3-ray ([a-z]+)", README.read_text(encoding="utf-8")))
-    assert named == set(COMMANDS)
-
-
-def test_both_set_up_commands_are_there_and_what_they_name_exists() -> None:
-    text = README.read_text(encoding="utf-8")
-    assert "pip install -c deploy/constraints.txt . && dinov3-ray demo" in text
-    assert "pip install -c deploy/constraints.txt -e '.[test]' && pytest" in text
-    assert (README.parent / "deploy" / "constraints.txt").is_file()
-
-
-def test_what_it_is_and_is_not_fits_in_ten_lines() -> None:
-    text = README.read_text(encoding="utf-8")
-    section = text[text.index("**It is**") : text.index("## Set-up")]
-    assert len([line for line in section.splitlines() if line.strip()]) <= 10

@@ -1,4 +1,4 @@
-"""``dinov3-ray extract`` and ``dinov3-ray show``, as a user types them."""
+"""``dinov3-ray extract``, and ``dinov3-ray show`` of what it stored, as a user types them."""
 
 from __future__ import annotations
 
@@ -11,21 +11,11 @@ from commandline import run_command as run
 from PIL import Image
 from torch import Tensor
 
-from dinov3_ray.cli import datasets as commands
 from dinov3_ray.config import DinoV3Config
 from dinov3_ray.datasets import FeatureStore, TargetDataset
 from dinov3_ray.errors import StoreError
 from dinov3_ray.features import FeatureSpec
 from dinov3_ray.model import DinoV3Teacher
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory, photographs: list[Tensor]) -> Path:
-    root = tmp_path_factory.mktemp("photographs")
-    for index, photograph in enumerate(photographs):
-        Image.fromarray(photograph.permute(1, 2, 0).numpy()).save(root / f"{index}.png")
-    (root / "broken.jpg").write_bytes(b"no image")
-    return root
 
 
 @pytest.fixture(scope="module")
@@ -91,44 +81,3 @@ def test_targets_come_with_the_images_that_they_were_made_of(
             dataset[2]
     finally:
         path.write_bytes(before)
-
-
-def test_show_pictures_an_image_by_a_model(folder: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
-    picture = tmp_path / "x.png"
-    result = run(
-        "show", "--image", folder / "1.png", "--root", tiny_checkpoint, "--image-size", "96x128", "--to", picture
-    )
-    assert result.exit_code == 0, result.output
-    assert picture.stat().st_size > 10_000
-    result = run("show", "--image", folder / "broken.jpg", "--root", tiny_checkpoint)
-    assert result.exit_code == 1
-    assert "cannot be read as an image (not an image)" in result.output
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["extract", "a", "b", "--outputs", "cls,patches"], "must be of cls, map, registers"),
-        (["extract", "a", "b", "--layers", "x"], "such as 4,11,-1; got 'x'"),
-        (["extract", "a", "b", "--map-size", "3x4x5"], "must be SIZE or HEIGHTxWIDTH"),
-        (["extract", "a", "b", "--background", "white"], "must be R,G,B, each from 0 to 255"),
-        (["extract", "a", "b", "--pool", "p", "--image-size", "64"], "belong to --root"),
-        (["extract", "a", "b"], "exactly one of config and pool must be given"),
-        (["show", "a"], "give either OUT and ID, or --image FILE and --root DIR"),
-        (["show", "nowhere", "x"], "is not a feature store"),
-    ],
-)
-def test_mistakes_are_told(arguments: list[str], message: str) -> None:
-    result = run(*arguments)
-    assert result.exit_code != 0
-    assert message in " ".join(result.output.split())
-
-
-def test_ctrl_c_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(*_arguments: object, **_options: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(commands, "extract", interrupted)
-    result = run("extract", "photographs", "features", "--pool", "p")
-    assert result.exit_code == 130
-    assert "what is finished stays in features, and the same command goes on" in result.output

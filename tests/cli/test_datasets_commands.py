@@ -1,0 +1,51 @@
+"""``dinov3-ray extract`` and ``show`` where they need no Ray: mistakes, Ctrl-C, and the map of an image file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from commandline import run_command as run
+
+from dinov3_ray.cli import datasets as commands
+
+
+def test_show_pictures_an_image_by_a_model(folder: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    picture = tmp_path / "x.png"
+    result = run(
+        "show", "--image", folder / "1.png", "--root", tiny_checkpoint, "--image-size", "96x128", "--to", picture
+    )
+    assert result.exit_code == 0, result.output
+    assert picture.stat().st_size > 10_000
+    result = run("show", "--image", folder / "broken.jpg", "--root", tiny_checkpoint)
+    assert result.exit_code == 1
+    assert "cannot be read as an image (not an image)" in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["extract", "a", "b", "--outputs", "cls,patches"], "must be of cls, map, registers"),
+        (["extract", "a", "b", "--layers", "x"], "such as 4,11,-1; got 'x'"),
+        (["extract", "a", "b", "--map-size", "3x4x5"], "must be SIZE or HEIGHTxWIDTH"),
+        (["extract", "a", "b", "--background", "white"], "must be R,G,B, each from 0 to 255"),
+        (["extract", "a", "b", "--pool", "p", "--image-size", "64"], "belong to --root"),
+        (["extract", "a", "b"], "exactly one of config and pool must be given"),
+        (["show", "a"], "give either OUT and ID, or --image FILE and --root DIR"),
+        (["show", "nowhere", "x"], "is not a feature store"),
+    ],
+)
+def test_mistakes_are_told(arguments: list[str], message: str) -> None:
+    result = run(*arguments)
+    assert result.exit_code != 0
+    assert message in " ".join(result.output.split())
+
+
+def test_ctrl_c_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_arguments: object, **_options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(commands, "extract", interrupted)
+    result = run("extract", "photographs", "features", "--pool", "p")
+    assert result.exit_code == 130
+    assert "what is finished stays in features, and the same command goes on" in result.output

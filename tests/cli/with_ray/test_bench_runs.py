@@ -1,0 +1,89 @@
+"""Each bench runs, does the same work for everyone, and says so. The tests do not look at what it measures."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+from commandline import run_bench
+
+from dinov3_ray.bench.scaling import ScalingPlan, Shape, cpu_seconds
+from dinov3_ray.bench.throughput import CONTENDERS, missing_reason
+from dinov3_ray.bench.training_steps import KINDS
+
+
+@pytest.mark.slow
+def test_pool_beside_its_peers(ray_cluster: str) -> None:
+    report = run_bench("pool", "--quick", "--replicas", "1", "--batches", "20", "--address", ray_cluster)
+    contenders = report["contenders"]
+    assert isinstance(contenders, list)
+    assert [row["name"] for row in contenders] == list(CONTENDERS)
+    for row in contenders:
+        if missing_reason(row["name"]) is None:
+            assert 0 < row["share_of_ideal"] <= 1.01, row
+        else:
+            assert row["missing"]
+        print(row)
+
+
+@pytest.mark.slow
+def test_transport(ray_cluster: str) -> None:
+    report = run_bench("transport", "--quick", "--address", ray_cluster, in_process=False)
+    assert report["result_bytes"] == 32 * 1024 * 14 * 14 * 2
+    assert all(report[name] > 0 for name in ("pool", "torch_actor", "copy", "token", "nothing"))
+    print(report)
+
+
+@pytest.mark.slow
+def test_dataset(ray_cluster: str) -> None:
+    report = run_bench("dataset", "--quick", "--address", ray_cluster)
+    decoded = report["decoded"]
+    assert isinstance(decoded, list)
+    assert [rate["name"] for rate in decoded] == ["bare loop", "extract", "map_batches with transformers, one actor"]
+    assert all(rate["images"] == 64 and rate["images_per_second"] > 0 for rate in decoded)
+    reading = report["reading"]
+    assert isinstance(reading, list)
+    assert [(row["dtype"], row["rows"]) for row in reading] == [("float32", 64), ("float16", 64), ("int8", 64)]
+    print(report)
+
+
+@pytest.mark.slow
+def test_the_loops_run(ray_cluster: str) -> None:
+    options = ("--replicas", "1", "--steps", "8", "--repeats", "1", "--step-seconds", "0.05", "--address", ray_cluster)
+    report = run_bench("training", *options)
+    pools = report["pools"]
+    assert isinstance(pools, list)
+    (pool,) = pools
+    assert list(pool["kinds"]) == list(KINDS)
+    for kind in KINDS:
+        (seen,) = pool["kinds"][kind]["passes"]
+        assert seen["steps"] == (8 if kind in KINDS[:2] else 2)
+        assert seen["seconds"] >= 0.05 * seen["steps"]
+    print(pool)
+
+
+@pytest.mark.slow
+def test_the_smallest_run(ray_cluster: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = ScalingPlan((1,), (2,), (7,), (1,), base=1, seconds=0.1, calibration=(Shape(rows=1, side=7), Shape(rows=8)))
+    monkeypatch.setattr("dinov3_ray.bench.scaling.QUICK", plan)
+    report: dict[str, Any] = run_bench("scaling", "--quick", "--address", ray_cluster)
+    assert [(point["axis"], point["value"]) for point in report["points"]] == [
+        ("replicas", 1),
+        ("batch", 2),
+        ("map", 7),
+        ("clients", 1),
+    ]
+    for point in report["points"]:
+        assert point["measured"] > 0
+        assert point["ratio"] == pytest.approx(point["predicted"] / point["measured"])
+    assert set(report["walls"]) > {"CPU of this node"}
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_cpu_time_is_of_this_process_and_more() -> None:
+    own = sum(os.times()[:2])
+    seconds = cpu_seconds()
+    assert seconds is not None
+    # Ray's processes are counted too; that of one which ends goes with it, so that the sum need not grow.
+    assert seconds >= own + 0.1
