@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Generic, Protocol, TypeVar, runtime_checkable
 
 if TYPE_CHECKING:  # an interface loads nothing
     from torch import Tensor
@@ -10,7 +10,10 @@ if TYPE_CHECKING:  # an interface loads nothing
     from dinov3_ray.features import Features, FeatureSpec
     from dinov3_ray.images import Images
 
-__all__ = ["Extractor", "Teacher", "computed_in"]
+__all__ = ["Extractor", "Teacher", "TeacherMixin", "computed_in"]
+
+Given = TypeVar("Given", contravariant=True)
+"""What a teacher takes for images."""
 
 
 @runtime_checkable
@@ -43,6 +46,30 @@ class Teacher(Extractor, Protocol):
     def extract_feature_map(self, images: Images) -> Tensor:
         """Patch tokens as a map, float32 [B, D, h, w]."""
         ...
+
+
+class TeacherMixin(Generic[Given]):
+    """The two methods that every :class:`Teacher` derives from its ``extract``."""
+
+    if TYPE_CHECKING:
+
+        def extract(self, images: Given, spec: FeatureSpec) -> Features: ...
+
+    def extract_features(self, images: Given) -> Tensor:
+        """CLS tokens, float32 [B, D] whatever the compute dtype; errors as in ``extract``."""
+        from dinov3_ray.features import FeatureSpec  # here, since an interface loads no torch
+
+        cls_BD = self.extract(images, FeatureSpec(cls=True, dtype="float32")).cls
+        assert cls_BD is not None
+        return cls_BD
+
+    def extract_feature_map(self, images: Given) -> Tensor:
+        """Patch tokens as a map, float32 [B, D, h, w] whatever the compute dtype; errors as in ``extract``."""
+        from dinov3_ray.features import FeatureSpec
+
+        map_BDhw = self.extract(images, FeatureSpec(feature_map=True, dtype="float32")).feature_map
+        assert map_BDhw is not None
+        return map_BDhw
 
 
 def computed_in(teacher: object) -> str | None:

@@ -19,11 +19,12 @@ from torch import Tensor
 from dinov3_ray.errors import InputError, SpecError
 from dinov3_ray.features import Features, FeatureSpec, deliver, resample_map
 from dinov3_ray.images import ImageBatch, Images
+from dinov3_ray.teacher import TeacherMixin
 
 __all__ = ["FakeTeacher"]
 
 
-class FakeTeacher:
+class FakeTeacher(TeacherMixin[Images]):
     """Has the local teacher's methods, shapes and checks; each image's features depend on that image's pixels alone.
 
     A feature is a fixed function of its image's mean colours on the patch grid, so equal images give equal bits
@@ -84,18 +85,6 @@ class FakeTeacher:
         if self.image_size is None:
             return None
         return self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size
-
-    def extract_features(self, images: Images) -> Tensor:
-        """CLS tokens, float32 [B, D]."""
-        tokens_BD = self.extract(images, FeatureSpec(cls=True, dtype="float32")).cls
-        assert tokens_BD is not None
-        return tokens_BD
-
-    def extract_feature_map(self, images: Images) -> Tensor:
-        """Patch tokens as a map, float32 [B, D, h, w]."""
-        map_BDhw = self.extract(images, FeatureSpec(feature_map=True, dtype="float32")).feature_map
-        assert map_BDhw is not None
-        return map_BDhw
 
     def extract(self, images: Images, spec: FeatureSpec) -> Features:
         """All outputs that ``spec`` asks for.

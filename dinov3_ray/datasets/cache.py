@@ -18,12 +18,12 @@ from dinov3_ray.datasets.decode import view_digest
 from dinov3_ray.errors import InputError, StoreError
 from dinov3_ray.features import Features, FeatureSpec
 from dinov3_ray.images import ImageBatch, Images
-from dinov3_ray.teacher import Extractor, computed_in
+from dinov3_ray.teacher import Extractor, TeacherMixin, computed_in
 
 __all__ = ["CachedTeacher"]
 
 
-class CachedTeacher:
+class CachedTeacher(TeacherMixin[Images]):
     """A teacher that asks ``teacher`` only for views that it has not seen.
 
     The key of an image is its pixels (with dtype and shape), the teacher's fingerprint, how exactly it computes (if it
@@ -98,18 +98,6 @@ class CachedTeacher:
             return live
         rows = {index: live.rows(row, row + 1) for row, index in enumerate(missing)}
         return _join([rows[index] if part is None else part.to(self._device) for index, part in enumerate(found)])
-
-    def extract_features(self, images: Images) -> Tensor:
-        """CLS tokens, float32 [B, D]."""
-        cls = self.extract(images, FeatureSpec(cls=True, dtype="float32")).cls
-        assert cls is not None
-        return cls
-
-    def extract_feature_map(self, images: Images) -> Tensor:
-        """Patch tokens as a map, float32 [B, D, h, w]."""
-        feature_map = self.extract(images, FeatureSpec(feature_map=True, dtype="float32")).feature_map
-        assert feature_map is not None
-        return feature_map
 
     def statistics(self) -> CacheStatistics:
         """A snapshot: hits, misses, drops, MB/s, size."""

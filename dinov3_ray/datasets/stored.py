@@ -20,11 +20,12 @@ from dinov3_ray.datasets.store.reader import FeatureStore
 from dinov3_ray.errors import InputError, MissingViewError, SpecError, StoreError
 from dinov3_ray.features import Features, FeatureSpec, deliver
 from dinov3_ray.images import ImageBatch, Images
+from dinov3_ray.teacher import TeacherMixin
 
 __all__ = ["Originals", "StoredTeacher", "TargetDataset"]
 
 
-class StoredTeacher:
+class StoredTeacher(TeacherMixin[Images | str | Sequence[str]]):
     """A teacher that looks its answers up: :meth:`extract` of stored images, without a forward pass.
 
     Images are recognised by their pixels: uint8 as they were decoded for the store (see
@@ -63,12 +64,6 @@ class StoredTeacher:
             MissingViewError: the store does not hold one of these views.
         """
         return self._deliver(self._ids(images, ids), spec)
-
-    def extract_features(self, images: Images | str | Sequence[str]) -> Tensor:
-        """CLS tokens, float32 [B, D]; errors as in :meth:`extract`."""
-        cls = self.extract(images, FeatureSpec(cls=True, dtype="float32")).cls
-        assert cls is not None
-        return cls
 
     def extract_feature_map(self, images: Images | str | Sequence[str]) -> Tensor:
         """Patch tokens as a map, float32 [B, D, h, w], of the stored map size; errors as in :meth:`extract`."""

@@ -28,17 +28,16 @@ from dinov3_ray.model.device import Stopwatch, as_device, attention_kernels, cho
 from dinov3_ray.model.float8 import multiply_in_float8
 from dinov3_ray.model.golden import agreement, golden_images
 from dinov3_ray.model.preprocess import preprocess
-from dinov3_ray.teacher import Teacher
+from dinov3_ray.teacher import TeacherMixin
 
-__all__ = ["DinoV3Teacher", "Teacher"]
+__all__ = ["DinoV3Teacher"]
 
 logger = logging.getLogger("dinov3_ray")
 
-_CLS = FeatureSpec(cls=True)
 _MAP = FeatureSpec(feature_map=True)
 
 
-class DinoV3Teacher(nn.Module):
+class DinoV3Teacher(TeacherMixin[Images | ImageBatch], nn.Module):
     """A frozen DINOv3 model that turns images into features.
 
     It stays as it was loaded: ``train()`` leaves it in eval mode, ``requires_grad_()`` leaves it without gradients, and
@@ -121,18 +120,6 @@ class DinoV3Teacher(nn.Module):
         return self._graphs.run(
             pixels_B3HW, spec, run, lambda: rope_of(self.model, pixels_B3HW) if family == "vit" else None
         )
-
-    def extract_features(self, images: Images | ImageBatch) -> Tensor:
-        """CLS tokens, float32 [B, D] whatever the compute dtype; errors as in :meth:`extract`."""
-        cls_BD = self.extract(images, _CLS).cls
-        assert cls_BD is not None
-        return cls_BD.float()
-
-    def extract_feature_map(self, images: Images | ImageBatch) -> Tensor:
-        """Patch tokens as a map, float32 [B, D, h, w] whatever the compute dtype; errors as in :meth:`extract`."""
-        map_BDhw = self.extract(images, _MAP).feature_map
-        assert map_BDhw is not None
-        return map_BDhw.float()
 
     def prove(self, minimum: float = 0.999) -> float:
         """Show that this teacher, as it stands, computes what its checkpoint says; see :mod:`dinov3_ray.model.golden`.

@@ -22,14 +22,12 @@ from dinov3_ray.pool.client.router import Router
 from dinov3_ray.pool.cluster import NAMESPACE, check_name
 from dinov3_ray.pool.local import open_transport
 from dinov3_ray.pool.messages import PoolView, TeacherInfo
+from dinov3_ray.teacher import TeacherMixin
 from dinov3_ray.training.prefetch import OnReload, Prefetch, prefetch
 
 __all__ = ["RemoteTeacher"]
 
 Batch = TypeVar("Batch")
-
-_CLS = FeatureSpec(cls=True, dtype="float32")
-_MAP = FeatureSpec(feature_map=True, dtype="float32")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +43,7 @@ class _Settings:
     attempt_timeout: float
 
 
-class RemoteTeacher:
+class RemoteTeacher(TeacherMixin[Images]):
     """A pool's teacher, with the local teacher's names, shapes and dtypes.
 
     It connects when it is first used, from any process that can reach the pool's Ray; it can be pickled into spawned
@@ -87,18 +85,6 @@ class RemoteTeacher:
         self._closed = False
 
     # The local teacher's names --------------------------------------------------------------------------------------
-
-    def extract_features(self, images: Images) -> Tensor:
-        """CLS tokens, float32 [B, D]."""
-        tokens_BD = self.extract(images, _CLS).cls
-        assert tokens_BD is not None
-        return tokens_BD
-
-    def extract_feature_map(self, images: Images) -> Tensor:
-        """Patch tokens as a map, float32 [B, D, h, w]."""
-        map_BDhw = self.extract(images, _MAP).feature_map
-        assert map_BDhw is not None
-        return map_BDhw
 
     def extract(self, images: Images, spec: FeatureSpec) -> Features:
         """All outputs that ``spec`` asks for, from one forward pass; waits for them.
