@@ -1,1 +1,1 @@
-"""``dinov3-ray demo``: a student learns from a served teacher, on any machine, in about a minute."""
+"""``dinov3-ray demo``: a small student learns from a pool of teachers, on any machine, in about a minute."""

@@ -1,4 +1,4 @@
-"""The demonstration: a pool of teachers, a student, and a training loop whose targets are computed ahead.
+"""The demonstration: a pool of teachers, a student, and a training loop that prefetches its targets.
 
 Shapes: B views, D teacher channels, h × w the teacher's grid.
 """
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dinov3_ray.checkpoint import init_checkpoint
 from dinov3_ray.config import DinoV3Config
-from dinov3_ray.demo.ephemeral_ray import DemoRay, gpus_a_replica, make_folder, remove_folder
+from dinov3_ray.demo.ephemeral_ray import DemoRay, gpus_per_replica, make_folder, remove_folder
 from dinov3_ray.demo.photographs import draw_scene, read_photographs
 from dinov3_ray.demo.report import Display, Summary, save_loss_curve, save_maps, save_summary
 from dinov3_ray.demo.student import Student, Views, crop_centre
@@ -29,7 +29,7 @@ from dinov3_ray.pool.client.remote import RemoteTeacher
 from dinov3_ray.pool.teacher_pool import TeacherPool
 from dinov3_ray.training.losses import DistillationLoss
 
-__all__ = ["Settings", "run"]
+__all__ = ["DemoSettings", "run_demo"]
 
 log = logging.getLogger("dinov3_ray")
 
@@ -42,8 +42,8 @@ _RISE = 0.1
 
 
 @dataclass(frozen=True, slots=True)
-class Settings:
-    """What the command's options say; see their help."""
+class DemoSettings:
+    """The options of ``dinov3-ray demo``; their help explains them."""
 
     out: Path
     images: Path | None = None
@@ -57,7 +57,7 @@ class Settings:
 
 @dataclass(frozen=True, slots=True)
 class _Trained:
-    """What the training loop leaves."""
+    """The result of the training loop; the loss of each step, and seconds in total."""
 
     student: Student
     losses: tuple[float, ...]
@@ -65,12 +65,14 @@ class _Trained:
     seconds: float
 
 
-def run(settings: Settings, display: Display, interrupts: Interrupts) -> Summary:
-    """Do all of it, and leave the files in ``settings.out``. However it ends, its pool and its own Ray are gone then.
+def run_demo(settings: DemoSettings, display: Display, interrupts: Interrupts) -> Summary:
+    """Run the demonstration and write its files to ``settings.out``.
+
+    However it ends, its pool and the Ray that it started have ended when it returns or raises.
 
     Raises:
         ConfigError, CheckpointError, InputError, PoolError: an option, a file or the cluster is wrong.
-        KeyboardInterrupt: a signal came.
+        KeyboardInterrupt: a signal arrived.
     """
     begun = time.monotonic()
     _make_out(settings.out)
@@ -78,33 +80,33 @@ def run(settings: Settings, display: Display, interrupts: Interrupts) -> Summary
         folder = make_folder()
         ray = DemoRay(settings.address, folder)
     threads = torch.get_num_threads()
-    torch.set_num_threads(max(1, threads // 2))  # the replicas have the other half of the cores
-    log.addFilter(_says_more_than_the_bar)
-    # Twice: should the first interrupt come within the first tidying up, the second one completes it.
+    torch.set_num_threads(max(1, threads // 2))  # the replicas use the other half of the cores
+    log.addFilter(_is_not_a_prefetch_hint)
+    # Twice: an interrupt may cut the first cleanup short, and the second one completes it.
     try:
         try:
             return _run(settings, display, interrupts, ray, folder, begun)
         finally:
-            _tidy(ray, folder)
+            _clean_up(ray, folder)
     finally:
-        _tidy(ray, folder)
-        log.removeFilter(_says_more_than_the_bar)
+        _clean_up(ray, folder)
+        log.removeFilter(_is_not_a_prefetch_hint)
         torch.set_num_threads(threads)
 
 
 def _run(
-    settings: Settings, display: Display, interrupts: Interrupts, ray: DemoRay, folder: Path, begun: float
+    settings: DemoSettings, display: Display, interrupts: Interrupts, ray: DemoRay, folder: Path, begun: float
 ) -> Summary:
     root = settings.root or init_checkpoint(_VARIANT, folder / "teacher", image_size=_IMAGE_SIZE)
     config = DinoV3Config(root)
     pictures, shown = _pictures(settings, display, max(config.image_size))
     with display.phase(f"{'starting' if ray.embedded else 'joining'} Ray"):
         ray.start()
-        interrupts.install()  # ray.init() has a handler of its own for SIGTERM
+        interrupts.install()  # again, since ray.init() sets its own handler for SIGTERM
     name = f"demo-{secrets.token_hex(4)}"
     with display.phase(f"starting {settings.replicas} teachers"):
         pool = TeacherPool.start(
-            config, name=name, replicas=settings.replicas, num_gpus=gpus_a_replica(settings.replicas, ray.free_gpus)
+            config, name=name, replicas=settings.replicas, num_gpus=gpus_per_replica(settings.replicas, ray.free_gpus)
         )
     with pool:
         teacher = pool.teacher()
@@ -135,7 +137,12 @@ def _run(
 
 
 def _train(
-    teacher: RemoteTeacher, views: Views, channels: int, settings: Settings, display: Display, interrupts: Interrupts
+    teacher: RemoteTeacher,
+    views: Views,
+    channels: int,
+    settings: DemoSettings,
+    display: Display,
+    interrupts: Interrupts,
 ) -> _Trained:
     torch.manual_seed(0)
     student = Student(channels)
@@ -158,14 +165,14 @@ def _train(
             seconds = time.monotonic() - begun
             report(len(losses), losses[-1], settings.batch * len(losses) / seconds, prefetch.wait_share)
             if seconds > settings.seconds and len(losses) > 1:
-                break  # a slow or busy machine: what was learnt by now must do
+                break  # on a slow or busy machine the time is up before the steps are done
     return _Trained(student, tuple(losses), prefetch.wait_share, time.monotonic() - begun)
 
 
 def _rate(progress: float) -> float:
-    """The learning rate's factor at ``progress`` (0 to 1): a rise over the first tenth, then half a cosine down to 0.
+    """The factor of the learning rate at ``progress`` (0 to 1): it rises for a tenth, then falls to 0 as a cosine.
 
-    Progress is that of the steps or of the time, whichever is further, so that training ends at a low rate either way.
+    Progress counts steps or time, whichever is further, so that the rate is low when training ends for either reason.
     """
     if progress < _RISE:
         return 0.1 + 0.9 * progress / _RISE
@@ -178,8 +185,8 @@ def _map_of(student: Student, views_B3HW: Tensor) -> Tensor:
     return map_BDhw
 
 
-def _pictures(settings: Settings, display: Display, size: int) -> tuple[list[Tensor], list[Tensor]]:
-    """Those to train on, and those to show at the end; the latter are new to the student where there are enough."""
+def _pictures(settings: DemoSettings, display: Display, size: int) -> tuple[list[Tensor], list[Tensor]]:
+    """(Pictures to train on, pictures to show at the end); the student never sees the latter if there are enough."""
     if settings.images is None:
         with display.phase(f"drawing {_SCENES} scenes"):
             found = [draw_scene(seed) for seed in range(_SCENES)]
@@ -195,20 +202,20 @@ def _pictures(settings: Settings, display: Display, size: int) -> tuple[list[Ten
 
 
 def _make_out(out: Path) -> None:
-    """Now, so that a folder that cannot be written shows before the work is done."""
+    """Make the folder before the work starts, so that one that cannot be written is reported early."""
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"--out must be a folder that can be written; got {out} ({error.strerror})") from error
     if not os.access(out, os.W_OK | os.X_OK):
-        raise ConfigError(f"--out must be a folder that can be written; {out} may not be by this user")
+        raise ConfigError(f"--out must be a folder that can be written; this user may not write to {out}")
 
 
-def _tidy(ray: DemoRay, folder: Path) -> None:
+def _clean_up(ray: DemoRay, folder: Path) -> None:
     ray.close()
     remove_folder(folder)
 
 
-def _says_more_than_the_bar(record: logging.LogRecord) -> bool:
-    """Not the hint on waiting for the teacher: the bar shows the share, and here both share one machine's cores."""
+def _is_not_a_prefetch_hint(record: logging.LogRecord) -> bool:
+    """Drops the hint about waiting for the teacher: the progress bar shows it, and both share this machine's cores."""
     return record.module != "prefetch"

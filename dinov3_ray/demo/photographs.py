@@ -1,11 +1,11 @@
-"""The demonstration's pictures: the user's own photographs, or drawn views from above, each made from a seed alone."""
+"""The pictures of the demonstration: the user's own photographs, or drawn scenes, each made from a seed alone."""
 
 from __future__ import annotations
 
 import math
 import os
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFilter
+from PIL import Image, ImageDraw
 from torch import Tensor
 
 from dinov3_ray.datasets.decode import Decoder, Unreadable
@@ -23,124 +23,44 @@ __all__ = ["Photographs", "draw_scene", "read_photographs"]
 
 
 Point = tuple[float, float]
-Colour = tuple[int, int, int]
 
 _OVERSAMPLING = 2  # smooth edges: drawn larger, then reduced
-_GROUND: Sequence[Colour] = (
-    (96, 134, 62),
-    (134, 160, 74),
-    (176, 158, 96),
-    (201, 178, 122),
-    (70, 110, 60),
-    (158, 124, 84),
-)
-_WATER: Colour = (44, 92, 128)
-_ROAD: Colour = (92, 92, 98)
-_ROOFS: Sequence[Colour] = ((172, 84, 62), (196, 120, 88), (148, 150, 158), (210, 206, 196), (112, 88, 84))
-_TREES: Sequence[Colour] = ((34, 74, 36), (46, 92, 42), (60, 100, 48))
-_CARS: Sequence[Colour] = ((214, 48, 42), (240, 240, 244), (32, 36, 44), (54, 104, 190), (232, 188, 56))
+_FIELDS = ((96, 134, 62), (134, 160, 74), (176, 158, 96), (201, 178, 122), (70, 110, 60), (158, 124, 84))
+_ROOFS = ((172, 84, 62), (196, 120, 88), (148, 150, 158), (210, 206, 196))
+_WATER, _SHORE, _ROAD, _SHADOW, _TREE = (44, 92, 128), (196, 184, 140), (92, 92, 98), (40, 44, 40), (40, 84, 38)
 
 
 def draw_scene(seed: int, side: int = 320) -> Tensor:
-    """One scene: uint8 RGB [3,side,side]."""
-    # Not for secrets: the same pictures every time.
-    chance = random.Random(f"scene {seed}")  # noqa: S311
+    """One view from above, of fields, a lake, houses, a road and trees: uint8 RGB [3,side,side]."""
+    chance = random.Random(f"scene {seed}")  # noqa: S311 - the same pictures every time, and no secret
     size = side * _OVERSAMPLING
-    image = Image.new("RGB", (size, size), _varied(chance, chance.choice(_GROUND)))
+    image = Image.new("RGB", (size, size))
     draw = ImageDraw.Draw(image)
-    _draw_fields(draw, chance, size)
-    lake = _draw_lake(draw, chance, size) if chance.random() < 0.5 else None
-    roads = [_road(chance, size) for _ in range(chance.randint(1, 2))]
-    width = size / chance.uniform(12, 18)
-    for start, end in roads:
-        draw.line([start, end], fill=_ROAD, width=round(width))
-        draw.line([start, end], fill=(206, 202, 170), width=max(1, round(width / 16)))
-    for _ in range(chance.randint(6, 14)):
-        spot = (chance.uniform(0, size), chance.uniform(0, size))
-        dry = lake is None or math.dist(spot, lake[0]) > lake[1] + size / 12
-        if dry and all(_distance(spot, road) > 1.6 * width for road in roads):
-            _draw_house(draw, chance, spot, size)
-    for _ in range(chance.randint(2, 5)):
-        _draw_grove(draw, chance, size)
-    for road in roads:
-        _draw_cars(draw, chance, road, width)
-    image = image.filter(ImageFilter.GaussianBlur(0.6)).resize((side, side), Image.Resampling.LANCZOS)
-    return _with_grain(np.asarray(image), seed)
 
+    def spot() -> Point:
+        return chance.uniform(0, size), chance.uniform(0, size)
 
-def _with_grain(pixels_HW3: np.ndarray, seed: int) -> Tensor:
-    grain = np.random.default_rng(seed).normal(0, 5, pixels_HW3.shape[:2])[..., None]
-    grained = np.clip(pixels_HW3 + grain, 0, 255).astype(np.uint8)
-    return torch.from_numpy(grained).permute(2, 0, 1).contiguous()
-
-
-def _draw_fields(draw: ImageDraw.ImageDraw, chance: random.Random, size: int) -> None:
-    """Strips that lie side by side under one angle, each with furrows."""
-    angle = chance.uniform(0, math.pi)
-    at = -0.8 * size
+    angle, at = chance.uniform(0, math.pi), -0.8 * size
     while at < 0.8 * size:
         breadth = chance.uniform(0.15, 0.45) * size
-        colour = _varied(chance, chance.choice(_GROUND))
         middle = _along((size / 2, size / 2), angle + math.pi / 2, at + breadth / 2)
-        draw.polygon(_rectangle(middle, 1.6 * size, breadth, angle), fill=colour)
-        furrow = tuple(max(0, value - 14) for value in colour)
-        for step in range(int(breadth // 14)):
-            line = _along((size / 2, size / 2), angle + math.pi / 2, at + 14 * step)
-            draw.line([_along(line, angle, -size), _along(line, angle, size)], fill=furrow, width=3)
+        draw.polygon(_rectangle(middle, 2 * size, breadth, angle), fill=chance.choice(_FIELDS))
         at += breadth
-
-
-def _draw_lake(draw: ImageDraw.ImageDraw, chance: random.Random, size: int) -> tuple[Point, float]:
-    """Draws one, and returns its middle and how far it reaches from there."""
-    centre = (chance.uniform(0, size), chance.uniform(0, size))
-    radius = chance.uniform(0.15, 0.4) * size
-    phase = chance.uniform(0, math.tau)
-    shore = [
-        _along(centre, turn, radius * (1 + 0.25 * math.sin(3 * turn + phase)))
-        for turn in (math.tau * step / 60 for step in range(60))
-    ]
-    draw.polygon(shore, fill=_varied(chance, _WATER), outline=(196, 184, 140), width=round(size / 100))
-    return centre, 1.25 * radius
-
-
-def _road(chance: random.Random, size: int) -> tuple[Point, Point]:
-    middle = (chance.uniform(0.25, 0.75) * size, chance.uniform(0.25, 0.75) * size)
-    angle = chance.uniform(0, math.pi)
-    return _along(middle, angle, -1.5 * size), _along(middle, angle, 1.5 * size)
-
-
-def _draw_house(draw: ImageDraw.ImageDraw, chance: random.Random, spot: Point, size: int) -> None:
-    length, breadth = size * chance.uniform(0.07, 0.16), size * chance.uniform(0.05, 0.09)
-    angle = chance.uniform(0, math.pi)
-    roof = _varied(chance, chance.choice(_ROOFS))
-    shadow = (spot[0] + size / 70, spot[1] + size / 70)
-    draw.polygon(_rectangle(shadow, length, breadth, angle), fill=(40, 44, 40))
-    draw.polygon(_rectangle(spot, length, breadth, angle), fill=roof)
-    shaded = _along(spot, angle + math.pi / 2, breadth / 4)
-    draw.polygon(_rectangle(shaded, length, breadth / 2, angle), fill=_darker(roof, 0.75))
-
-
-def _draw_grove(draw: ImageDraw.ImageDraw, chance: random.Random, size: int) -> None:
-    x, y = chance.uniform(0, size), chance.uniform(0, size)
-    for _ in range(chance.randint(5, 25)):
-        radius = size * chance.uniform(0.012, 0.03)
-        spot = (chance.gauss(x, size / 12), chance.gauss(y, size / 12))
-        colour = chance.choice(_TREES)
-        _draw_disc(draw, spot, radius, colour)
-        _draw_disc(draw, (spot[0] - radius / 3, spot[1] - radius / 3), radius / 2, _darker(colour, 1.3))
-
-
-def _draw_disc(draw: ImageDraw.ImageDraw, spot: Point, radius: float, colour: Colour) -> None:
-    draw.ellipse((spot[0] - radius, spot[1] - radius, spot[0] + radius, spot[1] + radius), fill=colour)
-
-
-def _draw_cars(draw: ImageDraw.ImageDraw, chance: random.Random, road: tuple[Point, Point], width: float) -> None:
-    (x0, y0), (x1, y1) = road
-    angle, length = math.atan2(y1 - y0, x1 - x0), math.dist(*road)
-    at = 0.0
-    while (at := at + chance.uniform(1.5, 6) * width) < length:
-        lane = _along(_along(road[0], angle, at), angle + math.pi / 2, chance.choice((-1, 1)) * width / 4)
-        draw.polygon(_rectangle(lane, 0.8 * width, 0.36 * width, angle), fill=chance.choice(_CARS))
+    for _ in range(chance.randint(6, 12)):
+        (x, y), turn = spot(), chance.uniform(0, math.pi)
+        length, breadth = size * chance.uniform(0.08, 0.16), size * chance.uniform(0.06, 0.09)
+        draw.polygon(_rectangle((x + size / 70, y + size / 70), length, breadth, turn), fill=_SHADOW)
+        draw.polygon(_rectangle((x, y), length, breadth, turn), fill=chance.choice(_ROOFS))
+    (x, y), radius, height = spot(), size * chance.uniform(0.15, 0.3), size * chance.uniform(0.1, 0.2)
+    draw.ellipse((x - radius, y - height, x + radius, y + height), _WATER, _SHORE, size // 100)
+    middle, angle = spot(), chance.uniform(0, math.pi)
+    draw.polygon(_rectangle(middle, 3 * size, size / 15, angle), fill=_ROAD)
+    for _ in range(chance.randint(20, 60)):
+        (x, y), radius = spot(), size * chance.uniform(0.012, 0.03)
+        draw.ellipse((x - radius, y - radius, x + radius, y + radius), _TREE)
+    pixels_HW3 = np.asarray(image.resize((side, side), Image.Resampling.LANCZOS))
+    grain_HW1 = np.random.default_rng(seed).normal(0, 5, (side, side, 1))
+    return torch.from_numpy(np.clip(pixels_HW3 + grain_HW1, 0, 255).astype(np.uint8)).permute(2, 0, 1).contiguous()
 
 
 def _along(start: Point, angle: float, way: float) -> Point:
@@ -148,28 +68,10 @@ def _along(start: Point, angle: float, way: float) -> Point:
 
 
 def _rectangle(centre: Point, length: float, breadth: float, angle: float) -> list[Point]:
-    ends = (_along(centre, angle, -length / 2), _along(centre, angle, length / 2))
-    left, right = angle + math.pi / 2, angle - math.pi / 2
-    return [
-        _along(end, side, breadth / 2)
-        for end, side in ((ends[0], left), (ends[1], left), (ends[1], right), (ends[0], right))
-    ]
-
-
-def _distance(spot: Point, road: tuple[Point, Point]) -> float:
-    """Of a point from a straight line."""
-    (x0, y0), (x1, y1) = road
-    return abs((x1 - x0) * (y0 - spot[1]) - (x0 - spot[0]) * (y1 - y0)) / math.dist(*road)
-
-
-def _varied(chance: random.Random, colour: Colour) -> Colour:
-    return _darker(colour, chance.uniform(0.85, 1.15))
-
-
-def _darker(colour: Colour, factor: float) -> Colour:
-    """``colour`` times ``factor``; brighter above 1."""
-    red, green, blue = (min(255, round(value * factor)) for value in colour)
-    return red, green, blue
+    """Its corners; ``length`` lies under ``angle``."""
+    ends = [_along(centre, angle, way) for way in (-length / 2, length / 2)]
+    sides = ((ends[0], -breadth), (ends[0], breadth), (ends[1], breadth), (ends[1], -breadth))
+    return [_along(end, angle + math.pi / 2, way / 2) for end, way in sides]
 
 
 _SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
@@ -177,26 +79,27 @@ _SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif",
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Photographs:
-    """What a folder gave: uint8 RGB pictures [3,H_i,W_i], and a line on each file that gave none."""
+    """The pictures of a folder, uint8 RGB [3,H_i,W_i], and one line for each file that could not be read."""
 
     pictures: tuple[Tensor, ...]
     skipped: tuple[str, ...]
 
 
 def read_photographs(folder: Path, *, at_most: int, shorter_side: int) -> Photographs:
-    """The first pictures in ``folder`` and its subfolders, in the order of their paths.
+    """Read the first pictures in ``folder`` and its subfolders, in the order of their paths.
 
     Args:
-        folder: where to look.
-        at_most: files that are read.
-        shorter_side: pixels to which the shorter side of larger pictures is reduced.
+        folder: of image files.
+        at_most: the number of files to read.
+        shorter_side: larger pictures are reduced until their shorter side has this many pixels.
 
     Raises:
-        ConfigError: there is no such folder, or no image file in it.
-        InputError: none of the files can be read; says why for the first of them.
+        ConfigError: the folder is missing, or has no image file.
+        InputError: none of the files can be read. The message gives the reason for the first one.
     """
     if not folder.is_dir():
-        raise ConfigError(f"--images must be a folder of photographs; {folder} is {_what(folder)}")
+        what = "a file" if folder.exists() else "missing"
+        raise ConfigError(f"--images must be a folder of photographs; {folder} is {what}")
     paths = list(islice(_image_paths(folder), at_most))
     if not paths:
         raise ConfigError(f"--images must hold image files ({', '.join(sorted(_SUFFIXES))}); {folder} has none")
@@ -214,10 +117,6 @@ def read_photographs(folder: Path, *, at_most: int, shorter_side: int) -> Photog
     if not pictures:
         raise InputError(f"--images must hold a file that can be read; of {folder}, {skipped[0]}")
     return Photographs(tuple(pictures), tuple(skipped))
-
-
-def _what(path: Path) -> str:
-    return "a file" if path.exists() else "missing"
 
 
 def _image_paths(folder: Path) -> Iterator[Path]:

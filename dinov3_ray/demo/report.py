@@ -1,4 +1,4 @@
-"""What a demonstration shows while it runs, and the files that it leaves: loss curve, pictures and figures."""
+"""The report of the demonstration: its progress while it runs, and its files (loss curve, maps, summary)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = [
     "MAPS_FILE",
     "SUMMARY_FILE",
     "Display",
-    "Report",
+    "StepReport",
     "Summary",
     "save_loss_curve",
     "save_maps",
@@ -34,21 +34,21 @@ LOSS_FILE, MAPS_FILE, SUMMARY_FILE = "loss.png", "maps.png", "summary.json"
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """One run in figures.
+    """The figures of one run, as summary.json holds them.
 
     Attributes:
-        teacher: what the pool says that it serves.
-        fingerprint: of it.
-        replicas: of the pool.
-        pictures: that the views were cut from.
-        batch: views a step.
-        losses: of each step: 1 - cosine between student and teacher, averaged over the views' patches.
-        first_loss: of the first step.
-        last_loss: mean over the last tenth of the steps.
-        images_per_second: over the training, the filling of the pipeline included.
-        wait_share: of the training's time, that was spent waiting for the teacher.
-        training_seconds: of the training.
-        total_seconds: from the start of the command to the writing of this.
+        teacher: the pool's description of its teacher.
+        fingerprint: of the teacher.
+        replicas: their number in the pool.
+        pictures: the number of pictures that the views were cropped from.
+        batch: views per step.
+        losses: one per step: 1 - cosine between student and teacher, the mean over all patches of the batch.
+        first_loss: the loss of the first step.
+        last_loss: the mean loss of the last tenth of the steps.
+        images_per_second: views per second of training, with the time until the first targets arrived.
+        wait_share: the share of the training's time that was spent waiting for the teacher, 0 to 1.
+        training_seconds: the time of the training loop.
+        total_seconds: the time from the start of the command until this was written.
     """
 
     teacher: str
@@ -83,7 +83,7 @@ def save_loss_curve(folder: Path, losses: Sequence[float]) -> None:
 
 
 def _smoothed(losses: Sequence[float], weight: float = 0.85) -> list[float]:
-    """The exponential mean, without its bias towards the first value."""
+    """The exponential moving average, corrected for its bias towards the first value."""
     total = norm = 0.0
     smoothed = []
     for loss in losses:
@@ -93,8 +93,8 @@ def _smoothed(losses: Sequence[float], weight: float = 0.85) -> list[float]:
 
 
 def save_maps(folder: Path, pictures: Sequence[Tensor], teacher_BDhw: Tensor, student_BDhw: Tensor) -> None:
-    """Pictures uint8 [3,H,W] beside both maps, in the colours of the teacher's principal components."""
-    # The loss is a cosine: it leaves the length of the student's features open.
+    """Draw each picture (uint8 [3,H,W]) next to both maps, in the colours of the teacher's principal components."""
+    # The loss is a cosine, so the student's features may have any length.
     teacher_BDhw, student_BDhw = (F.normalize(map_BDhw, dim=1) for map_BDhw in (teacher_BDhw, student_BDhw))
     basis = PcaBasis.fit(teacher_BDhw)
     rows = [
@@ -104,14 +104,14 @@ def save_maps(folder: Path, pictures: Sequence[Tensor], teacher_BDhw: Tensor, st
     save_grid(rows, folder / MAPS_FILE, ["image", "teacher's map", "student's map"])
 
 
-Report = Callable[[int, float, float, float], None]
-"""Told after each step: its number from 1, the loss, images a second so far, the share of the time spent waiting."""
+StepReport = Callable[[int, float, float, float], None]
+"""Called after each step with its number (from 1), its loss, the images per second so far, and the share of waiting."""
 
-_LINES = 10  # of progress, where they cannot be overwritten
+_LINES = 10  # of progress, where a line cannot be overwritten
 
 
 class Display:
-    """Writes to standard error, so that what is left for scripts has standard output to itself."""
+    """Shows progress on standard error, so that standard output holds nothing but the results."""
 
     def __init__(self) -> None:
         self._console = Console(stderr=True, highlight=False)
@@ -120,15 +120,15 @@ class Display:
         self._console.print(text, markup=False, soft_wrap=True)
 
     def phase(self, text: str) -> AbstractContextManager[object]:
-        """Shows ``text`` while something is done that has no steps."""
+        """Show ``text`` while the block runs."""
         if self._console.is_terminal:
             return self._console.status(f"{text} ...")
         self.note(text)
         return _nothing()
 
     @contextmanager
-    def training(self, steps: int) -> Iterator[Report]:
-        """Shows the training's progress through the :data:`Report` that it gives."""
+    def training(self, steps: int) -> Iterator[StepReport]:
+        """Show the progress of ``steps`` steps; yields the :data:`StepReport` to call after each."""
         if not self._console.is_terminal:
             yield lambda step, *numbers: self._line(step, steps, *numbers)
             return

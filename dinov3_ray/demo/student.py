@@ -1,4 +1,4 @@
-"""The demonstration's student, a small convolutional network, and the augmented views that it sees.
+"""The student of the demonstration, a small convolutional network, and the augmented views that it is trained on.
 
 Shapes: B views, 3 channels (RGB), height H, width W.
 """
@@ -15,7 +15,7 @@ __all__ = ["STRIDE", "Student", "Views", "crop_centre"]
 
 
 STRIDE = 16
-"""Pixels a cell of the student's map, each way."""
+"""Pixels per cell of the student's map, each way."""
 
 
 class Student(nn.Module):
@@ -23,8 +23,8 @@ class Student(nn.Module):
 
     Args:
         teacher_channels: D.
-        channels: of what is before the head.
-        blocks: residual blocks on the final grid.
+        channels: of the map that the head gets.
+        blocks: the number of residual blocks on the final grid.
     """
 
     def __init__(self, teacher_channels: int, *, channels: int = 128, blocks: int = 2) -> None:
@@ -38,7 +38,7 @@ class Student(nn.Module):
         self.head = nn.Conv2d(channels, teacher_channels, 1)
 
     def forward(self, images_B3HW: Tensor) -> Tensor:
-        """The map of uint8 images in 0..255; what the stride does not divide is dropped, as the teacher does."""
+        """Map uint8 images in 0..255. Pixels beyond the last whole cell are dropped, as the teacher does."""
         height, width = (side // STRIDE * STRIDE for side in images_B3HW.shape[-2:])
         centred = images_B3HW[..., :height, :width].float().div(127.5).sub(1)
         map_BDhw: Tensor = self.head(self.blocks(self.stem(centred)))
@@ -73,16 +73,16 @@ _SATURATION = 0.3
 
 
 class Views:
-    """An endless data set cut into ``steps`` batches of randomly cropped, mirrored and recoloured pictures.
+    """A loader of ``steps`` batches of randomly cropped, mirrored and recoloured pictures.
 
-    A pass is random but repeats exactly: it depends on the seed alone.
+    Every pass over it gives the same batches: they depend on the seed alone.
 
     Args:
         pictures: uint8 [3,H_i,W_i].
         size: (H, W) of the views.
         batch: B.
-        steps: batches a pass.
-        seed: of the pictures' order and of what is done to them.
+        steps: batches per pass.
+        seed: of the order of the pictures and of their augmentation.
     """
 
     def __init__(self, pictures: Sequence[Tensor], size: tuple[int, int], *, batch: int, steps: int, seed: int) -> None:
@@ -93,7 +93,7 @@ class Views:
         return self._steps
 
     def __iter__(self) -> Iterator[Tensor]:
-        """uint8 [B,3,H,W] each."""
+        """Yield one uint8 tensor [B,3,H,W] per step."""
         generator = torch.Generator().manual_seed(self._seed)
         order: list[int] = []
         for _ in range(self._steps):
@@ -117,13 +117,16 @@ class Views:
 
 
 def crop_centre(picture_3HW: Tensor, size: tuple[int, int]) -> Tensor:
-    """The largest crop of the picture's middle in the shape of ``size``, resized to it: uint8 [3,H,W]."""
+    """The largest central crop with the aspect ratio of ``size``, resized to ``size``: uint8 [3,H,W]."""
     view = _resize(_crop(picture_3HW, size, 1.0, 0.5, 0.5), size)
     return view.round().clamp(0, 255).to(torch.uint8)
 
 
 def _crop(picture_3HW: Tensor, size: tuple[int, int], share: float, down: float, right: float) -> Tensor:
-    """A window in the shape of ``size``: ``share`` of the largest that fits, placed ``down`` and ``right`` (0 to 1)."""
+    """A crop with the aspect ratio of ``size``.
+
+    Each side has ``share`` of the largest such crop's; ``down`` and ``right`` (0 to 1) place it.
+    """
     full_height, full_width = picture_3HW.shape[-2:]
     scale = share * min(full_height / size[0], full_width / size[1])
     height, width = max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
@@ -132,7 +135,7 @@ def _crop(picture_3HW: Tensor, size: tuple[int, int], share: float, down: float,
 
 
 def _resize(picture_3HW: Tensor, size: tuple[int, int]) -> Tensor:
-    """float32 in 0..255."""
+    """Resize to ``size``, as float32 in 0..255."""
     return F.interpolate(picture_3HW[None].float(), size=size, mode="bilinear", antialias=True)[0]
 
 

@@ -10,7 +10,7 @@ import torch
 from commandline import run_command
 from torch import Tensor
 
-from dinov3_ray.demo.ephemeral_ray import gpus_a_replica
+from dinov3_ray.demo.ephemeral_ray import gpus_per_replica
 from dinov3_ray.demo.photographs import draw_scene, read_photographs
 from dinov3_ray.demo.student import Student, Views, crop_centre
 
@@ -89,5 +89,5 @@ def test_the_student_has_its_teachers_grid(size: tuple[int, int], grid: tuple[in
     ("replicas", "free", "share"), [(2, 0, 0), (2, 0.5, 0), (2, 1, 0.5), (2, 2, 1), (3, 2, 0.5), (3, 1, 0.3333)]
 )
 def test_all_replicas_find_room_on_the_gpus_that_are_free(replicas: int, free: float, share: float) -> None:
-    assert gpus_a_replica(replicas, free) == share
+    assert gpus_per_replica(replicas, free) == share
     assert replicas * share <= max(free, 0)

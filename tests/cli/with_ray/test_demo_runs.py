@@ -16,8 +16,8 @@ import pytest
 import ray
 from PIL import Image
 
-from dinov3_ray.demo.demonstration import Settings, run
-from dinov3_ray.demo.report import Display, Report
+from dinov3_ray.demo.demonstration import DemoSettings, run_demo
+from dinov3_ray.demo.report import Display, StepReport
 from dinov3_ray.interrupts import Interrupts
 
 PATIENCE = 120  # seconds; never reached unless something hangs
@@ -140,7 +140,7 @@ class InterruptingDisplay(Display):
     """Ctrl-C as the first step ends, when targets are in flight."""
 
     @contextmanager
-    def training(self, steps: int) -> Iterator[Report]:
+    def training(self, steps: int) -> Iterator[StepReport]:
         def interrupt(*_: object) -> None:
             assert len(demo_actors()) == 2  # the pool's controller and its replica
             send(signal.SIGINT)
@@ -149,9 +149,9 @@ class InterruptingDisplay(Display):
 
 
 def test_an_interrupt_leaves_no_actor_in_a_ray_that_it_joined(ray_cluster: str, tmp_path: Path) -> None:
-    settings = Settings(tmp_path / "out", replicas=1, batch=2, address=ray_cluster)
+    settings = DemoSettings(tmp_path / "out", replicas=1, batch=2, address=ray_cluster)
     with Interrupts("") as interrupts, pytest.raises(KeyboardInterrupt):
-        run(settings, InterruptingDisplay(), interrupts)
+        run_demo(settings, InterruptingDisplay(), interrupts)
     assert interrupts.exit_code == 130
     assert not demo_actors()
     assert ray.is_initialized(), "this process's own connection stays"
