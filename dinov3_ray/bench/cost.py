@@ -1,8 +1,8 @@
-"""What a pool delivers as work grows, from a few measured costs: the slowest of its parts sets the rate. Pure.
+"""A model of a pool's rate: from a few measured costs it predicts the rate of the slowest part. Pure.
 
-Each part by itself could do so many batches a second: the accelerators, the cores of the node that everything shares,
-each client's process, the node's memory, a client's network. The prediction is the least of these, with nothing lost
-where two are about equal, so that it is a little too high there.
+The parts are the accelerators, the cores of the node, the client's process, the node's memory and the client's network.
+Each part by itself allows a number of batches per second, and the prediction is the smallest of these numbers. Where
+two parts are about equal, the prediction is a little too high.
 """
 
 from __future__ import annotations
@@ -17,12 +17,14 @@ COPIES = 1
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """What is asked of a pool.
+    """The work that a pool is given.
 
     Attributes:
-        rows: images a batch.
-        nbytes: of a batch's images and results together.
-        accelerator_seconds: that a replica's device takes for a batch.
+        replicas: their number.
+        clients: their number.
+        rows: images per batch.
+        nbytes: bytes of a batch, its images and its results together.
+        accelerator_seconds: the time of a replica's device per batch.
     """
 
     replicas: int
@@ -34,7 +36,7 @@ class Workload:
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """Seconds a batch: ``fixed``, and so much more for each byte."""
+    """Seconds per batch: ``fixed``, plus ``per_byte`` for each byte."""
 
     fixed: float
     per_byte: float
@@ -43,7 +45,7 @@ class Line:
     def through(cls, small: tuple[int, float], large: tuple[int, float]) -> Line:
         """The line through two points (bytes, seconds).
 
-        A slope or a start below nothing is noise: it is taken for nothing, and the line goes through the larger point.
+        A negative slope or start is noise: it becomes 0, and the line goes through the larger point.
         """
         per_byte = max(0.0, (large[1] - small[1]) / (large[0] - small[0]))
         fixed = max(0.0, large[1] - per_byte * large[0])
@@ -55,11 +57,11 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class Spent:
-    """CPU seconds that a batch of ``nbytes`` was seen to take.
+    """The measured CPU seconds of a batch of ``nbytes``.
 
     Attributes:
         cpu: in all processes of the node.
-        client: of these, in the client's.
+        client: in the client's process, which is part of ``cpu``.
     """
 
     nbytes: int
@@ -69,12 +71,12 @@ class Spent:
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """What the parts of one node can do.
+    """The costs of a batch on one node, and what the node has.
 
     Attributes:
-        cores: that replicas, clients and Ray share.
-        cpu: seconds of one core for a batch, in all processes.
-        client: of these, in the client's process, whose interpreter runs on about one core at a time.
+        cores: those that replicas, clients and Ray share.
+        cpu: core seconds per batch in all processes.
+        client: core seconds per batch in the client's process, whose interpreter uses about one core at a time.
         copy_rate: bytes/s that all cores together copy in memory.
     """
 
@@ -85,7 +87,7 @@ class Costs:
 
     @classmethod
     def calibrated(cls, cores: int, copy_rate: float, small: Spent, large: Spent) -> Costs:
-        """From what batches of two sizes took."""
+        """The costs that follow from batches of two sizes."""
         return cls(
             cores,
             Line.through((small.nbytes, small.cpu), (large.nbytes, large.cpu)),
@@ -94,11 +96,11 @@ class Costs:
         )
 
     def walls(self, load: Workload, network: float | None = None) -> dict[str, float]:
-        """Batches/s that each part could do by itself.
+        """Batches/s that each part allows by itself.
 
         Args:
-            load: what is asked.
-            network: bytes/s between each client and the replicas; None where they share a node.
+            load: the work.
+            network: bytes/s between each client and the replicas; None if they share a node.
         """
         walls = {
             "accelerators": load.replicas / load.accelerator_seconds if load.accelerator_seconds else float("inf"),
@@ -111,7 +113,7 @@ class Costs:
         return walls
 
     def predict(self, load: Workload, network: float | None = None) -> tuple[float, str]:
-        """Batches/s, and the part that allows no more."""
+        """(Batches/s, the part that limits them)."""
         walls = self.walls(load, network)
         wall = min(walls, key=walls.__getitem__)
         return walls[wall], wall

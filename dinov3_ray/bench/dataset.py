@@ -1,10 +1,8 @@
-"""Extraction of a data set beside the bare loop over the same teacher, and beside plain Ray Data with transformers.
+"""The speed of extraction, compared with a bare loop and with plain Ray Data; and the speed of reading a store.
 
-Everyone gets the same images, twice: as pixels that are decoded already ([224,224,3], in memory or in Ray's object
-store), which leaves out file system and decoder; and as JPEG files of 500 x 375 px, decoded on the same CPUs.
-
-
-Random rows of a feature store, beside the same rows of memory-mapped NumPy arrays.
+Each contender gets the same images in two forms: decoded pixels ([224,224,3], in memory or in Ray's object store),
+which leaves out file system and decoder; and JPEG files of 500 x 375 px, decoded on the same CPUs. Reading compares
+random rows of a store with the same rows of memory-mapped NumPy arrays.
 """
 
 from __future__ import annotations
@@ -27,7 +25,7 @@ import torch.nn.functional as F
 from PIL import Image
 from rich.table import Table
 
-from dinov3_ray.bench.machine import describe_machine
+from dinov3_ray.bench import describe_machine
 from dinov3_ray.bench.throughput import quiet_data
 from dinov3_ray.checkpoint import init_checkpoint
 from dinov3_ray.config import ComputeDtype, DinoV3Config

@@ -1,18 +1,14 @@
-"""The machine that a bench measures on: its Ray, its name, and its rates of matrix products and copies."""
+"""The machine that a bench measures on: its Ray, and its rates of matrix products and copies."""
 
 from __future__ import annotations
 
 import math
-import os
-import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
-from importlib.metadata import version
 
-import ray
 import torch
 from rich.console import Console
 from torch import Tensor
@@ -20,22 +16,22 @@ from torch import Tensor
 from dinov3_ray.model.float8 import Float8Linear
 from dinov3_ray.pool.cluster import connect
 
-__all__ = ["copy_rates", "describe_machine", "matmul_rate", "running", "seconds_of"]
+__all__ = ["copy_rates", "matmul_rate", "running", "seconds_of"]
 
 
-_STORE_BYTES = 2 * 2**30  # room for every contender's results in flight, and for those not freed yet
+_STORE_BYTES = 2 * 2**30  # room for each contender's results in flight, and for those that are not freed yet
 
 
 @contextmanager
 def running(address: str | None, *, store_bytes: int = _STORE_BYTES) -> Iterator[Callable[[str], None]]:
-    """Use the Ray at ``address``, or RAY_ADDRESS, or one that is started with an object store of ``store_bytes`` and
-    ends here.
+    """Connect to the Ray at ``address`` or RAY_ADDRESS, or start one with an object store of ``store_bytes``.
+
+    Standard output goes to standard error meanwhile. A Ray that was started here ends with the block.
 
     Yields:
-        What to tell each step's name.
+        The function to call with the name of each step.
     """
-    # Ray tells on standard output, whatever it is asked, of tasks that end and of many processes, the last of it as it
-    # ends: tables and JSON are to stand there alone.
+    # Whatever its settings, Ray reports on standard output until it has ended; only tables and JSON belong there.
     with redirect_stdout(sys.stderr):
         runtime = connect(address, may_start=True, object_store_memory=store_bytes)
         try:
@@ -46,10 +42,10 @@ def running(address: str | None, *, store_bytes: int = _STORE_BYTES) -> Iterator
 
 
 def seconds_of(once: Callable[[], object], device: torch.device, repeats: int, least: float = 0.3) -> list[float]:
-    """Seconds of ``once``, ``repeats`` times, after it has run once to warm up.
+    """Seconds per call of ``once``, ``repeats`` values, after one call to warm up.
 
-    Each is a mean over as many calls as fill ``least`` seconds, so that the clock and, on a CUDA device, the wait for
-    its end count for little.
+    Each value is the mean of as many calls as fill ``least`` seconds, so that the clock and, on a CUDA device, the
+    synchronisation count for little.
     """
     once()
     calls = max(1, math.ceil(least / max(_timed(once, 1, device), 1e-6)))
@@ -73,11 +69,14 @@ def _finish(device: torch.device) -> None:
 def matmul_rate(
     device: torch.device, dtype: torch.dtype, shapes: Sequence[tuple[int, int, int]], repeats: int, least: float
 ) -> float:
-    """FLOP/s of ``x @ weight.T`` as linear layers do it, the best of several shapes.
+    """FLOP/s of ``x @ weight.T`` in a linear layer, the best of several shapes.
 
     Args:
-        dtype: of both operands; float8_e4m3fn stands for float8 linear layers, quantisation included.
-        shapes: (rows, columns in, columns out).
+        device: to compute on.
+        dtype: of both operands; float8_e4m3fn means a float8 linear layer, with its quantisation.
+        shapes: (rows, columns in, columns out) each.
+        repeats: runs per shape, of which the median counts.
+        least: seconds per run.
     """
     best = 0.0
     for rows, inner, columns in shapes:
@@ -97,16 +96,9 @@ def _linear(device: torch.device, dtype: torch.dtype, rows: int, inner: int, col
 
 
 def copy_rates(device: torch.device, nbytes: int, repeats: int, least: float) -> tuple[float, float]:
-    """Bytes/s from pinned memory to a CUDA device, and back."""
+    """(Bytes/s from pinned memory to a CUDA device, bytes/s back), copying ``nbytes`` at a time."""
     host = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
     there = torch.empty(nbytes, dtype=torch.uint8, device=device)
     copies = (lambda: there.copy_(host, non_blocking=True), lambda: host.copy_(there, non_blocking=True))
     into, out = (nbytes / statistics.median(seconds_of(copy, device, repeats, least)) for copy in copies)
     return into, out
-
-
-def describe_machine() -> str:
-    return (
-        f"{os.cpu_count()} CPUs ({platform.machine()}), Python {platform.python_version()}, ray {ray.__version__}, "
-        f"torch {torch.__version__}, transformers {version('transformers')}"
-    )

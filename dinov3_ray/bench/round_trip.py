@@ -1,4 +1,4 @@
-"""How fast one result reaches the client, with an accelerator that takes no time: a large one, and a very small one."""
+"""The time in which one result reaches the client, a large one and a small one, if its accelerator takes no time."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import ray
 import torch
 from rich.table import Table
 
-from dinov3_ray.bench.machine import describe_machine
+from dinov3_ray.bench import describe_machine
 from dinov3_ray.bench.simulated import SPEC, Accelerator, Work
 from dinov3_ray.features import FeatureSpec
 from dinov3_ray.pool.teacher_pool import TeacherPool
@@ -22,19 +22,21 @@ __all__ = ["RoundTrips", "measure_round_trips"]
 
 
 _CLS = FeatureSpec(cls=True)
-_WARM_UP = 40  # results are freed some at a time: only then has each page of the store that is used been touched
+_WARM_UP = 40  # results; Ray frees them in groups, so that fewer would not touch each page of the store that is used
 
 
 @dataclass(frozen=True, slots=True)
 class RoundTrips:
-    """Seconds a result, one after the other, medians of ``repeats`` (of the small ones, eight times as many).
+    """Seconds per result, one at a time; medians of ``repeats``, or of eight times as many for small results.
 
     Attributes:
-        pool: a map through ``RemoteTeacher.extract``, images and all.
+        result_bytes: of one map.
+        repeats: results that count.
+        pool: a map through ``RemoteTeacher.extract``, with its images.
         torch_actor: a plain actor that returns the map as a torch tensor, fetched with ``ray.get``.
-        copy: the bound: the map copied once within this process's memory.
-        token: one image's CLS token through ``RemoteTeacher.extract``.
-        nothing: the bound: a bare async actor's method that does nothing, fetched with ``ray.get``.
+        copy: the bound of the map: one copy in this process's memory.
+        token: the CLS token of one image through ``RemoteTeacher.extract``.
+        nothing: the bound of the token: an async actor's method that does nothing, fetched with ``ray.get``.
     """
 
     result_bytes: int
@@ -47,12 +49,12 @@ class RoundTrips:
 
     @property
     def ratio(self) -> float:
-        """How many times the plain actor's rate the pool reaches."""
+        """The pool's rate over the plain actor's."""
         return self.torch_actor / self.pool
 
     @property
     def token_ratio(self) -> float:
-        """How many times a bare call's time a token takes."""
+        """The time of a token over that of a bare call."""
         return self.token / self.nothing
 
     def as_dict(self) -> dict[str, Any]:
@@ -63,7 +65,7 @@ class RoundTrips:
         }
 
     def tables(self) -> list[Table | str]:
-        """Milliseconds and rates, and the two ratios in a line."""
+        """Milliseconds and rates as a table, and both ratios in one line."""
         title = f"One result of {self.result_bytes / 2**20:.1f} MiB, and one token"
         table = Table(title=title, caption=f"medians\n{describe_machine()}")
         for heading in ("", "ms", "results/s"):
@@ -97,7 +99,7 @@ class _TorchActor:
 
 
 def measure_round_trips(work: Work, repeats: int) -> RoundTrips:
-    """Measure in the Ray that this process is connected to; small images, so that results are what counts."""
+    """Measure in the Ray that this process is connected to, ``repeats`` maps and eight times as many tokens."""
     images = work.images()
     torch_actor: Any = ray.remote(num_cpus=0)(_TorchActor).remote(work)
     async_actor: Any = ray.remote(num_cpus=0)(_AsyncActor).remote()

@@ -1,4 +1,4 @@
-"""What one routing decision takes, whatever the size of the pool: the book alone, without Ray."""
+"""The time of one routing decision in pools of several sizes, measured on the client's book alone, without Ray."""
 
 from __future__ import annotations
 
@@ -10,22 +10,24 @@ from typing import Any
 
 from rich.table import Table
 
-from dinov3_ray.bench.machine import describe_machine
+from dinov3_ray.bench import describe_machine
 from dinov3_ray.pool.client.book import Limits, RoutingBook
 
-__all__ = ["Decision", "RoutingCosts", "measure_routing"]
+__all__ = ["RoutingCost", "RoutingCosts", "measure_routing"]
 
 _REPLICAS = (1, 4, 16, 100, 1000, 10_000)
-_IN_FLIGHT = 12  # what a client of a few replicas has under way
+_IN_FLIGHT = 12  # requests; usual for a client of a few replicas
 
 
 @dataclass(frozen=True, slots=True)
-class Decision:
-    """Seconds of one request in the book, from its submission through the choice of a replica to its answer.
+class RoutingCost:
+    """Seconds per request in the book, medians over the runs.
 
     Attributes:
-        choice: of these, the choice and its booking (``RoutingBook.next_sends``) alone.
-        choice_slowest: of the slowest of the runs.
+        replicas: the size of the pool.
+        whole: the whole request: its submission, the choice of a replica, and its answer.
+        choice: the choice of a replica alone (``RoutingBook.next_sends``).
+        choice_slowest: the same, in the slowest run.
     """
 
     replicas: int
@@ -36,11 +38,11 @@ class Decision:
 
 @dataclass(frozen=True, slots=True)
 class RoutingCosts:
-    """The decisions of pools of several sizes, medians of ``repeats`` runs of ``requests``."""
+    """The costs in pools of several sizes: medians of ``repeats`` runs of ``requests`` each."""
 
     requests: int
     repeats: int
-    decisions: list[Decision]
+    decisions: list[RoutingCost]
 
     def as_dict(self) -> dict[str, Any]:
         return {"machine": describe_machine(), "decisions": [asdict(decision) for decision in self.decisions]}
@@ -65,18 +67,20 @@ def measure_routing(requests: int, repeats: int) -> RoutingCosts:
     return RoutingCosts(requests, repeats, [_decision(replicas, requests, repeats) for replicas in _REPLICAS])
 
 
-def _decision(replicas: int, requests: int, repeats: int) -> Decision:
+def _decision(replicas: int, requests: int, repeats: int) -> RoutingCost:
     runs = [_run(replicas, requests, seed) for seed in range(repeats + 1)][1:]
     choices = [choice for choice, _ in runs]
-    return Decision(replicas, statistics.median(whole for _, whole in runs), statistics.median(choices), max(choices))
+    return RoutingCost(
+        replicas, statistics.median(whole for _, whole in runs), statistics.median(choices), max(choices)
+    )
 
 
 def _run(replicas: int, requests: int, seed: int) -> tuple[float, float]:
-    """(choice, whole) a request, of a client that keeps a few requests under way, each answered in its turn."""
+    """(choice, whole) in seconds per request, of a client that keeps a few requests in flight."""
     book = RoutingBook(Limits(), window=3, seed=seed)
     book.set_replicas((f"replica-{number}", False, "teacher") for number in range(replicas))
     clock = time.perf_counter
-    choosing, under_way = 0.0, []
+    choosing, in_flight = 0.0, []
     gc.collect()
     gc.disable()  # a collection is not the decision's cost
     begun = clock()
@@ -84,10 +88,10 @@ def _run(replicas: int, requests: int, seed: int) -> tuple[float, float]:
         now = number * 1e-3
         book.submit(str(number), rows=32, nbytes=1)
         before = clock()
-        under_way += book.next_sends(now)
+        in_flight += book.next_sends(now)
         choosing += clock() - before
-        if len(under_way) >= min(_IN_FLIGHT, replicas):
-            send = under_way.pop(0)
+        if len(in_flight) >= min(_IN_FLIGHT, replicas):
+            send = in_flight.pop(0)
             book.answered(send.request_id, send.replica_id, now, seconds=0.04, other_rows=number % 64)
     whole = clock() - begun
     gc.enable()

@@ -1,6 +1,6 @@
-"""What a pool of simulated accelerators delivers as work grows, compared with what ``bench.cost`` predicts.
+"""The rate of a pool of simulated accelerators as the work grows, compared with the prediction of ``bench.cost``.
 
-The costs are measured with one replica, one client, and batches of two sizes. Everything else is predicted from them,
+The costs are measured with one replica, one client, and batches of two sizes. All other points are predicted from them,
 and then measured. Everything runs on one node; nothing else should run there.
 """
 
@@ -20,14 +20,14 @@ import ray
 import torch
 from rich.table import Table
 
+from dinov3_ray.bench import describe_machine
 from dinov3_ray.bench.cost import COPIES, Costs, Line, Spent, Workload
-from dinov3_ray.bench.machine import describe_machine
 from dinov3_ray.bench.simulated import Accelerator, Work
 from dinov3_ray.features import FeatureSpec
 from dinov3_ray.pool.client.remote import RemoteTeacher
 from dinov3_ray.pool.teacher_pool import TeacherPool
 
-__all__ = ["QUICK", "Point", "Scaling", "ScalingPlan", "Shape", "cpu_seconds", "measure_scaling"]
+__all__ = ["QUICK", "BatchShape", "Scaling", "ScalingPlan", "ScalingPoint", "cpu_seconds", "measure_scaling"]
 
 
 _NAME = "bench-scaling"
@@ -38,8 +38,8 @@ _COUNTED = ("replicas", "clients")
 
 
 @dataclass(frozen=True, slots=True)
-class Shape:
-    """Of a batch: ``rows`` images, and maps of ``side`` x ``side``."""
+class BatchShape:
+    """The shape of a batch: ``rows`` images, and maps of ``side`` x ``side``."""
 
     rows: int = _WORK.rows
     side: int = _WORK.side
@@ -54,7 +54,7 @@ class Shape:
 
     @property
     def nbytes(self) -> int:
-        """Of the images and the results."""
+        """Bytes of the images and the results of a batch."""
         return self.rows * 3 * _WORK.pixels**2 + self.work.result_bytes
 
     def load(self, replicas: int, clients: int = 1, seconds: float = _WORK.seconds) -> Workload:
@@ -66,12 +66,14 @@ class ScalingPlan:
     """What to measure.
 
     Attributes:
-        replicas: numbers of them, in rising order, with the usual batch and one client.
-        batches: images a batch, with the base's number of replicas; likewise ``sides`` of maps, and ``clients``.
-        base: a number in ``replicas``.
-        seconds: that count, of each point.
-        calibration: the two shapes from which the costs are taken.
-        network: bytes per second of a client on another node; nothing is sent there, it is only calculated with.
+        replicas: numbers of replicas, in rising order, each with the usual batch and one client.
+        batches: numbers of images per batch, each with ``base`` replicas.
+        sides: sides of maps, each with ``base`` replicas.
+        clients: numbers of clients, each with ``base`` replicas.
+        base: one of ``replicas``.
+        seconds: the time that counts, per point.
+        calibration: the two shapes that give the costs.
+        network: bytes/s of a client on another node, for the calculation; nothing is sent there.
     """
 
     replicas: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
@@ -80,7 +82,7 @@ class ScalingPlan:
     clients: tuple[int, ...] = (1, 2, 4, 8, 16)
     base: int = 4
     seconds: float = 3.0
-    calibration: tuple[Shape, Shape] = (Shape(rows=1), Shape(side=28))
+    calibration: tuple[BatchShape, BatchShape] = (BatchShape(rows=1), BatchShape(side=28))
     network: float = 25e9 / 8
 
 
@@ -88,13 +90,18 @@ QUICK = ScalingPlan((1, 2, 4), (1, 32), (7, 28), (1, 2), base=2, seconds=1.0)
 
 
 @dataclass(frozen=True, slots=True)
-class Point:
-    """One measured point, beside its prediction; rates are in batches/s of all clients together.
+class ScalingPoint:
+    """One measured point and its prediction; rates are batches/s of all clients together.
 
     Attributes:
         axis: what grows: ``replicas``, ``batch``, ``map`` or ``clients``.
-        value: of it.
-        cpu: cores that were busy; None where the machine does not tell.
+        value: its value at this point.
+        load: the work of the pool.
+        measured: the measured rate.
+        predicted: the predicted rate.
+        wall: the part that limits the prediction.
+        walls: the rates that each part allows by itself.
+        cpu: cores that were busy; None if the system does not report it.
         slowest: the rate of the slowest client over that of the fastest.
     """
 
@@ -115,11 +122,11 @@ class Point:
 
 @dataclass(frozen=True, slots=True)
 class Scaling:
-    """What was measured, and on what."""
+    """The measured points, and the costs that they were predicted from."""
 
     plan: ScalingPlan
     costs: Costs
-    points: tuple[Point, ...]
+    points: tuple[ScalingPoint, ...]
     machine: str
 
     def as_dict(self) -> dict[str, Any]:
@@ -134,9 +141,9 @@ class Scaling:
             "walls": self.walls()[1],
         }
 
-    def walls(self) -> tuple[list[Shape], dict[str, list[float]]]:
-        """Three shapes, and the number of accelerators that each part keeps busy, one number per shape."""
-        shapes = [Shape(side=7), Shape(), Shape(side=28)]
+    def walls(self) -> tuple[list[BatchShape], dict[str, list[float]]]:
+        """(Three shapes, and for each part the number of accelerators that it keeps busy, one number per shape)."""
+        shapes = [BatchShape(side=7), BatchShape(), BatchShape(side=28)]
         names = {
             "CPU": "CPU of this node",
             "client": "one client's process",
@@ -149,7 +156,7 @@ class Scaling:
         return shapes, {label: [walls[name] * seconds for walls, seconds in rates] for name, label in names.items()}
 
     def tables(self) -> list[Table]:
-        """Each point, and what each part allows by itself."""
+        """A table of all points, and one of what each part allows by itself."""
         return [self._points_table(), self._walls_table()]
 
     def _points_table(self) -> Table:
@@ -196,8 +203,8 @@ class Scaling:
 
 
 @dataclass(frozen=True, slots=True)
-class _Run:
-    """Some seconds in the middle of an endless stream."""
+class _StreamRun:
+    """The counts of some seconds in the middle of an endless stream."""
 
     batches: int
     seconds: float
@@ -217,16 +224,16 @@ def measure_scaling(plan: ScalingPlan, on_step: Callable[[str], None]) -> Scalin
     """Measure in the Ray that this process is connected to, which must be on this machine alone."""
     on_step("what batches cost")
     costs = _calibrate(plan)
-    points: list[Point] = []
+    points: list[ScalingPoint] = []
 
     def note(axis: str, value: int, load: Workload, measured: float, cpu: float | None, slowest: float = 1.0) -> None:
         predicted, wall = costs.predict(load)
-        points.append(Point(axis, value, load, measured, predicted, wall, costs.walls(load), cpu, slowest))
+        points.append(ScalingPoint(axis, value, load, measured, predicted, wall, costs.walls(load), cpu, slowest))
 
     with _pool(_WORK.seconds, plan) as pool:
         remote = pool.teacher()
 
-        def measure(axis: str, value: int, replicas: int, shape: Shape) -> None:
+        def measure(axis: str, value: int, replicas: int, shape: BatchShape) -> None:
             on_step(f"{axis} {value}")
             run = _run(remote, shape, plan.seconds, replicas)
             cpu = None if run.cpu is None else run.cpu / run.seconds
@@ -235,21 +242,21 @@ def measure_scaling(plan: ScalingPlan, on_step: Callable[[str], None]) -> Scalin
         for replicas in plan.replicas:
             on_step(f"start of {replicas} replicas")
             pool.scale(replicas, wait=True)
-            measure("replicas", replicas, replicas, Shape())
+            measure("replicas", replicas, replicas, BatchShape())
             if replicas != plan.base:
                 continue
             for rows in plan.batches:
-                measure("batch", rows, replicas, Shape(rows=rows))
+                measure("batch", rows, replicas, BatchShape(rows=rows))
             for side in plan.sides:
-                measure("map", side, replicas, Shape(side=side))
+                measure("map", side, replicas, BatchShape(side=side))
             for clients, rates, cpu in _several(plan, replicas, on_step):
                 slowest = min(rates) / max(rates)
-                note("clients", clients, Shape().load(replicas, clients), sum(rates), cpu, slowest)
+                note("clients", clients, BatchShape().load(replicas, clients), sum(rates), cpu, slowest)
     return Scaling(plan, costs, tuple(points), describe_machine())
 
 
 def _pool(seconds: float, plan: ScalingPlan) -> TeacherPool:
-    """One replica, whose device takes ``seconds`` for the usual batch."""
+    """Start a pool of one replica, whose device takes ``seconds`` for the usual batch."""
     work = replace(_WORK, seconds=seconds)
     most = max(*plan.batches, *(shape.rows for shape in plan.calibration), _WORK.rows)
     factory = functools.partial(Accelerator, work)
@@ -257,25 +264,25 @@ def _pool(seconds: float, plan: ScalingPlan) -> TeacherPool:
 
 
 def _calibrate(plan: ScalingPlan) -> Costs:
-    """From one replica whose device takes no time."""
+    """Measure the costs with one replica whose device takes no time."""
     cores = os.cpu_count() or 1
     with _pool(0.0, plan) as pool:
         remote = pool.teacher()
-        # From the larger one on: the store's memory is touched for the first time then, which costs more.
+        # The larger one first: it touches the store's memory for the first time, which costs more.
         large, small = (
             _spent(shape, _run(remote, shape, plan.seconds, 1), cores) for shape in reversed(plan.calibration)
         )
     return Costs.calibrated(cores, _copy_rate(cores), small, large)
 
 
-def _spent(shape: Shape, run: _Run, cores: int) -> Spent:
-    """Where the machine does not tell what was busy, all cores are taken to have been."""
+def _spent(shape: BatchShape, run: _StreamRun, cores: int) -> Spent:
+    """The costs of one run; all cores count as busy if the system does not report it."""
     cpu = run.seconds * cores if run.cpu is None else run.cpu
     return Spent(shape.nbytes, cpu / run.batches, run.client / run.batches)
 
 
-def _run(remote: RemoteTeacher, shape: Shape, seconds: float, replicas: int) -> _Run:
-    """The middle of a stream: after it has filled, and before it ends, so that neither counts."""
+def _run(remote: RemoteTeacher, shape: BatchShape, seconds: float, replicas: int) -> _StreamRun:
+    """Run a stream and count its middle, so that neither its fill nor its end counts."""
     images = shape.work.images()
 
     def endless() -> Iterator[None]:
@@ -288,35 +295,35 @@ def _run(remote: RemoteTeacher, shape: Shape, seconds: float, replicas: int) -> 
     for batches, _ in enumerate(stream):
         now = time.perf_counter()
         if first is None:
-            # Each replica has had its turn, and the client knows how fast it is.
+            # By then each replica has had its turn, and the client knows its speed.
             if batches >= 4 * replicas and now - begun >= seconds / 3:
                 skipped, first, cpu, client = batches, now, cpu_seconds(), time.process_time()
         elif now - first >= seconds and batches - skipped >= 2 * replicas:
             after = cpu_seconds()
             spent = None if cpu is None or after is None else after - cpu
-            return _Run(batches - skipped, now - first, spent, time.process_time() - client)
+            return _StreamRun(batches - skipped, now - first, spent, time.process_time() - client)
     raise AssertionError("an endless stream has ended")
 
 
 class _Client:
-    """A client in a process of its own."""
+    """A client in its own process."""
 
     def __init__(self) -> None:
         self._remote = RemoteTeacher(_NAME)
 
     def ready(self) -> None:
-        """Answer, and have the first results."""
-        self._remote.extract(Shape(rows=1).work.images(), Shape().spec)
+        """Return when the first results have arrived."""
+        self._remote.extract(BatchShape(rows=1).work.images(), BatchShape().spec)
 
     def run(self, seconds: float, replicas: int) -> float:
         """Batches/s."""
-        return _run(self._remote, Shape(), seconds, replicas).rate
+        return _run(self._remote, BatchShape(), seconds, replicas).rate
 
 
 def _several(
     plan: ScalingPlan, replicas: int, on_step: Callable[[str], None]
 ) -> Iterator[tuple[int, list[float], float | None]]:
-    """(clients, each one's batches/s, cores that were busy), all at once each time."""
+    """Yield (number of clients, batches/s of each, busy cores) for each number of clients that run at the same time."""
     remote_class = ray.remote(num_cpus=0)(_Client)
     clients: list[Any] = []
     try:
@@ -335,7 +342,7 @@ def _several(
 
 
 def _copy_rate(cores: int) -> float:
-    """Bytes/s that all cores together copy from memory to memory."""
+    """Bytes/s that all cores together copy in memory."""
     pairs = [[torch.ones(_COPY_BYTES, dtype=torch.uint8) for _ in range(2)] for _ in range(cores)]
     with ThreadPoolExecutor(cores) as pool:
         best = float("inf")
@@ -350,10 +357,10 @@ _PROC = Path("/proc")
 
 
 def cpu_seconds() -> float | None:
-    """Core seconds of this process and its descendants that are alive, since they began.
+    """Core seconds that this process and its living descendants have used since they started.
 
-    Where no Ray is among them (it was joined, not started), those of the whole machine since it started; None where the
-    system does not tell.
+    If no Ray is among them (it was joined, not started), those of the whole machine since its start.
+    None without /proc.
     """
     if not (_PROC / "stat").exists():
         return None
@@ -362,7 +369,7 @@ def cpu_seconds() -> float | None:
         if not folder.name.isdigit():
             continue
         try:
-            # pid (name) state parent ...: the name may hold anything
+            # pid (name) state parent ...; the name may contain any character
             before, _, after = (folder / "stat").read_text().rpartition(")")
         except (FileNotFoundError, ProcessLookupError):
             continue  # it has ended meanwhile

@@ -1,4 +1,4 @@
-"""An accelerator that takes its time and computes nothing: what remains is what moving and steering the work costs."""
+"""A simulated accelerator: it waits and computes nothing, so that a bench measures only the cost of moving the work."""
 
 from __future__ import annotations
 
@@ -17,9 +17,18 @@ SPEC = FeatureSpec(feature_map=True)
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """The same work for every contender: ``batches`` of images in, maps [rows, channels, side, side] in bfloat16 out.
+    """The work that every contender does: batches of images in, bfloat16 maps [rows, channels, side, side] out.
 
-    The defaults are a ViT-L/16 at 224 px on an accelerator that takes 40 ms for 32 images.
+    The defaults are those of a ViT-L/16 at 224 px on an accelerator that takes 40 ms for 32 images.
+
+    Attributes:
+        batches: their number.
+        rows: images per batch.
+        channels: of the maps.
+        side: height and width of the maps.
+        pixels: height and width of the images.
+        seconds: time of an accelerator per batch.
+        replicas: the number of accelerators.
     """
 
     batches: int = 100
@@ -32,7 +41,7 @@ class Work:
 
     @property
     def ideal_seconds(self) -> float:
-        """What it takes if every replica is busy all the time."""
+        """The time of all batches if every replica is busy all the time."""
         return self.batches * self.seconds / self.replicas
 
     @property
@@ -45,9 +54,9 @@ class Work:
 
 
 class Accelerator:
-    """A teacher that waits ``work.seconds`` for ``work.rows`` images and hands out one and the same map, and token.
+    """A teacher that waits ``work.seconds`` per ``work.rows`` images, and always returns the same map and token.
 
-    The map has the size that the spec asks for, else the work's; the last one is kept.
+    The map has the size of the spec, or else that of the work.
     """
 
     def __init__(self, work: Work) -> None:

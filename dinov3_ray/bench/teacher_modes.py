@@ -1,7 +1,7 @@
-"""The local teacher and its peer, each in several modes, each doing the same work.
+"""The modes of the local teacher and of its peer that ``bench teacher`` compares; all do the same work.
 
-The peer is transformers, driven as its documentation shows: the image processor, then ``AutoModel``. The processor
-needs torchvision; where that is missing, its arithmetic runs in torch, as this package does it (the same bits).
+The peer is transformers, used as its documentation shows: the image processor, then ``AutoModel``. The processor needs
+torchvision. Without it, this package's preprocessing takes its place, which gives the same bits.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from dinov3_ray.model import DinoV3Teacher
 from dinov3_ray.model.preprocess import preprocess
 from dinov3_ray.pool.replica.device_pipeline import pipeline_for
 
-__all__ = ["SPEC", "Mode", "Task", "modes_for", "through_pipeline"]
+__all__ = ["TEACHER_SPEC", "TeacherMode", "TeacherWork", "modes_for", "through_pipeline"]
 
-SPEC = FeatureSpec(cls=True, feature_map=True)
+TEACHER_SPEC = FeatureSpec(cls=True, feature_map=True)
 
 Extract = Callable[[Tensor], Features]
-"""Images, uint8 [B,3,H,W] in the host's memory, to their CLS tokens and maps on the device."""
+"""Takes images, uint8 [B,3,H,W] in the host's memory, and returns CLS tokens and maps on the device."""
 
 
 @dataclass(frozen=True, slots=True)
-class Task:
-    """Batches of ``batch`` images, each of a fifth more pixels each way than the model's input, so that all resize."""
+class TeacherWork:
+    """Batches of ``batch`` images, a fifth larger each way than the model's input, so that all must be resized."""
 
     config: DinoV3Config
     device: torch.device
@@ -45,83 +45,96 @@ class Task:
 
 
 @dataclass(frozen=True, slots=True)
-class Mode:
-    """One way to do the task.
+class TeacherMode:
+    """One way to do the work.
 
     Attributes:
-        dtype: of its matrix products.
-        ours: this package, not its peer.
+        name: as the table shows it.
+        dtype: of the matrix products.
+        ours: True for this package, False for its peer.
         make: loads the model.
     """
 
     name: str
     dtype: torch.dtype
     ours: bool
-    make: Callable[[Task], Extract]
+    make: Callable[[TeacherWork], Extract]
 
 
-def modes_for(device: torch.device, *, quick: bool) -> list[Mode]:
-    """The modes to measure on ``device``; the first is the peer's default, to which all others are compared."""
+def modes_for(device: torch.device, *, quick: bool) -> list[TeacherMode]:
+    """The modes to measure on ``device``; the first is the peer's default, with which all others are compared."""
     modes = [
-        Mode("transformers float32 (its default)", torch.float32, False, lambda task: Peer(task, torch.float32)),
-        Mode("transformers float32 eager", torch.float32, False, lambda task: Peer(task, torch.float32, "eager")),
-        Mode("transformers bfloat16", torch.bfloat16, False, lambda task: Peer(task, torch.bfloat16)),
-        Mode("float32", torch.float32, True, lambda task: ours(task, "float32")),
-        Mode("bfloat16", torch.bfloat16, True, lambda task: ours(task, "bfloat16")),
+        _peer("transformers float32 (its default)", torch.float32),
+        _peer("transformers float32 eager", torch.float32, attention="eager"),
+        _peer("transformers bfloat16", torch.bfloat16),
+        _ours("float32", "float32"),
+        _ours("bfloat16", "bfloat16"),
     ]
     if not quick:
-        modes.append(Mode("bfloat16 compiled", torch.bfloat16, True, lambda task: ours(task, "bfloat16", compile=True)))
+        modes.append(_ours("bfloat16 compiled", "bfloat16", compile=True))
     if device.type == "cuda" and not quick:
-        for name, compile in (("bfloat16, CUDA graphs", False), ("bfloat16 compiled, CUDA graphs", True)):
-            make = functools.partial(ours, dtype="bfloat16", compile=compile, cuda_graphs=True)
-            modes.append(Mode(name, torch.bfloat16, True, make))
-        compiled = Mode("float8 compiled", torch.float8_e4m3fn, True, lambda task: ours(task, "float8", compile=True))
-        modes.append(compiled)
+        modes += [
+            _ours("bfloat16, CUDA graphs", "bfloat16", cuda_graphs=True),
+            _ours("bfloat16 compiled, CUDA graphs", "bfloat16", compile=True, cuda_graphs=True),
+            _ours("float8 compiled", "float8", compile=True),
+        ]
     return modes
 
 
-def ours(task: Task, dtype: ComputeDtype, *, compile: bool = False, cuda_graphs: bool = False) -> Extract:
-    root, size, attention = task.config.root, task.config.image_size, task.config.attention
+_MATMUL_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float8": torch.float8_e4m3fn}
+
+
+def _ours(name: str, dtype: ComputeDtype, *, compile: bool = False, cuda_graphs: bool = False) -> TeacherMode:
+    make = functools.partial(load_ours, dtype=dtype, compile=compile, cuda_graphs=cuda_graphs)
+    return TeacherMode(name, _MATMUL_DTYPES[dtype], True, make)
+
+
+def _peer(name: str, dtype: torch.dtype, attention: str | None = None) -> TeacherMode:
+    return TeacherMode(name, dtype, False, functools.partial(Peer, dtype=dtype, attention=attention))
+
+
+def load_ours(work: TeacherWork, dtype: ComputeDtype, *, compile: bool = False, cuda_graphs: bool = False) -> Extract:
+    root, size, attention = work.config.root, work.config.image_size, work.config.attention
     config = DinoV3Config(
         root, dtype=dtype, image_size=size, compile=compile, cuda_graphs=cuda_graphs, attention=attention
     )
-    teacher = DinoV3Teacher(config, task.device)
+    teacher = DinoV3Teacher(config, work.device)
     if cuda_graphs:
-        teacher.warm_up(task.batch)  # which records them
-    return lambda images: teacher.extract(images, SPEC)
+        teacher.warm_up(work.batch)  # which records them
+    return lambda images: teacher.extract(images, TEACHER_SPEC)
 
 
 class Peer:
-    """transformers' own model and processor."""
+    """The model and the processor of transformers."""
 
-    def __init__(self, task: Task, dtype: torch.dtype, attention: str | None = None) -> None:
+    def __init__(self, work: TeacherWork, dtype: torch.dtype, attention: str | None = None) -> None:
         from transformers import AutoModel
         from transformers.utils import logging
 
         logging.disable_progress_bar()
         options = {} if attention is None else {"attn_implementation": attention}
-        self._task = task
-        self._processor = _load_processor(task.config.root)
-        self._model: Any = AutoModel.from_pretrained(task.config.root, dtype=dtype, **options).to(task.device).eval()
+        self._task = work
+        self._processor = _load_processor(work.config.root)
+        self._model: Any = AutoModel.from_pretrained(work.config.root, dtype=dtype, **options).to(work.device).eval()
 
     def __call__(self, images: Tensor) -> Features:
-        task = self._task
+        work = self._task
         if self._processor is None:
-            pixels = preprocess(ImageBatch.of(images), task.config.preprocessing, task.device)
+            pixels = preprocess(ImageBatch.of(images), work.config.preprocessing, work.device)
         else:
-            height, width = task.config.image_size
+            height, width = work.config.image_size
             size = {"height": height, "width": width}
             inputs = self._processor(images=list(images), size=size, return_tensors="pt")
-            pixels = inputs["pixel_values"].to(task.device)
+            pixels = inputs["pixel_values"].to(work.device)
         with torch.inference_mode():
             outputs = self._model(pixels)
-        prefix = 1 + task.config.num_register_tokens
-        map_BDhw = outputs.last_hidden_state[:, prefix:].transpose(1, 2).unflatten(2, task.config.grid_size)
+        prefix = 1 + work.config.num_register_tokens
+        map_BDhw = outputs.last_hidden_state[:, prefix:].transpose(1, 2).unflatten(2, work.config.grid_size)
         return Features(cls=outputs.pooler_output, feature_map=map_BDhw)
 
 
 def _load_processor(root: Path) -> Any:
-    """The processor; None without torchvision."""
+    """The image processor; None without torchvision."""
     from transformers import AutoImageProcessor
 
     try:
@@ -130,25 +143,25 @@ def _load_processor(root: Path) -> Any:
         return None
 
 
-def through_pipeline(extract: Extract, task: Task, batches: int) -> Callable[[], None]:
-    """``batches`` batches through a replica's pipeline: results in the host's memory, packed to be sent."""
+def through_pipeline(extract: Extract, work: TeacherWork, batches: int) -> Callable[[], None]:
+    """A call that takes ``batches`` batches through a replica's pipeline, to packed results in the host's memory."""
 
     class Teacher:
-        device = task.device
+        device = work.device
 
-        def extract(self, images: Any, spec: FeatureSpec) -> Features:  # noqa: ARG002 - it is SPEC
+        def extract(self, images: Any, spec: FeatureSpec) -> Features:  # noqa: ARG002 - it is TEACHER_SPEC
             return extract(images)
 
     pipeline = pipeline_for(Teacher())
-    batch = ImageBatch.of(task.images())
+    batch = ImageBatch.of(work.images())
 
     def once() -> None:
-        under_way = []
+        in_flight = []
         for _ in range(batches):
-            under_way.append(pipeline.begin(batch, len(batch), SPEC))
-            if len(under_way) == pipeline.depth:
-                under_way.pop(0).result()
-        for one in under_way:
+            in_flight.append(pipeline.begin(batch, len(batch), TEACHER_SPEC))
+            if len(in_flight) == pipeline.depth:
+                in_flight.pop(0).result()
+        for one in in_flight:
             one.result()
 
     return once

@@ -1,4 +1,4 @@
-"""How fast a local teacher computes, compared with its peer and the bound that this device's own rates set."""
+"""The speed of a local teacher, compared with its peer and with the bound that this device's own rates set."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from dinov3_ray.bench.machine import copy_rates, describe_machine, matmul_rate, seconds_of
-from dinov3_ray.bench.teacher_modes import Mode, Task, modes_for, through_pipeline
+from dinov3_ray.bench import describe_machine
+from dinov3_ray.bench.machine import copy_rates, matmul_rate, seconds_of
+from dinov3_ray.bench.teacher_modes import TeacherMode, TeacherWork, modes_for, through_pipeline
 from dinov3_ray.config.architecture import Architecture, ConvNextArchitecture
 from dinov3_ray.config.preprocessing import Size
 from dinov3_ray.errors import NumericsError
@@ -30,14 +31,17 @@ _TYPICAL_RATES = (100, 300, 1_000, 3_000, 10_000)
 
 @dataclass(frozen=True, slots=True)
 class TeacherRow:
-    """One mode.
+    """The result of one mode.
 
     Attributes:
-        seconds: of one batch, run by run.
-        first_seconds: of loading the model and the first two batches: what a start costs.
-        cosine: the golden check's, against the first mode's results; None for that one.
+        name: of the mode.
+        dtype: of its matrix products.
+        ours: True for this package, False for its peer.
+        seconds: per batch, one value per run.
+        first_seconds: the cost of a start: loading the model, and the first two batches.
+        cosine: between its golden results and those of the first mode; None for the first mode.
         peak_bytes: of device memory, on CUDA devices.
-        missing: why it was not measured.
+        missing: the reason why it was not measured.
     """
 
     name: str
@@ -50,19 +54,25 @@ class TeacherRow:
     missing: str | None = None
 
     def rate(self, batch: int) -> float:
-        """Images/s, the median over the runs."""
+        """Images/s: the median over the runs."""
         return batch / statistics.median(self.seconds)
 
 
 @dataclass(frozen=True, slots=True)
 class TeacherBench:
-    """What was measured, and on what.
+    """The results of all modes, and of what they were measured on.
 
     Attributes:
+        model: its variant, or its directory.
+        device: its name.
+        machine: as :func:`describe_machine` gives it.
+        image_size: (h, w) of the model's input.
+        batch: images per batch.
+        flops: floating-point operations per image.
         matmul: FLOP/s by dtype.
-        copies: images/s that could be copied in as uint8 and out as results, on CUDA devices.
-        best: the fastest of our rows' images/s, which sizes a pool.
-        target: images/s asked for; None for a list of usual ones.
+        copies: images/s that can be copied in as uint8, and out as results, on CUDA devices.
+        rows: one per mode.
+        target: the images/s to size a pool for; None for a list of usual rates.
     """
 
     model: str
@@ -78,14 +88,15 @@ class TeacherBench:
 
     @property
     def best(self) -> TeacherRow:
+        """The fastest row of this package, by which a pool is sized."""
         return max((row for row in self.rows if row.ours and row.seconds), key=lambda row: row.rate(self.batch))
 
     def bound(self, row: TeacherRow) -> float:
-        """Images/s if nothing but the matrix products took time."""
+        """Images/s if only the matrix products took time."""
         return self.matmul[row.dtype] / self.flops
 
     def replicas(self) -> dict[float, int]:
-        """How many replicas on devices like this one give so many images/s."""
+        """By images/s: the number of replicas on devices like this one that give them."""
         rate = self.best.rate(self.batch)
         targets = _TYPICAL_RATES if self.target is None else (self.target,)
         return {target: math.ceil(target / rate) for target in targets}
@@ -108,7 +119,7 @@ class TeacherBench:
         return asdict(self) | {"rows": rows, "replicas_needed": self.replicas()}
 
     def tables(self) -> list[Table | str]:
-        """The modes, and how many replicas a pool needs."""
+        """The modes as a table, and the number of replicas that a pool needs."""
         return [self._table(), self.advice()]
 
     def _table(self) -> Table:
@@ -117,7 +128,7 @@ class TeacherBench:
         caption = [
             f"median of {len(self.rows[0].seconds)} runs after a warm-up, preprocessing included; golden cosine to the "
             "first row's results",
-            f"bound: {self.flops / 1e12:.3g} TFLOP an image over this device's matmul rates in TFLOP/s ({rates})",
+            f"bound: {self.flops / 1e12:.3g} TFLOP per image over this device's matmul rates in TFLOP/s ({rates})",
         ]
         if self.copies is not None:
             caption.append(f"copies alone: {self.copies[0]:.0f} img/s in, {self.copies[1]:.0f} img/s of results out")
@@ -147,13 +158,13 @@ class TeacherBench:
         return table
 
     def advice(self) -> str:
-        """How many replicas a pool needs."""
+        """One line: the number of replicas that a pool needs."""
         needed = ", ".join(f"{count} for {target:g} img/s" for target, count in self.replicas().items())
         return f"Replicas needed, at {self.best.rate(self.batch):.3g} img/s each ({self.best.name}): {needed}"
 
 
 def measure_teacher(
-    task: Task,
+    work: TeacherWork,
     *,
     model: str,
     repeats: int,
@@ -161,17 +172,26 @@ def measure_teacher(
     target: float | None,
     on_step: Callable[[str], None],
 ) -> TeacherBench:
-    """Measure all modes, one after the other, each freed before the next is loaded."""
+    """Measure all modes, one after the other; each is freed before the next is loaded.
+
+    Args:
+        work: what each mode does.
+        model: its name in the result.
+        repeats: runs per mode.
+        quick: fewer modes and shorter runs, to see that it works.
+        target: images/s to size a pool for; None for a list of usual rates.
+        on_step: called with the name of each step.
+    """
     least = 0.0 if quick else 0.3
-    device, architecture = task.device, task.config.architecture
-    golden = golden_images(*task.config.image_size)
+    device, architecture = work.device, work.config.architecture
+    golden = golden_images(*work.config.image_size)
     rows: list[TeacherRow] = []
     reference: Features | None = None
     modes = modes_for(device, quick=quick)
     for mode in modes:
         on_step(mode.name)
         try:
-            measured, features = _measure_mode(mode, task, golden, repeats, least)
+            measured, features = _measure_mode(mode, work, golden, repeats, least)
         except Exception as error:
             if mode is modes[0]:
                 raise
@@ -188,35 +208,35 @@ def measure_teacher(
             measured = [replace(row, cosine=_cosine(features, reference, mode.name)) for row in measured]
         rows += measured
     on_step("matmul and copy rates")
-    tokens = task.batch * (1 + task.config.num_register_tokens + math.prod(task.config.grid_size))
+    tokens = work.batch * (1 + work.config.num_register_tokens + math.prod(work.config.grid_size))
     side = 8192 if device.type == "cuda" else 512 if quick else 2048
-    width = task.config.hidden_size
+    width = work.config.hidden_size
     shapes = [(side, side, side), (tokens, width, 4 * width), (tokens, 4 * width, width)]
     matmul = {_name(dtype): matmul_rate(device, dtype, shapes, repeats, least) for dtype in _dtypes(rows, modes)}
     return TeacherBench(
         model=model,
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
         machine=describe_machine(),
-        image_size=task.config.image_size,
-        batch=task.batch,
-        flops=flops_per_image(architecture, task.config.image_size),
+        image_size=work.config.image_size,
+        batch=work.batch,
+        flops=flops_per_image(architecture, work.config.image_size),
         matmul=matmul,
-        copies=_copies(task, reference, repeats, least),
+        copies=_copies(work, reference, repeats, least),
         rows=tuple(rows),
         target=target,
     )
 
 
 def _measure_mode(
-    mode: Mode, task: Task, golden: torch.Tensor, repeats: int, least: float
+    mode: TeacherMode, work: TeacherWork, golden: torch.Tensor, repeats: int, least: float
 ) -> tuple[list[TeacherRow], Features]:
-    """Its row, with another one through a replica's pipeline for ours on CUDA devices; and its golden results."""
-    device, images = task.device, task.images()
+    """(Rows, golden results) of one mode. On CUDA devices, ours have a second row through a replica's pipeline."""
+    device, images = work.device, work.images()
     cuda = device.type == "cuda"
     if cuda:
         torch.cuda.reset_peak_memory_stats(device)
     begun = time.perf_counter()
-    extract = mode.make(task)
+    extract = mode.make(work)
     features = extract(golden).to("cpu")
     extract(images).to("cpu")
     first = time.perf_counter() - begun
@@ -225,7 +245,7 @@ def _measure_mode(
     row = TeacherRow(mode.name, _name(mode.dtype), mode.ours, tuple(seconds), first, peak_bytes=peak)
     rows = [row]
     if cuda and mode.ours:
-        once = through_pipeline(extract, task, _PIPELINE_BATCHES)
+        once = through_pipeline(extract, work, _PIPELINE_BATCHES)
         delivered = [passed / _PIPELINE_BATCHES for passed in seconds_of(once, device, repeats, least)]
         peak = torch.cuda.max_memory_allocated(device)
         rows.append(replace(row, name=f"{mode.name}, to the host", seconds=tuple(delivered), peak_bytes=peak))
@@ -233,23 +253,23 @@ def _measure_mode(
 
 
 def _cosine(features: Features, reference: Features, name: str) -> float:
-    """-1 says that values are not finite."""
+    """The cosine of the golden check; -1 if values are not finite."""
     try:
         return agreement(features, reference, -1.0, name)
     except NumericsError:
         return -1.0
 
 
-def _copies(task: Task, reference: Features | None, repeats: int, least: float) -> tuple[float, float] | None:
-    if task.device.type != "cuda" or reference is None:
+def _copies(work: TeacherWork, reference: Features | None, repeats: int, least: float) -> tuple[float, float] | None:
+    if work.device.type != "cuda" or reference is None:
         return None
-    into, out = copy_rates(task.device, 64 * 2**20, repeats, least)
+    into, out = copy_rates(work.device, 64 * 2**20, repeats, least)
     results = reference.nbytes / len(reference) / 2  # float32 here; bfloat16 is what a pool delivers
-    return into / task.images()[0].numel(), out / results
+    return into / work.images()[0].numel(), out / results
 
 
-def _dtypes(rows: Sequence[TeacherRow], modes: Sequence[Mode]) -> list[torch.dtype]:
-    """Those that were measured."""
+def _dtypes(rows: Sequence[TeacherRow], modes: Sequence[TeacherMode]) -> list[torch.dtype]:
+    """The dtypes that were measured."""
     measured = {row.dtype for row in rows if row.seconds}
     return list(dict.fromkeys(mode.dtype for mode in modes if _name(mode.dtype) in measured))
 
@@ -264,9 +284,9 @@ def _cpu_name() -> str:
 
 
 def flops_per_image(architecture: Architecture, image_size: Size) -> float:
-    """Floating-point operations (a multiplication and an addition are two) of all matrix products for one image.
+    """Floating-point operations per image in all matrix products; a multiplication and an addition are two.
 
-    Norms, activations, RoPE and softmax are left out: they are a few per cent, and bound by memory.
+    Norms, activations, RoPE and softmax are left out: they are a few per cent, and memory limits them.
 
     Args:
         architecture: of the model.
@@ -278,7 +298,7 @@ def flops_per_image(architecture: Architecture, image_size: Size) -> float:
         if not name.endswith("weight") or len(shape) == 1:
             continue
         if isinstance(architecture, ConvNextArchitecture):
-            # Each weight of a stage meets each cell of it once, in its convolutions and linear layers alike.
+            # Convolutions and linear layers use each weight of a stage once per cell of its grid.
             positions = cells[int(name.split(".")[1])]
         else:
             embeds = name.startswith("embeddings.")
@@ -286,7 +306,7 @@ def flops_per_image(architecture: Architecture, image_size: Size) -> float:
         total += 2.0 * math.prod(shape) * positions
     if not isinstance(architecture, ConvNextArchitecture):
         tokens = cells[0] + 1 + architecture.num_register_tokens
-        # Queries by keys, and the result by values.
+        # Queries times keys, and the result times values.
         total += 4.0 * tokens**2 * architecture.hidden_size * architecture.num_layers
     return total
 

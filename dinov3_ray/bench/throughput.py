@@ -1,8 +1,8 @@
-"""Throughput of a pool and its peers on simulated accelerators, as a share of what the accelerators could do.
+"""The throughput of a pool and of its peers on simulated accelerators, as a share of the accelerators' own rate.
 
-The peers are the nearest things that Ray itself offers. Every contender gets the batches one by one, delivers the maps
-as torch tensors to the driver, and reports the seconds from the first submission to the last result. All keep two
-batches per replica in flight where they can.
+The peers are the nearest tools of Ray itself. Each contender gets the batches one by one, delivers the maps to the
+driver as torch tensors, and reports the seconds from the first submission to the last result. All of them that can keep
+two batches per replica in flight.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 from ray.util import ActorPool
 from rich.table import Table
 
-from dinov3_ray.bench.machine import describe_machine
+from dinov3_ray.bench import describe_machine
 from dinov3_ray.bench.simulated import SPEC, Accelerator, Work
 from dinov3_ray.pool.teacher_pool import TeacherPool
 
@@ -31,14 +31,14 @@ __all__ = ["CONTENDERS", "Contender", "ContenderRow", "Throughput", "measure_thr
 
 @dataclass(frozen=True, slots=True)
 class ContenderRow:
-    """One contender's seconds, run by run; or the reason why there are none."""
+    """The seconds of one contender, one value per run; or ``missing``, the reason why there are none."""
 
     name: str
     seconds: tuple[float, ...] = ()
     missing: str | None = None
 
     def images_per_second(self, work: Work) -> float:
-        """The median over the runs."""
+        """The median rate of the runs."""
         return work.batches * work.rows / statistics.median(self.seconds)
 
     def share_of_ideal(self, work: Work) -> float:
@@ -47,7 +47,7 @@ class ContenderRow:
 
 @dataclass(frozen=True, slots=True)
 class Throughput:
-    """What was measured, and on what."""
+    """The results of all contenders."""
 
     work: Work
     rows: tuple[ContenderRow, ...]
@@ -96,7 +96,7 @@ class Throughput:
 
 
 def measure_throughput(work: Work, repeats: int, on_contender: Callable[[str], None]) -> Throughput:
-    """Let all contenders do ``work``, one after the other, in the Ray that this process is connected to."""
+    """Let each contender do ``work`` in the Ray that this process is connected to, one after the other."""
     rows = []
     with quiet_data():
         for name, contender in CONTENDERS.items():
@@ -109,7 +109,7 @@ def measure_throughput(work: Work, repeats: int, on_contender: Callable[[str], N
 
 
 Contender = Callable[[Work, int], list[float]]
-"""Does the work so many times after one warm-up; returns the seconds of each."""
+"""Does the work once to warm up, then the given number of times; returns the seconds of each of these."""
 
 
 def this_pool(work: Work, repeats: int) -> list[float]:
@@ -128,7 +128,7 @@ def this_pool(work: Work, repeats: int) -> list[float]:
 
 
 class _Worker:
-    """A plain actor around the accelerator. ``as_numpy`` hands the map out as an int16 view, which crosses uncopied."""
+    """A plain actor with an accelerator. ``as_numpy`` returns an int16 view of the map, which Ray does not copy."""
 
     def __init__(self, work: Work, as_numpy: bool) -> None:
         self._teacher = Accelerator(work)
@@ -140,7 +140,7 @@ class _Worker:
         return map_BDhw.view(torch.int16).numpy() if self._as_numpy else map_BDhw
 
 
-def actor_pool(work: Work, repeats: int, *, as_numpy: bool) -> list[float]:
+def ray_actor_pool(work: Work, repeats: int, *, as_numpy: bool) -> list[float]:
     """ray.util.ActorPool over plain actors."""
     workers = [ray.remote(num_cpus=0)(_Worker).remote(work, as_numpy) for _ in range(work.replicas)]
     images = work.images().numpy() if as_numpy else work.images()
@@ -159,7 +159,7 @@ def actor_pool(work: Work, repeats: int, *, as_numpy: bool) -> list[float]:
 
 def serve_handle(work: Work, repeats: int) -> list[float]:
     """A Ray Serve deployment called through its handle, with NumPy results."""
-    from ray import serve  # its dependencies are an extra of Ray's
+    from ray import serve  # here, since it is an extra of Ray
 
     deployment = serve.deployment(
         num_replicas=work.replicas, max_ongoing_requests=2, ray_actor_options={"num_cpus": 0}
@@ -206,25 +206,25 @@ def ray_data(work: Work, repeats: int) -> list[float]:
     return _timed(once, work, repeats)
 
 
-#: Names as the table shows them. The first is this project.
+#: By the names that the table shows. The first is this project.
 CONTENDERS: dict[str, Contender] = {
     "TeacherPool + prefetch": this_pool,
-    "ActorPool, torch tensors": functools.partial(actor_pool, as_numpy=False),
-    "ActorPool, NumPy": functools.partial(actor_pool, as_numpy=True),
+    "ActorPool, torch tensors": functools.partial(ray_actor_pool, as_numpy=False),
+    "ActorPool, NumPy": functools.partial(ray_actor_pool, as_numpy=True),
     "Serve handle, NumPy": serve_handle,
     "Ray Data map_batches": ray_data,
 }
 
 
 def missing_reason(name: str) -> str | None:
-    """Why a contender cannot run here; None if it can."""
+    """The reason why a contender cannot run here; None if it can."""
     if name.startswith("Serve") and not (find_spec("fastapi") and find_spec("uvicorn")):
         return "Ray Serve is not installed"
     return None
 
 
 def _as_tensor(result: Any) -> torch.Tensor:
-    """Arrays are copied out of the store, since torch would share read-only memory as writable."""
+    """The result as a tensor. Arrays are copied, since torch would share the store's read-only memory as writable."""
     return result if isinstance(result, torch.Tensor) else torch.from_numpy(np.array(result)).view(torch.bfloat16)
 
 
@@ -240,7 +240,7 @@ def _timed(once: Callable[[], int], work: Work, repeats: int) -> list[float]:
 
 @contextmanager
 def quiet_data() -> Iterator[None]:
-    """Without Ray Data's own progress bars."""
+    """Turn off Ray Data's own progress bars."""
     context = ray.data.DataContext.get_current()
     before = context.enable_progress_bars
     context.enable_progress_bars = False

@@ -1,7 +1,7 @@
-"""A training step with its teacher in a pool, over the same step with no teacher at all.
+"""The time of a training step with its teacher in a pool, over that of the same step without a teacher.
 
-The student is a device that is busy for a given time, as the teachers are: what is missing to 1.0 is waiting, and what
-handing images and targets over costs the loop.
+Student and teachers are simulated: devices that are busy for a given time. A ratio above 1.0 is therefore the time that
+the loop waits for targets, and the time that handing over images and targets costs it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from dinov3_ray.bench.machine import describe_machine
+from dinov3_ray.bench import describe_machine
 from dinov3_ray.bench.simulated import SPEC, Accelerator, Work
 from dinov3_ray.features import Features
 from dinov3_ray.pool.client.remote import RemoteTeacher
@@ -26,13 +26,13 @@ from dinov3_ray.training.prefetch import Prefetch
 __all__ = ["EPOCH", "KINDS", "LoopPass", "PoolTimings", "TrainingSetting", "TrainingTimings", "measure_training"]
 
 
-#: How a loop may come by its targets, in the order in which they are measured and shown.
+#: The ways in which a loop gets its targets, in the order in which they are measured and shown.
 KINDS = ("teacher-free", "prefetch", "in-loop teacher", "submit in the step")
 
-_FORWARD = 1 / 3  # of a step: what a submitted batch can hide behind where nothing is sent ahead
-_SLOW_STEPS = 4  # a step that is known to be slow is measured by a fourth of the others' number
+_FORWARD = 1 / 3  # of a step: the part that overlaps with a batch that is submitted in the step
+_SLOW_STEPS = 4  # slow kinds get a fourth of the steps
 EPOCH = 1000
-"""Steps of the longer epoch whose ratio, its fill included, is computed from what was measured."""
+"""Steps of a long epoch; its ratio, with its fill, is computed from what was measured."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,13 +40,13 @@ class TrainingSetting:
     """What is measured.
 
     Attributes:
-        replicas: of the pool.
-        steps: of a pass over the loader.
-        repeats: passes of each kind, in turn, after a short one to warm up.
-        step_seconds: of the student.
-        in_loop: the teacher's time on the student's own device, over the student's.
-        capacity: of the whole pool, over what the student needs; each replica takes ``replicas / capacity`` steps for a
-            batch.
+        replicas: their number in the pool.
+        steps: steps per pass over the loader.
+        repeats: passes per kind, in turn, after a short one to warm up.
+        step_seconds: the student's time per step.
+        in_loop: a teacher's time per step on the student's own device, over the student's time.
+        capacity: the rate of the whole pool over what the student needs. A replica takes ``replicas / capacity`` steps
+            per batch.
     """
 
     replicas: int = 2
@@ -66,10 +66,10 @@ class LoopPass:
     """One pass over the loader.
 
     Attributes:
-        steps: of it.
-        fill: seconds until the first step began: with prefetch, until the first batch had its targets.
-        seconds: from there to the end.
-        wait_share: of those, as the prefetch counts it; 0 without one.
+        steps: their number.
+        fill: seconds until the first step began; with prefetch, until the first batch had its targets.
+        seconds: from then to the end.
+        wait_share: the share of ``seconds`` spent waiting, as the prefetch counts it; 0 without one.
     """
 
     steps: int
@@ -79,27 +79,27 @@ class LoopPass:
 
     @property
     def step(self) -> float:
-        """Seconds a step, from the beginning of the first one."""
+        """Seconds per step, without the fill."""
         return self.seconds / self.steps
 
     def step_of_epoch(self, steps: int) -> float:
-        """Seconds a step of an epoch of so many, its first fill included."""
+        """Seconds per step in an epoch of ``steps``, with the fill."""
         return self.fill / steps + self.step
 
 
 @dataclass(frozen=True, slots=True)
 class PoolTimings:
-    """All passes by kind: the first of each ran beside the first of the others, and so on."""
+    """The passes of each kind. The kinds took turns, so that passes with the same index belong together."""
 
     setting: TrainingSetting
     passes: dict[str, list[LoopPass]] = field(default_factory=lambda: {kind: [] for kind in KINDS})
 
     def ratios(self, kind: str) -> list[float]:
-        """Step over teacher-free step, from the beginning of the first one."""
+        """The time of a step over that of a teacher-free step, without the fill, one value per pass."""
         return [each.step / free.step for each, free in self._pairs(kind)]
 
     def epoch_ratio(self, kind: str, steps: int) -> float:
-        """The median ratio over an epoch of so many steps, its first fill included."""
+        """The median ratio over an epoch of ``steps``, with the fill."""
         pairs = self._pairs(kind)
         return statistics.median(each.step_of_epoch(steps) / free.step_of_epoch(steps) for each, free in pairs)
 
@@ -107,7 +107,7 @@ class PoolTimings:
         return statistics.median(map(of, self.passes[kind]))
 
     def as_dict(self) -> dict[str, Any]:
-        """The setting, and by kind the medians with all that they are medians of."""
+        """The setting, and for each kind the medians and the values that they are medians of."""
         return asdict(self.setting) | {
             "teacher_seconds": self.setting.work.seconds,
             "kinds": {
@@ -127,7 +127,7 @@ class PoolTimings:
         }
 
     def rows(self) -> Iterator[tuple[str, ...]]:
-        """For a table: kind, ms per step, ratio, share of waiting, seconds of the fill, and the ratio with the fill."""
+        """The cells of the table: kind, ms per step, ratio, share of waiting, seconds of fill, ratio with the fill."""
         for kind in KINDS:
             yield (
                 kind,
@@ -142,7 +142,7 @@ class PoolTimings:
         return list(zip(self.passes[kind], self.passes[KINDS[0]], strict=True))
 
     def table(self) -> Table:
-        """What was measured, for people."""
+        """One row per kind."""
         setting = self.setting
         table = Table(
             title=f"{setting.replicas} replicas of {setting.work.seconds * 1e3:g} ms per batch, together "
@@ -160,7 +160,7 @@ class PoolTimings:
 
 @dataclass(frozen=True, slots=True)
 class TrainingTimings:
-    """The timings of one pool after the other."""
+    """The timings of several pools."""
 
     pools: list[PoolTimings]
 
@@ -196,7 +196,7 @@ def _measure(setting: TrainingSetting, on_kind: Callable[[str], None]) -> PoolTi
 
 
 class _Loops:
-    """The training loops that are compared. Each sees the same batches, and yields as each of its steps begins."""
+    """The training loops that are compared. Each sees the same batches, and yields when a step begins."""
 
     def __init__(self, setting: TrainingSetting, remote: RemoteTeacher) -> None:
         self._step_seconds, self._remote = setting.step_seconds, remote

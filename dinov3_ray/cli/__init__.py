@@ -1,4 +1,4 @@
-"""The command line ``dinov3-ray``: which commands there are, and where. Only this folder imports click.
+"""The command line ``dinov3-ray``: its commands, each in a module of this folder, the only one that imports click.
 
 A command's module is imported when the command runs, so that ``dinov3-ray --help`` answers at once and imports
 neither torch nor Ray.
@@ -19,13 +19,13 @@ __all__ = ["Lazy", "LazyGroup", "main"]
 
 
 class Lazy(NamedTuple):
-    """Where a command is (``module:attribute``), and its line in the help."""
+    """Where a command is defined (``module:attribute``), and its line in the help."""
 
     target: str
     help: str
 
 
-# The recipe of click's documentation: thirty lines are less to keep than a package.
+# The recipe of click's documentation: thirty lines cost less than a dependency.
 class LazyGroup(click.Group):
     """A group that imports a command when it runs, and reports the package's own errors without a traceback."""
 
@@ -61,12 +61,12 @@ COMMANDS = {
     "demo": Lazy("dinov3_ray.cli.demo:demo", "Train a small student with a pool of teachers, in about a minute."),
     "doctor": Lazy("dinov3_ray.cli.doctor:doctor", "Check this machine and a cluster before a pool uses them."),
     "extract": Lazy("dinov3_ray.cli.datasets:extract_command", "Extract the features of a whole data set."),
-    "show": Lazy("dinov3_ray.cli.datasets:show_command", "Make a picture of a feature map."),
+    "show": Lazy("dinov3_ray.cli.datasets:show_command", "Draw a feature map."),
     "up": Lazy("dinov3_ray.cli.up:up", "Start a pool in a running Ray, and leave it running."),
     "status": Lazy("dinov3_ray.cli.pool:status", "Show a pool: its replicas, their speed, their errors."),
     "scale": Lazy("dinov3_ray.cli.pool:scale", "Change the number of replicas, or its range."),
     "reload": Lazy("dinov3_ray.cli.up:reload", "Replace a pool's teacher while it serves."),
-    "down": Lazy("dinov3_ray.cli.pool:down", "End a pool, all of it."),
+    "down": Lazy("dinov3_ray.cli.pool:down", "End a pool."),
 }
 
 

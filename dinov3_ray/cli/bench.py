@@ -109,7 +109,7 @@ def teacher(
     """
     from rich.console import Console
 
-    from dinov3_ray.bench.teacher_modes import Task
+    from dinov3_ray.bench.teacher_modes import TeacherWork
     from dinov3_ray.bench.teacher_speed import TeacherBench, measure_teacher
     from dinov3_ray.checkpoint import find_variant, init_checkpoint, variant_of
     from dinov3_ray.config import DinoV3Config
@@ -123,7 +123,7 @@ def teacher(
         name = variant_of(config.architecture) or str(path)
         with Console(stderr=True).status("starting") as status:
             return measure_teacher(
-                Task(config, where, batch),
+                TeacherWork(config, where, batch),
                 model=name,
                 repeats=1 if quick else repeats,
                 quick=quick,

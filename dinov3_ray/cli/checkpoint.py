@@ -1,4 +1,4 @@
-"""``dinov3-ray checkpoint``: make, convert, check and describe model directories."""
+"""The commands ``dinov3-ray checkpoint``, which make, convert, check and describe model directories."""
 
 from __future__ import annotations
 
@@ -50,11 +50,11 @@ def checkpoint() -> None:
 @checkpoint.command("init")
 @click.argument("variant")
 @click.argument("directory", type=click.Path(path_type=Path))
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the random weights.")
+@click.option("--seed", type=int, default=0, show_default=True, help="The seed of the random weights.")
 @_image_size
 @_shard_size
 def init_command(variant: str, directory: Path, seed: int, image_size: tuple[int, int], shard_size: int) -> None:
-    """Write a random-weight checkpoint of VARIANT to DIRECTORY.
+    """Write a checkpoint of VARIANT with random weights to DIRECTORY.
 
     VARIANT is vits16, vits16plus, vitb16, vitl16, vith16plus, vit7b16, convnext-tiny, -small, -base or -large, in any
     usual spelling; or, for tests, vit-test, vit-test-gated or convnext-test.
@@ -73,7 +73,7 @@ def init_command(variant: str, directory: Path, seed: int, image_size: tuple[int
     type=click.Choice(["auto", *STATISTICS]),
     default="auto",
     show_default=True,
-    help="Channel mean and std to write: of LVD-1689M (ImageNet's) or SAT-493M; auto goes by FILE's name.",
+    help="The channel mean and std to write: those of LVD-1689M (ImageNet's) or SAT-493M; auto: by FILE's name.",
 )
 @_image_size
 @_shard_size
@@ -133,7 +133,7 @@ def _facts(config: DinoV3Config, weights: WeightFiles, digest: str) -> Iterator[
         yield "stride", str(config.patch_size)
     yield "input size", _size(config.image_size)
     yield "map size", _size(config.grid_size)
-    yield "preprocessing", describe(config.preprocessing)
+    yield "preprocessing", _describe_preprocessing(config.preprocessing)
     dtypes = sorted({tensor.dtype for tensor in weights.tensors.values()})
     yield "weights", f"{weights.nbytes / 1e9:,.3f} GB of {', '.join(dtypes)}"
     yield "files", ", ".join(path.name for path in weights.files)
@@ -144,8 +144,8 @@ def _size(size: tuple[int, int]) -> str:
     return f"{size[0]} x {size[1]} (h x w)"
 
 
-def describe(preprocessing: Preprocessing) -> str:
-    """The rule in one line."""
+def _describe_preprocessing(preprocessing: Preprocessing) -> str:
+    """The steps in one line."""
     steps = [f"x {preprocessing.rescale_factor:.6g}"]
     if preprocessing.size is not None:
         steps.append(f"resize to {_size(preprocessing.size)}")
@@ -159,7 +159,11 @@ def describe(preprocessing: Preprocessing) -> str:
 
 @contextmanager
 def _progress(what: str, total: int) -> Iterator[Report]:
-    """A progress bar on standard error, which goes away when it is done; none where that is no terminal."""
+    """Show a progress bar on standard error until the block ends; without a terminal, show nothing.
+
+    Yields:
+        The function to call with the number of bytes done since its last call.
+    """
     console = Console(stderr=True)
     bar = Progress(
         TextColumn("{task.description}"),

@@ -1,4 +1,4 @@
-"""``dinov3-ray extract`` and ``dinov3-ray show``."""
+"""The commands ``dinov3-ray extract`` and ``dinov3-ray show``."""
 
 from __future__ import annotations
 
@@ -27,41 +27,63 @@ from dinov3_ray.pictures import PcaBasis, save_grid
 __all__ = ["extract_command", "show_command"]
 
 
-_INTERRUPTED = 130  # as shells have it: 128 and the signal's number
+_INTERRUPTED = 130  # the exit status by convention: 128 plus the signal's number
 
 
 @click.command("extract")
 @click.argument("source")
 @click.argument("out")
 @click.option("--root", type=click.Path(path_type=Path), help="The teacher's model directory.")
-@click.option("--pool", help="A running pool's name, in place of --root.")
-@click.option("--outputs", default="cls,map", show_default=True, type=Outputs(), help="Of cls, map, registers.")
-@click.option("--layers", default="", type=Integers(), help="Blocks whose maps to keep, such as 4,11.")
-@click.option("--no-norm", is_flag=True, help="Leave intermediate layers without the model's final LayerNorm.")
-@click.option("--map-size", type=ImageSize(), help="Resample maps to SIZE or HxW on the teacher.")
-@click.option("--dtype", default="native", show_default=True, type=click.Choice(RESULT_DTYPES), help="As stored.")
-@click.option("--image-size", type=ImageSize(), help="The model's input, in place of preprocessor_config.json's.")
+@click.option("--pool", help="The name of a running pool, instead of --root.")
+@click.option(
+    "--outputs",
+    default="cls,map",
+    show_default=True,
+    type=Outputs(),
+    help="Any of cls, map, registers, separated by commas.",
+)
+@click.option("--layers", default="", type=Integers(), help="Blocks whose maps to store, such as 4,11.")
+@click.option("--no-norm", is_flag=True, help="Store intermediate layers without the model's final LayerNorm.")
+@click.option("--map-size", type=ImageSize(), help="Resample maps on the teacher to this size.")
+@click.option(
+    "--dtype", default="native", show_default=True, type=click.Choice(RESULT_DTYPES), help="The dtype to store."
+)
+@click.option("--image-size", type=ImageSize(), help="The model's input size, instead of preprocessor_config.json's.")
 @click.option(
     "--compute-dtype",
     default="auto",
     show_default=True,
     type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
-    help="What the model computes in.",
+    help="The dtype to compute in.",
 )
-@click.option("--batch-size", type=click.IntRange(1), help="Images a forward pass; 32 by default.")
-@click.option("--block-size", type=click.IntRange(1), help="Images a block, which is committed and resumed as a whole.")
-@click.option("--replicas", type=click.IntRange(1), help="Teachers; by default one a GPU, or one a node without any.")
-@click.option("--num-gpus", type=click.FloatRange(0), help="GPUs a teacher reserves.")
-@click.option("--decoders", type=click.IntRange(1), help="Decoding tasks for each block under way.")
-@click.option("--threads", type=click.IntRange(1), help="Threads of a teacher that computes on CPUs.")
-@click.option("--image-column", help="Of a Parquet source.")
-@click.option("--id-column", help="Of a Parquet source; '#row' numbers the rows.")
-@click.option("--max-pixels", default=MAX_PIXELS, show_default=True, type=click.IntRange(1), help="Larger ones fail.")
-@click.option("--background", default="255,255,255", show_default=True, type=Colour(), help="Under transparency.")
-@click.option("--address", help="Of a Ray cluster; by default RAY_ADDRESS, or a Ray of this command's own.")
-@click.option("--dry-run", is_flag=True, help="Say what would be written, and stop.")
-@click.option("--force", is_flag=True, help="Start even if it does not fit the disk.")
-@click.option("--quiet", is_flag=True, help="No progress bar.")
+@click.option("--batch-size", type=click.IntRange(1), help="Images per forward pass. [default: 32]")
+@click.option(
+    "--block-size", type=click.IntRange(1), help="Images per block, which is committed and resumed as a whole."
+)
+@click.option(
+    "--replicas", type=click.IntRange(1), help="Teachers. [default: one per GPU, or one per node without any]"
+)
+@click.option("--num-gpus", type=click.FloatRange(0), help="GPUs to reserve per teacher.")
+@click.option("--decoders", type=click.IntRange(1), help="Decoding tasks per block in flight.")
+@click.option("--threads", type=click.IntRange(1), help="CPU threads per teacher, if it computes on CPUs.")
+@click.option("--image-column", help="The image column of a Parquet source.")
+@click.option("--id-column", help="The id column of a Parquet source; '#row' takes row numbers.")
+@click.option("--max-pixels", default=MAX_PIXELS, show_default=True, type=click.IntRange(1), help="Larger images fail.")
+@click.option(
+    "--background",
+    default="255,255,255",
+    show_default=True,
+    type=Colour(),
+    help="The colour behind transparent pixels.",
+)
+@click.option(
+    "--address",
+    metavar="HOST:PORT",
+    help="The Ray to join. [default: RAY_ADDRESS, or a Ray that is started for this run]",
+)
+@click.option("--dry-run", is_flag=True, help="Show what would be written, and stop.")
+@click.option("--force", is_flag=True, help="Start even if the result does not fit the disk.")
+@click.option("--quiet", is_flag=True, help="Show no progress bar.")
 def extract_command(
     source: str,
     out: str,
@@ -79,14 +101,14 @@ def extract_command(
     quiet: bool,
     **options: Any,
 ) -> None:
-    """Extract the features of SOURCE to OUT; the same command resumes it.
+    """Extract the features of SOURCE into a store, OUT; the same command resumes it.
 
     SOURCE is a folder, file, glob or URI of images, WebDataset shards (.tar) or Parquet files with image bytes.
     """
     spec = FeatureSpec(**outputs, layers=layers, norm=not no_norm, map_size=map_size, dtype=dtype)
     config = None if root is None else DinoV3Config(root, image_size=image_size, dtype=compute_dtype)
     if config is None and (image_size is not None or compute_dtype != "auto"):
-        raise click.UsageError("--image-size and --compute-dtype belong to --root: a pool has its own")
+        raise click.UsageError("--image-size and --compute-dtype belong to --root: a pool has its own settings")
     console = Console(stderr=True)
 
     def announce(forecast: Forecast) -> None:
@@ -106,7 +128,7 @@ def extract_command(
             **options,
         )
     except KeyboardInterrupt:
-        click.echo(f"interrupted: what is finished stays in {out}, and the same command goes on from there", err=True)
+        click.echo(f"interrupted: finished blocks stay in {out}, and the same command continues from there", err=True)
         raise SystemExit(_INTERRUPTED) from None
     if done.manifest is not None:
         manifest = done.manifest
@@ -123,9 +145,11 @@ def extract_command(
 @click.option("--image", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="An image file.")
 @click.option("--root", type=click.Path(path_type=Path), help="With --image: the teacher's model directory.")
 @click.option("--device", default="cpu", show_default=True, help="With --image: where to compute.")
-@click.option("--image-size", type=ImageSize(), help="With --image: the model's input; larger shows more detail.")
-@click.option("--layer", type=int, help="Of this block, in place of the final map.")
-@click.option("--to", type=click.Path(path_type=Path), help="The picture's file; by default, named after the image.")
+@click.option(
+    "--image-size", type=ImageSize(), help="With --image: the model's input size; a larger one shows more detail."
+)
+@click.option("--layer", type=int, help="Draw the map of this block, instead of the final map.")
+@click.option("--to", type=click.Path(path_type=Path), help="The file to write. [default: named after the image]")
 def show_command(
     out: str | None,
     id_: str | None,
@@ -136,9 +160,9 @@ def show_command(
     layer: int | None,
     to: Path | None,
 ) -> None:
-    """Make a picture of a feature map: of image ID in the store OUT, or of --image FILE by the teacher in --root.
+    """Draw a feature map: that of image ID in the store OUT, or that of --image FILE by the teacher in --root.
 
-    Its three principal components are shown as red, green and blue, beside the image where that is at hand.
+    Its first three principal components are red, green and blue. The image is next to it, if it is still there.
     """
     if (out is None or id_ is None) == (image is None or root is None) or (image is None) != (root is None):
         raise click.UsageError("give either OUT and ID, or --image FILE and --root DIR")
@@ -167,12 +191,12 @@ def _map(features: Features, layer: int | None) -> Tensor:
     found = features.feature_map if layer is None else features.layers.get(layer)
     if found is None:
         held = [name for name, tensor in features.named() if tensor.ndim == 4]
-        raise StoreError(f"there is no such map; these are stored: {', '.join(held) or 'none'} (see --layer)")
+        raise StoreError(f"the store has no such map; it has: {', '.join(held) or 'none'} (see --layer)")
     return found[0].float()
 
 
 def _original(store: FeatureStore, id_: str) -> np.ndarray | None:
-    """The image itself, where it is still there."""
+    """The pixels of the image, uint8 [3,H,W]; None if it is no longer there."""
     try:
         return Originals(store)(id_)
     except (StoreError, InputError) as error:

@@ -1,4 +1,4 @@
-"""``dinov3-ray doctor``."""
+"""The command ``dinov3-ray doctor``."""
 
 from __future__ import annotations
 
@@ -9,32 +9,29 @@ from pathlib import Path
 
 import click
 
-from dinov3_ray.doctor.cluster_checks import (
-    examine,
-)
-from dinov3_ray.doctor.machine_checks import (
-    Finding,
-    Severity,
-)
+from dinov3_ray.doctor.cluster_checks import examine
+from dinov3_ray.doctor.machine_checks import Finding, Severity
 
 __all__ = ["doctor"]
 
 
 @click.command()
-@click.option("--root", type=click.Path(path_type=Path), help="The model directory of the pool to be.")
-@click.option("--address", metavar="HOST:PORT", help="The cluster to look at. [default: RAY_ADDRESS, or none]")
+@click.option("--root", type=click.Path(path_type=Path), help="The model directory that the pool will use.")
+@click.option("--address", metavar="HOST:PORT", help="The cluster to check. [default: RAY_ADDRESS, or none]")
 @click.option(
-    "--gpus", type=click.IntRange(min=0), default=0, help="GPUs that this machine, or the cluster, is to have."
+    "--gpus", type=click.IntRange(min=0), default=0, help="GPUs that this machine, or the cluster, must have."
 )
-@click.option("--timeout", type=float, default=120.0, show_default=True, help="Seconds that the round trip may take.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object a line, for scripts.")
+@click.option(
+    "--timeout", type=float, default=120.0, show_default=True, help="The longest time of the round trip, in seconds."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object per line.")
 @click.pass_context
 def doctor(
     context: click.Context, /, root: Path | None, address: str | None, gpus: int, timeout: float, as_json: bool
 ) -> None:
-    """Look at this machine, and at a cluster, as a pool would; say what to do about what is found.
+    """Check this machine and a cluster before a pool uses them, and give a remedy for each finding.
 
-    Exits with 1 if there is a problem: something that keeps a pool from working. Warnings alone exit with 0.
+    The exit status is 1 if there is a problem, which keeps a pool from working. Warnings alone give 0.
     """
     address = address or os.environ.get("RAY_ADDRESS") or None
     worst = Severity.FINE

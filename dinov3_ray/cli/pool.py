@@ -1,9 +1,6 @@
-"""``dinov3-ray status | scale | down``: a pool that runs, seen and steered from the shell.
+"""The commands ``dinov3-ray status | scale | down``, and what all commands for pools share.
 
-Nothing here loads torch, which would make a look at a pool take twice as long.
-
-
-What the commands that deal with pools have in common: which pool, its Ray, and how it gets on.
+Nothing here imports torch, which would double the time of ``status``.
 """
 
 from __future__ import annotations
@@ -29,18 +26,18 @@ from dinov3_ray.pool.control.status import PoolStatus
 from dinov3_ray.pool.kv import PoolKV
 from dinov3_ray.pool.spec import parse_replicas
 
-__all__ = ["down", "joined", "pool_options", "progress", "scale", "status", "timeout_option"]
+__all__ = ["down", "joined", "pool_options", "scale", "show_progress", "status", "timeout_option"]
 
 
 timeout_option = click.option(
-    "--timeout", type=float, default=600.0, show_default=True, help="Seconds to wait at most."
+    "--timeout", type=float, default=600.0, show_default=True, help="The longest time to wait, in seconds."
 )
 
 
 def pool_options(command: Command) -> Command:
-    """Which pool, and where."""
+    """The options that name a pool and its Ray."""
     for option in (
-        click.option("--namespace", default=NAMESPACE, show_default=True, help="Ray namespace that the pool lives in."),
+        click.option("--namespace", default=NAMESPACE, show_default=True, help="The pool's Ray namespace."),
         click.option("--address", metavar="HOST:PORT", help="The Ray to join. [default: RAY_ADDRESS]"),
         click.option("--name", default="dinov3", show_default=True, help="The pool's name."),
     ):
@@ -50,10 +47,10 @@ def pool_options(command: Command) -> Command:
 
 @contextmanager
 def joined(address: str | None) -> Iterator[str]:
-    """A connection to a running Ray, for the time of a command; gives its address.
+    """Connect to a running Ray for the time of a command; yields its address.
 
     Raises:
-        PoolError: none is named, or it cannot be reached.
+        PoolError: no Ray is named, or it cannot be reached.
     """
     if address is None and not os.environ.get("RAY_ADDRESS") and not ray.is_initialized():
         raise PoolError(
@@ -68,8 +65,12 @@ def joined(address: str | None) -> Iterator[str]:
 
 
 @contextmanager
-def progress(what: str) -> Iterator[Callable[[PoolStatus], None]]:
-    """Tells on standard error how a pool gets on: a line that changes, or lines where that is no terminal."""
+def show_progress(what: str) -> Iterator[Callable[[PoolStatus], None]]:
+    """Show a pool's status on standard error: one line that changes, or a new line each time without a terminal.
+
+    Yields:
+        The function to call with each new status.
+    """
     console = Console(stderr=True)
     shown = ""
 
@@ -89,15 +90,19 @@ def progress(what: str) -> Iterator[Callable[[PoolStatus], None]]:
 
 
 _DEGRADED = 3  # exit status: fewer replicas ready than wanted
-_WIDE = 160  # columns of a table that goes to no terminal
+_WIDE = 160  # columns of a table that does not go to a terminal
 
 
 @click.command()
-@click.option("--watch", is_flag=True, help="Show it again and again, until Ctrl-C.")
+@click.option("--watch", is_flag=True, help="Repeat until Ctrl-C.")
 @click.option(
-    "--interval", type=click.FloatRange(min=0.1), default=2.0, show_default=True, help="Seconds, for --watch."
+    "--interval",
+    type=click.FloatRange(min=0.1),
+    default=2.0,
+    show_default=True,
+    help="With --watch: seconds between two looks.",
 )
-@click.option("--json", "as_json", is_flag=True, help="For scripts; with --watch one line each time.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, with --watch one line each time.")
 @pool_options
 @click.pass_context
 def status(
@@ -109,12 +114,13 @@ def status(
     interval: float,
     as_json: bool,
 ) -> None:
-    """Show a pool: its replicas, their speed, their last errors.
+    """Show a pool: its replicas, their speed, their errors.
 
-    Images a second, and the share of the time that a replica computes, are of the last interval under --watch, and else
-    since the replica started. golden is the cosine of its results to plain float32's, found before it took work.
+    img/s is images per second, and busy is the share of the time that a replica computes. Both count since the replica
+    started, or with --watch since the last look. golden is the cosine between a replica's results and those of plain
+    float32, measured before it took work.
 
-    Exits with 0 if as many replicas as wanted are ready, with 3 if fewer are, with 1 if there is no such pool.
+    The exit status is 0 if as many replicas as wanted are ready, 3 if fewer are ready, and 1 if there is no such pool.
     """
     with _connected(name, address, namespace) as pool:
         if watch:
@@ -144,20 +150,20 @@ def _watch(pool: RayControl, interval: float, as_json: bool) -> None:
                 before = seen
                 time.sleep(interval)
     except KeyboardInterrupt:
-        return  # how a person leaves it
+        return  # the way to leave it
 
 
 @click.command()
 @click.argument("replicas", type=Replicas(auto=False))
-@click.option("--wait", is_flag=True, help="Until that many are ready and those to go have gone.")
+@click.option("--wait", is_flag=True, help="Wait until as many are ready, and those that must go have ended.")
 @timeout_option
 @pool_options
 def scale(name: str, address: str | None, namespace: str, replicas: Any, wait: bool, timeout: float) -> None:
-    """Change the number of replicas, or the range in which load may move it."""
+    """Change the number of replicas, or the range in which the load may change it."""
     with _connected(name, address, namespace) as pool:
         pool.scale(*parse_replicas(replicas, auto=1))
         if wait:
-            with progress(f"pool {name}") as report:
+            with show_progress(f"pool {name}") as report:
                 wait_ready(pool, name, timeout, on_status=report)
         click.echo(f"pool {name!r}: {summary(pool.status())}")
 
@@ -165,7 +171,7 @@ def scale(name: str, address: str | None, namespace: str, replicas: Any, wait: b
 @click.command()
 @pool_options
 def down(name: str, address: str | None, namespace: str) -> None:
-    """End a pool, all of it. Does nothing where there is none."""
+    """End a pool: its controller and all its replicas. Does nothing if there is no such pool."""
     with joined(address) as here:
         try:
             pool = RayControl.connect(check_name(name), namespace, Runtime(here, owned=False))
@@ -177,7 +183,7 @@ def down(name: str, address: str | None, namespace: str) -> None:
 
 
 def _end_orphans(name: str, namespace: str) -> str:
-    """End replicas whose controller is gone, such as after a shutdown that was interrupted; "" if there are none."""
+    """End replicas that have lost their controller, as after an interrupted shutdown; "" if there are none."""
     orphans = end_replicas(namespace, name)
     PoolKV(namespace, name).clear()
     return f"pool {name!r} had no controller; its replicas {', '.join(orphans)} have ended" if orphans else ""
@@ -185,7 +191,7 @@ def _end_orphans(name: str, namespace: str) -> str:
 
 @contextmanager
 def _connected(name: str, address: str | None, namespace: str) -> Iterator[RayControl]:
-    """A connection to a running pool, for the time of a command."""
+    """Connect to a running pool for the time of a command."""
     with joined(address) as here:
         yield RayControl.connect(check_name(name), namespace, Runtime(here, owned=False))
 

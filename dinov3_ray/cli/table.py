@@ -1,4 +1,4 @@
-"""A pool's status as a person reads it: one table, and one line. Pure: snapshots in, text out."""
+"""A pool's status as text: a table, or one line. Pure: it gets snapshots and returns text."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rich.text import Text
 from dinov3_ray.pool.control.status import PoolStatus, ReplicaStatus
 from dinov3_ray.pool.messages import ReplicaStatistics
 
-__all__ = ["Rate", "is_healthy", "rates", "render", "summary"]
+__all__ = ["ReplicaRate", "is_healthy", "rates", "render", "summary"]
 
 _STATE_STYLES = {"ready": "green", "starting": "yellow", "draining": "blue"}
 _SHOWN_ERRORS = 5
@@ -33,23 +33,23 @@ _COLUMNS: dict[str, JustifyMethod] = {
     "golden": "right",
     "teacher": "left",
 }
-_DISPENSABLE = ("teacher", "device", "pid", "golden", "node", "images")  # what a narrow terminal does without first
+_DISPENSABLE = ("teacher", "device", "pid", "golden", "node", "images")  # left out of a narrow terminal, in this order
 _NOTHING = "-"
 
 
 @dataclass(frozen=True, slots=True)
-class Rate:
-    """What a replica did over some time: images a second, and the share of the time that it was computing."""
+class ReplicaRate:
+    """A replica's images per second, and the share of the time that it was computing (0 to 1)."""
 
     images_per_second: float
     busy: float
 
 
-def rates(before: PoolStatus | None, after: PoolStatus) -> dict[str, Rate]:
-    """The rate of each replica between two snapshots of one pool; since it started, where ``before`` has none of it.
+def rates(before: PoolStatus | None, after: PoolStatus) -> dict[str, ReplicaRate]:
+    """The rate of each replica between two snapshots of one pool, or since it started if ``before`` lacks it.
 
-    A replica that has told nothing new in between is left out. Time is the replica's own, since snapshots hold what it
-    told last, which may be a moment ago.
+    A replica that has reported nothing new in between is left out. Time is measured by the replica's own clock: a
+    snapshot holds its last report, which may be a moment old.
     """
     earlier = {replica.replica_id: replica.statistics for replica in before.replicas} if before else {}
     found = {}
@@ -58,19 +58,19 @@ def rates(before: PoolStatus | None, after: PoolStatus) -> dict[str, Rate]:
         if now is None or now.uptime <= then.uptime:
             continue
         seconds = now.uptime - then.uptime
-        # A pass is counted when it is through: one longer than the interval would show as more than all of it.
+        # A pass is counted when it has ended, so one that is longer than the interval would give more than 100%.
         busy = min((now.busy_seconds - then.busy_seconds) / seconds, 1.0)
-        found[replica.replica_id] = Rate((now.images - then.images) / seconds, busy)
+        found[replica.replica_id] = ReplicaRate((now.images - then.images) / seconds, busy)
     return found
 
 
 def is_healthy(status: PoolStatus) -> bool:
-    """Whether as many replicas as are wanted take work."""
+    """Whether as many replicas as wanted take work."""
     return status.ready >= status.target
 
 
 def summary(status: PoolStatus) -> str:
-    """One line: what is there of what is wanted, and what else is going on."""
+    """One line: how many of the wanted replicas are ready, and the states of the others."""
     counts: dict[str, int] = {}
     for replica in status.replicas:
         of = replica.generation
@@ -82,15 +82,15 @@ def summary(status: PoolStatus) -> str:
     return "; ".join(parts)
 
 
-def render(status: PoolStatus, rate: Mapping[str, Rate]) -> RenderableType:
+def render(status: PoolStatus, rate: Mapping[str, ReplicaRate]) -> RenderableType:
     """The whole of it: a headline, a row for each replica, totals, and the last errors."""
     return Group(_headline(status), _Replicas(status, rate), _recent_errors(status))
 
 
 class _Replicas:
-    """The table, with as many columns as the terminal is wide enough for."""
+    """The table, with as many columns as fit the terminal."""
 
-    def __init__(self, status: PoolStatus, rate: Mapping[str, Rate]) -> None:
+    def __init__(self, status: PoolStatus, rate: Mapping[str, ReplicaRate]) -> None:
         self._rows = [_row(replica, rate.get(replica.replica_id)) for replica in status.replicas]
         self._totals = _totals(status, rate)
 
@@ -124,9 +124,9 @@ def _headline(status: PoolStatus) -> Text:
         _count(status.restarts, "restart"),
     ]
     if status.newest_generation:
-        given_up = ", the last given up" if status.newest_generation > status.generation else ""
-        under_way = ", one under way" if status.reloading else given_up
-        parts.append(_count(status.newest_generation, "reload") + under_way)
+        given_up = ", the last one given up" if status.newest_generation > status.generation else ""
+        running = ", one running" if status.reloading else given_up
+        parts.append(_count(status.newest_generation, "reload") + running)
     return Text.assemble(
         (f"{status.name} ", "bold"),
         ("healthy" if healthy else "degraded", "bold green" if healthy else "bold yellow"),
@@ -134,7 +134,7 @@ def _headline(status: PoolStatus) -> Text:
     )
 
 
-def _row(replica: ReplicaStatus, rate: Rate | None) -> dict[str, str | Text]:
+def _row(replica: ReplicaStatus, rate: ReplicaRate | None) -> dict[str, str | Text]:
     counters = replica.statistics
     state = Text(replica.state, _STATE_STYLES.get(replica.state, ""))
     state.append(f" {_duration(replica.seconds_in_state)}", "dim")
@@ -155,15 +155,15 @@ def _row(replica: ReplicaStatus, rate: Rate | None) -> dict[str, str | Text]:
     }
 
 
-def _totals(status: PoolStatus, rate: Mapping[str, Rate]) -> dict[str, str]:
-    told = [replica.statistics for replica in status.replicas if replica.statistics]
+def _totals(status: PoolStatus, rate: Mapping[str, ReplicaRate]) -> dict[str, str]:
+    reports = [replica.statistics for replica in status.replicas if replica.statistics]
     return {
         "replica": "all",
         "img/s": _speed(sum(one.images_per_second for one in rate.values())),
         "busy": f"{sum(one.busy for one in rate.values()) / len(rate):.0%}" if rate else _NOTHING,
-        "queue": str(sum(one.waiting for one in told)),
+        "queue": str(sum(one.waiting for one in reports)),
         "images": f"{status.images:,}",
-        "errors": str(sum(one.errors for one in told)),
+        "errors": str(sum(one.errors for one in reports)),
     }
 
 

@@ -1,4 +1,4 @@
-"""``dinov3-ray up | reload``: the commands that give a pool its teacher."""
+"""The commands ``dinov3-ray up | reload``, which give a pool its teacher."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 import click
 
-from dinov3_ray.cli.pool import joined, pool_options, progress, timeout_option
+from dinov3_ray.cli.pool import joined, pool_options, show_progress, timeout_option
 from dinov3_ray.cli.table import summary
 from dinov3_ray.cli.values import Command, ImageSize, Pair, PoolOption, Replicas
 from dinov3_ray.config import ComputeDtype, DinoV3Config
@@ -21,7 +21,7 @@ __all__ = ["reload", "up"]
 
 
 def _teacher_options(command: Command) -> Command:
-    """Which teacher, and how it computes."""
+    """The options that describe a teacher."""
     return _root_option(required=True)(_computing_options(command))
 
 
@@ -36,15 +36,20 @@ def _root_option(*, required: bool) -> Callable[[Command], Command]:
 
 def _computing_options(command: Command) -> Command:
     for option in (
-        click.option("--attention", default="auto", show_default=True, help="Attention kernel: auto, sdpa, eager ..."),
-        click.option("--compile/--no-compile", "compiled", default=False, help="Run it through torch.compile."),
+        click.option(
+            "--attention", default="auto", show_default=True, help="The attention kernel: auto, sdpa, eager ..."
+        ),
+        click.option("--compile/--no-compile", "compiled", default=False, help="Compile the model with torch.compile."),
         click.option(
             "--image-size",
             type=ImageSize(),
-            help="Model input: 518, or 384x640 (height x width). [default: the directory's]",
+            help="The model's input size: 518, or 384x640 (height x width). [default: the directory's]",
         ),
         click.option(
-            "--dtype", type=click.Choice(get_args(ComputeDtype)), default="auto", help="To compute in. [default: auto]"
+            "--dtype",
+            type=click.Choice(get_args(ComputeDtype)),
+            default="auto",
+            help="The dtype to compute in. [default: auto]",
         ),
     ):
         command = option(command)
@@ -57,18 +62,22 @@ def _computing_options(command: Command) -> Command:
     "--config",
     "file",
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
-    help="The pool declared in a YAML file, in place of the options below; a pool that runs is changed to it.",
+    help="A YAML file that declares the pool, instead of the options below. A running pool is changed to match it.",
 )
 @_root_option(required=False)
 @_computing_options
-@click.option("--replicas", type=Replicas(auto=True), default="auto", show_default=True)
-@click.option("--num-gpus", type=float, help="GPUs a replica. [default: 1 where the cluster has any, else 0]")
-@click.option("--num-cpus", type=float, default=0, show_default=True, help="CPUs that each replica reserves.")
+@click.option("--replicas", type=Replicas(auto=True), default="auto", show_default=True, help="auto: one per free GPU.")
+@click.option("--num-gpus", type=float, help="GPUs per replica. [default: 1 if the cluster has any, else 0]")
+@click.option("--num-cpus", type=float, default=0, show_default=True, help="CPUs to reserve per replica.")
 @click.option("--label", "labels", multiple=True, type=Pair(), help="A label that nodes must have.")
-@click.option("--batching", type=click.Choice(get_args(Batching)), help="How requests share passes. [default: exact]")
-@click.option("--max-batch", type=int, help="Most images in one forward pass. [default: 32]")
-@click.option("--max-wait", type=float, help="Seconds that a request may wait for company. [default: 0.005]")
-@click.option("--threads", type=int, help="CPU threads a replica. [default: the cluster's CPUs, shared out]")
+@click.option(
+    "--batching", type=click.Choice(get_args(Batching)), help="How requests share forward passes. [default: exact]"
+)
+@click.option("--max-batch", type=int, help="The most images per forward pass. [default: 32]")
+@click.option(
+    "--max-wait", type=float, help="Seconds that a request may wait for others to share its pass. [default: 0.005]"
+)
+@click.option("--threads", type=int, help="CPU threads per replica. [default: an equal share of the cluster's CPUs]")
 @click.option("--set", "others", multiple=True, type=PoolOption(), help="Another pool option.")
 @timeout_option
 @pool_options
@@ -93,19 +102,19 @@ def up(
 ) -> None:
     """Start a pool in a running Ray, and leave it running.
 
-    With --config, the pool becomes what the file says: it is started, changed while it serves, or left as it is.
+    With --config, the pool becomes what the file declares: it is started, changed while it serves, or left as it is.
     """
     if file is not None:
         _refuse_beside_config(click.get_current_context())
         _up_as_declared(file, address, timeout, dry_run=dry_run)
         return
     if dry_run:
-        raise click.UsageError("--dry-run goes with --config")
+        raise click.UsageError("--dry-run needs --config")
     if root is None:
         raise click.UsageError("name the model directory with --root, or declare the pool in a file: --config")
     config = DinoV3Config(root, dtype=dtype, image_size=image_size, compile=compiled, attention=attention)
     options = {name: value for name, value in options.items() if value is not None} | dict(others)
-    with joined(address) as here, progress(f"pool {name}") as report:
+    with joined(address) as here, show_progress(f"pool {name}") as report:
         pool = TeacherPool.start(
             config,
             name=name,
@@ -144,14 +153,14 @@ def _up_as_declared(file: Path, address: str | None, timeout: float, *, dry_run:
             click.echo(f"pool {wanted.name!r} is as {file} says: nothing to change")
         if dry_run or plan.changes == ():
             return
-        with progress(f"pool {wanted.name}") as report:
+        with show_progress(f"pool {wanted.name}") as report:
             now = plan.carry_out(timeout, report)
         click.echo(f"pool {wanted.name!r} is as {file} says: {summary(now)}; teacher {now.fingerprint}")
 
 
 @click.command()
 @_teacher_options
-@click.option("--wait/--no-wait", default=True, show_default=True, help="Until all replicas have the new teacher.")
+@click.option("--wait/--no-wait", default=True, show_default=True, help="Wait until all replicas have the new teacher.")
 @timeout_option
 @pool_options
 def reload(
@@ -168,8 +177,8 @@ def reload(
 ) -> None:
     """Replace a pool's teacher, replica by replica, while it serves.
 
-    The options describe the new teacher in full: none is taken over from the former one. If it fails to start three
-    times in a row, the pool goes back to the former one, and this exits with 1.
+    The options describe the new teacher completely: none is taken from the present one. If it fails to start three
+    times in a row, the pool returns to the present one, and the exit status is 1.
     """
     config = DinoV3Config(root, dtype=dtype, image_size=image_size, compile=compiled, attention=attention)
     with joined(address), TeacherPool.connect(name, namespace=namespace) as pool:
@@ -178,7 +187,7 @@ def reload(
             pool.reload(config, wait=False)
             click.echo(f"pool {name!r}: replacing teacher {former}")
             return
-        with progress(f"pool {name}") as report:
+        with show_progress(f"pool {name}") as report:
             pool.reload(config, timeout=timeout, on_status=report)
         now = pool.status()
     click.echo(f"pool {name!r}: teacher {former} -> {now.fingerprint}; {summary(now)}")

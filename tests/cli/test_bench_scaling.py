@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 
 from dinov3_ray.bench.cost import Costs, Line, Spent, Workload
-from dinov3_ray.bench.scaling import Point, Scaling, ScalingPlan, Shape
+from dinov3_ray.bench.scaling import BatchShape, Scaling, ScalingPlan, ScalingPoint
 
 MIB = 2**20
 COSTS = Costs(cores=2, cpu=Line(0.01, 0.001 / MIB), client=Line(0.002, 0.0), copy_rate=8 * 2**30)
@@ -48,9 +48,10 @@ def test_one_client_and_memory_are_walls_too() -> None:
 
 
 def test_what_was_measured_is_shown() -> None:
-    loads = [Shape().load(replicas) for replicas in (1, 32)]
+    loads = [BatchShape().load(replicas) for replicas in (1, 32)]
     points = [
-        Point("replicas", load.replicas, load, 25.0, *COSTS.predict(load), COSTS.walls(load), cpu=1.5) for load in loads
+        ScalingPoint("replicas", load.replicas, load, 25.0, *COSTS.predict(load), COSTS.walls(load), cpu=1.5)
+        for load in loads
     ]
     result = Scaling(ScalingPlan(), COSTS, tuple(points), "a machine")
     console = Console(width=80)

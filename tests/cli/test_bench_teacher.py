@@ -10,7 +10,7 @@ import torch
 from commandline import run_bench
 
 from dinov3_ray import DinoV3Config
-from dinov3_ray.bench.teacher_modes import SPEC, Task, modes_for, through_pipeline
+from dinov3_ray.bench.teacher_modes import TEACHER_SPEC, TeacherWork, modes_for, through_pipeline
 from dinov3_ray.bench.teacher_speed import flops_per_image
 from dinov3_ray.checkpoint.variants import VARIANTS
 
@@ -43,11 +43,11 @@ def test_quick_run(tiny_checkpoint: Path) -> None:
 
 
 def test_every_mode_delivers_the_same_shapes(tiny_checkpoint: Path) -> None:
-    task = Task(DinoV3Config(tiny_checkpoint, image_size=(32, 48)), torch.device("cpu"), batch=2)
-    for mode in modes_for(task.device, quick=True):
-        extract = mode.make(task)
-        shapes = {name: tensor.shape for name, tensor in extract(task.images()).named()}
+    work = TeacherWork(DinoV3Config(tiny_checkpoint, image_size=(32, 48)), torch.device("cpu"), batch=2)
+    for mode in modes_for(work.device, quick=True):
+        extract = mode.make(work)
+        shapes = {name: tensor.shape for name, tensor in extract(work.images()).named()}
         assert shapes == {"cls": (2, 128), "feature_map": (2, 128, 2, 3)}, mode.name
-    through_pipeline(extract, task, batches=5)()
-    assert SPEC.cls
-    assert SPEC.feature_map
+    through_pipeline(extract, work, batches=5)()
+    assert TEACHER_SPEC.cls
+    assert TEACHER_SPEC.feature_map

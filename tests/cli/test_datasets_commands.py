@@ -48,4 +48,4 @@ def test_ctrl_c_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(commands, "extract", interrupted)
     result = run("extract", "photographs", "features", "--pool", "p")
     assert result.exit_code == 130
-    assert "what is finished stays in features, and the same command goes on" in result.output
+    assert "finished blocks stay in features, and the same command continues" in result.output

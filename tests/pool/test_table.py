@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from dinov3_ray.cli.table import Rate, is_healthy, rates, render, summary
+from dinov3_ray.cli.table import ReplicaRate, is_healthy, rates, render, summary
 from dinov3_ray.pool.control.status import PoolStatus, ReplicaStatus
 from dinov3_ray.pool.messages import ReplicaStatistics
 
@@ -56,14 +56,14 @@ def later(replica: ReplicaStatus, **growth: float) -> ReplicaStatus:
     return replace(replica, statistics=replace(replica.statistics, **grown))  # type: ignore[arg-type]
 
 
-def text(seen: PoolStatus, rate: dict[str, Rate], width: int = 140) -> str:
+def text(seen: PoolStatus, rate: dict[str, ReplicaRate], width: int = 140) -> str:
     written = io.StringIO()
     Console(file=written, width=width).print(render(seen, rate))
     return written.getvalue()
 
 
 def test_rates_since_the_start() -> None:
-    assert rates(None, status(READY, STARTING)) == {"r0": Rate(images_per_second=50.0, busy=0.5)}
+    assert rates(None, status(READY, STARTING)) == {"r0": ReplicaRate(images_per_second=50.0, busy=0.5)}
 
 
 def test_rates_between_snapshots_go_by_the_replicas_own_time() -> None:
@@ -71,7 +71,7 @@ def test_rates_between_snapshots_go_by_the_replicas_own_time() -> None:
     # r0 told twice in between and did 100 images in 2 s, 1.5 s of them busy; r1 told nothing; r2 is new.
     new = replace(STARTING, statistics=ReplicaStatistics(uptime=4.0, images=8, forward_seconds=1.0))
     after = status(later(READY, uptime=2.0, images=100, forward_seconds=1.0, pack_seconds=0.5), FORMER, new)
-    assert rates(before, after) == {"r0": Rate(50.0, 0.75), "r2": Rate(2.0, 0.25)}
+    assert rates(before, after) == {"r0": ReplicaRate(50.0, 0.75), "r2": ReplicaRate(2.0, 0.25)}
 
 
 def test_a_pass_longer_than_the_interval_is_no_more_than_all_of_it() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from commandline import run_bench
 
-from dinov3_ray.bench.scaling import ScalingPlan, Shape, cpu_seconds
+from dinov3_ray.bench.scaling import BatchShape, ScalingPlan, cpu_seconds
 from dinov3_ray.bench.throughput import CONTENDERS, missing_reason
 from dinov3_ray.bench.training_steps import KINDS
 
@@ -65,7 +65,8 @@ def test_the_loops_run(ray_cluster: str) -> None:
 
 @pytest.mark.slow
 def test_the_smallest_run(ray_cluster: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    plan = ScalingPlan((1,), (2,), (7,), (1,), base=1, seconds=0.1, calibration=(Shape(rows=1, side=7), Shape(rows=8)))
+    calibration = (BatchShape(rows=1, side=7), BatchShape(rows=8))
+    plan = ScalingPlan((1,), (2,), (7,), (1,), base=1, seconds=0.1, calibration=calibration)
     monkeypatch.setattr("dinov3_ray.bench.scaling.QUICK", plan)
     report: dict[str, Any] = run_bench("scaling", "--quick", "--address", ray_cluster)
     assert [(point["axis"], point["value"]) for point in report["points"]] == [

@@ -60,7 +60,7 @@ def test_show_pictures_a_stored_map_beside_its_image(extracted: Path, tmp_path: 
     assert result.exit_code == 1
     assert "could not be read (not an image)" in result.output
     result = run("show", extracted, "2.png", "--layer", "5")
-    assert "there is no such map; these are stored: feature_map, layers.0, layers.-1" in result.output
+    assert "the store has no such map; it has: feature_map, layers.0, layers.-1" in result.output
 
 
 def test_targets_come_with_the_images_that_they_were_made_of(

@@ -86,7 +86,7 @@ def test_up_makes_the_pool_what_the_file_says(ray_cluster: str, tmp_path: Path, 
     ("arguments", "message"),
     [
         (["up"], "--root, or declare the pool in a file: --config"),
-        (["up", "--root", "x", "--dry-run"], "--dry-run goes with --config"),
+        (["up", "--root", "x", "--dry-run"], "--dry-run needs --config"),
         (["up", "--config", "FILE", "--replicas", "2"], "--replicas does not go with --config: say it in the file"),
         (["up", "--config", "/nowhere.yaml"], "does not exist"),
     ],
