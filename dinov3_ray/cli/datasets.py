@@ -16,7 +16,9 @@ from dinov3_ray.config import DinoV3Config
 from dinov3_ray.datasets.decode import MAX_PIXELS, Decoder
 from dinov3_ray.datasets.extraction.extract import extract
 from dinov3_ray.datasets.extraction.plan import Forecast, size_text
+from dinov3_ray.datasets.extraction.resources import Resources
 from dinov3_ray.datasets.folder import ERRORS, Folder
+from dinov3_ray.datasets.sources.open import SourceOptions
 from dinov3_ray.datasets.store.reader import FeatureStore
 from dinov3_ray.datasets.stored import Originals
 from dinov3_ray.errors import InputError, StoreError
@@ -96,10 +98,17 @@ def extract_command(
     dtype: Any,
     image_size: tuple[int, int] | None,
     compute_dtype: Any,
+    batch_size: int | None,
+    block_size: int | None,
+    image_column: str | None,
+    id_column: str | None,
+    max_pixels: int,
+    background: tuple[int, int, int],
+    address: str | None,
     dry_run: bool,
     force: bool,
     quiet: bool,
-    **options: Any,
+    **resources: Any,
 ) -> None:
     """Extract the features of SOURCE into a store, OUT; the same command resumes it.
 
@@ -109,6 +118,9 @@ def extract_command(
     config = None if root is None else DinoV3Config(root, image_size=image_size, dtype=compute_dtype)
     if config is None and (image_size is not None or compute_dtype != "auto"):
         raise click.UsageError("--image-size and --compute-dtype belong to --root: a pool has its own settings")
+    options = SourceOptions(
+        image_column=image_column, id_column=id_column, max_pixels=max_pixels, background=background
+    )
     console = Console(stderr=True)
 
     def announce(forecast: Forecast) -> None:
@@ -121,11 +133,15 @@ def extract_command(
             config,
             spec,
             pool=pool,
+            batch_size=batch_size,
+            block_size=block_size,
+            options=options,
+            resources=Resources(**resources),
+            address=address,
             dry_run=dry_run,
             check_space=not force,
             progress=False if quiet else None,
             on_forecast=announce,
-            **options,
         )
     except KeyboardInterrupt:
         click.echo(f"interrupted: finished blocks stay in {out}, and the same command continues from there", err=True)

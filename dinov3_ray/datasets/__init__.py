@@ -9,14 +9,18 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from dinov3_ray.datasets.cache import CachedTeacher
     from dinov3_ray.datasets.extraction.extract import extract
+    from dinov3_ray.datasets.extraction.resources import Resources
+    from dinov3_ray.datasets.sources.open import SourceOptions
     from dinov3_ray.datasets.store.reader import FeatureStore
     from dinov3_ray.datasets.stored import StoredTeacher, TargetDataset
 
-__all__ = ["CachedTeacher", "FeatureStore", "StoredTeacher", "TargetDataset", "extract"]
+__all__ = ["CachedTeacher", "FeatureStore", "Resources", "SourceOptions", "StoredTeacher", "TargetDataset", "extract"]
 
 _HOMES = {
     "CachedTeacher": "dinov3_ray.datasets.cache",
     "FeatureStore": "dinov3_ray.datasets.store.reader",
+    "Resources": "dinov3_ray.datasets.extraction.resources",
+    "SourceOptions": "dinov3_ray.datasets.sources.open",
     "StoredTeacher": "dinov3_ray.datasets.stored",
     "TargetDataset": "dinov3_ray.datasets.stored",
     "extract": "dinov3_ray.datasets.extraction.extract",

@@ -1,7 +1,4 @@
-"""What a run shows of itself while it goes on.
-
-Tells that the cluster lost GPUs which teachers began with, since their blocks then wait for a node to come back.
-"""
+"""What a run shows while it goes on: its progress, and GPUs that the cluster has lost since it began."""
 
 from __future__ import annotations
 
@@ -17,9 +14,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-from dinov3_ray.datasets.extraction.resources import Placement
+from dinov3_ray.datasets.extraction.resources import Allocation
 
 __all__ = ["Meter", "lost", "metering", "watching"]
+
+logger = logging.getLogger("dinov3_ray")
+
+_WATCH_SECONDS = 10.0
 
 
 class Meter:
@@ -107,14 +108,9 @@ def _without_notes_of_ray_data() -> Iterator[None]:
             console.setLevel(level)
 
 
-logger = logging.getLogger("dinov3_ray")
-
-_SECONDS = 10.0
-
-
-def lost(placement: Placement, resources: Mapping[str, float]) -> str | None:
+def lost(allocation: Allocation, resources: Mapping[str, float]) -> str | None:
     """What is missing in a cluster of ``resources``, and what to do; None if nothing is."""
-    wanted, found = placement.replicas * placement.num_gpus, resources.get("GPU", 0.0)
+    wanted, found = allocation.replicas * allocation.num_gpus, resources.get("GPU", 0.0)
     if found >= wanted:
         return None
     return (
@@ -124,30 +120,30 @@ def lost(placement: Placement, resources: Mapping[str, float]) -> str | None:
 
 
 @contextmanager
-def watching(placement: Placement) -> Iterator[None]:
+def watching(allocation: Allocation) -> Iterator[None]:
     """Look at the cluster's GPUs now and then, and log a warning when some have gone for longer than a moment."""
     ended = threading.Event()
-    thread = threading.Thread(target=_watch, args=(placement, ended), name="dinov3-ray-watch", daemon=True)
-    if placement.num_gpus:
+    thread = threading.Thread(target=_watch, args=(allocation, ended), name="dinov3-ray-watch", daemon=True)
+    if allocation.num_gpus:
         thread.start()
     try:
         yield
     finally:
         ended.set()
-        if placement.num_gpus:
+        if allocation.num_gpus:
             thread.join()
 
 
-def _watch(placement: Placement, ended: threading.Event) -> None:
-    before, told = None, False
-    while not ended.wait(_SECONDS):
+def _watch(allocation: Allocation, ended: threading.Event) -> None:
+    before, warned = None, False
+    while not ended.wait(_WATCH_SECONDS):
         try:
-            now = lost(placement, ray.cluster_resources())
+            now = lost(allocation, ray.cluster_resources())
         except ray.exceptions.RayError as error:
-            logger.debug("the cluster's resources cannot be told: %s", error)
+            logger.debug("the cluster's resources are not known: %s", error)
             continue
-        if now and before and not told:
+        if now and before and not warned:
             logger.warning("%s", now)
-        if told and not now:
+        if warned and not now:
             logger.warning("the cluster has all GPUs again that the teachers began with")
-        before, told = now, bool(now and (before or told))
+        before, warned = now, bool(now and (before or warned))

@@ -11,15 +11,12 @@ from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
-import ray
 
 from dinov3_ray.config.preprocessing import Preprocessing
 from dinov3_ray.datasets.decode import Decoder, Unreadable
+from dinov3_ray.datasets.extraction.blocks import BlockReader
 from dinov3_ray.datasets.extraction.decode_tasks import Decoded, Piece, decode_pieces
 from dinov3_ray.datasets.folder import Folder
-from dinov3_ray.datasets.sources.ray_dataset import Columns, name_of
-from dinov3_ray.datasets.sources.source import Source
-from dinov3_ray.datasets.store.listing import block_name, load_block
 from dinov3_ray.datasets.store.schema import Row, encode_columns
 from dinov3_ray.datasets.store.writer import BlockWriter, is_finished
 from dinov3_ray.errors import DinoV3Error, InputError, StoreError
@@ -106,26 +103,26 @@ class ExtractionJob:
     """All that an extractor needs.
 
     Attributes:
-        source, columns: one of them, as the images are those of a planned source, or rows of a Ray Dataset.
+        teacher: computes.
+        blocks: reads the images of a block.
+        identity: what tells this run from others; each part carries it.
+        decode_cpus: that a decoding task reserves.
         window: decoding tasks that each call keeps in flight.
-        finished_ids: a reference to the ids that need no work, for a Ray Dataset.
         made_by: the fingerprint of the teacher's results, which is its own, or that of another one inside it.
         mixes_sizes: whether images of different sizes can share a batch, since the teacher brings them to one.
     """
 
     teacher: TeacherChoice
+    blocks: BlockReader
     folder: Folder
     identity: Mapping[str, Any]
     spec: FeatureSpec
     decoder: Decoder
-    source: Source | None
     batch_size: int
     window: int
     decode_cpus: float
-    columns: Columns | None = None
-    finished_ids: Any = None
-    made_by: str | None = None
-    mixes_sizes: bool = False
+    made_by: str | None
+    mixes_sizes: bool
 
 
 class BlockExtractor:
@@ -141,10 +138,9 @@ class BlockExtractor:
     def __init__(self, job: ExtractionJob) -> None:
         self._job = job
         self._teacher = job.teacher.open(job.batch_size)
-        self._finished: frozenset[str] = ray.get(job.finished_ids) if job.finished_ids is not None else frozenset()
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """One row, ``block``, of a planned source; or rows of images of a Ray Dataset.
+        """``batch`` is a block, as the job's reader takes it.
 
         This package's own errors are returned, pickled: of one that is raised, Ray Data passes on the words alone.
         """
@@ -152,8 +148,7 @@ class BlockExtractor:
         done = {"block": "", "given": given, "rows": 0, "errors": 0, "bytes": 0, "seconds": 0.0, "computed": False}
         failure = b""
         try:
-            planned = self._job.source is not None
-            name, pieces = self._planned(int(batch["block"][0])) if planned else self._given(batch)
+            name, pieces = self._job.blocks.pieces(batch)
             done["block"] = name
             if pieces and not is_finished(self._job.folder, name):
                 entry = self._extract(name, pieces)
@@ -162,25 +157,6 @@ class BlockExtractor:
         except DinoV3Error as error:
             failure = pickle.dumps(error)
         return {"failure": np.array([failure], object), **{key: np.asarray([value]) for key, value in done.items()}}
-
-    def _planned(self, block: int) -> tuple[str, list[Piece]]:
-        source = self._job.source
-        assert source is not None
-        pieces, start = [], 0
-        for rows in source.slices(load_block(self._job.folder, block)):
-            pieces.append(Piece(start, rows["id"].to_pylist(), source, rows))
-            start += len(rows)
-        return block_name(block), pieces
-
-    def _given(self, batch: dict[str, np.ndarray]) -> tuple[str, list[Piece]]:
-        """The rows that are not finished, under the name of all of them: it is the same when the run is resumed."""
-        assert self._job.columns is not None
-        contents = self._job.columns.contents(batch)
-        rows = [row for row in contents if row[0] not in self._finished]
-        whole = Piece(0, [id_ for id_, _ in rows], None, rows)
-        step = self._job.batch_size
-        pieces = [whole.part(start, start + step) for start in range(0, len(rows), step)]
-        return name_of([id_ for id_, _ in contents]), pieces
 
     def _extract(self, name: str, pieces: Sequence[Piece]) -> dict[str, Any]:
         job = self._job

@@ -5,21 +5,60 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
 import pyarrow as pa
 from pyarrow import fs as pafs
 
+from dinov3_ray.datasets.decode import MAX_PIXELS, Decoder
 from dinov3_ray.datasets.folder import open_path
 from dinov3_ray.datasets.sources.parquet import ParquetSource
 from dinov3_ray.datasets.sources.source import IRREGULAR, FileSource, Source
 from dinov3_ray.datasets.sources.tar import IMAGE_EXTENSIONS, TarSource
-from dinov3_ray.errors import StoreError
+from dinov3_ray.errors import ConfigError, StoreError
 
-__all__ = ["check_there", "matches", "open_source", "reopen_source"]
+__all__ = ["SourceOptions", "check_there", "matches", "open_source", "reopen_source"]
 
 _LOOKED_FOR = 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SourceOptions:
+    """How the images of a source are found and decoded.
+
+    Args:
+        image_column, id_column: of Parquet files or a Ray Dataset; by default they are found among the usual names.
+        filesystem: a pyarrow file system, for a source without a URI.
+        max_pixels: images of more pixels are errors, taken for decompression bombs.
+        background: RGB, 0 to 255, under transparent pixels.
+
+    Raises:
+        ConfigError: names the option, the rule and the value.
+    """
+
+    image_column: str | None = None
+    id_column: str | None = None
+    filesystem: Any = None
+    max_pixels: int = MAX_PIXELS
+    background: tuple[int, int, int] = (255, 255, 255)
+
+    def __post_init__(self) -> None:
+        for name in ("image_column", "id_column"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, str):
+                raise ConfigError(f"{name} must be the name of a column, or None; got {value!r}")
+        self.decoder()
+
+    def decoder(self) -> Decoder:
+        """What makes pixels of encoded images."""
+        return Decoder(self.max_pixels, background=self.background)
+
+    @property
+    def columns(self) -> dict[str, Any]:
+        """What :func:`open_source` takes of them."""
+        return {"filesystem": self.filesystem, "image_column": self.image_column, "id_column": self.id_column}
 
 
 def open_source(

@@ -23,7 +23,7 @@ from dinov3_ray.datasets.sources.parquet import ID_COLUMNS, IMAGE_COLUMNS
 from dinov3_ray.datasets.sources.source import Content, content_of, key_of
 from dinov3_ray.errors import StoreError
 
-__all__ = ["Columns", "DatasetRows", "actor_pool", "execution", "name_of"]
+__all__ = ["Columns", "DatasetRows", "actor_strategy", "execution", "name_of"]
 
 
 _LOOKED_AT = 8
@@ -92,7 +92,7 @@ def _choose(names: Sequence[str], given: str | None, usual: Sequence[str], optio
 _CALLS = 3  # an actor's at a time: one waits for pixels, one computes, one writes
 
 
-def actor_pool(size: int) -> dict[str, Any]:
+def actor_strategy(size: int) -> dict[str, Any]:
     """Arguments of ``map_batches`` for a pool of actors that take several calls at a time.
 
     The number of calls is an argument of the strategy in newer releases (2.60 has it, 2.54 has not), and an actor's own

@@ -1,4 +1,4 @@
-"""TODO."""
+"""The listing of a run's images, kept in its output folder, from which workers read their blocks."""
 
 from __future__ import annotations
 

@@ -28,12 +28,12 @@ from torch import Tensor
 from waiting import until
 
 from dinov3_ray.config import DinoV3Config
-from dinov3_ray.datasets import FeatureStore, StoredTeacher, extract
+from dinov3_ray.datasets import FeatureStore, Resources, SourceOptions, StoredTeacher, extract
 from dinov3_ray.datasets.decode import Decoder
 from dinov3_ray.datasets.extraction import plan
-from dinov3_ray.datasets.extraction import probe as probing
 from dinov3_ray.datasets.extraction import progress as watch
-from dinov3_ray.datasets.extraction.resources import place
+from dinov3_ray.datasets.extraction import teacher_probe as probing
+from dinov3_ray.datasets.extraction.resources import allocate
 from dinov3_ray.datasets.folder import Folder
 from dinov3_ray.errors import ConfigError, MissingViewError, NumericsError, StoreError
 from dinov3_ray.features import FeatureSpec
@@ -70,7 +70,7 @@ def undisturbed(
     images: Path, model: DinoV3Config, ray_cluster: str, tmp_path_factory: pytest.TempPathFactory
 ) -> FeatureStore:
     out = tmp_path_factory.mktemp("stores") / "undisturbed"
-    done = extract(images, out, model, SPEC, block_size=100, threads=1)
+    done = extract(images, out, model, SPEC, block_size=100, resources=Resources(threads=1))
     assert done.blocks == len(list((out / "ledger").iterdir())) == 21
     assert done.images == GOOD + BROKEN + 6
     return FeatureStore(out)
@@ -171,7 +171,7 @@ def test_images_that_end_their_process_or_are_refused_fail_alone(few: Path, ray_
     for path in sorted(few.iterdir())[:14]:
         os.link(path, root / path.name)
     system = pafs.PyFileSystem(Deadly())
-    extract(root, tmp_path / "out", Picky, SPEC, filesystem=system)
+    extract(root, tmp_path / "out", Picky, SPEC, options=SourceOptions(filesystem=system))
     store = FeatureStore(tmp_path / "out")
     errors = {row["id"]: row for row in store.errors.to_pylist()}
     assert errors.pop("0007.png")["kind"] == "crashed the decoder"
@@ -290,7 +290,7 @@ def test_a_ray_dataset_is_extracted_and_resumed(few: Path, fake_store: FeatureSt
     with pytest.raises(StoreError, match=r"image_column must hold encoded bytes or uint8 pixels; 'image' holds str"):
         extract(texts, out, FakeTeacher.factory(), SPEC)
     with pytest.raises(StoreError, match="image_column must name a column of the Dataset; got 'jpg'"):
-        extract(other, out, FakeTeacher.factory(), SPEC, image_column="jpg")
+        extract(other, out, FakeTeacher.factory(), SPEC, options=SourceOptions(image_column="jpg"))
 
 
 def test_a_resumed_run_does_not_list_its_source_again(
@@ -359,13 +359,13 @@ def test_two_runs_into_one_folder_are_refused(few: Path, tmp_path: Path, ray_clu
 def test_gpus_that_are_lost_are_told_once(
     ray_cluster: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    on_gpus = place({"GPU": 2, "CPU": 8}, 2)
+    on_gpus = allocate({"GPU": 2, "CPU": 8}, 2)
     assert watch.lost(on_gpus, {"GPU": 2.0}) is None
-    assert watch.lost(place({"CPU": 8}, 2), {"CPU": 4.0}) is None
+    assert watch.lost(allocate({"CPU": 8}, 2), {"CPU": 4.0}) is None
     said = watch.lost(on_gpus, {"GPU": 1.0, "CPU": 4.0})
     assert said is not None
     assert "has 1 of the 2 GPUs that the teachers began with" in said
-    monkeypatch.setattr(watch, "_SECONDS", 0.02)
+    monkeypatch.setattr(watch, "_WATCH_SECONDS", 0.02)
     with caplog.at_level(logging.WARNING), watch.watching(on_gpus):  # the tests' Ray has none
         until(lambda: "has 0 of the 2 GPUs" in caplog.text, "the loss is told")
         time.sleep(0.2)
@@ -381,4 +381,4 @@ def test_options_that_contradict_each_other(few: Path, tmp_path: Path, ray_clust
     with pytest.raises(StoreError, match=r"out must be a folder that can be written, or made; got .*file"):
         extract(few, tmp_path / "file", FakeTeacher.factory())
     with pytest.raises(ConfigError, match="must fit the cluster's 0 GPUs; got 2 x 1"):
-        extract(few, tmp_path / "out", FakeTeacher.factory(), replicas=2, num_gpus=1)
+        extract(few, tmp_path / "out", FakeTeacher.factory(), resources=Resources(replicas=2, num_gpus=1))

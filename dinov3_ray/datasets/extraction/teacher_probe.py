@@ -1,4 +1,4 @@
-"""What the teacher tells before a run starts: who it is, and what it gives for the source's first images."""
+"""The teacher's answers before a run starts: what it is, and what it gives for the source's first image."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -14,18 +14,43 @@ import ray
 
 from dinov3_ray.datasets.decode import Decoder
 from dinov3_ray.datasets.extraction.decode_tasks import Piece, decode_pieces
-from dinov3_ray.datasets.extraction.resources import Placement
+from dinov3_ray.datasets.extraction.resources import Allocation
 from dinov3_ray.datasets.extraction.worker import TeacherChoice
 from dinov3_ray.datasets.store.schema import encode_columns
 from dinov3_ray.errors import InputError, StoreError
 from dinov3_ray.features import FeatureSpec
 from dinov3_ray.teacher import computed_in
 
-__all__ = ["ask_teacher", "first_image"]
+__all__ = ["Probe", "first_image", "probe_teacher"]
 
 logger = logging.getLogger("dinov3_ray")
 
 _PATIENCE_SECONDS, _LIMIT_SECONDS = 20.0, 1800.0  # after which a teacher that is not there is told of, and given up
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """What a run needs to know of its teacher.
+
+    Attributes:
+        fingerprint: the teacher's own.
+        made_by: the fingerprint of its results; another one where it hands on those of a teacher inside it.
+        computed_in: how exactly it computes, such as float32 or float8; None if it does not say.
+        preprocessing: its rule, as JSON values; None of a teacher without one.
+        mixes_sizes: whether it brings images of different sizes to one, so that they can share a batch.
+        min_side: pixels of the smallest side of an image that it takes.
+        result_dtype: torch's name of the dtype in which stored results come back.
+        outputs: the NumPy dtype and shape per image of each stored column.
+    """
+
+    fingerprint: str | None
+    made_by: str | None
+    computed_in: str | None
+    preprocessing: dict[str, Any] | None
+    mixes_sizes: bool
+    min_side: int
+    result_dtype: str
+    outputs: dict[str, dict[str, Any]]
 
 
 def first_image(pieces: Sequence[Piece], decoder: Decoder, cpus: float) -> np.ndarray | None:
@@ -36,23 +61,21 @@ def first_image(pieces: Sequence[Piece], decoder: Decoder, cpus: float) -> np.nd
     return None
 
 
-def ask_teacher(
-    teacher: TeacherChoice, spec: FeatureSpec, image: np.ndarray | None, placement: Placement
-) -> dict[str, Any]:
-    """What :func:`_probe` finds, in a process with a teacher's resources.
+def probe_teacher(teacher: TeacherChoice, spec: FeatureSpec, image: np.ndarray | None, allocation: Allocation) -> Probe:
+    """Probe the teacher in a process that has its resources.
 
     Raises:
         StoreError: there is no place for it, or no fingerprint by which to know it again.
     """
-    task = ray.remote(num_cpus=placement.num_cpus, num_gpus=placement.num_gpus, max_retries=1)(_probe)
+    task = ray.remote(num_cpus=allocation.num_cpus, num_gpus=allocation.num_gpus, max_retries=1)(_probe)
     pending = task.remote(teacher, spec, image)
     if not ray.wait([pending], timeout=_PATIENCE_SECONDS)[0]:
-        logger.warning("the first teacher is not ready after %g s: %s", _PATIENCE_SECONDS, _place_wanted(placement))
+        logger.warning("the first teacher is not ready after %g s: %s", _PATIENCE_SECONDS, _place_wanted(allocation))
         if not ray.wait([pending], timeout=_LIMIT_SECONDS - _PATIENCE_SECONDS)[0]:
             ray.cancel(pending, force=True)
-            raise StoreError(f"a teacher must be ready within {_LIMIT_SECONDS:g} s: {_place_wanted(placement)}")
-    found: dict[str, Any] = ray.get(pending)
-    if found["fingerprint"] is None:
+            raise StoreError(f"a teacher must be ready within {_LIMIT_SECONDS:g} s: {_place_wanted(allocation)}")
+    found: Probe = ray.get(pending)
+    if found.fingerprint is None:
         raise StoreError(
             "the teacher must have a fingerprint, or a resumed run could mix two teachers; got None: give it an "
             "attribute `fingerprint`, a string that changes whenever its outputs would"
@@ -60,18 +83,18 @@ def ask_teacher(
     return found
 
 
-def _place_wanted(placement: Placement) -> str:
+def _place_wanted(allocation: Allocation) -> str:
     """What a teacher waits for, if it has no place yet."""
     have, free = ray.cluster_resources(), ray.available_resources()
     counts = ", ".join(f"{free.get(key, 0):g} of {have.get(key, 0):g} {key}" for key in ("GPU", "CPU"))
     return (
-        f"it needs {placement.num_gpus:g} GPU and {placement.num_cpus:g} CPU in the cluster, and then time to load; "
+        f"it needs {allocation.num_gpus:g} GPU and {allocation.num_cpus:g} CPU in the cluster, and then time to load; "
         f"free are {counts}. If a pool has the GPUs, extract through it (pool=NAME, --pool NAME), or compute on CPUs "
         "(num_gpus=0, --num-gpus 0)"
     )
 
 
-def _probe(teacher: TeacherChoice, spec: FeatureSpec, image: np.ndarray | None) -> dict[str, Any]:
+def _probe(teacher: TeacherChoice, spec: FeatureSpec, image: np.ndarray | None) -> Probe:
     """What the teacher says of itself, and the shapes and dtypes of what it gives for ``image``, uint8 [3,H,W].
 
     Where there is none, or it is refused, a grey square stands for it.
@@ -85,18 +108,16 @@ def _probe(teacher: TeacherChoice, spec: FeatureSpec, image: np.ndarray | None) 
         features = opened.submit(np.full((1, 3, 224, 224), 128, np.uint8), spec.native()).result()
     columns, result_dtype = encode_columns(features, spec)
     rule = opened.preprocessing
-    found = {
-        "fingerprint": opened.fingerprint or features.fingerprint,
-        "made_by": features.fingerprint,
-        "computed_in": computed_in(opened),
+    found = Probe(
+        fingerprint=opened.fingerprint or features.fingerprint,
+        made_by=features.fingerprint,
+        computed_in=computed_in(opened),
         # By way of JSON, so that what is compared with a former run's is of the same types.
-        "preprocessing": None if rule is None else json.loads(json.dumps(asdict(rule))),
-        "mixes_sizes": rule is not None and rule.has_fixed_size,
-        "min_side": opened.patch_size,
-        "result_dtype": result_dtype,
-        "outputs": {
-            name: {"dtype": array.dtype.str, "shape": list(array.shape[1:])} for name, array in columns.items()
-        },
-    }
+        preprocessing=None if rule is None else json.loads(json.dumps(asdict(rule))),
+        mixes_sizes=rule is not None and rule.has_fixed_size,
+        min_side=opened.patch_size,
+        result_dtype=result_dtype,
+        outputs={name: {"dtype": array.dtype.str, "shape": list(array.shape[1:])} for name, array in columns.items()},
+    )
     opened.close()  # its process goes on to other work
     return found

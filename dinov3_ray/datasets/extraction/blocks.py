@@ -1,0 +1,252 @@
+"""The blocks of a run, which are computed, committed and resumed as wholes: cut from a listing, or from a Ray Dataset.
+
+Both kinds have the same face, so that a run asks once, at the door, which one it has.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+import ray
+import ray.data
+
+from dinov3_ray.datasets.extraction.decode_tasks import Piece
+from dinov3_ray.datasets.extraction.plan import cut_blocks
+from dinov3_ray.datasets.folder import Folder
+from dinov3_ray.datasets.sources.open import SourceOptions, check_there, open_source, reopen_source
+from dinov3_ray.datasets.sources.ray_dataset import Columns, DatasetRows, name_of
+from dinov3_ray.datasets.sources.source import Source
+from dinov3_ray.datasets.store.listing import block_name, block_rows, load_block, save_rows
+from dinov3_ray.datasets.store.reader import FeatureStore
+from dinov3_ray.datasets.store.writer import check_rows, finish
+from dinov3_ray.errors import ConfigError
+
+__all__ = ["BlockReader", "Blocks", "DatasetBlocks", "ListedBlocks", "open_blocks"]
+
+_PROBED_IMAGES = 8
+
+
+class BlockReader(Protocol):
+    """The part of :class:`Blocks` that goes to the extractors; picklable."""
+
+    def pieces(self, batch: Mapping[str, np.ndarray]) -> tuple[str, list[Piece]]:
+        """The name of the block that Ray Data hands over as ``batch``, and its images; none if nothing is to do."""
+        ...
+
+
+class Blocks(Protocol):
+    """The images of a run, cut into blocks."""
+
+    #: Whether Ray Data must keep the order of its rows.
+    ordered: bool
+    #: Rows that Ray Data hands to an extractor in one call.
+    rows_per_call: int
+
+    def describe(self) -> dict[str, Any]:
+        """What tells these images from others."""
+        ...
+
+    def first(self) -> list[Piece]:
+        """The first images, one per piece."""
+        ...
+
+    def cut(self, block_size: int) -> None:
+        """Cut the images into blocks of ``block_size``; a resumed run keeps those that it has."""
+        ...
+
+    def count(self, finished: Collection[str]) -> tuple[int | None, int | None]:
+        """All images, and those of blocks that are not ``finished``; None where counting would mean computing."""
+        ...
+
+    def check_finished(self, manifest: Mapping[str, Any]) -> None:
+        """Raise StoreError unless the finished store is made of these images, as far as that shows."""
+        ...
+
+    def record(self) -> None:
+        """Write down what a resumed run needs to know, before the first block is computed.
+
+        Raises:
+            StoreError: the images that remain are not there.
+        """
+        ...
+
+    def todo(self) -> ray.data.Dataset | None:
+        """What remains, for Ray Data; None if nothing does."""
+        ...
+
+    def reader(self, batch_size: int) -> BlockReader: ...
+
+    def note(self, result: Mapping[str, Any]) -> None:
+        """An extractor is through with a block."""
+        ...
+
+    def finish(self, identity: Mapping[str, Any]) -> dict[str, Any]:
+        """Write the index, the errors and the manifest, which is returned.
+
+        Raises:
+            StoreError: ids are not unique, or rows are missing.
+        """
+        ...
+
+
+def open_blocks(
+    source: str | os.PathLike[str] | ray.data.Dataset,
+    options: SourceOptions,
+    folder: Folder,
+    old: Mapping[str, Any] | None,
+) -> Blocks:
+    """The blocks of ``source``, of which the run with the identity ``old`` is resumed where there is one.
+
+    Raises:
+        ConfigError: it is neither a path nor a Dataset.
+        StoreError: it has no images.
+    """
+    if isinstance(source, ray.data.Dataset):
+        return DatasetBlocks(DatasetRows(source, options.image_column, options.id_column), folder)
+    if not isinstance(source, (str, os.PathLike)):
+        raise ConfigError(f"source must be a path, a glob, a URI or a Ray Dataset; got {type(source).__name__}")
+    if old is not None and "root" in old["source"]:
+        return ListedBlocks(reopen_source(old["source"], source, **options.columns), folder, resumed=True)
+    opened = open_source(source, **options.columns, exclude=folder.path)
+    return ListedBlocks(opened, folder, resumed=old is not None)
+
+
+@dataclass(frozen=True)
+class _ListedReader:
+    source: Source
+    folder: Folder
+
+    def pieces(self, batch: Mapping[str, np.ndarray]) -> tuple[str, list[Piece]]:
+        block = int(batch["block"][0])
+        pieces, start = [], 0
+        for rows in self.source.slices(load_block(self.folder, block)):
+            pieces.append(Piece(start, rows["id"].to_pylist(), self.source, rows))
+            start += len(rows)
+        return block_name(block), pieces
+
+
+class ListedBlocks:
+    """Blocks of a source that was listed: by this run, or by the one that is resumed, whose listing is kept."""
+
+    ordered = False
+    rows_per_call = 1
+
+    def __init__(self, source: Source, folder: Folder, *, resumed: bool) -> None:
+        self._source, self._folder = source, folder
+        self._listed: pa.Table | None = None if resumed else source.rows()
+        self._spans: list[tuple[int, int]] = []
+        self._todo: list[int] = []
+
+    def describe(self) -> dict[str, Any]:
+        return self._source.describe()
+
+    def first(self) -> list[Piece]:
+        assert self._listed is not None
+        ids = self._listed["id"].slice(0, _PROBED_IMAGES).to_pylist()
+        return [Piece(0, [id_], self._source, self._listed.slice(index, 1)) for index, id_ in enumerate(ids)]
+
+    def cut(self, block_size: int) -> None:
+        if self._listed is not None:
+            self._spans = cut_blocks(self._listed, block_size, by_file=self._source.by_file)
+
+    def count(self, finished: Collection[str]) -> tuple[int, int]:
+        kept = self._listed is None
+        sizes = block_rows(self._folder) if kept else [stop - start for start, stop in self._spans]
+        self._todo = [index for index in range(len(sizes)) if block_name(index) not in finished]
+        return sum(sizes), sum(sizes[index] for index in self._todo)
+
+    def check_finished(self, manifest: Mapping[str, Any]) -> None:
+        """Of a finished run nothing is read again: its source need not even be there."""
+
+    def record(self) -> None:
+        if self._listed is not None:
+            save_rows(self._folder, self._listed, self._spans)
+        elif self._todo:
+            check_there(self._source, load_block(self._folder, self._todo[0]))
+
+    def todo(self) -> ray.data.Dataset | None:
+        if not self._todo:
+            return None
+        return ray.data.from_items([{"block": index} for index in self._todo], override_num_blocks=len(self._todo))
+
+    def reader(self, batch_size: int) -> BlockReader:  # noqa: ARG002 - a listing has its own slices
+        return _ListedReader(self._source, self._folder)
+
+    def note(self, result: Mapping[str, Any]) -> None:
+        """The names of listed blocks sort as their rows do."""
+
+    def finish(self, identity: Mapping[str, Any]) -> dict[str, Any]:
+        return finish(self._folder, identity)
+
+
+@dataclass(frozen=True)
+class _DatasetReader:
+    columns: Columns
+    batch_size: int
+    finished_ids: Any  # a reference: they are many, and the same for all extractors
+
+    def pieces(self, batch: Mapping[str, np.ndarray]) -> tuple[str, list[Piece]]:
+        """The rows that are not finished, under the name of all of them: it is the same when the run is resumed."""
+        contents = self.columns.contents(batch)
+        finished: frozenset[str] = ray.get(self.finished_ids)
+        rows = [row for row in contents if row[0] not in finished]
+        whole = Piece(0, [id_ for id_, _ in rows], None, rows)
+        steps = range(0, len(rows), self.batch_size)
+        pieces = [whole.part(start, start + self.batch_size) for start in steps]
+        return name_of([id_ for id_, _ in contents]), pieces
+
+
+class DatasetBlocks:
+    """Blocks of a Ray Dataset's rows, as they come; a block is known by the ids of its rows."""
+
+    ordered = True
+
+    def __init__(self, rows: DatasetRows, folder: Folder) -> None:
+        self._rows, self._folder = rows, folder
+        self._finished: frozenset[str] = frozenset()
+        self._order: list[str] = []
+        self._given = 0
+        self.rows_per_call = 0
+
+    def describe(self) -> dict[str, Any]:
+        return self._rows.describe()
+
+    def first(self) -> list[Piece]:
+        return [Piece(0, [row[0]], None, [row]) for row in self._rows.first]
+
+    def cut(self, block_size: int) -> None:
+        self.rows_per_call = block_size
+
+    def count(self, finished: Collection[str]) -> tuple[int | None, int | None]:
+        images = self._rows.count()
+        if finished:
+            # Read from all parts, and so once.
+            store = FeatureStore(self._folder.path, filesystem=self._folder.system, partial=True)
+            self._finished = frozenset([*store.ids, *store.errors["id"].to_pylist()])
+        return images, None if images is None else max(0, images - len(self._finished))
+
+    def check_finished(self, manifest: Mapping[str, Any]) -> None:
+        images = self._rows.count()
+        if images is not None:
+            check_rows(self._folder, images, manifest["rows"] + manifest["errors"])
+
+    def record(self) -> None:
+        """A Dataset is read again when it is resumed: nothing of it is kept."""
+
+    def todo(self) -> ray.data.Dataset:
+        return self._rows.dataset
+
+    def reader(self, batch_size: int) -> BlockReader:
+        return _DatasetReader(self._rows.columns, batch_size, ray.put(self._finished))
+
+    def note(self, result: Mapping[str, Any]) -> None:
+        self._order.append(str(result["block"]))
+        self._given += int(result["given"])
+
+    def finish(self, identity: Mapping[str, Any]) -> dict[str, Any]:
+        return finish(self._folder, identity, order=self._order, given=self._given)
