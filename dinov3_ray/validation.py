@@ -18,10 +18,11 @@ __all__ = ["CheckedModel", "broken_rule", "check", "from_list", "raise_problems"
 class CheckedModel(BaseModel):
     """Base of this package's pydantic models: immutable, and a key that does not exist is an error.
 
+    The string below a field is its documentation, in JSON schemas too.
     pydantic converts by default ("4" becomes 4, True becomes 1). Fields refuse that by ``Field(strict=True)``.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     #: What the error for an unknown key calls the known ones.
     key_is: ClassVar[str] = "a key"

@@ -13,7 +13,8 @@ from dinov3_ray.cli.table import summary
 from dinov3_ray.cli.values import Command, ImageSize, Pair, PoolOption, Replicas
 from dinov3_ray.config import ComputeDtype, DinoV3Config
 from dinov3_ray.pool.cluster import NAMESPACE
-from dinov3_ray.pool.poolfile import PoolFile, plan_pool
+from dinov3_ray.pool.poolfile import PoolFile
+from dinov3_ray.pool.rollout import plan_rollout
 from dinov3_ray.pool.spec import Batching
 from dinov3_ray.pool.teacher_pool import TeacherPool
 
@@ -144,7 +145,7 @@ def _refuse_beside_config(context: click.Context) -> None:
 def _up_as_declared(file: Path, address: str | None, timeout: float, *, dry_run: bool) -> None:
     wanted = PoolFile.read(file)
     with joined(address) as here:
-        plan = plan_pool(wanted, here)
+        plan = plan_rollout(wanted, here)
         for change in plan.changes or ():
             click.echo(f"  {change}")
         if plan.changes is None:

@@ -22,43 +22,29 @@ ComputeDtype = Literal["auto", "float32", "bfloat16", "float16", "float8"]
 ``float8`` is bfloat16 with the products of linear layers in float8 (see :mod:`dinov3_ray.model.float8`)."""
 
 
+_Switch = Annotated[bool, Field(strict=True), rule("must be True or False")]
+
+
 class ModelOptions(CheckedModel):
     """The options of a :class:`DinoV3Config`, of ``dinov3-ray up`` and of a pool's file; here they are documented."""
 
-    dtype: Annotated[
-        ComputeDtype,
-        Field(
-            description="The dtype that the model computes in. auto: bfloat16 where the device has it in hardware, "
-            "else float32. float8: bfloat16 with the products of linear layers in float8."
-        ),
-        rule(f"must be one of {', '.join(get_args(ComputeDtype))}"),
-    ] = "auto"
+    dtype: Annotated[ComputeDtype, rule(f"must be one of {', '.join(get_args(ComputeDtype))}")] = "auto"
+    """The dtype that the model computes in. auto: bfloat16 where the device has it in hardware, else float32. float8:
+    bfloat16 with the products of linear layers in float8."""
     image_size: Annotated[
         PositiveInt | Annotated[tuple[PositiveInt, PositiveInt], Field(strict=True), from_list] | None,
-        Field(
-            description="The size of the model's input in pixels, one integer or [height, width], in place of what "
-            "preprocessor_config.json says."
-        ),
         rule("must be None, an integer >= 1 or a pair (h, w) of them"),
     ] = None
-    compile: Annotated[
-        bool, Field(strict=True, description="Run the model through torch.compile."), rule("must be True or False")
-    ] = False
-    cuda_graphs: Annotated[
-        bool,
-        Field(strict=True, description="Record passes of shapes that come often, on a CUDA device."),
-        rule("must be True or False"),
-    ] = False
+    """The model's input in pixels, one integer or [height, width], in place of preprocessor_config.json's."""
+    compile: _Switch = False
+    """Run the model through torch.compile."""
+    cuda_graphs: _Switch = False
+    """Record passes of shapes that come often, on a CUDA device."""
     attention: Annotated[
-        str,
-        Field(
-            strict=True,
-            min_length=1,
-            description="The attention implementation of transformers, such as sdpa, eager or flash_attention_2. auto "
-            "leaves it to transformers. A ConvNeXt has no attention and ignores it.",
-        ),
-        rule("must be the name of an implementation, such as 'sdpa'"),
+        str, Field(strict=True, min_length=1), rule("must be the name of an implementation, such as 'sdpa'")
     ] = "auto"
+    """The attention implementation of transformers, such as sdpa, eager or flash_attention_2. auto leaves it to
+    transformers. A ConvNeXt has no attention and ignores it."""
 
 
 @dataclass(frozen=True, init=False, repr=False)

@@ -19,13 +19,12 @@ import numpy as np
 
 from dinov3_ray.errors import PoolExistsError
 from dinov3_ray.pool.cluster import connect, find_controller
-from dinov3_ray.pool.control.declaration import Declaration
 from dinov3_ray.pool.control.membership import ActionKind, Membership
 from dinov3_ray.pool.control.status import PoolStatus, ReplicaRecord, make_status, make_view
 from dinov3_ray.pool.messages import Array, MemberState, PoolView, ReplicaView, RequestHeader
 from dinov3_ray.pool.metrics import Sample
 from dinov3_ray.pool.replica.replica import Replica
-from dinov3_ray.pool.spec import CheckedSource, builder
+from dinov3_ray.pool.spec import CheckedSource, PoolSpec, builder
 from dinov3_ray.pool.transport.actors import RayTransport
 from dinov3_ray.pool.transport.protocol import OnAnswer, OnView, Transport
 
@@ -43,17 +42,12 @@ class LocalController:
     def __init__(
         self,
         name: str,
-        source: CheckedSource,
-        declaration: Declaration,
-        *,
-        device: str = "cpu",
+        spec: PoolSpec,
     ) -> None:
         self.name = name
         self.address: str | None = None  # no other process can reach it
-        self._source = self._former = source
-        self._device = device
-        self._options = declaration.options
-        self._membership = Membership(declaration.low, declaration.high)
+        self._spec = self._former = spec
+        self._membership = Membership(spec.low, spec.high)
         self._replicas: dict[str, Replica] = {}
         self._followers: list[tuple[int, OnView]] = []
         self._clients: set[str] = set()
@@ -82,18 +76,18 @@ class LocalController:
             self._membership.scale(low, high)
             self._changed.notify_all()
 
-    def reload(self, source: CheckedSource) -> int:
+    def reload(self, teacher: CheckedSource) -> int:
         with self._changed:
             if self._membership.reload():
-                self._former = self._source
-            self._source = source
+                self._former = self._spec
+            self._spec = replace(self._spec, teacher=teacher)
             self._changed.notify_all()
             return self._membership.generation
 
     def status(self) -> PoolStatus:
         with self._changed:
             clients = len(self._clients)
-            return make_status(self.name, self._membership, self._records(), self._options, clients=clients)
+            return make_status(self.name, self._membership, self._records(), self._spec.options, clients=clients)
 
     def shutdown(self) -> None:
         with self._changed:
@@ -115,7 +109,7 @@ class LocalController:
             while not self._closed:
                 now = time.monotonic()
                 if self._membership.is_hopeless:
-                    self._source = self._former
+                    self._spec = self._former
                     self._membership.go_back()
                 for action in self._membership.plan(now):
                     if action.kind is ActionKind.START:
@@ -129,11 +123,12 @@ class LocalController:
             self._publish()
 
     def _start(self, replica_id: str) -> None:
-        # No thread count: it would be this whole process's.
+        spec = self._spec
         replica = Replica(
             replica_id,
-            builder(self._source, self._device),
-            replace(self._options, threads=None),
+            builder(spec.source, spec.placement.device),
+            # No thread count: it would be this whole process's.
+            spec.options.model_copy(update={"threads": None}),
             unnamed=f"generation-{self._membership.generation}",
         )
         self._replicas[replica_id] = replica
@@ -166,7 +161,7 @@ class LocalController:
             on_view(view)
 
     def _view(self) -> PoolView:
-        return make_view(self._membership, self._records(), self._options, closed=self._closed)
+        return make_view(self._membership, self._records(), self._spec.options, closed=self._closed)
 
     def _records(self) -> dict[str, ReplicaRecord]:
         return {replica_id: record_of(replica) for replica_id, replica in self._replicas.items()}

@@ -1,74 +1,144 @@
-"""A pool declared in a YAML file: reading it, and how it differs from a pool that runs. Pure but for reading the file.
+"""A pool declared in a YAML file: its keys, its JSON schema for editors, and how two pools differ key by key.
 
 ::
 
-    name: dinov3                    # all keys but teacher.root may be left out
+    name: dinov3                    # only teacher.root has no default
     namespace: dinov3_ray
-    replicas: [2, 8]                # or 4, or auto (which leaves a running pool's number as it is)
+    replicas: [2, 8]                # or 4, or auto
     teacher:
-      root: /models/dinov3-vitl16   # at the same path on every node
-      dtype: bfloat16               # and image_size, compile, cuda_graphs, attention
+      root: /models/dinov3-vitl16   # and the options of DinoV3Config
+      dtype: bfloat16
     placement:
-      num_gpus: 1                   # a fraction shares a GPU; left out: 1 where the cluster has GPUs, else 0
+      num_gpus: 1
       num_cpus: 0
       accelerator: H200             # short for the label ray.io/accelerator-type
       labels: {zone: a}
     options:                        # those of PoolOptions
       batching: dynamic
       max_batch: 64
-
-
-Makes the pool that a file declares: starts it, changes one that runs, or only says what would change.
 """
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable, Collection, Hashable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+import json
+from collections.abc import Hashable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
-from ray import cloudpickle
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
 from dinov3_ray.config import DinoV3Config
-from dinov3_ray.errors import ConfigError, PoolNotFoundError
-from dinov3_ray.pool.cluster import NAMESPACE, Runtime, check_name
-from dinov3_ray.pool.control.declaration import Declaration
-from dinov3_ray.pool.control.remote_control import RayControl
-from dinov3_ray.pool.control.status import PoolStatus
-from dinov3_ray.pool.spec import CheckedSource, Placement, PoolOptions, ReplicaCount, parse_replicas
-from dinov3_ray.pool.teacher_pool import TeacherPool, place
+from dinov3_ray.config.config import ModelOptions
+from dinov3_ray.config.files import PositiveInt
+from dinov3_ray.errors import ConfigError
+from dinov3_ray.pool.cluster import NAMESPACE, check_name
+from dinov3_ray.pool.spec import Placement, PoolOptions, PoolSpec, Resources, parse_replicas
+from dinov3_ray.validation import CheckedModel, check, from_list, rule
 
-__all__ = ["Change", "Plan", "PoolFile", "PoolState", "differences", "plan_pool"]
+__all__ = ["Change", "PoolFile", "changes_between", "pool_schema"]
 
 
 _ACCELERATOR = "ray.io/accelerator-type"
-_TEACHER_KEYS = ("root", "dtype", "image_size", "compile", "cuda_graphs", "attention")
-_PLACEMENT_KEYS = ("num_gpus", "num_cpus", "accelerator", "labels")
 _ABSENT = "-"
+_KEY_IS = "a key of a pool's file"
+
+# YAML reads `true`, `1` and `1e3` as other things than text.
+_TEXT = rule("must be text (put it in quotes)")
+_Label = Annotated[str, Field(strict=True, min_length=1), _TEXT]
+
+
+class TeacherSection(ModelOptions):
+    key_is: ClassVar[str] = _KEY_IS
+
+    root: Annotated[str, Field(strict=True), rule("must be the path of a model directory")]
+    """The model directory, at the same path on every node. A relative path starts at this file's folder."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_a_root(cls, values: object) -> object:
+        return {"root": None, **values} if isinstance(values, dict) else values
+
+
+class PlacementSection(Resources):
+    key_is: ClassVar[str] = _KEY_IS
+
+    accelerator: _Label | None = None
+    """The accelerator that a node must have, such as H200: short for the label ray.io/accelerator-type."""
+    labels: dict[Annotated[str, Field(strict=True), _TEXT], _Label] = Field(default={})
+    """Labels that a replica's node must have."""
+
+    @field_validator("labels")
+    @classmethod
+    def _name_the_accelerator_once(cls, labels: dict[str, str], info: ValidationInfo) -> dict[str, str]:
+        if info.data.get("accelerator") is not None and _ACCELERATOR in labels:
+            raise ValueError(f"placement.accelerator and the label {_ACCELERATOR} say the same: leave one out")
+        return labels
+
+    def placement(self) -> Placement:
+        accelerator = {} if self.accelerator is None else {_ACCELERATOR: self.accelerator}
+        return Placement(num_gpus=self.num_gpus, num_cpus=self.num_cpus, label_selector={**accelerator, **self.labels})
+
+
+def _check_replicas(value: object) -> object:
+    parse_replicas(value, auto=1)
+    return value
+
+
+class PoolKeys(CheckedModel):
+    """A pool, for `dinov3-ray up --config pool.yaml`."""
+
+    key_is: ClassVar[str] = _KEY_IS
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,100}$"), BeforeValidator(check_name)] = "dinov3"
+    """What clients call the pool."""
+    namespace: Annotated[str, Field(strict=True, min_length=1), rule("must be the name of a Ray namespace")] = NAMESPACE
+    """The Ray namespace of the pool's actors."""
+    replicas: Annotated[
+        PositiveInt | Literal["auto"] | Annotated[tuple[PositiveInt, PositiveInt], from_list],
+        BeforeValidator(_check_replicas),
+    ] = "auto"
+    """The number of replicas, or [min, max], within which it moves with the load. auto: one for each free GPU, or one
+    where there is none; it leaves the number of a running pool unchanged."""
+    teacher: TeacherSection
+    """What the pool serves."""
+    placement: PlacementSection = PlacementSection()
+    """What each replica needs of the cluster."""
+    options: PoolOptions = PoolOptions()
+    """How the pool batches, bounds and watches."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _take_nothing_for_an_empty_section(cls, values: object) -> object:
+        if not isinstance(values, dict):
+            return values
+        return values | {key: {} for key in ("teacher", "placement", "options") if values.get(key) is None}
+
+
+def pool_schema() -> dict[str, Any]:
+    """The JSON schema of a pool's file, which editors complete from.
+
+    ``python -m dinov3_ray.pool.poolfile`` prints it.
+    """
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **PoolKeys.model_json_schema()}
 
 
 @dataclass(frozen=True, slots=True)
 class PoolFile:
-    """What a file declares, checked; ``num_gpus`` and ``replicas`` may be left to the cluster (None, ``"auto"``)."""
+    """What a file declares. Its ``spec`` may leave replicas and GPUs to the cluster."""
 
     name: str
     namespace: str
-    teacher: DinoV3Config
-    replicas: ReplicaCount
-    num_gpus: float | None
-    num_cpus: float
-    labels: Mapping[str, str]
-    options: PoolOptions = field(default_factory=PoolOptions)
+    spec: PoolSpec
 
     @classmethod
     def read(cls, path: Path) -> PoolFile:
         """The declaration in ``path``.
 
         Raises:
-            ConfigError: it cannot be read, is no such file, or a key or value is wrong.
+            ConfigError: the file cannot be read, or keys or values are wrong; names them all.
+            CheckpointError: config.json is incomplete, and the weights that could complete it are damaged.
         """
         try:
             content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506 (a SafeLoader)
@@ -76,98 +146,24 @@ class PoolFile:
             raise ConfigError(f"the pool's file {path} cannot be read: {error}") from error
         except yaml.YAMLError as error:
             raise ConfigError(f"{path} is not valid YAML: {error}") from error
-        try:
-            return cls.of(content, folder=path.parent)
-        except ConfigError as error:
-            raise ConfigError(f"{path}: {error}") from error
+        return cls.of(content, folder=path.parent, path=path)
 
     @classmethod
-    def of(cls, content: object, *, folder: Path) -> PoolFile:
+    def of(cls, content: object, *, folder: Path, path: Path | None = None) -> PoolFile:
         """The declaration that ``content`` holds; a relative ``teacher.root`` starts at ``folder``.
 
         Raises:
-            ConfigError: names the key, the rule and the value.
+            ConfigError: names ``path`` and each key, rule and value.
         """
-        top = _mapping(content, "", ("name", "namespace", "replicas", "teacher", "placement", "options"))
-        teacher = _mapping(top.get("teacher"), "teacher", _TEACHER_KEYS)
-        if not isinstance(teacher.get("root"), str):
-            raise ConfigError(f"teacher.root must be the path of a model directory; got {teacher.get('root')!r}")
-        placement = _mapping(top.get("placement"), "placement", _PLACEMENT_KEYS)
-        labels = _labels(placement)
-        num_gpus, num_cpus = placement.get("num_gpus"), placement.get("num_cpus", 0)
-        Placement(num_gpus=0 if num_gpus is None else num_gpus, num_cpus=num_cpus)
-        replicas = top.get("replicas", "auto")
-        low_high = parse_replicas(replicas, auto=1)
-        options = PoolOptions.of(_mapping(top.get("options"), "options", None))
-        namespace = top.get("namespace", NAMESPACE)
-        if not isinstance(namespace, str) or not namespace:
-            raise ConfigError(f"namespace must be the name of a Ray namespace; got {namespace!r}")
-        settings = {key: value for key, value in teacher.items() if key != "root"}
+        keys = check(PoolKeys, {} if content is None else content, path=path)
+        settings = keys.teacher.model_dump(exclude={"root"})
+        try:
+            teacher = DinoV3Config(folder / Path(keys.teacher.root).expanduser(), **settings)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}" if path else str(error)) from error
         return cls(
-            name=check_name(top.get("name", "dinov3")),
-            namespace=namespace,
-            teacher=DinoV3Config(folder / Path(teacher["root"]).expanduser(), **settings),
-            replicas=low_high if isinstance(replicas, list) else replicas,
-            num_gpus=num_gpus,
-            num_cpus=num_cpus,
-            labels=labels,
-            options=options,
+            keys.name, keys.namespace, PoolSpec(teacher, keys.replicas, keys.placement.placement(), keys.options)
         )
-
-
-@dataclass(frozen=True, slots=True)
-class PoolState:
-    """What a pool is or shall be, in the terms of its file."""
-
-    source: CheckedSource
-    low: int
-    high: int
-    placement: Placement
-    options: PoolOptions
-
-    def entries(self) -> dict[str, str]:
-        """Every key of the file that describes it, with its value as text."""
-        found: dict[str, object] = {
-            "replicas": self.low if self.low == self.high else f"[{self.low}, {self.high}]",
-            "placement.num_gpus": f"{self.placement.num_gpus:g}",
-            "placement.num_cpus": f"{self.placement.num_cpus:g}",
-        }
-        if isinstance(self.source, DinoV3Config):
-            found |= {f"teacher.{key}": getattr(self.source, key) for key in _TEACHER_KEYS}
-            found["teacher.image_size"] = list(self.source.image_size)
-            # What the directory's files said when they were read: the same path may hold another model by now.
-            found["teacher (config.json)"] = self.source.architecture
-            found["teacher (preprocessor_config.json)"] = self.source.preprocessing
-        else:
-            found["teacher"] = f"a factory: {self.source!r}"
-        found |= {f"placement.labels.{key}": value for key, value in self.placement.label_selector.items()}
-        found |= {f"options.{key}": value for key, value in asdict(self.options).items()}
-        return {key: str(value) for key, value in found.items()}
-
-
-@dataclass(frozen=True, slots=True)
-class Change:
-    """One key whose value is to become another; ``rolling`` if that takes new replicas."""
-
-    key: str
-    before: str
-    after: str
-
-    @property
-    def rolling(self) -> bool:
-        return self.key != "replicas"
-
-    def __str__(self) -> str:
-        return f"{self.key}: {self.before} -> {self.after}"
-
-
-def differences(before: PoolState, after: PoolState) -> tuple[Change, ...]:
-    """What would have to change for a pool that is ``before`` to be ``after``, by key."""
-    old, new = before.entries(), after.entries()
-    keys = dict.fromkeys([*old, *new])
-    return tuple(
-        Change(key, old.get(key, _ABSENT), new.get(key, _ABSENT)) for key in keys if old.get(key) != new.get(key)
-    )
 
 
 class _Loader(yaml.SafeLoader):
@@ -181,106 +177,51 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _mapping(value: object, name: str, known: Collection[str] | None) -> dict[str, Any]:
-    """``value`` as a mapping with keys among ``known`` (None: somebody else judges them); nothing is an empty one."""
-    what = name or "the file"
-    if value is None:
-        return {}
-    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
-        raise ConfigError(f"{what} must hold `key: value` lines; got {value!r}")
-    for key in value if known is not None else ():
-        if known is not None and key not in known:
-            raise ConfigError(_unknown(f"{name}.{key}" if name else key, key, known))
-    return value
-
-
-def _unknown(full: str, key: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(key, known, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else f" (keys: {', '.join(known)})"
-    return f"{full!r} is not a key of a pool's file{hint}"
-
-
-def _labels(placement: Mapping[str, Any]) -> dict[str, str]:
-    labels = _mapping(placement.get("labels"), "placement.labels", None)
-    accelerator = placement.get("accelerator")
-    if accelerator is not None:
-        if _ACCELERATOR in labels:
-            raise ConfigError(f"placement.accelerator and the label {_ACCELERATOR} say the same: leave one out")
-        labels = {_ACCELERATOR: accelerator, **labels}
-    for key, value in labels.items():
-        if not isinstance(value, str) or not value:
-            # YAML reads `true`, `1` and `1e3` as other things than text.
-            raise ConfigError(f"the label {key} must be text (put it in quotes); got {value!r}")
-    return labels
-
-
 @dataclass(frozen=True, slots=True)
-class Plan:
-    """What is to be done to make a pool what its file says.
+class Change:
+    """One key that changes its value; ``rolling`` if that takes new replicas."""
 
-    Attributes:
-        changes: what differs from the pool that runs; None if none runs.
-    """
+    key: str
+    before: str
+    after: str
 
-    wanted: PoolFile
-    changes: tuple[Change, ...] | None
-    _target: PoolState | None
-    _control: RayControl | None
+    @property
+    def rolling(self) -> bool:
+        return self.key != "replicas"
 
-    def carry_out(self, timeout: float, on_status: Callable[[PoolStatus], None] | None = None) -> PoolStatus:
-        """Start the pool, or change it replica by replica while it serves; waits until it is as declared.
-
-        Raises:
-            ReplicaError, PoolTimeoutError: as in :meth:`TeacherPool.start` and :meth:`TeacherPool.reload`; a pool that
-                ran before is left running.
-        """
-        wanted = self.wanted
-        if self._control is None or self._target is None:
-            pool = TeacherPool.start(
-                wanted.teacher,
-                name=wanted.name,
-                namespace=wanted.namespace,
-                replicas=wanted.replicas,
-                num_gpus=wanted.num_gpus,
-                num_cpus=wanted.num_cpus,
-                label_selector=wanted.labels,
-                timeout=timeout,
-                on_status=on_status,
-                **asdict(wanted.options),
-            )
-            return pool.status()
-        generation = None
-        # The number last: while replicas are replaced, there are to be as many as before.
-        if any(change.rolling for change in self.changes or ()):
-            target = self._target
-            generation = self._control.redeclare(target.source, placement=target.placement, options=target.options)
-        if any(not change.rolling for change in self.changes or ()):
-            self._control.scale(self._target.low, self._target.high)
-        pool = TeacherPool.connect(wanted.name, namespace=wanted.namespace)
-        return pool.wait_ready(timeout, generation=generation, on_status=on_status)
+    def __str__(self) -> str:
+        return f"{self.key}: {self.before} -> {self.after}"
 
 
-def plan_pool(wanted: PoolFile, address: str) -> Plan:
-    """Compare what is ``wanted`` with what runs in the Ray at ``address``, which this process is connected to."""
-    try:
-        control = RayControl.connect(wanted.name, wanted.namespace, Runtime(address, owned=False))
-    except PoolNotFoundError:
-        return Plan(wanted, None, None, None)
-    declared = control.declaration()
-    running = _state_of(declared)
-    low, high = (running.low, running.high) if wanted.replicas == "auto" else parse_replicas(wanted.replicas, auto=1)
-    placement = place(wanted.num_gpus, wanted.num_cpus, wanted.labels)
-    target = PoolState(wanted.teacher, low, high, placement, wanted.options)
-    return Plan(wanted, differences(running, target), target, control)
+def changes_between(before: PoolSpec, after: PoolSpec) -> tuple[Change, ...]:
+    """What would have to change for a pool that is ``before`` to be ``after``, by key; both resolved."""
+    old, new = _entries(before), _entries(after)
+    keys = dict.fromkeys([*old, *new])
+    return tuple(
+        Change(key, old.get(key, _ABSENT), new.get(key, _ABSENT)) for key in keys if old.get(key) != new.get(key)
+    )
 
 
-def _state_of(declared: Declaration) -> PoolState:
-    # The pool's own source, from the cluster whose word this process takes already.
-    try:
-        source = cloudpickle.loads(declared.source)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(
-            f"the running pool serves a factory that this process cannot load ({error}), so a file cannot be compared "
-            "with it: end that pool, or give the file another name"
-        ) from error
-    return PoolState(source, declared.low, declared.high, declared.placement, declared.options)
+def _entries(spec: PoolSpec) -> dict[str, str]:
+    """Every key of the file that describes a pool, with its value as text."""
+    teacher, placement = spec.source, spec.placement
+    found: dict[str, object] = {
+        "replicas": spec.low if spec.low == spec.high else f"[{spec.low}, {spec.high}]",
+        "placement.num_gpus": f"{placement.num_gpus:g}",
+        "placement.num_cpus": f"{placement.num_cpus:g}",
+    }
+    if isinstance(teacher, DinoV3Config):
+        found |= {f"teacher.{key}": getattr(teacher, key) for key in TeacherSection.model_fields}
+        found["teacher.image_size"] = list(teacher.image_size)
+        # What the directory's files said when they were read: the same path may hold another model by now.
+        found["teacher (config.json)"] = teacher.architecture
+        found["teacher (preprocessor_config.json)"] = teacher.preprocessing
+    else:
+        found["teacher"] = f"a factory: {teacher!r}"
+    found |= {f"placement.labels.{key}": value for key, value in placement.label_selector.items()}
+    found |= {f"options.{key}": value for key, value in spec.options.model_dump().items()}
+    return {key: str(value) for key, value in found.items()}
+
+
+if __name__ == "__main__":
+    print(json.dumps(pool_schema(), indent=2))

@@ -1,28 +1,29 @@
-"""The knobs of a pool, checked once, with the reason for each default.
-
-What a pool serves: a DINOv3 configuration, or a factory of any teacher.
-"""
+"""What a pool is: its teacher, how many replicas serve it, where they may run, and how they serve."""
 
 from __future__ import annotations
 
-import difflib
-import math
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Annotated, ClassVar, Literal, Self, get_args
+
+from pydantic import AfterValidator, Field
+from ray import cloudpickle
 
 from dinov3_ray.config import DinoV3Config
 from dinov3_ray.errors import ConfigError
 from dinov3_ray.teacher import Extractor
+from dinov3_ray.validation import CheckedModel, broken_rule, check, rule
 
 __all__ = [
     "Batching",
     "CheckedSource",
     "Placement",
     "PoolOptions",
+    "PoolSpec",
     "ReplicaCount",
+    "Resources",
     "TeacherSource",
     "builder",
     "check_source",
@@ -33,89 +34,100 @@ __all__ = [
 Batching = Literal["exact", "dynamic", "deterministic"]
 ReplicaCount = int | Literal["auto"] | tuple[int, int]
 
+_Whole = Annotated[int, Field(strict=True, ge=1), rule("must be a whole number, at least 1")]
+_Seconds = Annotated[
+    float, Field(strict=True, gt=0, allow_inf_nan=False), rule("must be more than 0 seconds, and finite")
+]
+_SecondsOrZero = Annotated[
+    float, Field(strict=True, ge=0, allow_inf_nan=False), rule("must be at least 0 seconds, and finite")
+]
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PoolOptions:
-    """How a pool batches, bounds and watches.
 
-    Args:
-        max_batch: the most images in one forward pass; larger batches are cut and rejoined by the client.
-        batching: ``exact`` runs each request as it was submitted, so remote results equal local ones bit for bit;
-            ``dynamic`` runs small requests of several clients together; ``deterministic`` pads every forward pass to
-            ``max_batch`` images, so that a row's value never depends on its neighbours.
-        max_wait: seconds that a request may wait for company under ``dynamic`` and ``deterministic`` batching.
-        max_queued: requests that a replica holds before it turns more away (clients then wait and come back).
-        max_queued_bytes: likewise, bytes of their images; they pin the object store of the replica's node.
-        window: requests that one client keeps at one replica: one computing, and the next ones already transferred.
-        threads: CPU threads a replica computes with; None shares the cluster's CPUs between the replicas.
-        health_interval: seconds between the controller's looks at each replica.
-        health_timeout: seconds without an answer to such a look after which a replica is replaced.
-        hang_timeout: seconds that one forward pass may take before its replica is replaced.
-        startup_timeout: seconds that a replica may take to load and prove its teacher, once it has a place.
-        client_timeout: seconds of silence after which a client is taken for dead and what it queued is dropped.
-        idle_seconds: under ``replicas=(min, max)``, how long the pool must be idle before it shrinks by one.
-        busy_seconds: under ``replicas=(min, max)``, the queue wait above which the pool grows by one.
-        drain_timeout: seconds that a replica being removed may take to finish what it holds.
+class PoolOptions(CheckedModel):
+    """How a pool batches, bounds and watches. Each option is described here and nowhere else."""
 
-    Raises:
-        ConfigError: names the option, the rule and the value.
-    """
+    key_is: ClassVar[str] = "an option of a pool"
 
-    max_batch: int = 32
-    batching: Batching = "exact"
-    max_wait: float = 0.005
-    max_queued: int = 256
-    max_queued_bytes: int = 2 * 2**30
-    window: int = 3
-    threads: int | None = None
-    health_interval: float = 1.0
-    health_timeout: float = 10.0
-    hang_timeout: float = 60.0
-    startup_timeout: float = 300.0
-    client_timeout: float = 30.0
-    idle_seconds: float = 30.0
-    busy_seconds: float = 0.5
-    drain_timeout: float = 60.0
+    max_batch: _Whole = 32
+    """Images per forward pass at most; the client cuts larger batches and rejoins the results."""
+    batching: Annotated[Batching, rule(f"must be one of {', '.join(get_args(Batching))}")] = "exact"
+    """exact runs each request as it was submitted, so remote results equal local ones bit for bit. dynamic runs small
+    requests of several clients together. deterministic pads every forward pass to max_batch images, so that an image's
+    result never depends on its neighbours."""
+    max_wait: _SecondsOrZero = 0.005
+    """Seconds that a request may wait for others under dynamic and deterministic batching."""
+    max_queued: _Whole = 256
+    """Requests that a replica holds before it refuses more; the client then sends them again later."""
+    max_queued_bytes: _Whole = 2 * 2**30
+    """Bytes of the images of these requests, as a second limit. They occupy the object store of the replica's node."""
+    window: _Whole = 3
+    """Requests that one client keeps at one replica: one is computed while the next ones are transferred."""
+    threads: _Whole | None = None
+    """CPU threads per replica. Left out: the cluster's CPUs are shared between the replicas."""
+    health_interval: _Seconds = 1.0
+    """Seconds between the controller's health checks of a replica."""
+    health_timeout: _Seconds = 10.0
+    """Seconds without an answer to a health check after which a replica is replaced."""
+    hang_timeout: _Seconds = 60.0
+    """Seconds that one forward pass may take before its replica is replaced."""
+    startup_timeout: _Seconds = 300.0
+    """Seconds that a replica may take to load and check its teacher, once Ray has placed it."""
+    client_timeout: _Seconds = 30.0
+    """Seconds without a sign of life after which a client's queued requests are dropped."""
+    idle_seconds: _Seconds = 30.0
+    """With a range of replicas: seconds without work after which the pool shrinks by one replica."""
+    busy_seconds: _Seconds = 0.5
+    """With a range of replicas: the wait in the queue above which the pool grows by one replica."""
+    drain_timeout: _Seconds = 60.0
+    """Seconds that a replica may take to finish its requests before it is removed."""
 
     @classmethod
-    def of(cls, options: Mapping[str, object]) -> PoolOptions:
-        """``options`` by name; a name that does not exist raises ConfigError, with the nearest that does."""
-        known = [field.name for field in fields(cls)]
-        for name in options:
-            if name not in known:
-                near = difflib.get_close_matches(name, known, n=1)
-                hint = f"; did you mean {near[0]!r}?" if near else f" (options: {', '.join(known)})"
-                raise ConfigError(f"{name!r} is not an option of a pool{hint}")
-        return cls(**options)  # type: ignore[arg-type] # each value is checked in __post_init__
+    def of(cls, options: Mapping[str, object]) -> Self:
+        """``options`` by name.
 
-    def __post_init__(self) -> None:
-        if self.batching not in get_args(Batching):
-            raise ConfigError(f"batching must be one of {', '.join(get_args(Batching))}; got {self.batching!r}")
-        for name in ("max_batch", "max_queued", "max_queued_bytes", "window"):
-            _require(name, getattr(self, name), whole=True)
-        if self.threads is not None:
-            _require("threads", self.threads, whole=True)
-        for name in (
-            "health_interval",
-            "health_timeout",
-            "hang_timeout",
-            "startup_timeout",
-            "client_timeout",
-            "idle_seconds",
-            "busy_seconds",
-            "drain_timeout",
-        ):
-            _require(name, getattr(self, name), whole=False)
-        number = isinstance(self.max_wait, (int, float)) and not isinstance(self.max_wait, bool)
-        if not (number and 0 <= self.max_wait < math.inf):
-            raise ConfigError(f"max_wait must be at least 0 seconds, and finite; got {self.max_wait!r}")
+        Raises:
+            ConfigError: names every option that is wrong or unknown, with its rule and value.
+        """
+        return check(cls, dict(options))
 
 
-def _require(name: str, value: object, *, whole: bool) -> None:
-    kind = int if whole else (int, float)
-    rule = "a whole number, at least 1" if whole else "more than 0 seconds, and finite"
-    if isinstance(value, bool) or not isinstance(value, kind) or not 0 < value < math.inf:
-        raise ConfigError(f"{name} must be {rule}; got {value!r}")
+def _check_whole_gpus(value: float) -> float:
+    if value > 1 and value != int(value):
+        raise broken_rule("above 1 must be a whole number")
+    return value
+
+
+_Amount = Annotated[float, Field(strict=True, ge=0), rule("must be a number >= 0")]
+
+
+class Resources(CheckedModel):
+    """What each replica reserves in Ray."""
+
+    num_gpus: Annotated[_Amount, AfterValidator(_check_whole_gpus)] | None = None
+    """GPUs per replica; 0.5 puts two replicas on one. Left out: 1 where the cluster has GPUs, else 0."""
+    num_cpus: _Amount = 0
+    """CPUs that each replica reserves."""
+
+
+class Placement(Resources):
+    """What each replica reserves, and the labels that its node must have."""
+
+    label_selector: dict[str, Annotated[str, Field(strict=True), rule("must be text")]] = Field(default={})
+
+    def resolved(self, *, has_gpus: bool) -> Placement:
+        """With a number of GPUs, where that is left to the cluster."""
+        return self if self.num_gpus is not None else self.model_copy(update={"num_gpus": 1.0 if has_gpus else 0.0})
+
+    @property
+    def device(self) -> str:
+        return "cuda" if self.num_gpus else "cpu"
+
+    def actor_options(self) -> dict[str, object]:
+        """As options of a Ray actor."""
+        options: dict[str, object] = {"num_gpus": self.num_gpus or 0, "num_cpus": self.num_cpus}
+        if self.label_selector:
+            options["label_selector"] = dict(self.label_selector)
+        return options
 
 
 def parse_replicas(replicas: object, *, auto: int) -> tuple[int, int]:
@@ -130,7 +142,7 @@ def parse_replicas(replicas: object, *, auto: int) -> tuple[int, int]:
         return replicas, replicas
     if isinstance(replicas, (tuple, list)) and len(replicas) == 2:
         low, high = replicas
-        if type(low) is type(high) is int:  # a bool is no count
+        if type(low) is type(high) is int:  # a bool is not a count
             if 1 <= low <= high:
                 return low, high
             if low >= 1:
@@ -140,6 +152,52 @@ def parse_replicas(replicas: object, *, auto: int) -> tuple[int, int]:
 
 CheckedSource = DinoV3Config | Callable[[], Extractor]
 TeacherSource = CheckedSource | str | os.PathLike[str]
+
+
+@dataclass(frozen=True, slots=True)
+class PoolSpec:
+    """What a pool is, whether it was asked for in Python, in a file, or runs.
+
+    Attributes:
+        teacher: a configuration or a factory; pickled where it waits for the process that builds it. A controller
+            never unpickles it: it has no torch, and perhaps not the factory's module.
+        replicas: ``"auto"`` until :meth:`resolved`; then (min, max).
+    """
+
+    teacher: CheckedSource | bytes
+    replicas: ReplicaCount = "auto"
+    placement: Placement = field(default_factory=lambda: Placement())
+    options: PoolOptions = field(default_factory=lambda: PoolOptions())
+
+    @property
+    def low(self) -> int:
+        return parse_replicas(self.replicas, auto=1)[0]
+
+    @property
+    def high(self) -> int:
+        return parse_replicas(self.replicas, auto=1)[1]
+
+    @property
+    def source(self) -> CheckedSource:
+        """The teacher, which must not be pickled."""
+        assert not isinstance(self.teacher, bytes)
+        return self.teacher
+
+    def resolved(self, placement: Placement, *, auto: int) -> PoolSpec:
+        """With what was left to the cluster: ``placement``, and ``auto`` replicas where it says ``"auto"``."""
+        return replace(self, placement=placement, replicas=parse_replicas(self.replicas, auto=auto))
+
+    def pickled(self) -> PoolSpec:
+        return replace(self, teacher=cloudpickle.dumps(self.source))
+
+    def unpickled(self) -> PoolSpec:
+        """
+        Raises:
+            ImportError, AttributeError: the teacher is a factory that this process does not have.
+        """
+        assert isinstance(self.teacher, bytes)
+        # The pool's own teacher, from the cluster that this process trusts already.
+        return replace(self, teacher=cloudpickle.loads(self.teacher))
 
 
 def check_source(source: TeacherSource) -> CheckedSource:
@@ -175,45 +233,3 @@ def builder(source: CheckedSource, device: str) -> Callable[[], Extractor]:
         return teacher
 
     return build
-
-
-@dataclass(frozen=True, slots=True)
-class Placement:
-    """What each replica asks of the cluster.
-
-    Args:
-        num_gpus: GPUs a replica; a fraction shares one.
-        num_cpus: CPUs that a replica reserves; 0 reserves none.
-        label_selector: node labels that a replica needs, such as ``{"ray.io/accelerator-type": "H200"}``.
-
-    Raises:
-        ConfigError: a negative number, or more than one GPU but not a whole number of them.
-    """
-
-    num_gpus: float = 0
-    num_cpus: float = 0
-    label_selector: Mapping[str, str] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        for name in ("num_gpus", "num_cpus"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
-                raise ConfigError(f"{name} must be a number >= 0; got {value!r}")
-        if self.num_gpus > 1 and self.num_gpus != int(self.num_gpus):
-            raise ConfigError(f"num_gpus above 1 must be a whole number; got {self.num_gpus!r}")
-
-    @property
-    def device(self) -> str:
-        return "cuda" if self.num_gpus > 0 else "cpu"
-
-    def actor_options(self) -> dict[str, object]:
-        """As options of a Ray actor."""
-        options: dict[str, object] = {"num_gpus": self.num_gpus, "num_cpus": self.num_cpus}
-        if self.label_selector:
-            options["label_selector"] = dict(self.label_selector)
-        return options
-
-    def __str__(self) -> str:
-        parts = [f"{self.num_gpus:g} GPU" if self.num_gpus else "", f"{self.num_cpus:g} CPU" if self.num_cpus else ""]
-        parts += [f"label {key}={value}" for key, value in self.label_selector.items()]
-        return ", ".join(part for part in parts if part) or "no reserved resources"

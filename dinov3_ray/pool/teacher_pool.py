@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from types import TracebackType
 from typing import Any, Protocol, Self
 
 import ray
 import torch
-from ray import cloudpickle
 
 from dinov3_ray.checkpoint import verify
 from dinov3_ray.config import DinoV3Config
@@ -26,13 +24,15 @@ from dinov3_ray.pool.spec import (
     CheckedSource,
     Placement,
     PoolOptions,
+    PoolSpec,
     ReplicaCount,
     TeacherSource,
     check_source,
     parse_replicas,
 )
+from dinov3_ray.validation import check
 
-__all__ = ["TeacherPool", "place"]
+__all__ = ["TeacherPool", "resolve_placement"]
 
 
 class _Control(Protocol):
@@ -42,7 +42,7 @@ class _Control(Protocol):
     def address(self) -> str | None: ...
     def status(self) -> PoolStatus: ...
     def scale(self, low: int, high: int) -> None: ...
-    def reload(self, source: CheckedSource) -> int: ...
+    def reload(self, teacher: CheckedSource) -> int: ...
     def shutdown(self) -> None: ...
     def disconnect(self) -> None: ...
 
@@ -107,23 +107,20 @@ class TeacherPool:
             PoolTimeoutError: they were not ready in time; says what they wait for. Nothing is left running.
         """
         check_name(name)
-        pool_options = PoolOptions.of(options)
-        source = check_source(teacher)
+        # All of it is checked before Ray starts.
+        parse_replicas(replicas, auto=1)
+        wanted = {"num_gpus": num_gpus, "num_cpus": num_cpus, "label_selector": dict(label_selector or {})}
+        spec = PoolSpec(check_source(teacher), replicas, check(Placement, wanted), PoolOptions.of(options))
         if local_mode:
             if address:
-                raise ConfigError(f"local_mode=True runs in this process: it goes with no address; got {address!r}")
-            low, high = parse_replicas(replicas, auto=1)
-            has_gpu = torch.cuda.is_available()
-            placement = Placement(num_gpus=(1 if num_gpus is None else num_gpus) if has_gpu else 0, num_cpus=num_cpus)
-            control: _Control = _start_local(name, source, Declaration(b"", low, high, placement, pool_options, low))
+                raise ConfigError(f"local_mode=True runs in this process, without an address; got {address!r}")
+            control: _Control = _start_local(name, spec)
         else:
-            parse_replicas(replicas, auto=1)  # a wrong number shows before Ray starts
             runtime = connect(address, may_start=True)
             try:
-                placement = place(num_gpus, num_cpus, label_selector or {})
-                low, high = parse_replicas(replicas, auto=_free_replicas(placement))
-                declaration = Declaration(cloudpickle.dumps(source), low, high, placement, pool_options, low)
-                control = RayControl.start(name, namespace, runtime, declaration)
+                placement = resolve_placement(spec.placement)
+                spec = spec.resolved(placement, auto=_free_replicas(placement)).pickled()
+                control = RayControl.start(name, namespace, runtime, Declaration(spec, target=spec.low))
             except BaseException:
                 runtime.close()
                 raise
@@ -278,8 +275,10 @@ class TeacherPool:
             raise PoolClosedError(f"pool {self.name!r} was shut down, or this connection to it closed")
 
 
-def _start_local(name: str, source: CheckedSource, declaration: Declaration) -> LocalController:
-    controller = LocalController(name, source, declaration, device=declaration.placement.device)
+def _start_local(name: str, spec: PoolSpec) -> LocalController:
+    has_gpus = torch.cuda.is_available()
+    placement = spec.placement.resolved(has_gpus=True) if has_gpus else Placement(num_gpus=0)
+    controller = LocalController(name, spec.resolved(placement, auto=1))
     try:
         register_local(controller)
     except BaseException:
@@ -288,21 +287,21 @@ def _start_local(name: str, source: CheckedSource, declaration: Declaration) -> 
     return controller
 
 
-def place(num_gpus: float | None, num_cpus: float, label_selector: Mapping[str, str]) -> Placement:
-    """What each replica asks of the cluster; ``num_gpus=None`` is 1 where it has GPUs, else 0.
+def resolve_placement(placement: Placement) -> Placement:
+    """``placement`` with a number of GPUs for the cluster that this process is connected to.
 
     Raises:
         ConfigError: Ray would refuse an actor that asks for it, such as a label with a space.
     """
-    if num_gpus is None:
-        num_gpus = 1 if ray.cluster_resources().get("GPU", 0) else 0
-    placement = Placement(num_gpus=num_gpus, num_cpus=num_cpus, label_selector=dict(label_selector))
+    has_gpus = placement.num_gpus is None and bool(ray.cluster_resources().get("GPU", 0))
+    resolved = placement.resolved(has_gpus=has_gpus)
     try:
-        ray.remote(ReplicaActor).options(**placement.actor_options())
+        ray.remote(ReplicaActor).options(**resolved.actor_options())
     except (ValueError, TypeError, OverflowError) as error:
-        given = ", ".join(f"{name}={value!r}" for name, value in asdict(placement).items())
-        raise ConfigError(f"what a replica asks for must be what Ray takes; got {given}. Ray says: {error}") from error
-    return placement
+        raise ConfigError(
+            f"what a replica asks for must be what Ray takes; got {resolved}. Ray says: {error}"
+        ) from error
+    return resolved
 
 
 def _free_replicas(placement: Placement) -> int:

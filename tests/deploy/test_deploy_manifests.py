@@ -165,11 +165,12 @@ def test_pool_files(text: str, tmp_path: Path, tiny_checkpoint: Path) -> None:
     path = tmp_path / "pool.yaml"
     path.write_text(text.replace("/models/dinov3-vitl16", str(tiny_checkpoint)))
     read = PoolFile.read(path)
-    assert (read.name, read.num_gpus, read.labels) == ("dinov3", 1, {"role": "teacher"})
+    labels = read.spec.placement.label_selector
+    assert (read.name, read.spec.placement.num_gpus, labels) == ("dinov3", 1, {"role": "teacher"})
     (cluster,) = of_kind("RayCluster")
     (group,) = cluster["spec"]["workerGroupSpecs"]
-    assert group["labels"].items() >= read.labels.items(), "no node carries the labels that replicas need"
-    assert read.replicas == (group["minReplicas"], group["maxReplicas"])
+    assert group["labels"].items() >= labels.items(), "no node carries the labels that replicas need"
+    assert read.spec.replicas == (group["minReplicas"], group["maxReplicas"])
 
 
 def test_ray_up() -> None:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import math
-from dataclasses import fields
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dinov3_ray.errors import ConfigError
-from dinov3_ray.pool.spec import PoolOptions, parse_replicas
-from dinov3_ray.pool.teacher_pool import place
+from dinov3_ray.pool.spec import Placement, PoolOptions, parse_replicas
+from dinov3_ray.pool.teacher_pool import resolve_placement
+from dinov3_ray.validation import check
 
 WHOLE = ("max_batch", "max_queued", "max_queued_bytes", "window", "threads")
-SECONDS = tuple(field.name for field in fields(PoolOptions) if field.type == "float" and field.name != "max_wait")
+SECONDS = tuple(name for name in PoolOptions.model_fields if name.endswith(("_interval", "_timeout", "_seconds")))
 
 
 @pytest.mark.parametrize("name", WHOLE)
@@ -52,9 +52,20 @@ def test_an_unknown_option_is_refused_with_the_nearest_known_one() -> None:
         PoolOptions.of({"xyz": 4})
 
 
+def test_all_wrong_options_come_at_once() -> None:
+    with pytest.raises(ConfigError) as caught:
+        PoolOptions.of({"max_bach": 4, "window": "3", "hang_timeout": 0})
+    assert str(caught.value) == (
+        "3 problems:\n"
+        "  - window must be a whole number, at least 1; got '3'\n"
+        "  - hang_timeout must be more than 0 seconds, and finite; got 0\n"
+        "  - 'max_bach' is not an option of a pool; did you mean 'max_batch'?"
+    )
+
+
 def test_every_option_is_explained() -> None:
-    for field in fields(PoolOptions):
-        assert f"        {field.name}: " in (PoolOptions.__doc__ or "")
+    assert {*WHOLE, *SECONDS, "batching", "max_wait"} == set(PoolOptions.model_fields)
+    assert all(field.description for field in PoolOptions.model_fields.values())
 
 
 @given(low=st.integers(1, 100), more=st.integers(0, 100))
@@ -84,7 +95,6 @@ def test_a_range_upside_down_is_refused_by_both_bounds() -> None:
     [
         (0, {"zone": "!in("}, "label_selector"),
         (0, {"a zone": "x"}, "a zone"),
-        (0, {"zone": 3}, "label_selector"),
         (math.inf, {}, "num_cpus=inf"),
         (0.00001, {}, "num_cpus"),
     ],
@@ -93,10 +103,22 @@ def test_what_ray_would_refuse_of_a_replica_is_refused_before_there_is_a_pool(
     num_cpus: float, labels: dict[str, str], names: str
 ) -> None:
     with pytest.raises(ConfigError, match=r"what a replica asks for must be what Ray takes; got num_gpus=0") as caught:
-        place(0, num_cpus, labels)
+        resolve_placement(Placement(num_gpus=0, num_cpus=num_cpus, label_selector=labels))
     assert names in str(caught.value)
-    assert place(0.5, 2, {"zone": "in(a, b)"}).actor_options() == {
+    placement = Placement(num_gpus=0.5, num_cpus=2, label_selector={"zone": "in(a, b)"})
+    assert resolve_placement(placement).actor_options() == {
         "num_gpus": 0.5,
         "num_cpus": 2,
         "label_selector": {"zone": "in(a, b)"},
     }
+
+
+def test_all_problems_of_a_placement_come_at_once() -> None:
+    with pytest.raises(ConfigError) as caught:
+        check(Placement, {"num_gpus": 1.5, "num_cpus": True, "label_selector": {"zone": 3}})
+    assert str(caught.value) == (
+        "3 problems:\n"
+        "  - num_gpus above 1 must be a whole number; got 1.5\n"
+        "  - num_cpus must be a number >= 0; got True\n"
+        "  - label_selector.zone must be text; got 3"
+    )

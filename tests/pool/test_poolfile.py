@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from dinov3_ray import DinoV3Config
 from dinov3_ray.errors import ConfigError
 from dinov3_ray.pool.cluster import NAMESPACE
-from dinov3_ray.pool.poolfile import Change, PoolFile, PoolState, differences
-from dinov3_ray.pool.spec import Placement, PoolOptions
+from dinov3_ray.pool.poolfile import Change, PoolFile, changes_between
+from dinov3_ray.pool.spec import PoolOptions, PoolSpec
 
 
 def test_everything_is_read(tmp_path: Path, tiny_checkpoint: Path) -> None:
@@ -23,18 +24,20 @@ placement: {{num_gpus: 0.5, num_cpus: 2, accelerator: H200, labels: {{zone: a}}}
 options: {{batching: dynamic, max_batch: 64}}
 """)
     read = PoolFile.read(path)
-    assert (read.name, read.namespace, read.replicas) == ("big", "teachers", (2, 8))
-    assert (read.teacher.root, read.teacher.dtype, read.teacher.image_size) == (tiny_checkpoint, "bfloat16", (64, 96))
-    assert (read.num_gpus, read.num_cpus) == (0.5, 2)
-    assert read.labels == {"ray.io/accelerator-type": "H200", "zone": "a"}
-    assert read.options == PoolOptions(batching="dynamic", max_batch=64)
+    assert (read.name, read.namespace, read.spec.replicas) == ("big", "teachers", (2, 8))
+    teacher, placement = read.spec.source, read.spec.placement
+    assert isinstance(teacher, DinoV3Config)
+    assert (teacher.root, teacher.dtype, teacher.image_size) == (tiny_checkpoint, "bfloat16", (64, 96))
+    assert (placement.num_gpus, placement.num_cpus) == (0.5, 2)
+    assert placement.label_selector == {"ray.io/accelerator-type": "H200", "zone": "a"}
+    assert read.spec.options == PoolOptions(batching="dynamic", max_batch=64)
 
 
 def test_most_may_be_left_out_and_a_root_is_relative_to_the_file(tiny_checkpoint: Path) -> None:
     read = PoolFile.of({"teacher": {"root": tiny_checkpoint.name}}, folder=tiny_checkpoint.parent)
-    assert (read.name, read.namespace, read.replicas, read.num_gpus) == ("dinov3", NAMESPACE, "auto", None)
-    assert read.teacher.root == tiny_checkpoint
-    assert read.options == PoolOptions()
+    assert (read.name, read.namespace, read.spec.replicas) == ("dinov3", NAMESPACE, "auto")
+    assert read.spec == PoolSpec(DinoV3Config(tiny_checkpoint))
+    assert read.spec.placement.num_gpus is None
 
 
 @pytest.mark.parametrize(
@@ -48,13 +51,19 @@ def test_most_may_be_left_out_and_a_root_is_relative_to_the_file(tiny_checkpoint
         ("teacher: {}", "teacher.root must be the path of a model directory; got None"),
         ("teacher: ROOT", "teacher must hold `key: value` lines"),
         ("teacher: {root: /nowhere}", "/nowhere is missing"),
-        ("options: {max_bach: 3}", "'max_bach' is not an option of a pool; did you mean 'max_batch'?"),
+        ("options: {max_bach: 3}", "'options.max_bach' is not an option of a pool; did you mean 'max_batch'?"),
         ("options: {max_batch: 0}", "max_batch must be a whole number, at least 1; got 0"),
         ("replicas: [3, 2]", "max (2) must be >= min (3)"),
         ("replicas: 0", "replicas must be a whole number >= 1"),
         ("placement: {num_gpu: 1}", "did you mean 'num_gpus'?"),
         ("placement: {num_gpus: 1.5}", "num_gpus above 1 must be a whole number"),
-        ("placement: {labels: {zone: 1}}", "the label zone must be text (put it in quotes); got 1"),
+        ("placement: {labels: {zone: 1}}", "placement.labels.zone must be text (put it in quotes); got 1"),
+        ("placement: {labels: {1: a}}", "must be text (put it in quotes); got 1"),
+        ("options: []", "options must hold `key: value` lines; got []"),
+        ("options: {max_batch: '32'}", "options.max_batch must be a whole number, at least 1; got '32'"),
+        ("placement: {num_gpus: true}", "placement.num_gpus must be a number >= 0; got True"),
+        ("replicas: '2'", "replicas must be a whole number >= 1"),
+        ("1: 2", "'1' is not a key of a pool's file"),
         ("placement: {accelerator: A, labels: {ray.io/accelerator-type: B}}", "say the same: leave one out"),
         ("name: a b", "name must be 1 to 100 letters"),
         ("namespace: 3", "namespace must be"),
@@ -78,18 +87,46 @@ def test_a_list_is_no_pool_file() -> None:
         PoolFile.of(["name"], folder=Path())
 
 
+def test_all_problems_of_a_file_come_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "pool.yaml"
+    path.write_text("""
+name: a b
+replicas: [3, 2]
+teacher: {dtype: float4, image_sise: 224}
+placement: {num_gpus: "1", labels: {zone: 1}}
+options: {max_batch: 0, max_wait: true}
+gpus: 2
+""")
+    with pytest.raises(ConfigError) as caught:
+        PoolFile.read(path)
+    first, *problems = str(caught.value).splitlines()
+    assert first == f"{path} has 10 problems:"
+    assert problems == [
+        "  - name must be 1 to 100 letters, digits, '.', '_' or '-'; got 'a b'",
+        "  - replicas=(min, max): max (2) must be >= min (3)",
+        "  - teacher.dtype must be one of auto, float32, bfloat16, float16, float8; got 'float4'",
+        "  - teacher.root must be the path of a model directory; got None",
+        "  - 'teacher.image_sise' is not a key of a pool's file; did you mean 'image_size'?",
+        "  - placement.num_gpus must be a number >= 0; got '1'",
+        "  - placement.labels.zone must be text (put it in quotes); got 1",
+        "  - options.max_batch must be a whole number, at least 1; got 0",
+        "  - options.max_wait must be at least 0 seconds, and finite; got True",
+        "  - 'gpus' is not a key of a pool's file (keys: name, namespace, replicas, teacher, placement, options)",
+    ]
+
+
+def resolved(file: PoolFile) -> PoolSpec:
+    return file.spec.resolved(file.spec.placement.resolved(has_gpus=False), auto=1)
+
+
 def test_differences_name_each_key(tmp_path: Path, tiny_checkpoint: Path) -> None:
-    def state(content: dict[str, object]) -> PoolState:
-        read = PoolFile.of(content, folder=tmp_path)
-        placement = Placement(num_gpus=read.num_gpus or 0, num_cpus=read.num_cpus, label_selector=read.labels)
-        assert isinstance(read.replicas, (int, tuple))
-        low, high = (read.replicas, read.replicas) if isinstance(read.replicas, int) else read.replicas
-        return PoolState(read.teacher, low, high, placement, read.options)
+    def state(content: dict[str, object]) -> PoolSpec:
+        return resolved(PoolFile.of(content, folder=tmp_path))
 
     root = str(tiny_checkpoint)
     before = state({"replicas": 2, "teacher": {"root": root}})
     same = state({"replicas": [2, 2], "teacher": {"root": root, "image_size": 224}, "options": {"max_batch": 32}})
-    assert differences(before, same) == ()
+    assert changes_between(before, same) == ()
     after = state(
         {
             "replicas": [2, 4],
@@ -98,7 +135,7 @@ def test_differences_name_each_key(tmp_path: Path, tiny_checkpoint: Path) -> Non
             "options": {"max_batch": 64},
         }
     )
-    changes = differences(before, after)
+    changes = changes_between(before, after)
     assert changes == (
         Change("replicas", "2", "[2, 4]"),
         Change("placement.num_gpus", "0", "0.5"),
@@ -115,12 +152,11 @@ def test_a_model_exchanged_under_the_same_path_is_a_difference(tmp_path: Path, t
     for file in tiny_checkpoint.iterdir():
         (root / file.name).write_bytes(file.read_bytes())
 
-    def state() -> PoolState:
-        read = PoolFile.of({"teacher": {"root": str(root)}}, folder=tmp_path)
-        return PoolState(read.teacher, 1, 1, Placement(), read.options)
+    def state() -> PoolSpec:
+        return resolved(PoolFile.of({"teacher": {"root": str(root)}}, folder=tmp_path))
 
     before = state()
     preprocessor = root / "preprocessor_config.json"
     preprocessor.write_text(preprocessor.read_text().replace("0.485", "0.5"))
-    (change,) = differences(before, state())
+    (change,) = changes_between(before, state())
     assert change.key == "teacher (preprocessor_config.json)"

@@ -22,7 +22,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from dinov3_ray.errors import ReplicaError
 from dinov3_ray.pool.cluster import kill_process, list_actors, replica_name
 from dinov3_ray.pool.control.autoscaler import Autoscaler
-from dinov3_ray.pool.control.declaration import Declaration, Redeclaration
+from dinov3_ray.pool.control.declaration import Declaration, PoolChange
 from dinov3_ray.pool.control.membership import Action, ActionKind, Membership
 from dinov3_ray.pool.control.status import PoolStatus, ReplicaRecord, make_status, make_view
 from dinov3_ray.pool.kv import PoolKV
@@ -63,7 +63,7 @@ class Controller:
         self._kv = PoolKV(namespace, name)
         self._declaration: Declaration = self._kv.load_declaration() or declaration
         declared = self._declaration
-        self._membership = Membership(declared.low, declared.high)
+        self._membership = Membership(declared.spec.low, declared.spec.high)
         # Views of a restarted controller must count as newer than those before.
         self._membership.epoch = time.time_ns() // 1_000_000
         self._membership.generation, self._membership.newest = declared.generation, declared.newest
@@ -72,7 +72,7 @@ class Controller:
         self._replicas: dict[str, _SupervisedReplica] = {}
         self._clients: dict[str, float] = {}
         self._watching: Counter[str] = Counter()  # calls of each client
-        self._autoscaler = Autoscaler.of(declared.options)
+        self._autoscaler = Autoscaler.of(declared.spec.options)
         self._publisher = Publisher(name)
         self._wake = asyncio.Event()
         self._published = asyncio.Condition()
@@ -122,7 +122,7 @@ class Controller:
     async def declaration(self) -> Declaration:
         return self._declaration
 
-    async def redeclare(self, change: Redeclaration) -> int:
+    async def change(self, change: PoolChange) -> int:
         """Begin to replace the replicas by such as ``change`` asks for; returns the number of their generation.
 
         Calls are taken one after the other. One that comes while another's replicas are still being replaced
@@ -132,17 +132,17 @@ class Controller:
             return self._declaration.taken[change.token]
         settled = self._membership.reload()
         generation = self._membership.generation
-        self._turn_to(self._declaration.redeclared(change, generation, settled=settled))
+        self._turn_to(self._declaration.changed(change, generation, settled=settled))
         return generation
 
     def _turn_to(self, declared: Declaration) -> None:
         self._declaration = declared
-        self._autoscaler = Autoscaler.of(declared.options)
+        self._autoscaler = Autoscaler.of(declared.spec.options)
         self._save()
 
     async def status(self) -> PoolStatus:
         await self._found.wait()
-        options = self._declaration.options
+        options = self._declaration.spec.options
         return make_status(self._name, self._membership, self._records(), options, clients=len(self._clients))
 
     async def shutdown(self) -> list[ReplicaProcess]:
@@ -182,7 +182,7 @@ class Controller:
             self._publisher.publish(read_controller(self._membership, clients=len(self._clients)))
             async with self._published:
                 self._published.notify_all()
-            pause = self._declaration.options.health_interval
+            pause = self._declaration.spec.options.health_interval
             delayed = self._membership.next_change(time.monotonic())
             try:
                 async with asyncio.timeout(pause if delayed is None else min(pause, delayed + 0.01)):
@@ -212,7 +212,7 @@ class Controller:
         await asyncio.gather(*(self._adopt(replica_id, actor) for replica_id, actor in found))
 
     async def _adopt(self, replica_id: str, actor: Any) -> None:
-        patience = self._declaration.options.health_timeout
+        patience = self._declaration.spec.options.health_timeout
         try:
             process = await asyncio.wait_for(actor.process.remote(), patience)
             state = await asyncio.wait_for(actor.state.remote(), patience)
@@ -233,16 +233,13 @@ class Controller:
             self._spawn(self._drain(action.replica_id))
 
     def _start_actor(self, replica_id: str) -> Any:
-        declared = self._declaration
-        placement = declared.placement
+        spec = self._declaration.spec
         setup = ReplicaSetup(
             replica_id=replica_id,
             generation=self._membership.generation,
             namespace=self._namespace,
             pool=self._name,
-            source=declared.source,
-            options=declared.options,
-            device=placement.device,
+            spec=spec,
             threads=self._threads(),
         )
         options: dict[str, Any] = {
@@ -251,19 +248,19 @@ class Controller:
             "lifetime": "detached",
             "max_restarts": 0,  # replacing it is this controller's work: Ray would not say why it could not start
             # Replicas that reserve nothing would all be put on one node.
-            "scheduling_strategy": "DEFAULT" if placement.num_gpus else "SPREAD",
-            **placement.actor_options(),
+            "scheduling_strategy": "DEFAULT" if spec.placement.num_gpus else "SPREAD",
+            **spec.placement.actor_options(),
         }
-        actor_class: Any = ray.remote(concurrency_groups=thread_groups(declared.options))(ReplicaActor)
+        actor_class: Any = ray.remote(concurrency_groups=thread_groups(spec.options))(ReplicaActor)
         return actor_class.options(**options).remote(setup)
 
     def _threads(self) -> int | None:
         """CPU threads a replica, so that those of one machine don't fight for its cores."""
-        declared = self._declaration
-        if declared.options.threads is not None or declared.placement.device != "cpu":
-            return declared.options.threads
-        if declared.placement.num_cpus >= 1:
-            return int(declared.placement.num_cpus)
+        spec = self._declaration.spec
+        if spec.options.threads is not None or spec.placement.device != "cpu":
+            return spec.options.threads
+        if spec.placement.num_cpus >= 1:
+            return int(spec.placement.num_cpus)
         return max(1, int(ray.cluster_resources().get("CPU", 1)) // self._membership.target)
 
     def _begin_supervision(self, replica_id: str, actor: Any) -> None:
@@ -272,7 +269,7 @@ class Controller:
 
     async def _watch_over(self, replica_id: str, replica: _SupervisedReplica) -> None:
         """A replica's life from its place in the cluster to its loss."""
-        options = self._declaration.options
+        options = self._declaration.spec.options
         try:
             # No deadline here: a replica that waits for its place is what makes Ray's autoscaler add a node.
             replica.process = await replica.actor.process.remote()
@@ -293,7 +290,7 @@ class Controller:
             self._lose(replica_id, reason_of(error))
 
     def _require_healthy(self, statistics: ReplicaStatistics) -> None:
-        limit = self._declaration.options.hang_timeout
+        limit = self._declaration.spec.options.hang_timeout
         if statistics.busy_for > limit:
             raise ReplicaError(f"one forward pass has taken {statistics.busy_for:.1f} s (hang_timeout is {limit:g} s)")
         if statistics.errors_in_a_row >= _SICK_AFTER_ERRORS:
@@ -309,7 +306,7 @@ class Controller:
         replica = self._replicas.get(replica_id)
         if replica is None:
             return  # it was lost before its turn came
-        patience = self._declaration.options.drain_timeout
+        patience = self._declaration.spec.options.drain_timeout
         if replica.record.statistics is not None:
             try:
                 await asyncio.wait_for(replica.actor.drain.remote(patience), patience + 1)
@@ -331,7 +328,7 @@ class Controller:
             kill_process.options(scheduling_strategy=here).remote(replica.process.pid, replica.process.started)
 
     def _drop_silent_clients(self, now: float) -> None:
-        limit = self._declaration.options.client_timeout
+        limit = self._declaration.spec.options.client_timeout
         self._watching = +self._watching
         silent = [one for one, seen in self._clients.items() if not self._watching[one] and now - seen > limit]
         for client_id in silent:
@@ -358,7 +355,7 @@ class Controller:
         return {replica_id: replica.record for replica_id, replica in self._replicas.items()}
 
     def _view(self) -> PoolView:
-        return make_view(self._membership, self._records(), self._declaration.options, closed=self._closed)
+        return make_view(self._membership, self._records(), self._declaration.spec.options, closed=self._closed)
 
     def _save(self) -> None:
         if self._closed:
@@ -366,8 +363,7 @@ class Controller:
         membership = self._membership
         self._declaration = replace(
             self._declaration,
-            low=membership.low,
-            high=membership.high,
+            spec=replace(self._declaration.spec, replicas=(membership.low, membership.high)),
             target=membership.target,
             newest=membership.newest,
             serial=membership.serial,

@@ -18,7 +18,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from dinov3_ray.errors import PoolError, PoolExistsError, PoolNotFoundError, PoolTimeoutError, ReplicaError
 from dinov3_ray.pool.cluster import Runtime, controller_name, find_controller, kill_process, list_actors
 from dinov3_ray.pool.control.controller import Controller
-from dinov3_ray.pool.control.declaration import Declaration, Redeclaration
+from dinov3_ray.pool.control.declaration import Declaration, PoolChange
 from dinov3_ray.pool.control.status import PoolStatus
 from dinov3_ray.pool.replica.actor import ReplicaProcess
 from dinov3_ray.pool.spec import CheckedSource, Placement, PoolOptions
@@ -115,19 +115,19 @@ class RayControl:
         assert isinstance(declared, Declaration)
         return declared
 
-    def redeclare(
-        self, source: CheckedSource, *, placement: Placement | None = None, options: PoolOptions | None = None
+    def change(
+        self, teacher: CheckedSource, *, placement: Placement | None = None, options: PoolOptions | None = None
     ) -> int:
-        """Begin to replace the replicas by such with another teacher, placement (None: as it is) or options (likewise).
+        """Begin to replace the replicas by such with another teacher, placement or options; None leaves them unchanged.
 
         Returns:
             The number of their generation.
         """
-        change = Redeclaration(uuid.uuid4().hex, cloudpickle.dumps(source), placement, options)
-        return int(self._call("redeclare", change))
+        change = PoolChange(uuid.uuid4().hex, cloudpickle.dumps(teacher), placement, options)
+        return int(self._call("change", change))
 
-    def reload(self, source: CheckedSource) -> int:
-        return self.redeclare(source)
+    def reload(self, teacher: CheckedSource) -> int:
+        return self.change(teacher)
 
     def shutdown(self, timeout: float = 20.0) -> None:
         """End replicas and controller, and wait until they are gone.

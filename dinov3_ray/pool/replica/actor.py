@@ -22,7 +22,7 @@ from dinov3_ray.pool.cluster import process_start
 from dinov3_ray.pool.kv import PoolKV
 from dinov3_ray.pool.messages import Answer, MemberState, Outcome, ReplicaStatistics, TeacherInfo
 from dinov3_ray.pool.metrics import Publisher, Sample
-from dinov3_ray.pool.spec import PoolOptions, builder
+from dinov3_ray.pool.spec import PoolOptions, PoolSpec, builder
 from dinov3_ray.pool.transport.actors import Reply, frame_answer, open_request
 
 if TYPE_CHECKING:
@@ -44,9 +44,7 @@ class ReplicaSetup:
     generation: int
     namespace: str
     pool: str
-    source: bytes
-    options: PoolOptions
-    device: str
+    spec: PoolSpec
     threads: int | None
 
 
@@ -88,8 +86,8 @@ class ReplicaActor:
         self._replica = Replica(
             setup.replica_id,
             # Unpickled when it is built: a class that is missing on this node is a reason to report like any other.
-            lambda: builder(cloudpickle.loads(setup.source), setup.device)(),
-            setup.options,
+            lambda: builder(setup.spec.unpickled().source, setup.spec.placement.device)(),
+            setup.spec.options,
             unnamed=f"generation-{setup.generation}",
             threads=setup.threads,
             on_suspect=lambda request_id: kv.begin_suspect(setup.replica_id, request_id),

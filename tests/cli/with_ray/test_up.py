@@ -51,7 +51,7 @@ def test_up_makes_the_pool_what_the_file_says(ray_cluster: str, tmp_path: Path, 
         assert started.exit_code == 0, started.output
         assert f"pool {NAME!r} is as {path} says" in started.output
         first, ran = declared(), replicas()
-        assert cloudpickle.loads(first.source).root == tiny_checkpoint
+        assert cloudpickle.loads(first.spec.teacher).root == tiny_checkpoint
 
         again = up(path)
         assert (again.exit_code, again.output) == (0, f"pool {NAME!r} is as {path} says: nothing to change\n")
@@ -66,7 +66,7 @@ def test_up_makes_the_pool_what_the_file_says(ray_cluster: str, tmp_path: Path, 
         assert changed.exit_code == 0, changed.output
         assert changed.output.startswith(looked.output), "the difference shown is the difference applied"
         now = declared()
-        assert (now.low, now.high, now.options.max_batch, now.generation) == (1, 2, 8, 1)
+        assert (now.spec.low, now.spec.high, now.spec.options.max_batch, now.generation) == (1, 2, 8, 1)
         assert not replicas() & ran, "other options take new replicas"
         assert up(path, "--dry-run").output == f"pool {NAME!r} is as {path} says: nothing to change\n"
 
@@ -76,7 +76,7 @@ def test_up_makes_the_pool_what_the_file_says(ray_cluster: str, tmp_path: Path, 
         assert "nothing to change" in up(path).output
         write(tmp_path, tiny_checkpoint, replicas=1, options={**OPTIONS, "max_batch": 8})
         assert "  replicas: [1, 2] -> 1\n" in up(path).output
-        assert (replicas(), declared().high) == (ran, 1)
+        assert (replicas(), declared().spec.high) == (ran, 1)
     finally:
         if NAME in list_pools():
             TeacherPool.connect(NAME).shutdown()
