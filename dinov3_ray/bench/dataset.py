@@ -50,8 +50,10 @@ class DatasetWork:
     """What is extracted.
 
     Attributes:
-        images: of each form (decoded, JPEG); the peers, which are slower, get a quarter of them.
-        dtype: that this project's teacher computes in, and the bare loop's, which is the same.
+        images: their number in each form (decoded, JPEG). The peers are slower, and get a quarter of them.
+        batch: images per forward pass.
+        variant: of the teacher, which has random weights.
+        dtype: the teacher computes in it; the bare loop uses the same teacher.
     """
 
     images: int = 768
@@ -66,12 +68,13 @@ class DatasetWork:
 
 @dataclass(frozen=True, slots=True)
 class ImageRate:
-    """One contender, run by run.
+    """The times of one contender, one value per run.
 
     Attributes:
-        images: in a run.
-        steady: seconds from the first image's work to the last one's end; what was started before is left out.
-        whole: seconds of the whole call, with the start of actors and teachers; None where there is nothing to start.
+        name: as the table shows it.
+        images: images per run.
+        steady: seconds from the start of the first image to the end of the last one, without the start of actors.
+        whole: seconds of the whole call, with the start of actors and teachers; empty if it starts none.
     """
 
     name: str
@@ -90,7 +93,7 @@ class ImageRate:
 
 @dataclass(frozen=True, slots=True)
 class DatasetResult:
-    """What was measured, on what: rates of decoded images and of JPEG files, the bare loop first; and reading back."""
+    """The rates of decoded images and of JPEG files, each with the bare loop first, and the rates of reading."""
 
     work: DatasetWork
     computed_in: str
@@ -151,7 +154,7 @@ class DatasetResult:
 def measure_dataset(
     work: DatasetWork, repeats: int, folder: Path, on_contender: Callable[[str], None], *, quick: bool = False
 ) -> DatasetResult:
-    """Measure in the Ray that this process is connected to; files go to ``folder``. Contenders take turns.
+    """Measure in the Ray that this process is connected to, and write files to ``folder``. Contenders take turns.
 
     ``quick`` leaves out the warming up, the files, and the peer with many actors.
     """
@@ -162,7 +165,7 @@ def measure_dataset(
     pixels = [_square(Image.open(path)) for path in files]
     rows = [{"id": path.name, "image": image} for path, image in zip(files, pixels, strict=True)]
     with quiet_data(), _all_threads():
-        # Enough blocks for every actor to get one; of some 20 MB, where there are many.
+        # Enough blocks for every actor to get one; with many images, blocks of about 20 MB.
         given, few = (
             ray.data.from_items(part, override_num_blocks=max(_cpus(), len(part) // 128)).materialize()
             for part in (rows, rows[: work.peers_images])
@@ -202,11 +205,11 @@ def measure_dataset(
 
 
 _Contender = Callable[[Path], tuple[float | None, float]]
-"""Writes into a folder; returns the seconds of the whole call, if it starts anything, and those of its steady part."""
+"""Writes to a folder; returns (seconds of the whole call, or None if it starts nothing; seconds of the steady part)."""
 
 
 def bare_loop(teacher: DinoV3Teacher, images: Sequence[np.ndarray | Path], batch: int) -> tuple[None, float]:
-    """The bound: batch after batch through the teacher, to arrays on the host. Nothing is written."""
+    """The bound: one batch after the other through the teacher, to arrays on the host. Nothing is written."""
     begun = time.perf_counter()
     for start in range(0, len(images), batch):
         part = images[start : start + batch]
@@ -215,14 +218,14 @@ def bare_loop(teacher: DinoV3Teacher, images: Sequence[np.ndarray | Path], batch
 
 
 def _pixels(image: np.ndarray | Path) -> np.ndarray:
-    """uint8 [3,H,W]."""
+    """The pixels of an image, uint8 [3,H,W]."""
     if isinstance(image, Path):
         return Decoder().read(image.read_bytes(), str(image))
     return image.transpose(2, 0, 1)
 
 
 def _extract(source: Any, out: Path, config: DinoV3Config) -> tuple[float, float]:
-    """This project's extraction; its steady part is what its own ledger notes, from first block's begin to last's."""
+    """This project's extraction; its steady part lasts from the start of its first block to the end of its last one."""
     begun = time.perf_counter()
     extract(source, out, config, _SPEC, progress=False)
     whole = time.perf_counter() - begun
@@ -234,13 +237,13 @@ def _extract(source: Any, out: Path, config: DinoV3Config) -> tuple[float, float
 
 
 class PlainTransformers:
-    """A Ray Data class as one would write it from the documentation of transformers: image by image, in float32.
+    """A class for Ray Data as the documentation of transformers suggests it: one image at a time, in float32.
 
-    The processor's steps are spelled out, since the processor itself needs torchvision.
+    The steps of the image processor are written out, since the processor itself needs torchvision.
     """
 
     def __init__(self, root: str) -> None:
-        from transformers import AutoModel  # takes seconds, and only this contender's processes need it
+        from transformers import AutoModel  # here, since it takes seconds, and only this contender needs it
 
         self.model = AutoModel.from_pretrained(root, dtype=torch.float32)
         self.mean, self.std = (torch.tensor(values).view(3, 1, 1) for values in _STATISTICS)
@@ -270,7 +273,7 @@ def _peers(source: Any, root: Path, images: int) -> list[tuple[ImageRate, _Conte
 
     return [
         (ImageRate("map_batches with transformers, one actor", images), contender(1)),
-        (ImageRate("map_batches with transformers, an actor a CPU", images), contender(_cpus())),
+        (ImageRate("map_batches with transformers, one actor per CPU", images), contender(_cpus())),
     ]
 
 
@@ -282,7 +285,7 @@ def _plain(source: Any, out: Path, root: Path, actors: int) -> tuple[float, floa
         fn_constructor_args=(str(root),),
         batch_size=32,
         compute=ray.data.ActorPoolStrategy(size=actors),
-        num_cpus=min(1.0, max(0.1, (_cpus() - 1) / actors)),  # without a CPU left, what reads would wait for ever
+        num_cpus=min(1.0, max(0.1, (_cpus() - 1) / actors)),  # else no CPU is left for tasks that read
     ).write_parquet(str(out))
     whole = time.perf_counter() - begun
     times = pq.read_table(out, columns=["begun", "ended"])
@@ -295,7 +298,7 @@ def _cpus() -> int:
 
 @contextmanager
 def _all_threads() -> Any:
-    """torch on all CPUs of the cluster, as the extraction's actor has it."""
+    """Let torch use all CPUs of the cluster, as in the extraction's actor."""
     before = torch.get_num_threads()
     torch.set_num_threads(_cpus())
     try:
@@ -305,7 +308,7 @@ def _all_threads() -> Any:
 
 
 def _write_files(folder: Path, count: int) -> list[Path]:
-    """JPEG files with the size and about the detail of photographs: smooth colours, and noise on top."""
+    """Write JPEG files with the size and about the detail of photographs: smooth colours with noise."""
     folder.mkdir(parents=True)
     width, height = _FILE_SIZE
     paths = []
@@ -321,7 +324,7 @@ def _write_files(folder: Path, count: int) -> list[Path]:
 
 
 def _square(image: Image.Image) -> np.ndarray:
-    """uint8 [224,224,3]."""
+    """The image as pixels, uint8 [224,224,3]."""
     return np.asarray(image.convert("RGB").resize((_SIDE, _SIDE)))
 
 
@@ -336,9 +339,14 @@ _DTYPES: tuple[ResultDtype, ...] = ("float32", "float16", "int8")
 
 @dataclass(frozen=True, slots=True)
 class ReadRate:
-    """Microseconds a row, median over the runs: through ``FeatureStore``, and from ``numpy.load(mmap_mode="r")``.
+    """Microseconds per row, medians of the runs; both ways end in torch tensors that the caller owns.
 
-    Both end in torch tensors of the same values, which the caller owns.
+    Attributes:
+        dtype: of the stored features.
+        rows: of the store.
+        reads: per run.
+        store: through ``FeatureStore``.
+        memmap: from ``numpy.load(mmap_mode="r")``.
     """
 
     dtype: str
@@ -353,12 +361,12 @@ class ReadRate:
 
 
 def measure_reading(source: Path, folder: Path, repeats: int) -> list[ReadRate]:
-    """Store the features in ``source`` anew in each dtype, under ``folder``, and read 1,000 random ids of each."""
+    """Copy the store ``source`` in each dtype to ``folder``, and read 1,000 random ids of each copy."""
     original = FeatureStore(source)
     found = []
     for dtype in _DTYPES:
         out = folder / dtype
-        columns, result_dtype = _store_anew(original, out, dtype)
+        columns, result_dtype = _copy_store(original, out, dtype)
         store = FeatureStore(out)
         mapped = {}
         for name, array in columns.items():
@@ -376,14 +384,14 @@ def measure_reading(source: Path, folder: Path, repeats: int) -> list[ReadRate]:
                 _row(mapped, place, result_dtype)
             from_store.append((between - begun) / _READS * 1e6)
             from_memmap.append((time.perf_counter() - between) / _READS * 1e6)
-        # The first warms up.
+        # The first run warms up.
         medians = statistics.median(from_store[1:]), statistics.median(from_memmap[1:])
         found.append(ReadRate(dtype, len(store), _READS, *medians))
     return found
 
 
-def _store_anew(original: FeatureStore, out: Path, dtype: ResultDtype) -> tuple[dict[str, np.ndarray], str]:
-    """The columns of the new store, in the order of its ids, and its result dtype."""
+def _copy_store(original: FeatureStore, out: Path, dtype: ResultDtype) -> tuple[dict[str, np.ndarray], str]:
+    """Write ``original`` to ``out`` in ``dtype``; returns (its columns in the order of its ids, its result dtype)."""
     folder = Folder.at(out)
     folder.make("parts")
     folder.make("ledger")

@@ -1,4 +1,4 @@
-"""The commands ``dinov3-ray bench``: each loads its measurement as it runs, so that the others cost it nothing."""
+"""The commands ``dinov3-ray bench``; each imports its measurement when it runs, so that the help answers at once."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["bench"]
 
 
 class _Result(Protocol):
-    """What a measurement returns: itself as JSON, and as tables for people."""
+    """The result of a measurement, which can be shown as JSON and as tables."""
 
     def as_dict(self) -> dict[str, Any]: ...
 
@@ -42,10 +42,14 @@ def _repeats(default: int, what: str = "Runs that count.") -> Callable[[Command]
 
 
 def _quick(what: str) -> Callable[[Command], Command]:
-    return click.option("--quick", is_flag=True, help=f"{what}: to see that it works.")
+    return click.option("--quick", is_flag=True, help=f"{what}, to see that it works.")
 
 
-_address = click.option("--address", help="HOST:PORT of a running Ray. [default: RAY_ADDRESS, or a Ray of this run]")
+_address = click.option(
+    "--address",
+    metavar="HOST:PORT",
+    help="The Ray to join. [default: RAY_ADDRESS, or a Ray that is started for this run]",
+)
 _as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
 _positive = click.FloatRange(0, min_open=True)
 
@@ -68,8 +72,8 @@ def bench() -> None:
 def pool(replicas: int, batches: int, repeats: int, quick: bool, address: str | None, as_json: bool) -> None:
     """What share of its accelerators' speed a pool delivers, compared with ActorPool, Serve and Ray Data.
 
-    The accelerators are simulated: they wait 40 ms for 32 images and return maps of a ViT-L/16 at 224 px. What is
-    missing to 100% is the cost of moving and steering the work on this machine.
+    The accelerators are simulated: they wait 40 ms per 32 images and return maps of a ViT-L/16 at 224 px. The rest to
+    100% is the cost of moving and scheduling the work on this machine.
     """
     from dinov3_ray.bench.machine import running
     from dinov3_ray.bench.simulated import Work
@@ -83,12 +87,16 @@ def pool(replicas: int, batches: int, repeats: int, quick: bool, address: str | 
 
 @bench.command(short_help="One teacher, compared with transformers; sizes a pool.")
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1 ...")
-@click.option("--root", type=click.Path(path_type=Path, exists=True, file_okay=False), help="A checkpoint of your own.")
-@click.option("--variant", default="vitb16", show_default=True, help="Random weights of this variant, without --root.")
-@click.option("--image-size", type=ImageSize(), default="512", show_default=True, help="The model's input, in px.")
+@click.option(
+    "--root",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="Your own checkpoint.",
+)
+@click.option("--variant", default="vitb16", show_default=True, help="Without --root: random weights of this variant.")
+@click.option("--image-size", type=ImageSize(), default="512", show_default=True, help="The model's input size, in px.")
 @click.option("--batch", type=click.IntRange(1), help="Images per batch. [default: 4 on a CPU, else 32]")
 @_repeats(5)
-@click.option("--target-rate", type=_positive, help="img/s to size a pool for.")
+@click.option("--target-rate", type=_positive, help="The images per second to size a pool for.")
 @_quick("One run, nothing compiled")
 @_as_json
 def teacher(
@@ -104,8 +112,8 @@ def teacher(
 ) -> None:
     """How fast one teacher computes, compared with transformers and with this device's own bound; sizes a pool.
 
-    Each batch starts as uint8 images in the host's memory and ends as CLS tokens and maps on the device ("to the host":
-    in the host's memory, through a replica's pipeline). Resizing and normalizing is part of the work.
+    Each batch starts as uint8 images in the host's memory and ends as CLS tokens and maps on the device. Rows named "to
+    the host" end in the host's memory, through a replica's pipeline. Resizing and normalising are part of the work.
     """
     from rich.console import Console
 
@@ -146,9 +154,9 @@ def teacher(
     default=(2, 4),
     show_default=True,
     type=click.IntRange(1),
-    help="In the pool; may be repeated, for one pool after the other.",
+    help="Replicas of the pool; repeat it for several pools, one after the other.",
 )
-@click.option("--steps", default=40, show_default=True, type=click.IntRange(2), help="In a pass over the loader.")
+@click.option("--steps", default=40, show_default=True, type=click.IntRange(2), help="Steps per pass over the loader.")
 @_repeats(3, "Passes that count.")
 @click.option("--step-seconds", default=0.3, show_default=True, type=_positive, help="The student's, for 32 images.")
 @click.option(
@@ -156,7 +164,7 @@ def teacher(
     default=1.5,
     show_default=True,
     type=_positive,
-    help="The whole pool's, as a multiple of what the student needs.",
+    help="The rate of the whole pool, as a multiple of what the student needs.",
 )
 @_quick("A fourth of the steps, one pass")
 @_address
@@ -173,10 +181,10 @@ def training(
 ) -> None:
     """How long a training step takes with its teacher in a pool, compared with the same step without a teacher.
 
-    Student and teachers are simulated: devices that are busy for a given time and compute nothing. Targets ahead of the
-    loop (prefetch) are compared with a teacher in the loop that takes as long as the student, and with a batch that is
-    submitted and waited for within its step. Nothing can be ahead of an epoch's first batch: its wait is the fill,
-    reported separately and within an epoch of so many steps.
+    Student and teachers are simulated: devices that are busy for a given time and compute nothing. Prefetched targets
+    are compared with a teacher in the loop that takes as long as the student, and with a batch that is submitted and
+    awaited within its step. The first batch of an epoch cannot be prefetched. The wait for it is the fill, which is
+    reported by itself and as part of an epoch.
     """
     from dinov3_ray.bench.machine import running
     from dinov3_ray.bench.training_steps import TrainingSetting, measure_training
@@ -193,14 +201,14 @@ def training(
 
 
 @bench.command(short_help="Extraction and reading of data sets, compared with Ray Data.")
-@click.option("--images", default=768, show_default=True, type=click.IntRange(64), help="In a run; peers get a fourth.")
-@click.option("--variant", default="vits16", show_default=True, help="The teacher, with random weights.")
+@click.option("--images", default=768, show_default=True, type=click.IntRange(64), help="Per run; peers get a quarter.")
+@click.option("--variant", default="vits16", show_default=True, help="The teacher's variant, with random weights.")
 @click.option(
     "--compute-dtype",
     default="auto",
     show_default=True,
     type=click.Choice(["auto", "float32", "bfloat16"]),
-    help="For extract and the bare loop; plain transformers runs in float32, its default.",
+    help="The dtype of extract and the bare loop; plain transformers runs in float32, its default.",
 )
 @_repeats(3)
 @_quick("64 images, one run, a tiny teacher")
@@ -223,18 +231,24 @@ def dataset(
 
 
 @bench.command(short_help="Costs as work grows, compared with what a model predicts.")
-@click.option("--seconds", type=click.FloatRange(0.1), help="That count, of each point. [default: 3; quick: 1]")
-@click.option("--network", default=25.0, show_default=True, type=_positive, help="Gbit/s of a client on another node.")
-@_quick("Few points, to 4 replicas and 2 clients")
+@click.option("--seconds", type=click.FloatRange(0.1), help="Seconds per point. [default: 3, with --quick 1]")
+@click.option(
+    "--network",
+    default=25.0,
+    show_default=True,
+    type=_positive,
+    help="Gbit/s of a client on another node.",
+)
+@_quick("Few points, up to 4 replicas and 2 clients")
 @_address
 @_as_json
 def scaling(seconds: float | None, network: float, quick: bool, address: str | None, as_json: bool) -> None:
-    """What a pool costs as replicas, images per batch, sizes of maps and clients grow; and which part is the limit.
+    """What a pool costs as replicas, images per batch, sizes of maps and clients grow, and which part limits it.
 
-    Accelerators are simulated: they wait 40 ms for 32 images. What batches cost is measured with one replica and two
-    sizes of batches; a small model predicts the rest from that, and the rest is measured too. --network is only
-    calculated with, for clients on other nodes. All points take about four minutes; 16 client processes and 32 replicas
-    take about 10 GiB of memory.
+    Accelerators are simulated: they wait 40 ms per 32 images. The cost of a batch is measured with one replica and two
+    sizes of batches. A small model predicts all other points from it, and these are measured too. Nothing is sent at
+    the rate of --network: it only enters the calculation for clients on other nodes. All points take about four
+    minutes; 16 client processes and 32 replicas take about 10 GiB of memory.
     """
     from dinov3_ray.bench.machine import running
     from dinov3_ray.bench.scaling import QUICK, ScalingPlan, measure_scaling
@@ -244,7 +258,7 @@ def scaling(seconds: float | None, network: float, quick: bool, address: str | N
         plan = replace(plan, seconds=seconds)
     logger = logging.getLogger("dinov3_ray")
     level = logger.level
-    logger.setLevel(logging.ERROR)  # each stream would be warned that it waits for its teacher
+    logger.setLevel(logging.ERROR)  # each stream would warn that it waits for its teacher
     try:
         with running(address, store_bytes=4 * 2**30) as step:
             result = measure_scaling(plan, step)
@@ -261,8 +275,8 @@ def scaling(seconds: float | None, network: float, quick: bool, address: str | N
 def transport(repeats: int, quick: bool, address: str | None, as_json: bool) -> None:
     """How fast one result reaches the client.
 
-    A map [32, 1024, 14, 14] is compared with a plain actor that returns the torch tensor; one image's CLS token with a
-    bare async actor's method that does nothing.
+    A map [32, 1024, 14, 14] is compared with a plain actor that returns it as a torch tensor. The CLS token of one
+    image is compared with an async actor's method that does nothing.
     """
     from dinov3_ray.bench.machine import running
     from dinov3_ray.bench.round_trip import measure_round_trips
@@ -275,7 +289,7 @@ def transport(repeats: int, quick: bool, address: str | None, as_json: bool) -> 
 
 
 @bench.command(short_help="The choice of a replica, in pools of 1 to 10,000.")
-@click.option("--requests", default=20_000, show_default=True, type=click.IntRange(1), help="In a run.")
+@click.option("--requests", default=20_000, show_default=True, type=click.IntRange(1), help="Requests per run.")
 @_repeats(5)
 @_quick("A tenth of the requests, one run")
 @_as_json

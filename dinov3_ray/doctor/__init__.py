@@ -1,1 +1,1 @@
-"""``dinov3-ray doctor``: looks at a machine and a cluster before a pool does, and says what to do."""
+"""``dinov3-ray doctor``: checks a machine and a cluster before a pool uses them, and gives remedies."""

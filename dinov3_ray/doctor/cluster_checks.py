@@ -1,4 +1,4 @@
-"""Checks of a cluster: whether it answers and takes us in, what its nodes have, and a round trip through a pool."""
+"""Checks of a cluster: whether it answers and accepts this client, what its nodes have, and a round trip in a pool."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ from dinov3_ray.testing import FakeTeacher
 __all__ = ["check_nodes", "check_packages", "check_reach", "check_round_trip", "examine", "join_cluster"]
 
 
-_LEAST_STORE = 2 * 2**30  # max_queued_bytes of one replica, by default
+_LEAST_STORE = 2 * 2**30  # the default of max_queued_bytes, per replica
 _BATCH = 4
 _SPEC = FeatureSpec(cls=True)
 _PORTS = {"NodeManagerPort": "node manager", "ObjectManagerPort": "object manager", "MetricsExportPort": "metrics"}
 
 
 def check_reach(address: str) -> Finding:
-    """Whether the head at ``address`` can be reached, and takes this machine's token and certificate."""
+    """Check that the head at ``address`` answers, and accepts this machine's token and certificate."""
     obstacle = find_obstacle(address)
     if obstacle is not None:
         return problem("cluster", obstacle.message, obstacle.remedy)
@@ -55,7 +55,7 @@ def check_reach(address: str) -> Finding:
 
 
 def join_cluster(address: str) -> tuple[Finding, Runtime | None]:
-    """Join the cluster; Ray compares the versions as it does."""
+    """Join the cluster, which compares the versions of Ray and Python; no runtime if that fails."""
     try:
         runtime = connect(address)
     except PoolError as error:
@@ -68,7 +68,7 @@ def join_cluster(address: str) -> tuple[Finding, Runtime | None]:
 
 
 def check_nodes(wanted_gpus: int) -> Iterator[Finding]:
-    """What the nodes of the joined cluster have, and whether their ports answer from here."""
+    """Check the resources of the joined cluster's nodes, and that their ports answer from here."""
     nodes = [node for node in ray.nodes() if node["Alive"]]
     resources = ray.cluster_resources()
     gpus = int(resources.get("GPU", 0))
@@ -76,8 +76,8 @@ def check_nodes(wanted_gpus: int) -> Iterator[Finding]:
     if gpus < wanted_gpus:
         yield problem(
             "resources",
-            f"{seen}; {wanted_gpus} GPUs asked for with --gpus",
-            "start more worker nodes; one whose GPUs Ray does not see needs `worker.sh --gpus N` and NVIDIA's driver",
+            f"{seen}; --gpus {wanted_gpus} asks for more",
+            "start more worker nodes; where Ray sees no GPUs, install NVIDIA's driver and use `worker.sh --gpus N`",
         )
     else:
         yield fine("resources", seen)
@@ -86,24 +86,24 @@ def check_nodes(wanted_gpus: int) -> Iterator[Finding]:
         names = ", ".join(node["NodeManagerAddress"] for node in small)
         yield warning(
             "object store",
-            f"less than {_LEAST_STORE >> 30} GiB on {names}: the queue of one replica may take that",
+            f"less than {_LEAST_STORE >> 30} GiB on {names}: the queue of one replica may take as much",
             "start the node with a larger --object-store, or give the pool a smaller max_queued_bytes",
         )
     else:
         least = min(node["Resources"].get("object_store_memory", 0) for node in nodes)
         yield fine("object store", f"{least / 2**30:.1f} GiB or more on each node")
-    shut = [f"{what} of {host}:{port}" for what, host, port in _ports(nodes) if not answers(host, port)]
-    if shut:
+    closed = [f"{what} of {host}:{port}" for what, host, port in _ports(nodes) if not answers(host, port)]
+    if closed:
         remedy = "open them between nodes and clients (deploy/README.md lists the ports)"
-        yield problem("ports", f"shut from here: {', '.join(shut)}", remedy)
+        yield problem("ports", f"closed to this machine: {', '.join(closed)}", remedy)
     else:
         yield fine("ports", f"{', '.join(_PORTS.values())} of each node answer from here")
 
 
 def check_packages(here: Mapping[str, str], timeout: float) -> Finding:
-    """Whether each node has the packages of this process, in its versions ``here``, within ``timeout`` seconds."""
+    """Check that each node has the packages ``here`` (name: version of this process); it has ``timeout`` seconds."""
 
-    # Inside, so that it is sent to the nodes as it stands: theirs may not have this module.
+    # Inside, so that Ray sends its code to the nodes, whose package may not have this module.
     def installed(names: list[str]) -> dict[str, str]:
         found = {}
         for name in names:
@@ -125,14 +125,14 @@ def check_packages(here: Mapping[str, str], timeout: float) -> Finding:
         try:
             there = ray.get(ref)
         except ray.exceptions.RayError as error:
-            different.append(f"{asked[ref]} runs no task: {str(error).strip().splitlines()[-1]}")
+            different.append(f"{asked[ref]} cannot run a task: {str(error).strip().splitlines()[-1]}")
             continue
         wrong = [f"{name} {there[name]} (here {here[name]})" for name in here if there[name] != here[name]]
         different += [f"{asked[ref]} has {', '.join(wrong)}"] if wrong else []
     if different:
-        remedy = "install the same on nodes and clients: pip install -c deploy/constraints.txt . in each one's checkout"
+        remedy = "install the same versions everywhere: pip install -c deploy/constraints.txt . in each checkout"
         return problem("nodes' packages", "; ".join(different), remedy)
-    return fine("nodes' packages", f"{', '.join(here)} are the same on each node as here")
+    return fine("nodes' packages", f"{', '.join(here)} have the same versions on each node as here")
 
 
 def _ports(nodes: list[dict[str, Any]]) -> Iterator[tuple[str, str, int]]:
@@ -143,7 +143,13 @@ def _ports(nodes: list[dict[str, Any]]) -> Iterator[tuple[str, str, int]]:
 
 
 def check_round_trip(root: Path | None, *, in_cluster: bool, timeout: float) -> Finding:
-    """With the teacher at ``root`` (None: a stand-in without weights), in the cluster or else in this process."""
+    """Send images through a pool of one replica, in the cluster or else in this process.
+
+    Args:
+        root: the teacher's model directory; None takes a stand-in without weights.
+        in_cluster: whether to use the joined cluster.
+        timeout: seconds for the start, and for each answer.
+    """
     source: TeacherSource = root or FakeTeacher.factory()
     images = torch.randint(0, 256, (_BATCH, 3, 224, 224), dtype=torch.uint8)
     began = time.monotonic()
@@ -158,7 +164,7 @@ def check_round_trip(root: Path | None, *, in_cluster: bool, timeout: float) -> 
             teacher.extract(images, _SPEC)
             again = time.monotonic()
     except DinoV3Error as error:
-        remedy = "the message says what the replica ran into; its own log has the rest (deploy/README.md, Logs)"
+        remedy = "the message names the error; the log of the replica has the details (deploy/README.md, Logs)"
         return problem("round trip", str(error), remedy)
     assert tokens_BD is not None
     if not torch.isfinite(tokens_BD).all():
@@ -168,17 +174,24 @@ def check_round_trip(root: Path | None, *, in_cluster: bool, timeout: float) -> 
     return fine(
         "round trip",
         f"a replica {where}{what} was up after {up - began:.1f} s; {_BATCH} images took {1e3 * (first - up):.0f} ms "
-        f"at first, {1e3 * (again - first):.0f} ms then",
+        f"the first time, and {1e3 * (again - first):.0f} ms the second time",
     )
 
 
 def examine(root: Path | None, address: str | None, gpus: int, timeout: float) -> Iterator[Finding]:
-    """Every check, one after the other; those that need what failed before are skipped."""
+    """Yield the finding of each check; a check that needs what another one found broken is skipped.
+
+    Args:
+        root: the model directory to check; None skips it.
+        address: ``host:port`` of the cluster; None checks this machine alone.
+        gpus: GPUs that the cluster, or else this machine, must have.
+        timeout: seconds for the nodes' packages, and for the start and each answer of the round trip.
+    """
     yield check_versions(installed_versions())
     yield check_shared_memory()
     yield check_descriptors()
     yield check_disk()
-    # With a cluster, GPUs are asked of that.
+    # If there is a cluster, it must have the GPUs.
     yield check_gpus(0 if address else gpus)
     model = check_model_root(root)
     yield model

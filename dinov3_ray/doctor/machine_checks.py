@@ -40,6 +40,8 @@ __all__ = [
 
 
 class Severity(StrEnum):
+    """How bad a finding is."""
+
     FINE = "fine"
     WARNING = "warning"  # works, but not as well as it could
     PROBLEM = "problem"  # a pool would not work
@@ -48,7 +50,14 @@ class Severity(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What a check found: how bad it is, a sentence, and a remedy where one is needed."""
+    """The result of a check.
+
+    Attributes:
+        subject: what was checked.
+        verdict: how bad it is.
+        message: what was found.
+        remedy: what to do; empty if there is nothing to do.
+    """
 
     subject: str
     verdict: Severity
@@ -72,7 +81,7 @@ def skipped(subject: str, message: str) -> Finding:
     return Finding(subject, Severity.SKIPPED, message)
 
 
-# Ray 2.54 mends CVE-2026-27482; transformers 4.57 norms the last hidden state as this package takes it.
+# Ray 2.54 fixes CVE-2026-27482; transformers 4.57 normalises the last hidden state as this package expects.
 _LEAST_VERSIONS = {"ray": (2, 54), "torch": (2, 6), "transformers": (4, 57)}
 _PACKAGES = ("dinov3-ray", *_LEAST_VERSIONS)
 
@@ -94,7 +103,7 @@ def check_versions(installed: Mapping[str, str]) -> Finding:
 _LEAST_SHARED, _COMFORTABLE_SHARED = 2**30, 4 * 2**30  # bytes
 
 
-def check_shared_memory(path: Path = Path("/dev/shm")) -> Finding:  # noqa: S108 (it is what is looked at)
+def check_shared_memory(path: Path = Path("/dev/shm")) -> Finding:  # noqa: S108 (it is only checked)
     if not path.is_dir():
         return warning("shared memory", f"there is no {path}: Ray keeps its objects on disk", "mount a tmpfs there")
     total = shutil.disk_usage(path).total
@@ -123,11 +132,11 @@ def check_descriptors() -> Finding:
 
 _PROBE_BYTES = 64 * 2**20
 _LEAST_FREE = 5 * 2**30
-_SLOW = 50e6  # bytes a second
+_SLOW = 50e6  # bytes/s
 
 
 def check_disk(folder: Path | None = None) -> Finding:
-    """Write 64 MiB to ``folder`` (the one for temporary files), wait until they are on the disk, and remove them."""
+    """Check the free space, and write 64 MiB to ``folder`` (None: that of temporary files) to measure its speed."""
     folder = folder or Path(tempfile.gettempdir())
     free = shutil.disk_usage(folder).free
     other = "give `ray start` a --temp-dir on another disk"
@@ -144,26 +153,26 @@ def check_disk(folder: Path | None = None) -> Finding:
         speed = _PROBE_BYTES / (time.monotonic() - began)
     seen = f"{folder} has {free / 2**30:.0f} GiB free and takes {speed / 1e6:.0f} MB/s"
     if speed < _SLOW:
-        return warning("disk", f"{seen}: objects that are spilled there stop trainers", other)
+        return warning("disk", f"{seen}: objects that Ray spills there make trainers wait", other)
     return fine("disk", seen)
 
 
 def check_gpus(wanted: int) -> Finding:
-    """Args: wanted: GPUs that this machine is to have; 0 asks for none."""
+    """Check that torch sees at least ``wanted`` GPUs."""
     names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     if len(names) < wanted:
         built = f"PyTorch was built for CUDA {torch.version.cuda}" if torch.version.cuda else "PyTorch has no CUDA"
         return problem(
             "GPUs",
-            f"{wanted} asked for with --gpus, {len(names)} there; {built}",
-            "look at nvidia-smi: without it the driver is missing (in a container: --gpus all); if it shows them, look "
-            "at CUDA_VISIBLE_DEVICES, and install PyTorch for CUDA; or ask for fewer with --gpus",
+            f"--gpus {wanted} asks for more than the {len(names)} that torch sees; {built}",
+            "run nvidia-smi: if it fails, the driver is missing (in a container: --gpus all); if it shows them, check "
+            "CUDA_VISIBLE_DEVICES, and install PyTorch for CUDA; or ask for fewer with --gpus",
         )
     return fine("GPUs", ", ".join(names) or "none; replicas compute on CPUs")
 
 
 def check_model_root(root: Path | None) -> Finding:
-    """Reads the files' headers, not every weight: that is ``dinov3-ray checkpoint verify``."""
+    """Check the files of a model by their headers; ``dinov3-ray checkpoint verify`` reads every weight."""
     if root is None:
         return skipped("model", "no model directory is named (--root)")
     try:
@@ -179,19 +188,19 @@ def check_model_root(root: Path | None) -> Finding:
 
 
 def check_token(environment: Mapping[str, str], address: str | None) -> Finding:
-    """Whether a client with ``environment`` has a token for the cluster at ``address``."""
+    """Check that a client with ``environment`` has a token for the cluster at ``address``."""
     if address is None:
         return skipped("token", "no cluster is named (--address, RAY_ADDRESS)")
     mode = environment.get("RAY_AUTH_MODE", "")
     if mode != "token":
         return problem(
             "token",
-            f"RAY_AUTH_MODE is {mode or 'not set'}: clients that join {address} show no token",
+            f"RAY_AUTH_MODE is {mode or 'not set'}: a client that joins {address} shows no token",
             "export RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH=FILE with the cluster's token",
         )
     if environment.get("RAY_AUTH_TOKEN"):
         remedy = "put it in a file of mode 0600 and name that in RAY_AUTH_TOKEN_PATH"
-        return warning("token", "RAY_AUTH_TOKEN holds it, where /proc and logs may show it", remedy)
+        return warning("token", "it is in RAY_AUTH_TOKEN, which /proc and logs may show", remedy)
     named = environment.get("RAY_AUTH_TOKEN_PATH")
     path = Path(named) if named else Path(environment.get("HOME", "/")) / ".ray" / "auth_token"
     try:

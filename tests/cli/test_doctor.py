@@ -43,7 +43,7 @@ def test_root_missing(tmp_path: Path) -> None:
 def test_no_gpu_where_one_is_asked_for() -> None:
     status, findings = doctor_here("--gpus", 64)
     assert (status, problems(findings)) == (1, {"GPUs"})
-    assert "64 asked for with --gpus" in findings["GPUs"]["message"]
+    assert "--gpus 64 asks for more than the" in findings["GPUs"]["message"]
     assert "nvidia-smi" in findings["GPUs"]["remedy"]
 
 

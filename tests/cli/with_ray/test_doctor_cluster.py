@@ -27,7 +27,7 @@ def test_healthy(ray_cluster: str, token: str, tiny_checkpoint: Path) -> None:
     assert status == 0
     assert str(tiny_checkpoint) in findings["model"]["message"]
     assert "a replica in the cluster was up" in findings["round trip"]["message"]
-    assert "dinov3-ray, ray, torch, transformers are the same" in findings["nodes' packages"]["message"]
+    assert "dinov3-ray, ray, torch, transformers have the same versions" in findings["nodes' packages"]["message"]
     assert findings["resources"]["message"].startswith("nodes: 1, with 4 CPUs")
     assert findings["object store"]["verdict"] == Severity.WARNING, "the tests' store is small"
 
