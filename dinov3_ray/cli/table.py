@@ -168,7 +168,7 @@ def _totals(status: PoolStatus, rate: Mapping[str, ReplicaRate]) -> dict[str, st
 
 
 def _recent_errors(status: PoolStatus) -> Table:
-    table = Table.grid("", "", padding=(0, 2))  # long ones wrap beside their headline, not below it
+    table = Table.grid("", "", padding=(0, 2))  # long ones wrap next to their headline, not below it
     for index, error in enumerate(status.recent_errors[-_SHOWN_ERRORS:]):
         table.add_row("" if index else Text("last errors", "bold red", no_wrap=True), Text(error))
     return table

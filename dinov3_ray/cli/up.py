@@ -106,7 +106,7 @@ def up(
     With --config, the pool becomes what the file declares: it is started, changed while it serves, or left as it is.
     """
     if file is not None:
-        _refuse_beside_config(click.get_current_context())
+        _refuse_options_of_the_file(click.get_current_context())
         _up_as_declared(file, address, timeout, dry_run=dry_run)
         return
     if dry_run:
@@ -134,11 +134,11 @@ def up(
     click.echo(f"use it with RemoteTeacher({name!r}, address={here!r}{elsewhere})")
 
 
-def _refuse_beside_config(context: click.Context) -> None:
+def _refuse_options_of_the_file(context: click.Context) -> None:
     for parameter in context.command.get_params(context):
-        beside = parameter.name not in ("file", "dry_run", "address", "timeout")
+        conflicts = parameter.name not in ("file", "dry_run", "address", "timeout")
         source = context.get_parameter_source(parameter.name or "")
-        if beside and source is click.core.ParameterSource.COMMANDLINE:
+        if conflicts and source is click.core.ParameterSource.COMMANDLINE:
             raise click.UsageError(f"{parameter.opts[0]} does not go with --config: say it in the file")
 
 

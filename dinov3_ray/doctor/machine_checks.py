@@ -87,10 +87,12 @@ _PACKAGES = ("dinov3-ray", *_LEAST_VERSIONS)
 
 
 def installed_versions() -> dict[str, str]:
+    """The versions of this package, Ray, torch and transformers in this process."""
     return {name: version(name) for name in _PACKAGES}
 
 
 def check_versions(installed: Mapping[str, str]) -> Finding:
+    """Check the versions that :func:`installed_versions` gives against the least that work."""
     for name, least in _LEAST_VERSIONS.items():
         if tuple(int(part) for part in installed[name].split(".")[:2]) < least:
             wanted = ".".join(map(str, least))
@@ -104,6 +106,7 @@ _LEAST_SHARED, _COMFORTABLE_SHARED = 2**30, 4 * 2**30  # bytes
 
 
 def check_shared_memory(path: Path = Path("/dev/shm")) -> Finding:  # noqa: S108 (it is only checked)
+    """Check the size of the shared memory at ``path``, where Ray keeps its objects."""
     if not path.is_dir():
         return warning("shared memory", f"there is no {path}: Ray keeps its objects on disk", "mount a tmpfs there")
     total = shutil.disk_usage(path).total
@@ -120,6 +123,7 @@ _LEAST_FILES, _COMFORTABLE_FILES = 1024, 8192
 
 
 def check_descriptors() -> Finding:
+    """Check how many files a process may open."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     seen = f"{soft} open files allowed (up to {hard})"
     remedy = "ulimit -n 65536 before ray start, or LimitNOFILE=65536 in its systemd unit"

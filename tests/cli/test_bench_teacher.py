@@ -1,4 +1,4 @@
-"""``bench teacher`` does the same work for everyone and says so. What it measures is no test's business."""
+"""``bench teacher`` gives each mode the same work, and its report says so; what it measures is not tested."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from dinov3_ray.cli import COMMANDS
 
 
 def test_help_is_light() -> None:
-    """In a process of its own: what `--help` imports."""
+    """What `--help` imports, in a separate process."""
     program = (
         "import sys\nfrom dinov3_ray.cli import main\nmain(['--help'], standalone_mode=False)\n"
         "print('imported:', sorted({'torch', 'ray', 'transformers', 'rich'} & set(sys.modules)))"
@@ -49,17 +49,17 @@ def test_init_verify_info(tmp_path: Path) -> None:
     assert checked.exit_code == 0
     assert f"sound; {len(config.architecture.tensors())} tensors in {len(files)} file(s)" in checked.output
 
-    told = run("checkpoint", "info", root)
-    assert told.exit_code == 0
+    shown = run("checkpoint", "info", root)
+    assert shown.exit_code == 0
     for fact in ("vit-test", fingerprint(config), "96 x 160", "6 x 10", "0.485, 0.456, 0.406", "2 of 64"):
-        assert fact in " ".join(told.output.replace("│", " ").split()), told.output
+        assert fact in " ".join(shown.output.replace("│", " ").split()), shown.output
 
 
 def test_info_of_a_convnext(tmp_path: Path) -> None:
     assert run("checkpoint", "init", "convnext-test", tmp_path / "model").exit_code == 0
-    told = run("checkpoint", "info", tmp_path / "model")
-    assert told.exit_code == 0
-    assert "16, 24, 32, 48" in told.output
+    shown = run("checkpoint", "info", tmp_path / "model")
+    assert shown.exit_code == 0
+    assert "16, 24, 32, 48" in shown.output
 
 
 def test_convert(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ def doctor_here(*arguments: object) -> tuple[int, Findings]:
 
 
 def test_shared_memory_too_small() -> None:
-    """In a mount namespace of its own, whose /dev/shm is what Docker gives by default."""
+    """In its own mount namespace, whose /dev/shm has Docker's default size."""
     if shutil.which("unshare") is None or subprocess.run(["unshare", "-m", "true"], check=False).returncode:
         pytest.skip("mount namespaces cannot be made here")
     script = 'mount -t tmpfs -o size=64m tmpfs /dev/shm && exec "$@"'

@@ -1,4 +1,4 @@
-"""The demonstration as a user runs it: a process of its own, real Ray, real signals."""
+"""The demonstration as a user runs it: a separate process, real Ray, real signals."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PATIENCE = 120  # seconds; never reached unless something hangs
 
 
 def start_demo(*arguments: str, home: Path) -> subprocess.Popen[str]:
-    """The command, as the leader of a session: whatever descends from it can be told by that."""
+    """The command as the leader of a session, by which its descendants can be found."""
     home.mkdir(exist_ok=True)
     return subprocess.Popen(
         [sys.executable, "-m", "dinov3_ray", "demo", *arguments],

@@ -53,11 +53,11 @@ def test_wrong_token(ray_cluster: str, tmp_path: Path) -> None:
 def cluster_of_another_version(ray_cluster: str) -> Iterator[str]:
     """The tests' Ray, which says of itself that it is older: what a client compares itself with."""
     key, namespace = b"CLUSTER_METADATA", b"cluster"
-    told = _internal_kv_get(key, namespace=namespace)
-    other = json.dumps({**json.loads(told), "ray_version": "2.55.0"})
+    metadata = _internal_kv_get(key, namespace=namespace)
+    other = json.dumps({**json.loads(metadata), "ray_version": "2.55.0"})
     _internal_kv_put(key, other.encode(), overwrite=True, namespace=namespace)
     yield ray_cluster
-    _internal_kv_put(key, told, overwrite=True, namespace=namespace)
+    _internal_kv_put(key, metadata, overwrite=True, namespace=namespace)
 
 
 def test_version_mismatch(cluster_of_another_version: str, token: str) -> None:

@@ -29,7 +29,7 @@ NAME = "by-command"
 
 
 def command(*arguments: object, address: str | None, **options: object) -> subprocess.Popen[str]:
-    """The command in a process of its own."""
+    """The command in a separate process."""
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     if address is not None:
         environment["RAY_ADDRESS"] = address
@@ -76,9 +76,9 @@ def test_status(pool: str) -> None:
     assert f"{pool} healthy  1 of 1 ready · DinoV3Teacher" in shown.output
     assert shown.output.count("ready") == 2
 
-    told = run("status", "--name", pool, "--json")
-    assert told.exit_code == 0
-    seen = json.loads(told.output)
+    shown = run("status", "--name", pool, "--json")
+    assert shown.exit_code == 0
+    seen = json.loads(shown.output)
     assert (seen["name"], seen["ready"], seen["target"], seen["batching"]) == (pool, 1, 1, "exact")
     assert all(replica["golden_cosine"] > 0.999 for replica in seen["replicas"])
     assert {replica["statistics"]["errors"] for replica in seen["replicas"]} == {0}
