@@ -52,6 +52,7 @@ class Line:
         return cls(fixed, per_byte if fixed else large[1] / large[0])
 
     def at(self, nbytes: int) -> float:
+        """Seconds of a batch of ``nbytes``."""
         return self.fixed + self.per_byte * nbytes
 
 

@@ -63,6 +63,7 @@ class DatasetWork:
 
     @property
     def peers_images(self) -> int:
+        """Images per run of a peer."""
         return max(2 * self.batch, self.images // 4)
 
 
@@ -84,10 +85,12 @@ class ImageRate:
 
     @property
     def per_second(self) -> float:
+        """Images/s of the steady part, the median of the runs."""
         return self.images / statistics.median(self.steady)
 
     @property
     def whole_per_second(self) -> float | None:
+        """Images/s of the whole call, the median of the runs; None if it starts nothing."""
         return self.images / statistics.median(self.whole) if self.whole else None
 
 
@@ -119,6 +122,7 @@ class DatasetResult:
         }
 
     def tables(self) -> list[Table]:
+        """One table per form of the images, and one of reading."""
         found = []
         for title, rates in (
             (f"images decoded already, {_SIDE} px", self.decoded),
@@ -357,6 +361,7 @@ class ReadRate:
 
     @property
     def ratio(self) -> float:
+        """The store's time over the memory map's."""
         return self.store / self.memmap
 
 

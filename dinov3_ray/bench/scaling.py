@@ -117,6 +117,7 @@ class ScalingPoint:
 
     @property
     def ratio(self) -> float:
+        """The predicted rate over the measured one."""
         return self.predicted / self.measured
 
 

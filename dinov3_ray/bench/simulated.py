@@ -46,6 +46,7 @@ class Work:
 
     @property
     def result_bytes(self) -> int:
+        """Bytes of a batch's maps."""
         return self.rows * self.channels * self.side**2 * 2
 
     def images(self) -> torch.Tensor:

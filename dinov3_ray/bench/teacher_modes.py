@@ -39,6 +39,7 @@ class TeacherWork:
     batch: int
 
     def images(self) -> Tensor:
+        """One batch, uint8 [B,3,H,W]."""
         height, width = (side * 6 // 5 for side in self.config.image_size)
         generator = torch.Generator().manual_seed(0)
         return torch.randint(0, 256, (self.batch, 3, height, width), dtype=torch.uint8, generator=generator)
@@ -94,6 +95,7 @@ def _peer(name: str, dtype: torch.dtype, attention: str | None = None) -> Teache
 
 
 def load_ours(work: TeacherWork, dtype: ComputeDtype, *, compile: bool = False, cuda_graphs: bool = False) -> Extract:
+    """Load this package's teacher in one of its modes."""
     root, size, attention = work.config.root, work.config.image_size, work.config.attention
     config = DinoV3Config(
         root, dtype=dtype, image_size=size, compile=compile, cuda_graphs=cuda_graphs, attention=attention

@@ -42,6 +42,7 @@ class ContenderRow:
         return work.batches * work.rows / statistics.median(self.seconds)
 
     def share_of_ideal(self, work: Work) -> float:
+        """The median rate of the runs over that of accelerators that never wait."""
         return work.ideal_seconds / statistics.median(self.seconds)
 
 

@@ -43,6 +43,7 @@ class DemoRay:
 
     @property
     def embedded(self) -> bool:
+        """Whether this run starts its own Ray."""
         return self._address is None
 
     @property

@@ -66,10 +66,12 @@ class Summary:
 
 
 def save_summary(folder: Path, summary: Summary) -> None:
+    """Write summary.json to ``folder``."""
     (folder / SUMMARY_FILE).write_text(json.dumps(asdict(summary), indent=2) + "\n", encoding="utf-8")
 
 
 def save_loss_curve(folder: Path, losses: Sequence[float]) -> None:
+    """Draw the losses of all steps, and their moving average, to loss.png in ``folder``."""
     figure = Figure(figsize=(7, 4), dpi=100, layout="constrained")
     axes = figure.subplots()
     steps = range(1, len(losses) + 1)
@@ -117,6 +119,7 @@ class Display:
         self._console = Console(stderr=True, highlight=False)
 
     def note(self, text: str) -> None:
+        """Print a line."""
         self._console.print(text, markup=False, soft_wrap=True)
 
     def phase(self, text: str) -> AbstractContextManager[object]:
