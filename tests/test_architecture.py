@@ -152,6 +152,22 @@ assert "ray" not in sys.modules, "using the local teacher loads ray"
     subprocess.run([sys.executable, "-c", program, str(tiny_checkpoint)], check=True, timeout=120)
 
 
+def test_the_package_itself_and_help_do_without_pydantic() -> None:
+    # It takes as long to load as the rest of the command line.
+    program = """
+import sys
+import dinov3_ray, dinov3_ray.cli
+try:
+    dinov3_ray.cli.main(["--help"])
+except SystemExit:
+    pass
+assert "pydantic" not in sys.modules
+import dinov3_ray.config
+assert "pydantic" in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
+
+
 def test_a_controller_and_a_look_at_a_pool_do_without_torch() -> None:
     # It takes seconds to load, and replicas settle how its threads wait before they load it.
     program = """

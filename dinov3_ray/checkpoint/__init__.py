@@ -1,4 +1,4 @@
-"""Weights: find, check, load, fingerprint; make them up at random; convert official ones."""
+"""Checkpoints: verify, load, fingerprint and write them, fill them at random, convert official ones."""
 
 from dinov3_ray.checkpoint.convert import Conversion, convert_checkpoint
 from dinov3_ray.checkpoint.fingerprint import fingerprint

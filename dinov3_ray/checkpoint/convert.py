@@ -1,4 +1,4 @@
-"""Official checkpoints (facebookresearch/dinov3, ``.pth``) into transformers' layout.
+"""Converts official checkpoints (facebookresearch/dinov3, ``.pth``) to transformers' layout.
 
 What differs: query, key and value lie in one matrix there; the key's bias is stored but masked out; ``periods`` (RoPE),
 ``bias_mask`` and ``local_cls_norm`` (of the 7B's training crops) have no counterpart; the rest has other names.
@@ -54,12 +54,12 @@ def convert_checkpoint(
         source: the file.
         directory: must not exist, or be empty.
         statistics: ``lvd1689m`` (ImageNet's mean and std), ``sat493m``, or ``auto``: by the file's name.
-        image_size: that preprocessor_config.json shall name: one int, or (h, w).
-        shard_bytes: the most that one file shall hold.
+        image_size: the size in preprocessor_config.json: one int, or (h, w).
+        shard_bytes: the largest size of one file.
         progress: called with the bytes of each tensor written.
 
     Raises:
-        CheckpointError: ``source`` is no official DINOv3 checkpoint, or ``directory`` is in use.
+        CheckpointError: ``source`` is not an official DINOv3 checkpoint, or ``directory`` is in use.
         ConfigError: an option is wrong.
     """
     path = Path(source).expanduser()
@@ -76,7 +76,7 @@ def convert_checkpoint(
         tensors = _vit_tensors(official, path)
         architecture = _vit_architecture(tensors, official.get("rope_embed.periods"), path)
     if architecture is None:
-        raise CheckpointError(f"{path} is no official DINOv3 checkpoint; it holds {_some(official)}")
+        raise CheckpointError(f"{path} is not an official DINOv3 checkpoint; it holds {_some(official)}")
     check_shapes(str(path), architecture.tensors(), _shapes(tensors))
     write_directory(
         Path(directory),

@@ -1,4 +1,4 @@
-"""A short name for a teacher: what its weights, its architecture and its preprocessing are, and nothing else."""
+"""A teacher's fingerprint: a hash of its weights, architecture and preprocessing, and of nothing else."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ _HEX_DIGITS = 24  # 96 bits: no two teachers that anyone has ever made will shar
 def fingerprint(config: DinoV3Config, *, progress: Progress = ignore_progress) -> str:
     """24 hexadecimal digits of a SHA-256 over weights, architecture and preprocessing (at ``config.image_size``).
 
-    The same on every machine, under every path, in whichever files the tensors lie and however config.json spells what
-    it says; another one as soon as one byte of a weight or one statistic differs. Not part of it are ``dtype``,
-    ``compile`` and ``attention``: they change how exactly the same function is computed, not which one.
+    It is the same on every machine and path, however the tensors are split into files and however config.json is
+    spelled. It differs as soon as one byte of a weight or one image statistic differs. ``dtype``, ``compile`` and
+    ``attention`` are not part of it: they change how exactly a function is computed, not which function.
 
     Reads all weights once, on up to eight threads.
 

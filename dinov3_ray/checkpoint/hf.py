@@ -1,4 +1,4 @@
-"""An architecture and a preprocessing rule in the words of transformers' config.json and preprocessor_config.json."""
+"""config.json and preprocessor_config.json of an architecture and a preprocessing rule, with transformers' keys."""
 
 from __future__ import annotations
 

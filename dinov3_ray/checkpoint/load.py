@@ -1,4 +1,4 @@
-"""Weights into a transformers model, whole or not at all.
+"""Loads checked weights into a transformers model.
 
 The model is built from the configuration without memory (torch's meta device), and the checked tensors are put in
 place one by one. ``from_pretrained`` is not used because it fills what is missing with random numbers, skips what is

@@ -35,12 +35,12 @@ def init_checkpoint(
     Args:
         variant: a name of :data:`VARIANTS`, in any usual spelling.
         directory: must not exist, or be empty.
-        image_size: that preprocessor_config.json shall name: one int, or (h, w).
-        shard_bytes: the most that one file shall hold.
+        image_size: the size in preprocessor_config.json: one int, or (h, w).
+        shard_bytes: the largest size of one file.
         progress: called with the bytes of each tensor written.
 
     Raises:
-        ConfigError: ``variant``, ``image_size`` or ``shard_bytes`` is no such thing.
+        ConfigError: ``variant``, ``image_size`` or ``shard_bytes`` is invalid.
         CheckpointError: ``directory`` is in use or cannot be written.
     """
     architecture = VARIANTS[find_variant(variant)]

@@ -1,7 +1,4 @@
-"""The published DINOv3 variants, and tiny ones for tests and demonstrations.
-
-The channel statistics of the published checkpoints, for writing a preprocessor_config.json that has none yet.
-"""
+"""The published DINOv3 variants with their image statistics, and tiny variants for tests and demonstrations."""
 
 from __future__ import annotations
 
@@ -105,7 +102,7 @@ def preprocessing_for(statistics: Statistics, image_size: int | tuple[int, int],
     """The rule of the published models: rescale by 1/255, resize to ``image_size``, normalize.
 
     Raises:
-        ConfigError: ``image_size`` is no size, or smaller than a patch.
+        ConfigError: ``image_size`` is not a size, or smaller than a patch.
     """
     size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
     if len(size) != 2 or not all(type(side) is int and side >= patch_size for side in size):

@@ -14,7 +14,7 @@ from dinov3_ray.errors import CheckpointError
 __all__ = ["DTYPES", "Progress", "check_shapes", "ignore_progress", "read_tensors", "require_finite", "verify"]
 
 Progress = Callable[[int], None]
-"""Told how many more bytes are done."""
+"""Called with the number of bytes that were done since the last call."""
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 """By their names in a safetensors header."""

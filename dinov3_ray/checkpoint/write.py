@@ -48,12 +48,12 @@ def write_directory(
         directory: must not exist, or be empty. It appears under its name when all is written, or not at all.
         tensor: gives the tensor of a name; its shape must be what ``architecture`` says.
         dtype: that the tensors are stored in.
-        shard_bytes: the most that a file shall hold; where all fits into one there is no index.
+        shard_bytes: the largest size of one file; where all fits into one, there is no index.
         progress: called with the bytes of each tensor written.
 
     Raises:
         CheckpointError: ``directory`` is in use or cannot be written.
-        ConfigError: ``shard_bytes`` is no positive integer.
+        ConfigError: ``shard_bytes`` is not a positive integer.
     """
     if shard_bytes < 1:
         raise ConfigError(f"shard_bytes must be >= 1; got {shard_bytes!r}")

@@ -1,4 +1,4 @@
-"""What a DINOv3 model is made of, as plain numbers: enough to build it, and to say which tensors it must have.
+"""The architecture of a DINOv3 model in plain numbers: enough to build it, and to list the tensors that it has.
 
 Tensor names and shapes are those of released checkpoints in transformers' layout (``models/dinov3_vit`` and
 ``models/dinov3_convnext``). D hidden size, R register tokens, p patch size.
@@ -53,7 +53,7 @@ class ViTArchitecture:
 
     @property
     def layer_strides(self) -> tuple[int, ...]:
-        """Pixels a cell of each layer's map."""
+        """Pixels per cell of each layer's map."""
         return (self.patch_size,) * self.num_layers
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
@@ -114,7 +114,7 @@ class ConvNextArchitecture:
 
     @property
     def patch_size(self) -> int:
-        """Pixels a cell of the final map: the stem shrinks by 4, each later stage by 2."""
+        """Pixels per cell of the final map: the stem divides by 4, each later stage by 2."""
         return self.layer_strides[-1]
 
     @property
@@ -123,7 +123,7 @@ class ConvNextArchitecture:
 
     @property
     def layer_strides(self) -> tuple[int, ...]:
-        """Pixels a cell of each stage's map."""
+        """Pixels per cell of each stage's map."""
         return tuple(4 * 2**stage for stage in range(len(self.depths)))
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
@@ -162,16 +162,16 @@ Architecture = ViTArchitecture | ConvNextArchitecture
 
 
 def heads_for(hidden_size: int) -> int:
-    """The head count where nothing says it.
+    """The number of heads where config.json does not say it.
 
-    RoPE leaves no trace of the head size in the weights. Every published variant has heads of 64, but for 7B, whose
-    are of 128.
+    RoPE leaves no trace of the head size in the weights. Every published variant has heads of size 64, except 7B, which
+    has heads of size 128.
     """
     return hidden_size // (128 if hidden_size == 4096 else 64)
 
 
 def infer_vit(shapes: Shapes) -> ViTArchitecture | None:
-    """What a ViT checkpoint's tensors say of its architecture; None where a telling tensor is missing."""
+    """The architecture of a ViT checkpoint by its tensors' shapes; None where a needed tensor is missing."""
     patches = shapes.get("embeddings.patch_embeddings.weight", ())
     registers = shapes.get("embeddings.register_tokens", ())
     up = shapes.get("layer.0.mlp.up_proj.weight", ())
@@ -197,7 +197,7 @@ def infer_vit(shapes: Shapes) -> ViTArchitecture | None:
 
 
 def infer_convnext(shapes: Shapes) -> ConvNextArchitecture | None:
-    """What a ConvNeXt checkpoint's tensors say of its architecture; None where a telling tensor is missing."""
+    """The architecture of a ConvNeXt checkpoint by its tensors' shapes; None where a needed tensor is missing."""
     depths: dict[int, int] = {}
     for name in shapes:
         if match := _STAGE_BLOCK.match(name):

@@ -1,4 +1,4 @@
-"""Which DINOv3 model to serve, and how: a transformers model directory, read and checked."""
+"""DinoV3Config: a model directory in transformers' layout, read and checked, and the options to run it with."""
 
 from __future__ import annotations
 
@@ -154,7 +154,7 @@ class DinoV3Config:
 
     @property
     def patch_size(self) -> int:
-        """Pixels a cell of the feature map, each way; for a ConvNeXt, its total stride."""
+        """Pixels per cell of the feature map, each way; for a ConvNeXt, its total stride."""
         return self.architecture.patch_size
 
     @property

@@ -1,4 +1,4 @@
-"""How images become a model's input, as preprocessor_config.json says it: the rule alone, no pixels."""
+"""The rule by which images become a model's input, without any pixels."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The safetensors files of a model directory and what their headers say; torch is not needed for that.
+"""The safetensors files of a model directory, and the tensors that their headers list; needs no torch.
 
 The format: eight bytes with the header's length (little endian), a JSON header of name -> dtype, shape and byte range,
 then the bytes (https://huggingface.co/docs/safetensors). Reading it here rather than through the library costs few
@@ -157,7 +157,7 @@ def _read_header(path: Path) -> list[StoredTensor]:
             length = int.from_bytes(stream.read(8), "little")
             if size < 8 or length > min(_MAX_HEADER, size - 8):
                 raise CheckpointError(
-                    f"{path} is truncated or no safetensors file: it has {size:,} bytes, "
+                    f"{path} is truncated or not a safetensors file: it has {size:,} bytes, "
                     f"its first eight promise a header of {length:,}"
                 )
             header = json.loads(stream.read(length))

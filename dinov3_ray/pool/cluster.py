@@ -1,7 +1,4 @@
-"""How this process reaches Ray, and how a pool's actors are named there.
-
-Ending a process for certain, and only the one that is meant.
-"""
+"""Connects this process to Ray, finds a pool's actors by their names, and kills processes of its nodes."""
 
 from __future__ import annotations
 
@@ -32,7 +29,7 @@ __all__ = [
 ]
 
 
-#: The Ray namespace that pools live in unless told otherwise, whatever namespace the driver uses for itself.
+#: The default Ray namespace of pools, whatever namespace the driver uses for itself.
 NAMESPACE = "dinov3_ray"
 
 _PREFIX = "dinov3"
@@ -106,8 +103,8 @@ def connect(address: str | None = None, *, may_start: bool = False, **start_opti
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "WARNING"}
     if address is None and not may_start:
         raise PoolError(
-            "this process is connected to no Ray, and none is named: pass address='host:port', set RAY_ADDRESS, or "
-            "call ray.init() first"
+            "this process is not connected to Ray, and no address is given: pass address='host:port', set RAY_ADDRESS, "
+            "or call ray.init() first"
         )
     if address is None:
         # "local": without an address, Ray would follow a file in /tmp to a cluster that may be long gone.
@@ -170,7 +167,7 @@ def find_controller(name: str, namespace: str) -> Any:
 
 
 def list_actors(namespace: str, pool: str) -> list[tuple[str, Any]]:
-    """(replica id, actor handle) of each replica of ``pool`` that Ray knows to be alive or starting."""
+    """(replica id, actor handle) of each replica of ``pool`` that is alive or starting, as far as Ray knows."""
     prefix = replica_name(pool, "")
     found = []
     for name in _actor_names(namespace):

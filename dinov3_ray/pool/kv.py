@@ -1,8 +1,7 @@
-"""A few small facts about a pool that outlive its processes, in the key-value store of Ray's head.
+"""Facts about a pool that outlive its processes, in the key-value store of Ray's head.
 
-Two things are written: the pool's declaration (so that a restarted controller finds what it was told last), and the
-request that a replica is about to compute although earlier replicas died with it (so that a batch that ends replica
-after replica can be told from one that merely was nearby).
+There are two: the pool's declaration, which a restarted controller reads; and, for a request whose replicas died, which
+replica began to compute it. The second tells a request that kills its replicas from one that was only queued there.
 """
 
 from __future__ import annotations
@@ -10,15 +9,15 @@ from __future__ import annotations
 import pickle
 from typing import Any
 
-# The store that Ray's own libraries keep their state in. It is not a documented interface, but the only one that
-# outlives an actor without a service of its own; it has had this form since Ray 1.
+# A private interface of Ray, seen in 2.60.0 and unchanged since Ray 1: nothing documented outlives an actor without a
+# service.
 from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get, _internal_kv_put
 
 __all__ = ["PoolKV"]
 
 
 class PoolKV:
-    """The facts of one pool."""
+    """The facts about one pool."""
 
     def __init__(self, namespace: str, pool: str) -> None:
         self._namespace = b"dinov3_ray"
@@ -33,7 +32,7 @@ class PoolKV:
         return None if data is None else pickle.loads(data)  # noqa: S301 - see save_declaration
 
     def begin_suspect(self, replica_id: str, request_id: str) -> None:
-        """Write down that ``replica_id`` is about to compute ``request_id``."""
+        """Record that ``replica_id`` is about to compute ``request_id``."""
         key = self._key(f"suspect/{replica_id}")
         _internal_kv_put(key, request_id.encode(), overwrite=True, namespace=self._namespace)
 
@@ -43,7 +42,7 @@ class PoolKV:
         return data is not None and data.decode() == request_id
 
     def clear(self) -> None:
-        """Forget the pool."""
+        """Delete all facts about the pool."""
         _internal_kv_del(self._key(""), del_by_prefix=True, namespace=self._namespace)
 
     def _key(self, name: str) -> bytes:

@@ -1,10 +1,7 @@
 """A pool without Ray: replicas are threads of this process, behind the same router, batching and wire code.
 
-Made for tests and for one machine's first steps: a pool starts in milliseconds. What it cannot do is outlive a process,
-or end a replica that hangs.
-
-
-Where a pool is to be found: among this process's own local pools, or in Ray.
+It is for tests and first steps on one machine: a pool starts in milliseconds. It cannot outlive its process, nor end a
+replica that hangs.
 """
 
 from __future__ import annotations
@@ -100,7 +97,7 @@ class LocalController:
             replica.stop()
 
     def disconnect(self) -> None:
-        """Nothing to part from."""
+        """There is no connection to close."""
 
     # The thread -----------------------------------------------------------------------------------------------------
 
@@ -174,7 +171,7 @@ def record_of(replica: Replica) -> ReplicaRecord:
 
 
 class LocalTransport:
-    """One client's way to a local pool; see :class:`~dinov3_ray.pool.transport.protocol.Transport`."""
+    """Carries one client's requests to a local pool; see :class:`~dinov3_ray.pool.transport.protocol.Transport`."""
 
     node_id = _NODE
     default_max_bytes = _MAX_BYTES
@@ -205,7 +202,7 @@ class LocalTransport:
         """Nothing to do: the replica's own counters show it, and a thread cannot be replaced."""
 
     def publish(self, samples: Iterable[Sample]) -> None:
-        """Nobody to tell: metrics go out through Ray."""
+        """Nothing to do: metrics are published through Ray."""
 
     def leave(self, client_id: str) -> None:
         self._controller.leave(client_id)
@@ -237,7 +234,7 @@ def local_pool(name: str) -> LocalController | None:
 
 
 def open_transport(name: str, namespace: str, address: str | None) -> tuple[Transport, str | None]:
-    """A way to the pool, and the address under which another process finds it (None: nowhere but here)."""
+    """The transport to a pool, and the address at which another process finds it; None for a pool of this process."""
     local = local_pool(name) if address is None else None
     if local is not None:
         return LocalTransport(local), None

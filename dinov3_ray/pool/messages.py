@@ -1,10 +1,7 @@
-"""What clients, replicas and the controller say to each other.
+"""What clients, replicas and the controller send each other.
 
-Plain frozen dataclasses: they are pickled with every request, so they hold no tensors (those travel beside them as
-NumPy arrays, see ``wire``).
-
-
-What a replica counts of its own work.
+Plain frozen dataclasses. They are pickled with every request, so they hold no tensors: those cross separately, as NumPy
+arrays (see ``transport.wire``).
 """
 
 from __future__ import annotations
@@ -48,18 +45,18 @@ Array = np.ndarray[Any, Any]
 
 @dataclass(frozen=True, slots=True)
 class RequestHeader:
-    """One part of one batch, as a replica gets it. Its images travel beside it."""
+    """One part of one batch, as a replica receives it. Its images cross separately."""
 
     request_id: str
     client_id: str
     spec: FeatureSpec
     images: ImageLayout
     rows: int
-    #: Replicas have died while they held this request: it runs alone, and the replica writes down that it begins it.
+    #: Replicas died while they held this request. It runs alone, and the replica records that it begins it.
     suspect: bool = False
-    #: It was sent before and not answered: it goes to the front of the queue.
+    #: It was sent before and not answered. It goes to the front of the queue.
     urgent: bool = False
-    #: Rows that wait at the client for a free place: what autoscaling looks at.
+    #: Images that wait at the client, for autoscaling.
     backlog: int = 0
 
 
@@ -79,19 +76,19 @@ class Outcome(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class ReplicaLoad:
-    """What waits at a replica when it answers."""
+    """Images that wait at a replica when it answers."""
 
     rows: int = 0
-    #: Those of ``rows`` that belong to the client being answered, so that it does not count them twice.
+    #: Those of ``rows`` that the answered client has sent, so that it does not count them twice.
     own_rows: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class StageSeconds:
-    """Where a request's time at the replica went.
+    """How long a request took at the replica, by stage.
 
-    ``total`` is from its arrival until its answer was ready. It is more than the sum of the others where the request
-    shared its forward pass, since each is charged with its share of that.
+    ``total`` runs from its arrival until its answer was ready. Requests that share a forward pass are charged a share
+    of its time each, so ``total`` may exceed the sum of the stages.
     """
 
     queue: float = 0.0
@@ -102,13 +99,13 @@ class StageSeconds:
 
     @property
     def busy(self) -> float:
-        """What the request kept the device thread busy."""
+        """Seconds of the device thread that this request is charged."""
         return self.preprocess + self.forward + self.pack
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A replica's answer. The result's arrays travel beside it."""
+    """A replica's answer. The result's arrays cross separately."""
 
     outcome: Outcome
     layout: FeatureLayout = ()
@@ -123,7 +120,7 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class TeacherInfo:
-    """What a client must know of the teacher to check images before it sends them, and to size what comes back."""
+    """What a client must know of the teacher to check images before it sends them, and to estimate sizes of results."""
 
     fingerprint: str | None = None
     description: str = ""
@@ -152,7 +149,7 @@ class ReplicaView:
 
 @dataclass(frozen=True, slots=True)
 class PoolView:
-    """The pool as clients see it; a higher ``epoch`` replaces a lower one."""
+    """The pool as clients see it. A view with a higher ``epoch`` replaces one with a lower."""
 
     epoch: int
     replicas: tuple[ReplicaView, ...]
@@ -166,14 +163,23 @@ class PoolView:
 
 @dataclass(frozen=True, slots=True)
 class ReplicaStatistics:
-    """Counters since the replica started, ``uptime`` seconds ago, and how it stands now.
+    """A replica's counters since it started, and its current load.
 
-    ``batches`` counts forward passes; ``errors_in_a_row`` the requests that raised since one was answered, each once
-    however often it was sent (one bad request is no sign of a bad replica). ``preprocess_seconds`` is known of teachers
-    that tell it in an attribute ``preprocess_seconds`` (on a CUDA device, ``preprocess_watch``), as the local one does;
-    of others it is part of ``forward_seconds``. Where passes overlap, none is charged with the time in which another
-    was ahead of it, so that the stages' sum is what the device was busy. ``busy_for`` is how long the pass that is
-    ahead of all others has been so.
+    Where forward passes overlap, time is charged to the oldest one in flight only, so that the stages' sum is the time
+    that the device was busy.
+
+    Attributes:
+        uptime: seconds since the replica started.
+        batches: forward passes.
+        preprocess_seconds: of teachers that report it (by an attribute ``preprocess_seconds``, or
+            ``preprocess_watch`` on a CUDA device); for others it is part of ``forward_seconds``.
+        errors_in_a_row: requests that raised since the last one that was answered. A request counts once, however
+            often it was sent: one bad request does not make a bad replica.
+        rejected: requests refused because the queue was full.
+        waiting, waiting_rows: requests in the queue, and their images.
+        clients_backlog: images that clients hold back, of the client that reported most.
+        oldest_wait: seconds that the oldest request in the queue has waited.
+        busy_for: seconds since the oldest forward pass in flight became the oldest.
     """
 
     uptime: float = 0.0
@@ -194,11 +200,13 @@ class ReplicaStatistics:
 
     @property
     def busy_seconds(self) -> float:
-        """What the device has spent on requests that were answered."""
+        """Seconds that the device spent on requests that were answered."""
         return self.preprocess_seconds + self.forward_seconds + self.pack_seconds
 
 
 class MemberState(StrEnum):
-    STARTING = "starting"  # waits for its place, loads and proves its teacher
+    """The state of a replica."""
+
+    STARTING = "starting"  # waits for Ray to place it, then loads and checks its teacher
     READY = "ready"
-    DRAINING = "draining"  # finishes what it holds and takes no more
+    DRAINING = "draining"  # finishes its requests and takes no others

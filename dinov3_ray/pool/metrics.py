@@ -1,13 +1,13 @@
-"""What a pool tells its operator's monitoring, through Ray's own metrics: names, meanings, and how they are published.
+"""A pool's metrics for Prometheus: their names and meanings, and how they are published through Ray.
 
-Ray exports each name with the prefix ``ray_``, and counters with the suffix ``_total``, at every node's metrics port,
-where Prometheus finds them. It adds labels of its own: the process (``WorkerId``) and its node. Ours are few, since
-each combination is a series that somebody stores: the pool, the replica, and the stage or state where there is one.
+Ray exports each name with the prefix ``ray_``, and counters with the suffix ``_total``, at every node's metrics port.
+It adds the labels process (``WorkerId``) and node. This package adds few, since each combination is a series that
+somebody stores: the pool, the replica, and the stage or state where there is one.
 
-Nothing is published while a request is served. Every process takes a snapshot of its counters every second or few, and
-publishes by how much they have grown; what has not happened yet as 0, since Prometheus takes no growth from a series
-that begins with its first event. Ray collects that every 10 seconds (``metrics_report_interval_ms``): what a process
-counted since is lost with it when it is killed. Only pools in Ray publish; local mode has nobody to tell.
+Nothing is published while a request is served. Every few seconds, each process publishes by how much its counters have
+grown. A counter begins at 0, since Prometheus sees no growth in a series that begins with its first event. Ray collects
+samples every 10 seconds (``metrics_report_interval_ms``); a process that is killed loses those since. Only pools in Ray
+publish: local mode has no Prometheus.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ class Metric:
 
     Args:
         name: as given to Ray.
-        by: the label beside pool and replica, if there is one.
-        per_replica: whether a replica tells it. Otherwise the controller or a client does, and ``replica`` is left out.
+        by: a third label besides pool and replica, if there is one.
+        per_replica: whether replicas publish it. Otherwise the controller or clients do, without the label ``replica``.
     """
 
     name: str
@@ -64,12 +64,12 @@ METRICS = _by_name(
     Metric("dinov3_images", Kind.COUNTER, "Images answered", per_replica=True),
     Metric("dinov3_batches", Kind.COUNTER, "Forward passes", per_replica=True),
     Metric("dinov3_errors", Kind.COUNTER, "Requests on which the teacher raised", per_replica=True),
-    Metric("dinov3_rejected", Kind.COUNTER, "Requests turned away because the queue was full", per_replica=True),
+    Metric("dinov3_rejected", Kind.COUNTER, "Requests refused because the queue was full", per_replica=True),
     Metric(
         "dinov3_stage_seconds",
         Kind.COUNTER,
         "Seconds that requests spent in each stage: queue, preprocess, forward and pack at the replica, and transfer, "
-        "which clients tell (with no replica): the rest of the round trip",
+        "which clients report (with no replica): the rest of the round trip",
         per_replica=True,
         by="stage",
     ),
@@ -99,14 +99,14 @@ class Sample(NamedTuple):
 
 
 class Publisher:
-    """Publishes what one part of this process (a replica, a controller, one client) reads off itself.
+    """Publishes the samples of one part of this process: a replica, a controller or one client.
 
-    Several of one pool may live in a process, such as a trainer with two teachers: their gauges are added up, because
-    Ray keeps one level for a process and would show whichever spoke last.
+    A process may have several parts of one pool, such as a trainer with two teachers. Their gauges are added up: Ray
+    keeps one value per process, and would show the last one published.
 
     Args:
         pool: the pool's name.
-        replica: the replica's; empty for others. (Prometheus takes an empty label for none.)
+        replica: the replica's id; empty for others. (Prometheus treats an empty label as none.)
     """
 
     def __init__(self, pool: str, replica: str = "") -> None:
@@ -123,7 +123,7 @@ class Publisher:
                 self._count(name, value, label)
 
     def close(self) -> None:
-        """Take back this part's share of the gauges: what is no more is not in flight either."""
+        """Take back this part's share of the gauges: what has ended has nothing in flight."""
         for name, label in list(self._levels):
             self._level(name, 0.0, label)
 
@@ -131,7 +131,8 @@ class Publisher:
         before = self._totals.get((name, label))
         self._totals[name, label] = value
         if before is None:
-            # Its first sample; inc() takes no 0. If more has been counted by now, it began before it could be seen.
+            # First sample. inc() rejects 0, so the value is recorded directly; anything above 0 was counted before this
+            # publisher first ran. _record is private, seen in Ray 2.60.0.
             _instrument(name)._record(value, self._tags_of(name, label))
         elif value > before:
             _instrument(name).inc(value - before, self._tags_of(name, label))
@@ -156,7 +157,7 @@ _sums: dict[tuple[str, ...], float] = {}  # each gauge's level in this process, 
 
 
 def _instrument(name: str) -> Any:
-    """Ray's object for a metric, made when it is first used: one a process."""
+    """Ray's object for a metric, one per process, made when it is first used."""
     with _lock:
         if name not in _instruments:
             metric = METRICS[name]
@@ -167,7 +168,7 @@ def _instrument(name: str) -> Any:
 
 @dataclass(slots=True)
 class ClientSeconds:
-    """Where one client's time went, so far.
+    """How one client has spent its time so far, in seconds.
 
     Attributes:
         transfer: of requests, between this client and their replicas: the round trip without the replica's own time.

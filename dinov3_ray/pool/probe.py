@@ -1,7 +1,7 @@
-"""Asks a cluster's head, in seconds, whether it would let this process in. Ray itself would try for minutes.
+"""Finds out within seconds why a Ray cannot be joined: unreachable, wrong token, or TLS. Ray itself tries for minutes.
 
-The question is one without an argument that every client asks first. Ray keeps it in its own protocol, which may
-change: only a clear refusal counts.
+It makes the call that every client of Ray makes first. That call is part of Ray's own protocol, which may change, so
+only a clear refusal counts.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import grpc
 import ray
-from ray._private.grpc_utils import init_grpc_channel
+from ray._private.grpc_utils import init_grpc_channel  # private, seen in Ray 2.60.0: a channel with token and TLS
 
 __all__ = ["Obstacle", "answers", "find_obstacle"]
 
@@ -28,7 +28,7 @@ class Obstacle:
 
 
 def find_obstacle(address: str) -> Obstacle | None:
-    """What keeps this process from the head at ``host:port``; None if nothing shows, or the address is another kind."""
+    """Why this process cannot join the head at ``host:port``; None if no reason was found, or for another address."""
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal():
         return None  # "auto" and the like, which Ray resolves
@@ -66,7 +66,7 @@ def find_obstacle(address: str) -> Obstacle | None:
 
 
 def answers(host: str, port: int) -> bool:
-    """Whether something listens there that can be reached from here."""
+    """Whether this process can connect to ``host:port``."""
     try:
         socket.create_connection((host, port), timeout=_PATIENCE).close()
     except OSError:

@@ -1,4 +1,4 @@
-"""TeacherPool: start a pool, or connect to one; scale, reload and end it."""
+"""TeacherPool: start a pool or connect to one, scale it, reload its teacher, shut it down."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ __all__ = ["TeacherPool", "resolve_placement"]
 
 
 class _Control(Protocol):
-    """What a pool needs of the process or actor that steers it."""
+    """What a TeacherPool needs of a pool's controller, in Ray or in this process."""
 
     @property
     def address(self) -> str | None: ...
@@ -89,7 +89,7 @@ class TeacherPool:
             name: what clients call the pool.
             replicas: how many; ``"auto"`` is one for each free GPU, or one where there is none; (min, max) lets the
                 pool grow and shrink with its load.
-            num_gpus: GPUs a replica; None is 1 where the cluster has GPUs, else 0.
+            num_gpus: GPUs per replica; None is 1 where the cluster has GPUs, else 0.
             num_cpus: CPUs that each replica reserves in Ray.
             label_selector: labels that a replica's node must have, such as ``{"ray.io/accelerator-type": "H200"}``.
             local_mode: no Ray at all: replicas are threads of this process, on its GPU if it has one, unless
@@ -97,7 +97,7 @@ class TeacherPool:
             address: ``host:port`` of a running Ray.
             namespace: the Ray namespace of the pool's actors.
             timeout: seconds until which the replicas must be ready.
-            on_status: told of each look at the pool until then, to show how it gets on.
+            on_status: called with each status until then, to show progress.
             options: those of :class:`~dinov3_ray.pool.spec.PoolOptions`, such as ``max_batch`` or ``batching``.
 
         Raises:
@@ -197,8 +197,8 @@ class TeacherPool:
         fail to start three times in a row, the pool goes back to the former teacher.
 
         Args:
-            wait: until all replicas have the new teacher. Without, ``status()`` tells how it ends.
-            on_status: told of each look at the pool until then.
+            wait: until all replicas have the new teacher. Without it, ``status()`` shows how the reload ends.
+            on_status: called with each status until then.
 
         Raises:
             ConfigError, CheckpointError: the new teacher's files are wrong; nothing has changed.
@@ -225,7 +225,7 @@ class TeacherPool:
 
         Args:
             generation: the teacher's number, where it matters which one it is.
-            on_status: told of each look at the pool.
+            on_status: called with each status.
 
         Raises:
             ReplicaError: replicas fail to start, one after the other, and none of the teacher is ready; or the pool has
@@ -237,7 +237,7 @@ class TeacherPool:
         return wait_ready(self._control, self.name, timeout, generation=generation, on_status=on_status)
 
     def shutdown(self) -> None:
-        """End the pool: clients are told, no actor is left behind. Harmless when repeated."""
+        """End the pool: its clients learn of it, and no actor is left behind. Harmless when repeated."""
         if self._closed:
             return
         self._closed = True

@@ -171,7 +171,7 @@ class TestRefused:
         del weights["blocks.1.mlp.fc1.bias"]
         self.refused(weights, tmp_path, r"layer\.1\.mlp\.up_proj\.bias is missing")
         del weights["storage_tokens"]
-        self.refused(weights, tmp_path, "is no official DINOv3 checkpoint")
+        self.refused(weights, tmp_path, "is not an official DINOv3 checkpoint")
 
     def test_other_rope_or_mask(self, tmp_path: Path) -> None:
         weights = random_vit(**PLAIN)

@@ -1,1 +1,1 @@
-"""The control plane of a pool: which replicas there shall be, and which there are."""
+"""The control plane of a pool: which replicas are wanted, which there are, and what to do about the difference."""

@@ -1,4 +1,4 @@
-"""How many replicas the load asks for. Pure."""
+"""How many replicas the load calls for. Pure: no Ray, no clock."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ __all__ = ["Autoscaler"]
 class Autoscaler:
     """Grows a pool by one when requests wait too long, and shrinks it by one when it has been idle for long.
 
-    The wait is what a request that arrives now has before it: all rows that wait, at replicas and at their clients, at
-    the measured speed of the pool. While the pool has fewer than it wants, or one is starting, it does not grow
-    further, so that one burst does not start more than it takes; and it does not shrink while no replica is there to
-    say whether there is work.
+    The wait is that of a request that arrives now: all images that wait, at replicas and at clients, divided by the
+    measured speed of the pool. While replicas are missing or starting, the pool does not grow further, so that one
+    burst does not start more than it needs. It does not shrink while no replica is ready to report whether there is
+    work.
     """
 
     def __init__(self, *, busy_seconds: float, idle_seconds: float) -> None:
@@ -31,7 +31,7 @@ class Autoscaler:
         return cls(busy_seconds=options.busy_seconds, idle_seconds=options.idle_seconds)
 
     def target(self, current: int, ready: Sequence[ReplicaStatistics], starting: int, now: float) -> int:
-        """The number of replicas wanted, given ``current`` as the present target and what the ready ones report."""
+        """The number of replicas wanted, by the ``current`` target and the statistics of the ready replicas."""
         images = sum(one.images for one in ready)
         idle = images == self._images and not any(one.waiting or one.busy_for or one.clients_backlog for one in ready)
         self._images = images
@@ -48,12 +48,12 @@ class Autoscaler:
 
 
 def expected_wait(ready: Sequence[ReplicaStatistics]) -> float:
-    """Seconds of work that wait for each replica, on average; at least what the oldest waiting request has seen."""
+    """Seconds of work that wait per replica, on average; at least the wait of the oldest request."""
     if not ready:
         return 0.0
     images = sum(one.images for one in ready)
     seconds = sum(one.busy_seconds for one in ready)
-    # Each client tells every replica that it sends to of all that waits with it: it counts once.
+    # Each client reports its whole backlog to every replica that it sends to: it counts once.
     rows = sum(one.waiting_rows for one in ready) + max(one.clients_backlog for one in ready)
     by_work = rows * seconds / images / len(ready) if images else 0.0
     return max(by_work, max(one.oldest_wait for one in ready))

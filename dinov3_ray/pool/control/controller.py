@@ -1,8 +1,7 @@
-"""The control plane of one pool: starts, watches, replaces, scales and reloads its replicas. No tensor passes through
-it.
+"""The controller of one pool: it starts, watches, replaces, scales and reloads replicas. No tensor passes through it.
 
-A detached, named actor. If it dies, clients and replicas go on with what they know; Ray restarts it, and it finds its
-pool again: the declaration in the ledger, the replicas by their names.
+It is a detached, named actor. If it dies, clients and replicas continue with what they know. Ray restarts it, and it
+finds its pool again: the declaration in the key-value store, the replicas by their names.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -30,9 +29,6 @@ from dinov3_ray.pool.messages import MemberState, PoolView, ReplicaStatistics
 from dinov3_ray.pool.metrics import Publisher, Sample
 from dinov3_ray.pool.replica.actor import ReplicaActor, ReplicaProcess, ReplicaSetup, thread_groups
 
-if TYPE_CHECKING:
-    pass
-
 __all__ = ["Controller", "read_controller", "reason_of"]
 
 
@@ -43,7 +39,7 @@ _SICK_AFTER_ERRORS = 3  # requests in a row that raised, after which a replica i
 
 
 class _SupervisedReplica:
-    """A replica in the controller's care: what is known of it, where it runs, and the task that watches over it."""
+    """A replica, with what the controller knows of it, the process that it runs in, and the task that watches it."""
 
     def __init__(self, actor: Any) -> None:
         self.record = ReplicaRecord(actor)
@@ -56,7 +52,7 @@ class _SupervisedReplica:
 
 
 class Controller:
-    """See the module. Runs inside one asyncio loop, so nothing here needs a lock."""
+    """See the module. All of it runs in one asyncio loop, so nothing here needs a lock."""
 
     def __init__(self, namespace: str, name: str, declaration: Declaration) -> None:
         self._namespace, self._name = namespace, name
@@ -64,7 +60,7 @@ class Controller:
         self._declaration: Declaration = self._kv.load_declaration() or declaration
         declared = self._declaration
         self._membership = Membership(declared.spec.low, declared.spec.high)
-        # Views of a restarted controller must count as newer than those before.
+        # A restarted controller's views must count as newer than the former one's.
         self._membership.epoch = time.time_ns() // 1_000_000
         self._membership.generation, self._membership.newest = declared.generation, declared.newest
         self._membership.settled = declared.former.generation if declared.former else None
@@ -77,7 +73,7 @@ class Controller:
         self._wake = asyncio.Event()
         self._published = asyncio.Condition()
         self._closed = False
-        #: Set once the replicas that run already are known: nobody is told of an empty pool before.
+        #: Set once running replicas are known, so that no client sees an empty pool before.
         self._found = asyncio.Event()
         self._background: set[asyncio.Task[Any]] = set()
         self._supervision = self._spawn(self._supervise())
@@ -85,9 +81,9 @@ class Controller:
     # What clients and pools call ------------------------------------------------------------------------------------
 
     async def watch(self, client_id: str, known_epoch: int, timeout: float) -> PoolView:
-        """The view, as soon as it is another than ``known_epoch``, or after ``timeout`` seconds.
+        """The view, as soon as its epoch differs from ``known_epoch``, or after ``timeout`` seconds.
 
-        Being in this call, or having been lately, is what tells that a client lives.
+        A client that is in this call, or was recently, counts as alive.
         """
         self._clients[client_id] = time.monotonic()
         self._watching[client_id] += 1
@@ -104,7 +100,7 @@ class Controller:
         return self._view()
 
     async def leave(self, client_id: str) -> None:
-        """A client says goodbye: what it has queued is dropped."""
+        """A client leaves: its queued requests are dropped."""
         if self._clients.pop(client_id, None) is not None:
             self._forget(client_id)
 
@@ -125,8 +121,8 @@ class Controller:
     async def change(self, change: PoolChange) -> int:
         """Begin to replace the replicas by such as ``change`` asks for; returns the number of their generation.
 
-        Calls are taken one after the other. One that comes while another's replicas are still being replaced
-        overtakes it, and falls back to what was there before both.
+        Changes are applied in the order of their calls. One that comes while another's replicas are still being
+        replaced overtakes it; if it is given up, the pool returns to what it was before both.
         """
         if change.token in self._declaration.taken:
             return self._declaration.taken[change.token]
@@ -146,7 +142,7 @@ class Controller:
         return make_status(self._name, self._membership, self._records(), options, clients=len(self._clients))
 
     async def shutdown(self) -> list[ReplicaProcess]:
-        """End all replicas and tell the clients; returns where replicas ran, so that the caller can see them gone."""
+        """End all replicas and inform the clients. Returns the replicas' processes, for the caller to check on."""
         self._closed = True
         self._kv.clear()
         processes = [replica.process for replica in self._replicas.values() if replica.process]
@@ -217,7 +213,7 @@ class Controller:
             process = await asyncio.wait_for(actor.process.remote(), patience)
             state = await asyncio.wait_for(actor.state.remote(), patience)
         except (TimeoutError, ray.exceptions.RayError) as error:
-            # Dead, silent, or still without a place: a successor is as good.
+            # Dead, without an answer, or not placed yet: a successor is as good.
             log.warning("pool %s: replica %s is not taken over: %s", self._name, replica_id, reason_of(error))
             ray.kill(actor)
             return
@@ -255,7 +251,7 @@ class Controller:
         return actor_class.options(**options).remote(setup)
 
     def _threads(self) -> int | None:
-        """CPU threads a replica, so that those of one machine don't fight for its cores."""
+        """CPU threads per replica, so that replicas of one machine do not compete for its cores."""
         spec = self._declaration.spec
         if spec.options.threads is not None or spec.placement.device != "cpu":
             return spec.options.threads
@@ -268,10 +264,10 @@ class Controller:
         replica.task = self._spawn(self._watch_over(replica_id, replica))
 
     async def _watch_over(self, replica_id: str, replica: _SupervisedReplica) -> None:
-        """A replica's life from its place in the cluster to its loss."""
+        """Follow a replica from when Ray places it until it is lost."""
         options = self._declaration.spec.options
         try:
-            # No deadline here: a replica that waits for its place is what makes Ray's autoscaler add a node.
+            # No deadline: a replica that Ray cannot place yet makes Ray's autoscaler add a node.
             replica.process = await replica.actor.process.remote()
             replica.record.node_id, replica.record.pid = replica.process.node_id, replica.process.pid
             replica.record.info = await asyncio.wait_for(replica.actor.load.remote(), options.startup_timeout)
@@ -317,13 +313,13 @@ class Controller:
             self._wake.set()
 
     def _remove(self, replica_id: str, *, silent: bool = False) -> None:
-        """End a replica, and by force the process of one that has fallen silent."""
+        """End a replica; kill the process of one that no longer answers."""
         replica = self._replicas.pop(replica_id)
         if replica.task is not None and replica.task is not asyncio.current_task():
             replica.task.cancel()
         ray.kill(replica.actor)
         if silent and replica.process is not None:
-            # Ray asks the process to end itself; one that is stopped, or hangs in a driver, does not hear that.
+            # Ray asks the process to end itself, which one that is stopped, or hangs in a driver, does not do.
             here = NodeAffinitySchedulingStrategy(replica.process.node_id, soft=False)
             kill_process.options(scheduling_strategy=here).remote(replica.process.pid, replica.process.started)
 
@@ -383,12 +379,12 @@ class Controller:
         if not task.cancelled() and task.exception() is not None:
             log.error("pool %s: a task of the controller failed", self._name, exc_info=task.exception())
             if task is self._supervision:
-                # One that watches over nothing any more is worse than one that begins anew: Ray restarts it.
+                # A controller that supervises nothing is worse than one that restarts: Ray restarts it.
                 os._exit(1)
 
 
 def reason_of(error: BaseException) -> str:
-    """The part of an error that tells a person why a replica was lost, in one line."""
+    """Why a replica was lost, in one line for people."""
     if isinstance(error, ray.exceptions.ActorDiedError):
         return "its process died"
     cause = getattr(error, "cause", None) or error

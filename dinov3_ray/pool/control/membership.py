@@ -1,6 +1,6 @@
-"""How many replicas there shall be, which of them count, and what to do next. Pure: no Ray, no clock.
+"""Which replicas a pool has, how many are wanted, and what to do next. Pure: no Ray, no clock.
 
-The controller tells it what happened and carries out what :meth:`Membership.plan` returns.
+The controller reports what happened, and carries out what :meth:`Membership.plan` returns.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ __all__ = ["Action", "ActionKind", "Member", "Membership"]
 
 _FIRST_BACKOFF = 1.0
 _LONGEST_BACKOFF = 30.0
-_MOST_DOUBLINGS = 8  # more than it takes to the longest; 2**1024 is no float
+_MOST_DOUBLINGS = 8  # more than the longest takes; 2**1024 is not a float
 _KEPT_ERRORS = 8
-_PLACE_PATIENCE = 20.0  # seconds that a successor waits for a place before an old replica makes room for it
-_CROWDED_PATIENCE = 5.0  # likewise, once the cluster has turned out to be full
+_PLACE_PATIENCE = 20.0  # seconds that a successor waits to be placed before an old replica makes room for it
+_CROWDED_PATIENCE = 5.0  # the same, once the cluster has turned out to be full
 _HOPELESS_STARTS = 3  # waves of failed starts, none between them having succeeded, after which a reload is given up
 
 
@@ -54,7 +54,7 @@ class Membership:
     Attributes:
         generation: the current one.
         newest: the highest that there has been; numbers are never used again.
-        settled: the last one that served alone; another than the current while a reload is under way.
+        settled: the last one that served alone; differs from the current one while a reload runs.
     """
 
     def __init__(self, low: int, high: int) -> None:
@@ -76,11 +76,11 @@ class Membership:
     # What happened --------------------------------------------------------------------------------------------------
 
     def begin_at(self, serial: int) -> None:
-        """Number the next replica ``serial``, or higher (a restarted controller goes on where the last one was)."""
+        """Number the next replica ``serial`` or higher: a restarted controller continues the former one's numbers."""
         self.serial = max(self.serial, serial)
 
     def adopt(self, replica_id: str, generation: int, state: MemberState, now: float) -> None:
-        """Take in a replica that runs already (a restarted controller finds its pool again)."""
+        """Add a replica that runs already: a restarted controller finds its pool again."""
         self._members[replica_id] = Member(replica_id, generation, state, now)
         self.serial = max(self.serial, serial_of(replica_id) + 1)
         self.epoch += 1
@@ -94,10 +94,10 @@ class Membership:
                 self._failures, self._not_before = 0, 0.0
 
     def lost(self, replica_id: str, reason: str, now: float) -> bool:
-        """A replica died, hung, failed to start or was found sick; False if it was not a member.
+        """A replica died, hung, failed to start or was reported sick. False if it is not a member.
 
-        One that fails before it was ready delays the next start, ever longer: its error is likely to be everyone's.
-        Those that fail while a delay runs were started together with it, and count once.
+        A failure before it was ready delays the next start, longer each time: the next replica is likely to fail the
+        same way. Failures during that delay are of replicas that were started together, and count once.
         """
         member = self._members.pop(replica_id, None)
         if member is None:
@@ -114,7 +114,7 @@ class Membership:
         return True
 
     def drained(self, replica_id: str) -> bool:
-        """A replica has finished what it held; False if it was not a member (any more)."""
+        """A replica has finished its requests. False if it is not a member (any longer)."""
         if self._members.pop(replica_id, None) is None:
             return False
         self.epoch += 1
@@ -128,14 +128,14 @@ class Membership:
         self.epoch += 1
 
     def resize(self, target: int) -> bool:
-        """Move the target within the bounds; whether it changed."""
+        """Move the target within the bounds. Returns whether it changed."""
         target = min(max(target, self.low), self.high)
         changed, self.target = target != self.target, target
         self.epoch += changed
         return changed
 
     def reload(self) -> bool:
-        """Begin the next generation; whether the last one had settled, so that it is the one to go back to."""
+        """Begin the next generation. Returns whether the last one had settled, and so is the one to go back to."""
         self._settle()
         had_settled = self.settled == self.generation
         self.newest += 1
@@ -153,7 +153,7 @@ class Membership:
         self._turn_to(self.settled)
 
     def _settle(self) -> None:
-        """See whether the current generation is alone by now."""
+        """Note whether the current generation serves alone by now."""
         alone = all(member.generation == self.generation for member in self.members)
         if alone and self.settled != self.generation and self.ready():
             self.settled = self.generation
@@ -165,15 +165,15 @@ class Membership:
         self.epoch += 1
 
     def plan(self, now: float, unplaced: Collection[str] = ()) -> list[Action]:
-        """Bring the members one step nearer to what is wanted; what it returns is booked as begun.
+        """The next actions towards what is wanted. They count as begun.
 
         Args:
-            unplaced: members that wait for a place in the cluster.
+            unplaced: members that Ray has not placed yet.
         """
         self._settle()
         actions: list[Action] = []
         old = [member for member in self.members if member.generation != self.generation]
-        # Those that are not ready yet are missed by nobody, and hold places that their successors need.
+        # Those that are not ready serve nobody, and hold resources that their successors need.
         unready = [member for member in old if member.state is MemberState.STARTING]
         actions += [self._drain(member, now) for member in unready]
         if now >= self._not_before:
@@ -194,12 +194,12 @@ class Membership:
         return actions
 
     def _is_stuck(self, now: float, unplaced: Collection[str]) -> bool:
-        """Whether a successor has waited long for a place, and no old member is about to leave one."""
+        """Whether a successor has waited long to be placed, and no old member is about to free its resources."""
         if any(member.state is MemberState.DRAINING for member in self.members):
             self._last_leaving = now
             return False
         for one in self._of(self.generation, MemberState.STARTING):
-            # One that was there when the last member left has the room that this made: it takes seconds to move in.
+            # One that waited when the last member left has the room that this made: Ray needs seconds to place it.
             newer = one.since > self._last_leaving
             patience = _CROWDED_PATIENCE if self._crowded and newer else _PLACE_PATIENCE
             if one.replica_id in unplaced and now - max(one.since, self._last_leaving) >= patience:
@@ -211,7 +211,7 @@ class Membership:
         return max(0.0, self._not_before - now) if self._missing() else None
 
     def _missing(self) -> int:
-        """Replicas to start: all that are missing at once, or one at a time beside those of another generation."""
+        """Replicas to start: all that are missing, or one at a time while replicas of another generation serve."""
         current = self._of(self.generation, MemberState.STARTING, MemberState.READY)
         missing = self.target - len(current)
         if self._old_ready():

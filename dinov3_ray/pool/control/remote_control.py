@@ -1,6 +1,6 @@
-"""A pool in Ray as the process that steers it sees it: calls to the controller, with patience for one that restarts.
+"""Calls the controller of a pool from another process, and waits until the pool is what was asked for.
 
-Waiting until a pool is what was asked for, and telling why it does not become so.
+A call to a controller that is being restarted is repeated.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ _WATCHERS = 10_000  # clients that may be in a call to the controller at the sam
 
 
 def end_replicas(namespace: str, pool: str, timeout: float = 20.0) -> list[str]:
-    """End the replicas of a pool that has no controller any more, and wait until they are gone.
+    """End the replicas of a pool whose controller is gone, and wait until they have ended.
 
     Returns:
-        Which there were.
+        Their ids.
 
     Raises:
         PoolTimeoutError: some are still there, ``timeout`` seconds later.
@@ -56,7 +56,7 @@ def end_replicas(namespace: str, pool: str, timeout: float = 20.0) -> list[str]:
 
 
 class RayControl:
-    """Steers one pool through its controller actor."""
+    """Controls one pool through its controller actor."""
 
     def __init__(self, name: str, namespace: str, runtime: Runtime, controller: Any) -> None:
         self.name = name
@@ -90,7 +90,7 @@ class RayControl:
 
     @classmethod
     def connect(cls, name: str, namespace: str, runtime: Runtime) -> RayControl:
-        """Steer a pool that is running.
+        """Control a pool that is running.
 
         Raises:
             PoolNotFoundError: there is none of that name.
@@ -153,7 +153,7 @@ class RayControl:
             return False
 
     def _end_stopped_processes(self, processes: list[ReplicaProcess]) -> None:
-        """Ray asks a process to end itself, which one that is stopped (SIGSTOP) or stuck in a driver does not hear."""
+        """Kill processes that did not end when Ray asked them to: stopped ones (SIGSTOP), or stuck in a driver."""
         alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
         calls = [
             kill_process.options(
@@ -165,11 +165,11 @@ class RayControl:
         ray.wait(calls, num_returns=len(calls), timeout=10) if calls else None
 
     def disconnect(self) -> None:
-        """Part from Ray, if this process joined or started it for the pool's sake."""
+        """Disconnect from Ray, if this process connected to it for this pool."""
         self._runtime.close()
 
     def _call(self, method: str, *arguments: Any) -> Any:
-        """Call the controller; while it is being restarted, again."""
+        """Call the controller; repeat the call while it is being restarted."""
         deadline = time.monotonic() + _PATIENCE
         while True:
             try:
@@ -177,7 +177,7 @@ class RayControl:
             except ray.exceptions.ActorUnavailableError as error:
                 if time.monotonic() > deadline:
                     raise PoolTimeoutError(
-                        f"the controller of pool {self.name!r} has been away for {_PATIENCE:g} s: {error}"
+                        f"the controller of pool {self.name!r} has not been reachable for {_PATIENCE:g} s: {error}"
                     ) from error
                 log.debug("controller of pool %s is away: %s", self.name, error)
                 time.sleep(_RETRY)
@@ -218,7 +218,7 @@ def wait_ready(
     Args:
         name: the pool's, for the errors.
         generation: the teacher's number, where it matters which one it is.
-        on_status: told of each look at the pool.
+        on_status: called with each status until then.
 
     Raises:
         ReplicaError, PoolError, PoolTimeoutError: as :meth:`~dinov3_ray.pool.teacher_pool.TeacherPool.wait_ready` says.
@@ -247,7 +247,7 @@ def wait_ready(
 
 
 def _turned(name: str, generation: int, status: PoolStatus) -> PoolError:
-    """Why the pool is not about to become ``generation`` any more."""
+    """Why the pool will not become ``generation``."""
     if status.newest_generation > generation:
         return PoolError(f"pool {name!r}: another reload has overtaken this one")
     return ReplicaError(

@@ -1,6 +1,6 @@
-"""A snapshot of a pool, for people and for scripts.
+"""What a controller answers about its pool: the status for people and scripts, and the view for clients.
 
-What a controller tells of its pool: the view for clients, the status for people. Pure; both controllers use it.
+Pure, and used by both controllers: the actor and the local one.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class PoolStatus:
 
 @dataclass(slots=True)
 class ReplicaRecord:
-    """What a controller knows of one replica beside its membership; None until it is heard of."""
+    """What a controller knows of one replica besides its membership; None until it is known."""
 
     #: What clients send to: an actor handle, or a local replica.
     actor: Any
@@ -101,7 +101,7 @@ class ReplicaRecord:
 
 
 def newest_info(membership: Membership, records: Mapping[str, ReplicaRecord]) -> TeacherInfo | None:
-    """What the newest ready replica tells of its teacher; one of the current generation, if there is any."""
+    """What the newest ready replica says of its teacher: one of the current generation, if any is ready."""
     newest = max(membership.ready(), key=lambda one: (one.generation == membership.generation, one.since), default=None)
     return records[newest.replica_id].info if newest else None
 
