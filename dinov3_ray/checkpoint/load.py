@@ -29,7 +29,7 @@ def load_model(
 
     Args:
         config: the model directory; ``config.attention`` is handed to transformers.
-        device: where the model shall be.
+        device: of the model.
         dtype: of the weights. RoPE's frequencies stay float32 in any case.
 
     Raises:

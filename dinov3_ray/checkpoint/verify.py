@@ -80,7 +80,7 @@ def require_finite(stored: StoredTensor, tensor: Tensor) -> None:
 
 
 def read_tensors(weights: WeightFiles) -> Iterator[tuple[StoredTensor, Tensor]]:
-    """Every tensor in name order, on the CPU, in memory of its own; none is kept here."""
+    """Every tensor in name order, on the CPU, each in its own memory; none is kept here."""
     for stored in weights.tensors.values():
         tensor = torch.empty(stored.shape, dtype=DTYPES[stored.dtype])
         # NumPy has no bfloat16; bytes it has.

@@ -114,7 +114,7 @@ def _write_json(path: Path, values: Mapping[str, object]) -> None:
 
 @contextmanager
 def _appearing(directory: Path) -> Iterator[Path]:
-    """A temporary folder beside ``directory`` that takes its name at the end, or is removed."""
+    """A temporary folder next to ``directory`` that takes its name at the end, or is removed."""
     directory = Path(directory).expanduser().absolute()
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise CheckpointError(f"{directory} is in use already: choose another directory, or remove it first")

@@ -51,21 +51,15 @@ class ModelOptions(CheckedModel):
 class DinoV3Config:
     """A model directory and the options under which to run it.
 
-    ``root`` is read and checked on construction, so that a wrong file shows before a pool starts. Weights are not
-    needed for that unless config.json leaves out what only they can tell; they are checked when they are loaded. What
-    was read travels with the object when it is pickled; the weights are looked for at ``root`` again.
+    ``root`` is read and checked on construction, so that a wrong file shows before a pool starts. That needs no weights
+    unless config.json lacks keys that only they can complete; they are checked when they are loaded. A pickled object
+    contains what was read, and looks for the weights at ``root`` again.
 
     Args:
         root: a directory with config.json, preprocessor_config.json and model.safetensors, or
             model.safetensors.index.json and its shards.
-        dtype: see :data:`ComputeDtype`.
-        image_size: of the model's input, in place of preprocessor_config.json's: one int, or (h, w). See
-            :meth:`Preprocessing.resized_to` for what becomes of the file's rule.
-        compile: run the model through ``torch.compile``.
-        cuda_graphs: record passes of shapes that come often (see :mod:`dinov3_ray.model.cuda_graphs`); without effect
-            on other devices.
-        attention: the transformers attention implementation, such as ``sdpa``, ``eager`` or ``flash_attention_2``;
-            ``auto`` leaves it to transformers. A ConvNeXt has no attention, and ignores it.
+        dtype, image_size, compile, cuda_graphs, attention: see :class:`ModelOptions`; ``image_size`` is one int, or
+            (h, w), and :meth:`Preprocessing.resized_to` says what becomes of the file's rule.
 
     Attributes:
         image_size: (h, w) of the model's input: the option, or else what the file says.

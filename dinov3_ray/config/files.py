@@ -154,7 +154,7 @@ def read_architecture(root: Path) -> Architecture:
 
     Raises:
         ConfigError: the file is missing or wrong; names all its problems.
-        CheckpointError: keys are missing, and so are the weights that could tell, or these are damaged.
+        CheckpointError: keys are missing, and the weights that would complete it are missing or damaged.
     """
     path = root / CONFIG_FILE
     values = _read_json(path, remedy="root must be a model directory in transformers' layout")

@@ -30,6 +30,6 @@ The life of a request:
 6. The answer returns to the router. A part whose replica died, hung, refused it or raised is sent to another one.
 7. When all parts are there, and from one teacher, ``client/request`` **rejoins** them in order.
 
-The controller takes no part in this. It tells each client which replicas there are (``PoolView``), and if it dies,
+The controller takes no part in this. It sends each client the list of replicas (``PoolView``), and if it dies,
 requests go on.
 """

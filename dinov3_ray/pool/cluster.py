@@ -34,8 +34,8 @@ NAMESPACE = "dinov3_ray"
 
 _PREFIX = "dinov3"
 _AUTH_MODE = "RAY_AUTH_MODE"
-# Results leave the store as soon as their tensors are gone, and not within Ray's usual second: a pool that delivers a
-# gigabyte a second would else hold another one, and keep writing to pages that its processes have not touched yet. (On
+# Results leave the store as soon as their tensors are gone, and not within Ray's usual second: otherwise a pool that
+# delivers 1 GB per second holds another one, and keeps writing to pages that its processes have not touched yet. (On
 # 2 CPUs, four simulated accelerators, the first 300 batches: 91% of the ideal in place of 72%.)
 _SYSTEM_CONFIG = {"free_objects_period_milliseconds": 100}
 

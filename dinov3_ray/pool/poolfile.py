@@ -34,7 +34,7 @@ from dinov3_ray.config.config import ModelOptions
 from dinov3_ray.config.files import PositiveInt
 from dinov3_ray.errors import ConfigError
 from dinov3_ray.pool.cluster import NAMESPACE, check_name
-from dinov3_ray.pool.spec import Placement, PoolOptions, PoolSpec, Resources, parse_replicas
+from dinov3_ray.pool.spec import Placement, PoolOptions, PoolSpec, ReplicaResources, parse_replicas
 from dinov3_ray.validation import CheckedModel, check, from_list, rule
 
 __all__ = ["Change", "PoolFile", "changes_between", "pool_schema"]
@@ -61,7 +61,7 @@ class TeacherSection(ModelOptions):
         return {"root": None, **values} if isinstance(values, dict) else values
 
 
-class PlacementSection(Resources):
+class PlacementSection(ReplicaResources):
     key_is: ClassVar[str] = _KEY_IS
 
     accelerator: _Label | None = None

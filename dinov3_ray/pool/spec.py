@@ -23,7 +23,7 @@ __all__ = [
     "PoolOptions",
     "PoolSpec",
     "ReplicaCount",
-    "Resources",
+    "ReplicaResources",
     "TeacherSource",
     "builder",
     "check_source",
@@ -100,7 +100,7 @@ def _check_whole_gpus(value: float) -> float:
 _Amount = Annotated[float, Field(strict=True, ge=0), rule("must be a number >= 0")]
 
 
-class Resources(CheckedModel):
+class ReplicaResources(CheckedModel):
     """What each replica reserves in Ray."""
 
     num_gpus: Annotated[_Amount, AfterValidator(_check_whole_gpus)] | None = None
@@ -109,7 +109,7 @@ class Resources(CheckedModel):
     """CPUs that each replica reserves."""
 
 
-class Placement(Resources):
+class Placement(ReplicaResources):
     """What each replica reserves, and the labels that its node must have."""
 
     label_selector: dict[str, Annotated[str, Field(strict=True), rule("must be text")]] = Field(default={})

@@ -138,7 +138,7 @@ class TeacherPool:
 
         Raises:
             PoolNotFoundError: with the names of those that are.
-            PoolError: there is no Ray to look in.
+            PoolError: this process cannot reach a Ray.
         """
         check_name(name)
         local = local_pool(name) if address is None else None
