@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections import Counter
 
+import numpy as np
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from dinov3_ray.pool.replica.queue import BatchQueue, Waiting
+from dinov3_ray.features import FeatureSpec
+from dinov3_ray.pool.messages import RequestHeader
+from dinov3_ray.pool.replica.queue import BatchQueue, QueuedRequest
 from dinov3_ray.pool.spec import Batching
 
 MAX_BATCH, MAX_WAIT, MAX_REQUESTS, MAX_BYTES = 8, 1.0, 6, 100
+SPEC = FeatureSpec(cls=True)
 CLIENTS = ("ada", "bob", "cyd")
 
 
@@ -21,15 +25,23 @@ def a_queue(mode: Batching, **bounds: int) -> BatchQueue:
     return BatchQueue(mode, max_batch=MAX_BATCH, max_wait=MAX_WAIT, **bounds)
 
 
-def a_request(ticket: int, client: str = "ada", **fields: object) -> Waiting:
-    return Waiting(
-        **{"ticket": ticket, "client_id": client, "key": "k", "rows": 1, "nbytes": 1, "arrived": 0.0} | fields
-    )  # type: ignore[arg-type]
+def a_request(
+    ticket: int,
+    client: str = "ada",
+    key: str = "k",
+    rows: int = 1,
+    nbytes: int = 1,
+    arrived: float = 0.0,
+    urgent: bool = False,
+    alone: bool = False,
+) -> QueuedRequest:
+    header = RequestHeader(str(ticket), client, SPEC, (key, True), rows, suspect=alone, urgent=urgent)
+    return QueuedRequest(header, [np.empty((nbytes, 1, 1, 1), np.uint8)], lambda answer, arrays: None, arrived)
 
 
 def tickets(batch: object) -> list[int]:
     assert isinstance(batch, list), batch
-    return [waiting.ticket for waiting in batch]
+    return [int(request.header.request_id) for request in batch]
 
 
 class BatchingMachine(RuleBasedStateMachine):
@@ -39,7 +51,7 @@ class BatchingMachine(RuleBasedStateMachine):
     def begin(self, mode: Batching) -> None:
         self.mode = mode
         self.queue = a_queue(mode, max_requests=MAX_REQUESTS, max_bytes=MAX_BYTES)
-        self.waiting: list[Waiting] = []
+        self.waiting: list[QueuedRequest] = []
         # How often another client was served while each one waited.
         self.passed_over: Counter[str] = Counter()
         self.tickets, self.now = 0, 0.0
@@ -53,7 +65,7 @@ class BatchingMachine(RuleBasedStateMachine):
         alone=st.booleans(),
     )
     def offer(self, client: str, key: str, rows: int, nbytes: int, urgent: bool, alone: bool) -> None:
-        waiting = Waiting(self.tickets, client, key, rows, nbytes, self.now, urgent, alone)
+        waiting = a_request(self.tickets, client, key, rows, nbytes, self.now, urgent, alone)
         self.tickets += 1
         full = len(self.waiting) >= MAX_REQUESTS or sum(one.nbytes for one in self.waiting) + nbytes > MAX_BYTES
         taken = self.queue.offer(waiting)
@@ -75,33 +87,43 @@ class BatchingMachine(RuleBasedStateMachine):
             assert self.mode != "exact"
             # It waits for the company of one that has come within max_wait, and that could have some.
             assert batch > self.now
-            assert any(batch == one.arrived + MAX_WAIT and not one.alone for one in self.waiting)
+            assert any(batch == one.arrived + MAX_WAIT and not one.header.suspect for one in self.waiting)
             return
         assert batch is not None
         assert len(set(tickets(batch))) == len(batch) > 0
         assert all(one in self.waiting for one in batch)
-        assert sum(one.rows for one in batch) <= MAX_BATCH
+        assert sum(one.header.rows for one in batch) <= MAX_BATCH
         assert len({one.key for one in batch}) == 1
-        if self.mode == "exact" or any(one.alone for one in batch):
+        if self.mode == "exact" or any(one.header.suspect for one in batch):
             assert len(batch) == 1
-        urgent = [one for one in self.waiting if one.urgent]
-        assert batch[0] == (urgent[0] if urgent else self.first_of(batch[0].client_id))
+        urgent = [one for one in self.waiting if one.header.urgent]
+        assert batch[0] == (urgent[0] if urgent else self.first_of(batch[0].header.client_id))
         for one in batch:
             # Of what one client has waiting that may run in this batch, the oldest runs first.
-            before = [o for o in self.waiting if (o.client_id, o.key, o.urgent) == (one.client_id, one.key, one.urgent)]
-            before = [o for o in before if o.ticket < one.ticket and not o.alone and o.rows <= one.rows]
+            before = [
+                o
+                for o in self.waiting
+                if (o.header.client_id, o.key, o.header.urgent) == (one.header.client_id, one.key, one.header.urgent)
+            ]
+            before = [
+                o
+                for o in before
+                if int(o.header.request_id) < int(one.header.request_id)
+                and not o.header.suspect
+                and o.header.rows <= one.header.rows
+            ]
             assert all(o in batch for o in before) or one is batch[0]
-        if not batch[0].urgent:
-            self.count_turn({one.client_id for one in batch if not one.urgent})
+        if not batch[0].header.urgent:
+            self.count_turn({one.header.client_id for one in batch if not one.header.urgent})
         self.waiting = [one for one in self.waiting if one not in batch]
 
-    def first_of(self, client: str) -> Waiting:
-        return next(one for one in self.waiting if one.client_id == client and not one.urgent)
+    def first_of(self, client: str) -> QueuedRequest:
+        return next(one for one in self.waiting if one.header.client_id == client and not one.header.urgent)
 
     def count_turn(self, served: set[str]) -> None:
         """A client that has something waiting is passed over at most once by each of the others."""
         for client in CLIENTS:
-            if client in served or all(one.client_id != client or one.urgent for one in self.waiting):
+            if client in served or all(one.header.client_id != client or one.header.urgent for one in self.waiting):
                 self.passed_over[client] = 0
             else:
                 self.passed_over[client] += 1
@@ -110,18 +132,22 @@ class BatchingMachine(RuleBasedStateMachine):
     @rule(client=st.sampled_from(CLIENTS))
     def forget(self, client: str) -> None:
         dropped = self.queue.forget(client)
-        assert sorted(tickets(dropped)) == [one.ticket for one in self.waiting if one.client_id == client]
-        self.waiting = [one for one in self.waiting if one.client_id != client]
+        assert sorted(tickets(dropped)) == [
+            int(one.header.request_id) for one in self.waiting if one.header.client_id == client
+        ]
+        self.waiting = [one for one in self.waiting if one.header.client_id != client]
         self.passed_over[client] = 0
 
     @invariant()
     def the_books_are_exact(self) -> None:
         assert len(self.queue) == len(self.waiting)
-        assert self.queue.rows() == sum(one.rows for one in self.waiting)
+        assert self.queue.rows() == sum(one.header.rows for one in self.waiting)
         for client in CLIENTS:
-            assert self.queue.rows(client) == sum(one.rows for one in self.waiting if one.client_id == client)
+            assert self.queue.rows(client) == sum(
+                one.header.rows for one in self.waiting if one.header.client_id == client
+            )
         assert self.queue.oldest() == min((one.arrived for one in self.waiting), default=None)
-        clients = len({one.client_id for one in self.waiting})
+        clients = len({one.header.client_id for one in self.waiting})
         nbytes = sum(one.nbytes for one in self.waiting)
         assert repr(self.queue) == f"<BatchQueue {len(self.waiting)} requests of {clients} clients, {nbytes} bytes>"
 
@@ -157,8 +183,8 @@ def test_small_requests_of_several_clients_share_a_batch_evenly() -> None:
         queue.offer(a_request(ticket, client))
     batch = queue.take(0.0)
     assert isinstance(batch, list)  # it is full: nothing to wait for
-    assert Counter(one.client_id for one in batch) == {"greedy": 6, "a": 1, "b": 1}
-    assert [one.ticket for one in batch if one.client_id == "greedy"] == list(range(6))
+    assert Counter(one.header.client_id for one in batch) == {"greedy": 6, "a": 1, "b": 1}
+    assert [int(one.header.request_id) for one in batch if one.header.client_id == "greedy"] == list(range(6))
 
 
 def test_company_is_waited_for_until_the_batch_is_full_or_time_is_up() -> None:

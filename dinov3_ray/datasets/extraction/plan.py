@@ -22,11 +22,9 @@ __all__ = [
     "block_size_for",
     "check_same_run",
     "cut_blocks",
-    "differences",
     "free_bytes",
     "row_bytes",
     "size_text",
-    "spans_of",
     "storage_note",
     "versions",
 ]
@@ -125,33 +123,24 @@ def cut_blocks(rows: pa.Table, block_size: int, *, by_file: bool) -> list[tuple[
     return blocks
 
 
-def spans_of(sizes: list[int]) -> list[tuple[int, int]]:
-    """(start, stop) of blocks of these sizes."""
-    spans, start = [], 0
-    for size in sizes:
-        spans.append((start, start + size))
-        start += size
-    return spans
-
-
 def versions() -> dict[str, str]:
     """Of the libraries that have a say in the values."""
     return {name: version(name) for name in ("dinov3-ray", "torch", "transformers", "pyarrow", "pillow", "ray")}
 
 
-def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
     """What tells two runs' identities apart, a line each: ``spec.dtype is 'int8', there it is 'float16'``."""
     for key in sorted({*old, *new} - (_MAY_DIFFER if not prefix else set())):
         before, after = old.get(key), new.get(key)
         if isinstance(before, Mapping) and isinstance(after, Mapping):
-            yield from differences(before, after, f"{prefix}{key}.")
+            yield from _differences(before, after, f"{prefix}{key}.")
         elif before != after:
             yield f"{prefix}{key} is {after!r}, there it is {before!r}"
 
 
 def check_same_run(folder: Folder, identity: Mapping[str, Any]) -> None:
     """Raise StoreError unless the run in ``folder`` has this identity."""
-    found = list(differences(folder.read_json(PLAN), identity))
+    found = list(_differences(folder.read_json(PLAN), identity))
     if found:
         raise StoreError(
             f"{folder.path} holds features of another run, and cannot be resumed with this one: {'; '.join(found)}. "

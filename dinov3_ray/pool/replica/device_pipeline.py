@@ -32,10 +32,10 @@ __all__ = [
     "DevicePipeline",
     "Results",
     "check_finite",
-    "describe",
-    "extract",
-    "join",
-    "pad",
+    "forward",
+    "inspect_teacher",
+    "join_batches",
+    "pad_batch",
     "pipeline_for",
     "sums_are_finite",
 ]
@@ -107,7 +107,7 @@ class SynchronousPipeline:
 
     def begin(self, batch: ImageBatch, rows: int, spec: FeatureSpec) -> DevicePass:
         begun = time.monotonic()
-        features = extract(self._teacher, batch, spec)
+        features = forward(self._teacher, batch, spec)
         # Read before the next pass begins.
         preprocess = min(getattr(self._teacher, "preprocess_seconds", 0.0), time.monotonic() - begun)
         return _Computed(batch, rows, spec, features, preprocess)
@@ -149,7 +149,7 @@ class ConcurrentPipeline:
         return self._threads.submit(self._compute, batch, rows, spec)
 
     def _compute(self, batch: ImageBatch, rows: int, spec: FeatureSpec) -> Results:
-        return _Computed(batch, rows, spec, extract(self._teacher, batch, spec), 0.0).result()
+        return _Computed(batch, rows, spec, forward(self._teacher, batch, spec), 0.0).result()
 
 
 class CudaPipeline:
@@ -171,7 +171,7 @@ class CudaPipeline:
     def begin(self, batch: ImageBatch, rows: int, spec: FeatureSpec) -> DevicePass:
         with torch.cuda.device(self._device):
             images = self._upload(batch)
-            features = extract(self._teacher, images, spec)
+            features = forward(self._teacher, images, spec)
             preprocess = getattr(self._teacher, "preprocess_watch", Stopwatch()).last
             # Looked at when the pass has ended: a look now would wait for it.
             finite = sums_are_finite(features)
@@ -236,7 +236,7 @@ class _CudaPass:
         return replace(self.results, preprocess=self.preprocess.seconds)
 
 
-def describe(teacher: Extractor) -> TeacherInfo:
+def inspect_teacher(teacher: Extractor) -> TeacherInfo:
     """What clients need to know of ``teacher``, as far as it says; proves it first if it can be proved.
 
     Raises:
@@ -252,7 +252,7 @@ def describe(teacher: Extractor) -> TeacherInfo:
     return replace(TeacherInfo(**told), description=type(teacher).__name__, golden_cosine=cosine)
 
 
-def join(batches: list[ImageBatch]) -> ImageBatch:
+def join_batches(batches: list[ImageBatch]) -> ImageBatch:
     """Several requests' images as one batch; a single one is not copied."""
     if len(batches) == 1:
         return batches[0]
@@ -261,16 +261,16 @@ def join(batches: list[ImageBatch]) -> ImageBatch:
     return ImageBatch(stacked=torch.cat([batch.tensors[0] for batch in batches]))
 
 
-def pad(batch: ImageBatch, size: int) -> ImageBatch:
+def pad_batch(batch: ImageBatch, size: int) -> ImageBatch:
     """``batch`` with its first image repeated up to ``size`` images."""
     missing = size - len(batch)
     if missing <= 0:
         return batch
     first = batch.rows(0, 1)
-    return join([batch, *[first] * missing])
+    return join_batches([batch, *[first] * missing])
 
 
-def extract(teacher: Extractor, batch: ImageBatch, spec: FeatureSpec) -> Features:
+def forward(teacher: Extractor, batch: ImageBatch, spec: FeatureSpec) -> Features:
     """One forward pass, in the compute dtype.
 
     Raises:

@@ -8,7 +8,6 @@ that.
 
 from __future__ import annotations
 
-import itertools
 import logging
 import threading
 import time
@@ -35,12 +34,12 @@ from dinov3_ray.pool.replica.device_pipeline import (
     DevicePass,
     DevicePipeline,
     Results,
-    describe,
-    join,
-    pad,
+    inspect_teacher,
+    join_batches,
+    pad_batch,
     pipeline_for,
 )
-from dinov3_ray.pool.replica.queue import BatchQueue, Waiting
+from dinov3_ray.pool.replica.queue import BatchQueue, Done, QueuedRequest
 from dinov3_ray.pool.spec import PoolOptions
 from dinov3_ray.pool.transport.wire import unpack_images
 from dinov3_ray.teacher import Extractor
@@ -49,24 +48,14 @@ __all__ = ["Replica"]
 
 log = logging.getLogger("dinov3_ray")
 
-Done = Callable[[Answer, list[Array]], None]
-
 _FAILING = 100  # names of requests that raised: more say nothing more
 
 
-@dataclass(slots=True)
-class _Job:
-    header: RequestHeader
-    arrays: Sequence[Array]
-    done: Done
-    arrived: float
-
-
 @dataclass(frozen=True, slots=True)
-class _UnderWay:
+class _PassInFlight:
     """Requests whose pass the device was given at ``begun``."""
 
-    jobs: list[_Job]
+    requests: list[QueuedRequest]
     run: DevicePass
     begun: float
 
@@ -113,17 +102,15 @@ class Replica:
             max_requests=options.max_queued,
             max_bytes=options.max_queued_bytes,
         )
-        self._jobs: dict[int, _Job] = {}
-        self._tickets = itertools.count()
         self._changed = threading.Condition()
         self._counters = ReplicaStatistics()
         self._failing: set[str] = set()
         self._backlog: dict[str, int] = {}
-        self._again: deque[_Job] = deque()  # those whose shared pass failed: each is to run by itself
-        self._running: list[list[_Job]] = []  # of each pass that was taken up and is not answered yet
+        self._again: deque[QueuedRequest] = deque()  # those whose shared pass failed: each is to run by itself
+        self._running: list[list[QueuedRequest]] = []  # of each pass that was taken up and is not answered yet
         self._alone = False  # what runs is a suspect, beside which nothing may
         self._busy_since: float | None = None  # when the pass that is ahead of all others came to be so
-        self._under_way: deque[_UnderWay] = deque()  # what the device has been given, for the second thread
+        self._in_flight: deque[_PassInFlight] = deque()  # what the device has been given, for the second thread
         self._draining = False
         self._stopped = False
         self._info = TeacherInfo()
@@ -157,12 +144,11 @@ class Replica:
         """Answer what is queued as dropped and end the threads (they are daemons: hung ones are left behind)."""
         with self._changed:
             self._draining = self._stopped = True
-            dropped = [*self._jobs.values(), *self._again]
-            self._jobs.clear()
+            dropped = [*self._queue.clear(), *self._again]
             self._again.clear()
             self._changed.notify_all()
-        for job in dropped:
-            job.done(Answer(Outcome.DRAINING), [])
+        for request in dropped:
+            request.done(Answer(Outcome.DRAINING), [])
         for thread in (self._thread, self._finisher):
             if thread.is_alive() and thread is not threading.current_thread():
                 thread.join(timeout)
@@ -170,11 +156,11 @@ class Replica:
     def forget(self, client_id: str) -> int:
         """Drop what a client that is gone has queued; returns how many requests that were."""
         with self._changed:
-            dropped = [self._jobs.pop(waiting.ticket) for waiting in self._queue.forget(client_id)]
+            dropped = self._queue.forget(client_id)
             self._backlog.pop(client_id, None)
             self._changed.notify_all()
-        for job in dropped:
-            job.done(Answer(Outcome.DROPPED), [])
+        for request in dropped:
+            request.done(Answer(Outcome.DROPPED), [])
         return len(dropped)
 
     def statistics(self) -> ReplicaStatistics:
@@ -205,23 +191,12 @@ class Replica:
 
         The arrays of the request are read, never written, until then.
         """
-        now = time.monotonic()
-        waiting = Waiting(
-            ticket=next(self._tickets),
-            client_id=header.client_id,
-            key=(header.spec, header.images, tuple(array.shape[-3:] for array in arrays)),
-            rows=header.rows,
-            nbytes=sum(array.nbytes for array in arrays),
-            arrived=now,
-            urgent=header.urgent,
-            alone=header.suspect,
-        )
+        request = QueuedRequest(header, arrays, done, time.monotonic())
         with self._changed:
             if self._draining:
                 refusal = Answer(Outcome.DRAINING)
-            elif self._queue.offer(waiting):
+            elif self._queue.offer(request):
                 self._backlog[header.client_id] = header.backlog
-                self._jobs[waiting.ticket] = _Job(header, arrays, done, now)
                 self._changed.notify_all()
                 return
             else:
@@ -246,7 +221,7 @@ class Replica:
                 # OpenMP keeps this number by thread: it must be set on the one that computes.
                 torch.set_num_threads(self._threads)
             teacher = self._build()
-            info = describe(teacher)
+            info = inspect_teacher(teacher)
             warm_up = getattr(teacher, "warm_up", None)
             if callable(warm_up):
                 warm_up(self._options.max_batch)
@@ -259,55 +234,54 @@ class Replica:
             return
         self._finisher.start()
         self.loaded.set_result(self._info)
-        while jobs := self._next_jobs():
-            self._begin(jobs)
+        while requests := self._next_requests():
+            self._begin(requests)
 
-    def _next_jobs(self) -> list[_Job]:
+    def _next_requests(self) -> list[QueuedRequest]:
         """What to begin next, as soon as the device may be given it; nothing at the end."""
         with self._changed:
             while not self._stopped:
                 now = time.monotonic()
                 next_look = None
                 if len(self._running) < (1 if self._alone else self._pipeline.depth):
-                    jobs = self._take(now)
-                    if isinstance(jobs, list):
-                        self._alone = any(job.header.suspect for job in jobs)
+                    requests = self._take(now)
+                    if isinstance(requests, list):
+                        self._alone = any(request.header.suspect for request in requests)
                         if self._alone:
                             self._changed.wait_for(lambda: not self._running)  # it would die with this one
                             now = time.monotonic()
                         if not self._running:
                             self._busy_since = now
-                        self._running.append(jobs)
-                        return jobs
-                    next_look = jobs
+                        self._running.append(requests)
+                        return requests
+                    next_look = requests
                 self._changed.wait(None if next_look is None else next_look - now)
             return []
 
-    def _take(self, now: float) -> list[_Job] | float | None:
+    def _take(self, now: float) -> list[QueuedRequest] | float | None:
         """The next pass's requests; or the time until which to wait for company; or None if nothing waits."""
         if self._again:
             return [self._again.popleft()]
-        batch = self._queue.take(now)
-        return [self._jobs.pop(waiting.ticket) for waiting in batch] if isinstance(batch, list) else batch
+        return self._queue.take(now)
 
-    def _begin(self, jobs: list[_Job]) -> None:
-        """Give the device the pass of ``jobs``."""
+    def _begin(self, requests: list[QueuedRequest]) -> None:
+        """Give the device the pass of ``requests``."""
         begun = time.monotonic()
         try:
-            for job in jobs:
-                if job.header.suspect and self._on_suspect is not None:
-                    self._on_suspect(job.header.request_id)
-            batch = join([unpack_images(job.header.images, job.arrays) for job in jobs])
+            for request in requests:
+                if request.header.suspect and self._on_suspect is not None:
+                    self._on_suspect(request.header.request_id)
+            batch = join_batches([unpack_images(request.header.images, request.arrays) for request in requests])
             rows = len(batch)
             if self._options.batching == "deterministic":
-                batch = pad(batch, self._options.max_batch)
-            run = self._pipeline.begin(batch, rows, jobs[0].header.spec)
+                batch = pad_batch(batch, self._options.max_batch)
+            run = self._pipeline.begin(batch, rows, requests[0].header.spec)
         except Exception as error:  # noqa: BLE001 - a teacher may raise anything, and the replica lives on
-            self._fail(jobs, error)
-            self._end_pass(jobs)
+            self._fail(requests, error)
+            self._end_pass(requests)
             return
         with self._changed:
-            self._under_way.append(_UnderWay(jobs, run, begun))
+            self._in_flight.append(_PassInFlight(requests, run, begun))
             self._changed.notify_all()
 
     # The thread for results -----------------------------------------------------------------------------------------
@@ -317,89 +291,89 @@ class Replica:
             torch.set_num_threads(self._threads)
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._under_way or (self._stopped and not self._running))
-                if not self._under_way:
+                self._changed.wait_for(lambda: self._in_flight or (self._stopped and not self._running))
+                if not self._in_flight:
                     return
-                ahead = self._under_way.popleft()
+                ahead = self._in_flight.popleft()
             self._finish(ahead)
-            self._end_pass(ahead.jobs)
+            self._end_pass(ahead.requests)
 
-    def _finish(self, ahead: _UnderWay) -> None:
+    def _finish(self, ahead: _PassInFlight) -> None:
         """Wait for a pass, and answer its requests."""
         try:
             results = ahead.run.result()
         except Exception as error:  # noqa: BLE001 - likewise
-            self._fail(ahead.jobs, error)
+            self._fail(ahead.requests, error)
         else:
             self._answer(ahead, results)
 
-    def _end_pass(self, jobs: list[_Job]) -> None:
+    def _end_pass(self, requests: list[QueuedRequest]) -> None:
         with self._changed:
-            self._running = [one for one in self._running if one is not jobs]
+            self._running = [one for one in self._running if one is not requests]
             self._busy_since = time.monotonic() if self._running else None
             # A client with more to send keeps something here: one that does not has no backlog any more.
-            here = {job.header.client_id for one in self._running for job in one}
+            here = {request.header.client_id for one in self._running for request in one}
             self._backlog = {
                 client: rows for client, rows in self._backlog.items() if client in here or self._queue.rows(client)
             }
             self._changed.notify_all()
 
-    def _answer(self, ahead: _UnderWay, results: Results) -> None:
+    def _answer(self, ahead: _PassInFlight, results: Results) -> None:
         now = time.monotonic()
         assert self._busy_since is not None
         busy = max(now - max(self._busy_since, ahead.begun), 0.0)  # another pass may have failed since
         preprocess = min(results.preprocess, busy)
         pack = min(results.pack, busy - preprocess)
-        rows = sum(job.header.rows for job in ahead.jobs)
+        rows = sum(request.header.rows for request in ahead.requests)
         first = 0
-        for job in ahead.jobs:
-            share = job.header.rows / rows
+        for request in ahead.requests:
+            share = request.header.rows / rows
             seconds = StageSeconds(
-                queue=ahead.begun - job.arrived,
+                queue=ahead.begun - request.arrived,
                 preprocess=preprocess * share,
                 forward=(busy - preprocess - pack) * share,
                 pack=pack * share,
-                total=now - job.arrived,
+                total=now - request.arrived,
             )
             with self._changed:
                 self._failing.clear()
                 self._count(
-                    images=job.header.rows,
+                    images=request.header.rows,
                     queue_seconds=seconds.queue,
                     preprocess_seconds=seconds.preprocess,
                     forward_seconds=seconds.forward,
                     pack_seconds=seconds.pack,
                 )
-                load = self._load(job.header)
-            last = first + job.header.rows
+                load = self._load(request.header)
+            last = first + request.header.rows
             arrays = [array[first:last] for array in results.arrays]
             first = last
             fingerprint = results.fingerprint or self._info.fingerprint
-            job.done(Answer(Outcome.DONE, results.layout, fingerprint, load, seconds), arrays)
+            request.done(Answer(Outcome.DONE, results.layout, fingerprint, load, seconds), arrays)
         with self._changed:
             self._count(batches=1)
 
-    def _fail(self, jobs: list[_Job], error: Exception) -> None:
-        if len(jobs) > 1:
+    def _fail(self, requests: list[QueuedRequest], error: Exception) -> None:
+        if len(requests) > 1:
             # One request's fault must not be its neighbours': each runs by itself.
             with self._changed:
                 stopped = self._stopped
                 if not stopped:
-                    self._again.extend(jobs)
-            for job in jobs if stopped else ():
-                job.done(Answer(Outcome.DRAINING), [])
+                    self._again.extend(requests)
+            for request in requests if stopped else ():
+                request.done(Answer(Outcome.DRAINING), [])
             return
-        job = jobs[0]
+        request = requests[0]
         with self._changed:
             self._count(errors=1)
             # What the caller did wrong says nothing of this replica's health.
             if not isinstance(error, (InputError, SpecError)) and len(self._failing) < _FAILING:
-                self._failing.add(job.header.request_id)
-            load = self._load(job.header)
+                self._failing.add(request.header.request_id)
+            load = self._load(request.header)
         trace = "".join(traceback.format_exception(error))
         # Frames would keep the batch's tensors alive, and do not survive pickling anyway.
         error = error.with_traceback(None)
-        job.done(Answer(Outcome.FAILED, load=load, error=error, trace=trace), [])
+        request.done(Answer(Outcome.FAILED, load=load, error=error, trace=trace), [])
 
     def _count(self, **more: float) -> None:
         """Add to the counters; holding the lock is the caller's part."""
