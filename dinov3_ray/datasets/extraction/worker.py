@@ -6,13 +6,13 @@ import os
 import pickle
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
-from dinov3_ray.config.preprocessing import Preprocessing
 from dinov3_ray.datasets.decode import Decoder, Unreadable
 from dinov3_ray.datasets.extraction.blocks import BlockReader
 from dinov3_ray.datasets.extraction.decode_tasks import Decoded, Piece, decode_pieces
@@ -21,46 +21,17 @@ from dinov3_ray.datasets.store.schema import Row, encode_columns
 from dinov3_ray.datasets.store.writer import BlockWriter, is_finished
 from dinov3_ray.errors import DinoV3Error, InputError, StoreError
 from dinov3_ray.features import Features, FeatureSpec
-from dinov3_ray.images import Images
 from dinov3_ray.pool.client.remote import RemoteTeacher
+from dinov3_ray.pool.client.request import Handle
 from dinov3_ray.pool.replica.device_pipeline import ConcurrentPipeline
 from dinov3_ray.pool.replica.hosted import HostedReplica
 from dinov3_ray.pool.spec import CheckedSource, builder
 from dinov3_ray.teacher import computed_in
 
-__all__ = ["BatchTeacher", "BlockExtractor", "ExtractionJob", "TeacherChoice"]
+__all__ = ["BlockExtractor", "ExtractionJob", "TeacherChoice"]
 
 _BUFFERED_BYTES = 2**28
-_AHEAD = 2  # batches given to each of the teacher's threads before the first of them is waited for
-
-
-class SubmittedBatch(Protocol):
-    """A batch that is being computed."""
-
-    def result(self) -> Features:
-        """Wait for its features.
-
-        Raises:
-            Exception: whatever the teacher raises.
-        """
-        ...
-
-
-class BatchTeacher(Protocol):
-    """What computes for an extraction: it takes batches ahead of their results, and says what makes those."""
-
-    @property
-    def fingerprint(self) -> str | None: ...
-
-    @property
-    def preprocessing(self) -> Preprocessing | None: ...
-
-    @property
-    def patch_size(self) -> int: ...
-
-    def submit(self, images: Images, spec: FeatureSpec) -> SubmittedBatch: ...
-
-    def close(self) -> None: ...
+_AHEAD = 2  # batches submitted for each pass that the teacher makes at a time, before the first is waited for
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +51,7 @@ class TeacherChoice:
     threads: int | None
     passes: int
 
-    def open(self, max_batch: int) -> BatchTeacher:
+    def open(self, max_batch: int) -> HostedReplica | RemoteTeacher:
         """Connect to the pool, or build and prove the teacher of a replica in this process, on whose threads it runs.
 
         Raises:
@@ -161,7 +132,7 @@ class BlockExtractor:
     def _extract(self, name: str, pieces: Sequence[Piece]) -> dict[str, Any]:
         job = self._job
         writer = BlockWriter(job.folder, name, job.identity)
-        running: deque[tuple[list[Decoded], SubmittedBatch]] = deque()
+        running: deque[tuple[list[Decoded], Future[Features] | Handle]] = deque()
         images = decode_pieces(pieces, job.decoder, cpus=job.decode_cpus, window=job.window)
         for batch in self._batches(images, writer):
             running.append((batch, self._submit(batch)))
@@ -193,12 +164,12 @@ class BlockExtractor:
             yield batch
         yield from groups.values()
 
-    def _submit(self, batch: Sequence[Decoded]) -> SubmittedBatch:
+    def _submit(self, batch: Sequence[Decoded]) -> Future[Features] | Handle:
         arrays = [_pixels(decoded) for decoded in batch]
         same = len({array.shape for array in arrays}) == 1
         return self._teacher.submit(np.stack(arrays) if same else arrays, self._job.spec.native())
 
-    def _gather(self, batch: Sequence[Decoded], submitted: SubmittedBatch, writer: BlockWriter) -> None:
+    def _gather(self, batch: Sequence[Decoded], submitted: Future[Features] | Handle, writer: BlockWriter) -> None:
         """Hand a batch's features to the writer; an image that the teacher refuses fails alone."""
         try:
             features = submitted.result()
