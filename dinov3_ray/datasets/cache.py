@@ -87,7 +87,7 @@ class CachedTeacher(TeacherMixin[Images]):
             return _join([features.to(device) for features in found if features is not None])
         live = self.teacher.extract(images if len(missing) == len(batch) else _take(batch, missing), spec)
         if live.fingerprint not in (None, self.fingerprint) and self._fingerprint is None:
-            # The pool was reloaded under way, and `found` may be the former teacher's: no batch is of two teachers.
+            # The pool was reloaded meanwhile, and `found` may be the former teacher's: no batch is of two teachers.
             live, missing = self.teacher.extract(images, spec), list(range(len(batch)))
         if live.fingerprint is not None and self._fingerprint is None:
             keys = self._keys(batch, spec, live.fingerprint, keys)

@@ -3,7 +3,7 @@
 What each kind becomes:
 
 - EXIF orientation is applied, unless the EXIF data are damaged; of an animation, the first frame is taken.
-- Transparent pixels (RGBA, LA, palette transparency) are composited on a background, white unless told otherwise, as a
+- Transparent pixels (RGBA, LA, palette transparency) are composited on a background, white by default, as a
   browser shows them. Dropping the alpha channel would bring up colours that nobody sees.
 - Grey is repeated to three channels; 16-bit grey is scaled to 8 bits (Pillow's own conversion clips it to white);
   16-bit RGB keeps its high bytes; floating point is taken as [0, 1].

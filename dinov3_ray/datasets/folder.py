@@ -86,7 +86,7 @@ class Folder:
         return bool(self.system.get_file_info(self.join(name)).type != pafs.FileType.NotFound)
 
     def names(self, folder: str, suffix: str) -> list[str]:
-        """The files in ``folder`` that end in ``suffix``, sorted; none if there is no such folder."""
+        """The files in ``folder`` that end in ``suffix``, sorted; none if the folder does not exist."""
         infos = self.system.get_file_info(pafs.FileSelector(self.join(folder), allow_not_found=True))
         return sorted(info.base_name for info in infos if info.base_name.endswith(suffix))
 

@@ -104,7 +104,7 @@ class StoredTeacher(TeacherMixin[Images | str | Sequence[str]]):
             return self._ids_by_view[view]
         except KeyError:
             raise MissingViewError(
-                f"images[{index}] is no view that the store holds (augmented, resized, or decoded otherwise?): use a "
+                f"images[{index}] is not a view that the store holds (augmented, resized, or decoded otherwise?): use a "
                 "live teacher for augmented views, or name un-augmented images by their ids"
             ) from None
 
@@ -114,12 +114,12 @@ class StoredTeacher(TeacherMixin[Images | str | Sequence[str]]):
         if image.dtype != torch.uint8:
             levels = (image.double() * 255).round()
             # n/255 up to one rounding (some loaders multiply by 1/255), so that a view which was changed a little is
-            # not taken for the stored one; the half types cannot tell such changes, and must be exact.
+            # not taken for the stored one; the half types cannot show such changes, and must be exact.
             slack = torch.finfo(image.dtype).eps if image.dtype.itemsize >= 4 else 0.0
             off = ((levels / 255).to(image.dtype) - image).abs().max()
             if not off <= slack or levels.min() < 0 or levels.max() > 255:
                 raise MissingViewError(
-                    f"images[{index}] is no view that the store holds: its values are not those of 8-bit pixels / 255"
+                    f"images[{index}] is not a view that the store holds: its values are not those of 8-bit pixels / 255"
                 )
             image = levels.to(torch.uint8)
         return view_digest(np.ascontiguousarray(image.cpu().numpy()))
@@ -159,7 +159,7 @@ class TargetDataset(Dataset[tuple[Any, Features]]):
         ids: a subset, or another order; all of the store's by default.
 
     Raises:
-        StoreError: the store has not all of ``ids``, or no images of its own to read.
+        StoreError: the store has not all of ``ids``, or its source has no images to read.
     """
 
     def __init__(

@@ -231,7 +231,7 @@ def test_a_stored_teacher_answers_for_stored_views_only(tmp_path: Path) -> None:
         views(seed=1)[:3],
     ]
     for other in others:
-        with pytest.raises(MissingViewError, match=r"images\[0\] is no view that the store holds"):
+        with pytest.raises(MissingViewError, match=r"images\[0\] is not a view that the store holds"):
             teacher.extract(other, SPEC)
         with pytest.raises(MissingViewError, match=r"images\[0\] is no"):
             teacher.extract(other, SPEC, ids=names)

@@ -48,7 +48,7 @@ class Blocks(Protocol):
     rows_per_call: int
 
     def describe(self) -> dict[str, Any]:
-        """What tells these images from others."""
+        """What distinguishes these images from others."""
         ...
 
     def first(self) -> list[Piece]:

@@ -119,7 +119,7 @@ def _start(piece: Piece, decoder: Decoder, cpus: float, retries: int) -> Any:
         num_cpus=cpus,
         num_returns="streaming",
         max_retries=retries,
-        # Decoding does not run ahead of the teacher by more than this many chunks a task.
+        # Decoding does not run ahead of the teacher by more than this many chunks per task.
         _generator_backpressure_num_objects=2,
     )
     return options.remote(piece, decoder)

@@ -105,7 +105,7 @@ def extract(
                 resources,
                 pooled=pool is not None,
                 free_cpus=ray.available_resources().get("CPU", 0.0),
-                # Compiled code is not: torch.compile keeps state of its own. Of others' teachers nothing is known.
+                # Compiled code is not reentrant: torch.compile keeps state. Of other teachers nothing is known.
                 reentrant=isinstance(teacher, DinoV3Config) and not teacher.compile,
             )
             device = "cuda" if allocation.num_gpus else "cpu"

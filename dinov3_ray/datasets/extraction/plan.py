@@ -41,7 +41,7 @@ class Forecast:
     """What a run will write.
 
     Attributes:
-        images: in the source; None where only reading it would tell (a Ray Dataset that is not materialized).
+        images: in the source; None where only reading it would show that (a Ray Dataset that is not materialized).
         remaining: of these, in blocks that are not finished yet.
         row_bytes: an image's features; where output shapes depend on the image, those of the first.
         exact: whether each image takes ``row_bytes``.
@@ -103,7 +103,7 @@ def storage_note(result_dtype: str, outputs: Mapping[str, Mapping[str, Any]]) ->
 
 
 def block_size_for(size: int, batch_size: int) -> int:
-    """Images a block for rows of ``size`` bytes: whole batches, as many as stay within 32 MiB and 512 images.
+    """Images per block for rows of ``size`` bytes: whole batches, as many as stay within 32 MiB and 512 images.
 
     Small enough that the last block, written when nothing is left to compute, takes little time.
     """
@@ -129,7 +129,7 @@ def versions() -> dict[str, str]:
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """What tells two runs' identities apart, a line each: ``spec.dtype is 'int8', there it is 'float16'``."""
+    """The differences between the identities of two runs, one line each: ``spec.dtype is 'int8', there it is 'float16'``."""
     for key in sorted({*old, *new} - (_MAY_DIFFER if not prefix else set())):
         before, after = old.get(key), new.get(key)
         if isinstance(before, Mapping) and isinstance(after, Mapping):

@@ -49,7 +49,7 @@ class Meter:
             self._bar.update(self._task, description="extracting", advance=images, rates=str(self))
 
     def seconds_left(self, remaining: float) -> float | None:
-        """For so many images; None before the first block, which tells how fast they go."""
+        """Seconds for so many images; None before the first block, which shows how fast they go."""
         if not self.images:
             return None
         return max(0.0, remaining * self._last / self.images - (self.seconds - self._last))

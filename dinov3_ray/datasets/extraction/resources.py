@@ -83,8 +83,8 @@ def allocate(
     wait for one another, the more so when decoding or writing holds up one of them.
 
     Actors reserve little, whatever they use: should nodes die and their actors crowd on those that are left, decoding
-    must still find a CPU there, or nothing would ever go on. For the same reason a task reserves no more than others (a
-    pool's replicas, say) leave of ``free_cpus``, and nothing if that is nothing.
+    must still find a CPU there, or the run would stop for good. For the same reason a task reserves at most what others
+    (a pool's replicas, say) leave of ``free_cpus``, and nothing if nothing is left.
 
     Raises:
         ConfigError: the cluster has fewer GPUs than that.

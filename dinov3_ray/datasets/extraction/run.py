@@ -134,7 +134,7 @@ class Run:
         return found
 
     def _identify(self, found: Probe) -> dict[str, Any]:
-        """What tells this run from others.
+        """What distinguishes this run from others.
 
         Sizes of batches and blocks that are not asked for are those of the run that is resumed.
         """

@@ -25,7 +25,7 @@ __all__ = ["Probe", "first_image", "probe_teacher"]
 
 logger = logging.getLogger("dinov3_ray")
 
-_PATIENCE_SECONDS, _LIMIT_SECONDS = 20.0, 1800.0  # after which a teacher that is not there is told of, and given up
+_PATIENCE_SECONDS, _LIMIT_SECONDS = 20.0, 1800.0  # without a teacher, until a warning, and until the run ends
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +65,7 @@ def probe_teacher(teacher: TeacherChoice, spec: FeatureSpec, image: np.ndarray |
     """Probe the teacher in a process that has its resources.
 
     Raises:
-        StoreError: there is no place for it, or no fingerprint by which to know it again.
+        StoreError: there is no place for it, or no fingerprint that a resumed run could compare.
     """
     task = ray.remote(num_cpus=allocation.num_cpus, num_gpus=allocation.num_gpus, max_retries=1)(_probe)
     pending = task.remote(teacher, spec, image)

@@ -39,7 +39,7 @@ class TeacherChoice:
     """Which teacher computes, and how it is opened in the process that uses it.
 
     Attributes:
-        source: a configuration or a factory, of which a replica is hosted; or None, where ``pool`` names a pool.
+        source: a configuration or a factory, for a replica that is hosted here; None where ``pool`` names a pool.
         device: that the replica computes on.
         threads: CPU threads that each of its passes computes with; None leaves torch's setting alone.
         passes: that it makes at a time; 1 unless the teacher is reentrant and computes on the CPU.
@@ -76,7 +76,7 @@ class ExtractionJob:
     Attributes:
         teacher: computes.
         blocks: reads the images of a block.
-        identity: what tells this run from others; each part carries it.
+        identity: what distinguishes this run from others; it is in the metadata of each part.
         decode_cpus: that a decoding task reserves.
         window: decoding tasks that each call keeps in flight.
         made_by: the fingerprint of the teacher's results, which is its own, or that of another one inside it.

@@ -79,12 +79,12 @@ def open_source(
         exclude: a path below which nothing is listed: the output folder, should it lie within the source.
 
     Raises:
-        StoreError: nothing is there, or the columns of a Parquet source cannot be told.
+        StoreError: nothing is there, or the columns of a Parquet source cannot be found.
     """
     system, path = open_path(source, filesystem)
     path = path.rstrip("/") or "/"
     if exclude is not None and f"{path}/".startswith(exclude.rstrip("/") + "/"):
-        raise StoreError(f"out must be a folder beside the source's images, or below them; {exclude} holds {path}")
+        raise StoreError(f"out must not contain the source's images; {exclude} holds {path}")
     root, infos = _find(system, path, exclude)
     if not infos:
         raise StoreError(f"source {os.fspath(source)!r} must hold images; no file is there")
@@ -118,7 +118,9 @@ def reopen_source(
     image_column: str | None = None,
     id_column: str | None = None,
 ) -> Source:
-    """What ``describe`` told of, to read more of its rows: nothing is listed or opened, nor need it be there.
+    """Reopen a source that ``describe`` described, to read more of its rows.
+
+    Nothing is listed or opened here, so the source need not exist.
 
     ``source`` and the columns are those that are given now, so that its own description differs where they do.
     """
@@ -133,7 +135,7 @@ def reopen_source(
 
 
 def check_there(source: Source, rows: pa.Table) -> None:
-    """Raise StoreError if none of ``rows``' files is there: a disk that is not mounted is no set of missing images."""
+    """Raise StoreError if none of ``rows``' files is there: a disk that is not mounted is not a set of missing images."""
     files = rows["file"].unique().to_pylist()[:_LOOKED_FOR]
     infos = source.system.get_file_info([f"{source.root}/{file}" for file in files])
     if all(info.type == pafs.FileType.NotFound for info in infos):

@@ -1,7 +1,4 @@
-"""Images that come as rows of a Ray Dataset: which columns hold them, and what tells one Dataset from another.
-
-How Ray Data is told to run the extractors, whichever of its releases is installed.
-"""
+"""Images that come as rows of a Ray Dataset, and the settings with which Ray Data runs the extractors."""
 
 from __future__ import annotations
 
@@ -43,7 +40,7 @@ class Columns:
 
 
 class DatasetRows:
-    """A Dataset, and what its first rows tell of it.
+    """A Dataset, and what its first rows show.
 
     Raises:
         StoreError: it has no rows, or not the columns that are asked for or usual.
@@ -68,7 +65,7 @@ class DatasetRows:
             )
 
     def describe(self) -> dict[str, Any]:
-        """What tells this Dataset from another, as far as its beginning does."""
+        """What distinguishes this Dataset from others, as far as its first rows do."""
         columns = {"image_column": self.columns.image, "id_column": self.columns.id}
         return {"kind": "dataset", **columns, "first_ids": [id_ for id_, _ in self.first]}
 

@@ -62,7 +62,7 @@ class Source(Protocol):
         ...
 
     def describe(self) -> dict[str, Any]:
-        """What tells this source from another, as plain JSON values."""
+        """What distinguishes this source from others, as plain JSON values."""
         ...
 
     def rows(self) -> pa.Table:

@@ -19,7 +19,7 @@ IMAGE_EXTENSIONS = frozenset(
     {"avif", "bmp", "dib", "gif", "heic", "jfif", "jp2", "jpe", "jpeg", "jpg"}
     | {"pbm", "pgm", "png", "pnm", "ppm", "tga", "tif", "tiff", "webp"}
 )
-"""Of names that are taken for images where other files are expected beside them."""
+"""Extensions of names that are taken for images where other files are expected too."""
 
 _NO_IMAGE, _DAMAGED, _DANGLING = -1, -2, -3  # in place of a size
 _SLICE = 32
@@ -79,7 +79,7 @@ class TarSource:
                         content = posixpath.normpath(member.name)
                         if member.isfile():
                             places[content] = member.offset_data, member.size
-                        elif member.islnk():  # as tar packs a file that has several names
+                        elif member.islnk():  # tar packs a file with several names in this way
                             content = posixpath.normpath(member.linkname)
                         elif member.issym():
                             content = posixpath.normpath(posixpath.join(folder, member.linkname))

@@ -1,13 +1,13 @@
 """A Parquet file whose tensor columns are, each, one contiguous array that readers can map instead of decoding.
 
-Floats are written uncompressed and PLAIN, one page a column: such a page ends with its values, little-endian.
+Floats are written uncompressed and PLAIN, one page per column: such a page ends with its values, little-endian.
 
 Parquet has no 1-byte integer. In int8 columns a value is the index of itself in a dictionary, whose 256 entries stand
 in the order of the index's bit pattern: index byte and value are the same byte. Parquet stores indices as a mixture of
 runs: repeats (a count and the value), and bit-packed stretches, here of 8 bits each, byte for byte. A writer that looks
 for repeats makes what follows them unmappable, and pyarrow's cuts stretches at 504 values besides. So pyarrow writes a
 placeholder without repeats, whose page has a length that is known, and its indices are then replaced by one single
-stretch of all values. Any reader of Parquet decodes that; it takes one byte a value.
+stretch of all values. Any reader of Parquet decodes that; it takes one byte per value.
 
 What pyarrow wrote is looked at, not trusted: a column that does not have the expected form (another release might cut
 pages otherwise) keeps the form that it has, and readers decode it.

@@ -28,7 +28,7 @@ class FeatureStore:
 
     Opening a store of any size costs only its index. A row of a local store is copied once, from the page cache into
     the tensors that are returned, which are the caller's own; :meth:`arrays` maps the files, and makes no copy at all.
-    Remote stores are read by byte ranges. int8 columns that a former release wrote are decoded, a row group at a time.
+    Remote stores are read by byte ranges. int8 columns of fewer than 256 values are decoded.
 
     Instances may be pickled, and used in forked or spawned DataLoader workers and from several threads.
 
@@ -38,7 +38,7 @@ class FeatureStore:
         partial: take what is finished of a run that was interrupted, or that is still going on.
 
     Raises:
-        StoreError: ``out`` is no feature store, or its run is not finished.
+        StoreError: ``out`` is not a feature store, or its run is not finished.
     """
 
     def __init__(self, out: str | os.PathLike[str], *, filesystem: Any = None, partial: bool = False) -> None:
@@ -303,7 +303,7 @@ class _Part:
             pieces = []
             for group in range(start // group_rows, (stop - 1) // group_rows + 1):
                 if self._group[0] != group:
-                    # By leaf names: "cls.scale" is a column of its own, not a field of "cls".
+                    # By leaf names: "cls.scale" is a separate column, not a field of "cls".
                     leaves = [f"{name}.list.element" for name, column in self.columns.items() if column.offset is None]
                     table = self._parquet.read_row_group(group, columns=leaves, use_threads=False)
                     arrays = {field: table[field].combine_chunks().to_numpy_ndarray() for field in table.column_names}

@@ -1,15 +1,15 @@
 """What a part (one Parquet file) holds, and how Features become its columns and come back.
 
-One row an image: ``id``, ``height`` and ``width`` of the original, ``view`` (the digest of its decoded pixels, see
+One row per image: ``id``, ``height`` and ``width`` of the original, ``view`` (the digest of its decoded pixels, see
 :mod:`views`), and each output as an ``arrow.fixed_shape_tensor`` column named as in :meth:`Features.named`; an int8
-output has a float32 column ``<name>.scale`` beside it, one scale a token.
+output has a float32 column ``<name>.scale`` too, with one scale per token.
 
 Arrow and Parquet have no bfloat16. Values of that dtype are stored as float32, which holds each of them exactly, at
 twice the size, and come back as bfloat16; ``dtype="float16"`` stores them at their own size instead (more mantissa,
 less range: a value beyond 65504 is an error, not an infinity).
 
 Values of a column are one contiguous array in the file (see :mod:`pages`), whose offset the ledger notes, and which
-readers map instead of decoding. Parts of former releases have int8 columns without an offset, in small row groups.
+readers map instead of decoding. int8 columns of fewer than 256 values have no offset, and are decoded.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Column:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """What a part says of one image beside its features."""
+    """What a part holds of one image besides its features."""
 
     id: str
     height: int

@@ -32,13 +32,13 @@ __all__ = ["ReplicaActor", "ReplicaProcess", "ReplicaSetup", "read_replica", "th
 
 
 _CONTROL_THREADS = 16
-_REFUSING_THREADS = 16  # beyond those of a full queue: who is turned away must be told so
+_REFUSING_THREADS = 16  # beyond those of a full queue: a request that is refused needs an answer too
 _ANSWER_SECONDS = 0.05  # in which an answer leaves this process
 
 
 @dataclass(frozen=True, slots=True)
 class ReplicaSetup:
-    """All that a replica is told at its start."""
+    """What a replica needs at its start."""
 
     replica_id: str
     generation: int
@@ -60,8 +60,8 @@ class ReplicaProcess:
 
 
 def thread_groups(options: PoolOptions) -> dict[str, int]:
-    """Ray's concurrency groups for a replica: each request that may be queued waits in a thread of its own, and
-    requests must not keep health waiting.
+    """Ray's concurrency groups for a replica: each queued request waits in its own thread, and requests must not keep
+    health waiting.
     """
     return {"infer": options.max_queued + _REFUSING_THREADS, "control": _CONTROL_THREADS}
 
@@ -70,11 +70,11 @@ class ReplicaActor:
     """A replica as a Ray actor, for ``ray.remote(concurrency_groups=thread_groups(options))``.
 
     Its constructor only takes notes, since Ray does not report why a constructor failed in a form that could be acted
-    on: loading is a call of its own, which returns the reason.
+    on: loading is a separate call, which returns the reason.
     """
 
     def __init__(self, setup: ReplicaSetup) -> None:
-        # OpenMP reads it when torch is loaded, which happens here and in this process alone: its threads shall sleep
+        # OpenMP reads it when torch is loaded, which happens here and in this process alone: its threads must sleep
         # while they wait. Spinning, they take the cores from Ray and from whatever else the node computes.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         from dinov3_ray.pool.replica.replica import (
@@ -154,7 +154,7 @@ class ReplicaActor:
 
 
 def _portable(answer: Answer) -> Answer:
-    """``answer`` with an error that the client can unpickle; one that cannot be pickled is told in words."""
+    """``answer`` with an error that the client can unpickle; one that cannot be pickled is described in words."""
     try:
         cloudpickle.loads(cloudpickle.dumps(answer.error))
     except Exception:  # noqa: BLE001 - pickling runs the error's own code, which may raise anything

@@ -46,8 +46,8 @@ class Results:
     """What a pass gave, packed, and the seconds of the stages that are known apart from the forward pass.
 
     Attributes:
-        preprocess: 0 of teachers that do not tell.
-        pack: 0 where the copy out runs beside other batches' work.
+        preprocess: 0 for teachers that do not report it.
+        pack: 0 where the copy out overlaps other batches' work.
     """
 
     layout: FeatureLayout
@@ -76,7 +76,7 @@ class DevicePipeline(Protocol):
     began.
     """
 
-    #: How many passes may be under way at once.
+    #: How many passes may be in flight at once.
     depth: int
 
     def begin(self, batch: ImageBatch, rows: int, spec: FeatureSpec) -> DevicePass:
@@ -153,7 +153,7 @@ class ConcurrentPipeline:
 
 
 class CudaPipeline:
-    """Enqueues passes: copies in and out run beside the computation, from and to pinned memory.
+    """Enqueues passes: copies in and out overlap the computation, from and to pinned memory.
 
     Pinned memory is torch's own cache of it, which hands a block out again once the copies that use it are over.
     Device memory that crosses streams is held by its pass until that has ended: only then may another use it.
@@ -178,7 +178,7 @@ class CudaPipeline:
             download = _Download(self._copy_out)
             layout, arrays = pack_features(features.rows(0, rows), spec, to_host=download)
             finite_host = download(finite)
-            event: Any = torch.cuda.Event  # likewise
+            event: Any = torch.cuda.Event  # its annotations are partial
             done = event(blocking=True)  # a wait that leaves the core to others
             done.record(self._copy_out)
         results = Results(layout, arrays, features.fingerprint, 0.0, 0.0)
@@ -244,12 +244,12 @@ def inspect_teacher(teacher: Extractor) -> TeacherInfo:
     """
     prove = getattr(teacher, "prove", None)
     cosine = prove() if callable(prove) else None
-    told: dict[str, Any] = {name: getattr(teacher, name, None) for name in TeacherInfo.__dataclass_fields__}
-    told = {name: value for name, value in told.items() if value is not None}
+    known: dict[str, Any] = {name: getattr(teacher, name, None) for name in TeacherInfo.__dataclass_fields__}
+    known = {name: value for name, value in known.items() if value is not None}
     for name in ("dtype", "device"):
-        if name in told:
-            told[name] = str(told[name])
-    return replace(TeacherInfo(**told), description=type(teacher).__name__, golden_cosine=cosine)
+        if name in known:
+            known[name] = str(known[name])
+    return replace(TeacherInfo(**known), description=type(teacher).__name__, golden_cosine=cosine)
 
 
 def join_batches(batches: list[ImageBatch]) -> ImageBatch:

@@ -1,4 +1,4 @@
-"""Which of the waiting requests a replica computes next. Pure: no threads, no clock of its own, no Ray.
+"""The queue of a replica: which of the waiting requests it computes next. Pure: no threads, no clock, no Ray.
 
 Clients are served in turn, one forward pass each, so that a client with a hundred requests waiting does not starve
 one with a single request. Requests that were sent before and not answered go first.
@@ -118,7 +118,7 @@ class BatchQueue:
         return next((queue[0] for queue in self._clients.values()), None)
 
     def _company(self, head: QueuedRequest) -> list[QueuedRequest]:
-        """``head`` and what may run beside it, one request per client and round, up to ``max_batch`` rows."""
+        """``head`` and what may share its pass, one request per client and round, up to ``max_batch`` rows."""
         batch, rows = [head], head.header.rows
         queues = [self._urgent, *self._clients.values()]
         columns = [[request for request in queue if request is not head] for queue in queues]

@@ -108,7 +108,7 @@ class Replica:
         self._backlog: dict[str, int] = {}
         self._again: deque[QueuedRequest] = deque()  # those whose shared pass failed: each is to run by itself
         self._running: list[list[QueuedRequest]] = []  # of each pass that was taken up and is not answered yet
-        self._alone = False  # what runs is a suspect, beside which nothing may
+        self._alone = False  # what runs is a suspect: nothing else may run with it
         self._busy_since: float | None = None  # when the pass that is ahead of all others came to be so
         self._in_flight: deque[_PassInFlight] = deque()  # what the device has been given, for the second thread
         self._draining = False
@@ -120,19 +120,19 @@ class Replica:
     # Control --------------------------------------------------------------------------------------------------------
 
     def start(self) -> Future[TeacherInfo]:
-        """Build and prove the teacher on the device thread; the future tells of it, or of why it failed."""
+        """Build and prove the teacher on the device thread; the future holds what the teacher says of itself, or why it failed."""
         self._thread.start()
         return self.loaded
 
     def drain(self) -> None:
-        """Take no more requests."""
+        """Refuse new requests."""
         with self._changed:
             self._draining = True
             self._changed.notify_all()
 
     @property
     def draining(self) -> bool:
-        """Whether it takes no more requests."""
+        """Whether it refuses new requests."""
         return self._draining
 
     def wait_idle(self, timeout: float) -> bool:
@@ -302,7 +302,7 @@ class Replica:
         """Wait for a pass, and answer its requests."""
         try:
             results = ahead.run.result()
-        except Exception as error:  # noqa: BLE001 - likewise
+        except Exception as error:  # noqa: BLE001 - the teacher's results may raise anything too
             self._fail(ahead.requests, error)
         else:
             self._answer(ahead, results)
