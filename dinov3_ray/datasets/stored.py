@@ -104,8 +104,8 @@ class StoredTeacher(TeacherMixin[Images | str | Sequence[str]]):
             return self._ids_by_view[view]
         except KeyError:
             raise MissingViewError(
-                f"images[{index}] is not a view that the store holds (augmented, resized, or decoded otherwise?): use a "
-                "live teacher for augmented views, or name un-augmented images by their ids"
+                f"images[{index}] is not a view that the store holds (augmented, resized, or decoded otherwise?): use "
+                "a live teacher for augmented views, or name un-augmented images by their ids"
             ) from None
 
     @staticmethod
@@ -119,7 +119,7 @@ class StoredTeacher(TeacherMixin[Images | str | Sequence[str]]):
             off = ((levels / 255).to(image.dtype) - image).abs().max()
             if not off <= slack or levels.min() < 0 or levels.max() > 255:
                 raise MissingViewError(
-                    f"images[{index}] is not a view that the store holds: its values are not those of 8-bit pixels / 255"
+                    f"images[{index}] is not a view that the store holds: its values are not 8-bit pixels / 255"
                 )
             image = levels.to(torch.uint8)
         return view_digest(np.ascontiguousarray(image.cpu().numpy()))

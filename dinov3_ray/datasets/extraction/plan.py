@@ -129,7 +129,7 @@ def versions() -> dict[str, str]:
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """The differences between the identities of two runs, one line each: ``spec.dtype is 'int8', there it is 'float16'``."""
+    """The differences between two runs' identities, one line each: ``spec.dtype is 'int8', there it is 'float16'``."""
     for key in sorted({*old, *new} - (_MAY_DIFFER if not prefix else set())):
         before, after = old.get(key), new.get(key)
         if isinstance(before, Mapping) and isinstance(after, Mapping):

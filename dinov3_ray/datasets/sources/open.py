@@ -135,7 +135,7 @@ def reopen_source(
 
 
 def check_there(source: Source, rows: pa.Table) -> None:
-    """Raise StoreError if none of ``rows``' files is there: a disk that is not mounted is not a set of missing images."""
+    """Raise StoreError if none of ``rows``' files exists: an unmounted disk is not a set of missing images."""
     files = rows["file"].unique().to_pylist()[:_LOOKED_FOR]
     infos = source.system.get_file_info([f"{source.root}/{file}" for file in files])
     if all(info.type == pafs.FileType.NotFound for info in infos):

@@ -120,7 +120,7 @@ class Replica:
     # Control --------------------------------------------------------------------------------------------------------
 
     def start(self) -> Future[TeacherInfo]:
-        """Build and prove the teacher on the device thread; the future holds what the teacher says of itself, or why it failed."""
+        """Build and prove the teacher on the device thread; the future describes it, or holds the error."""
         self._thread.start()
         return self.loaded
 
