@@ -1,4 +1,4 @@
-"""The time of one routing decision in pools of several sizes, measured on the client's book alone, without Ray."""
+"""The time of one routing decision in pools of several sizes, on the client's routing table alone, without Ray."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from rich.table import Table
 
 from dinov3_ray.bench import describe_machine
-from dinov3_ray.pool.client.book import Limits, RoutingBook
+from dinov3_ray.pool.client.routing_table import Limits, RoutingTable
 
 __all__ = ["RoutingCost", "RoutingCosts", "measure_routing"]
 
@@ -21,12 +21,12 @@ _IN_FLIGHT = 12  # requests; usual for a client of a few replicas
 
 @dataclass(frozen=True, slots=True)
 class RoutingCost:
-    """Seconds per request in the book, medians over the runs.
+    """Seconds per request in the table, medians over the runs.
 
     Attributes:
         replicas: the size of the pool.
         whole: the whole request: its submission, the choice of a replica, and its answer.
-        choice: the choice of a replica alone (``RoutingBook.next_sends``).
+        choice: the choice of a replica alone (``RoutingTable.next_sends``).
         choice_slowest: the same, in the slowest run.
     """
 
@@ -50,7 +50,7 @@ class RoutingCosts:
     def tables(self) -> list[Table]:
         """Microseconds per request, one row per size of the pool."""
         table = Table(
-            title="One request in the routing book",
+            title="One request in the routing table",
             caption=f"medians of {self.repeats} runs of {self.requests} requests, after one to warm up\n"
             f"{describe_machine()}",
         )
@@ -77,8 +77,8 @@ def _decision(replicas: int, requests: int, repeats: int) -> RoutingCost:
 
 def _run(replicas: int, requests: int, seed: int) -> tuple[float, float]:
     """(choice, whole) in seconds per request, of a client that keeps a few requests in flight."""
-    book = RoutingBook(Limits(), window=3, seed=seed)
-    book.set_replicas((f"replica-{number}", False, "teacher") for number in range(replicas))
+    table = RoutingTable(Limits(), window=3, seed=seed)
+    table.set_replicas((f"replica-{number}", False, "teacher") for number in range(replicas))
     clock = time.perf_counter
     choosing, in_flight = 0.0, []
     gc.collect()
@@ -86,13 +86,13 @@ def _run(replicas: int, requests: int, seed: int) -> tuple[float, float]:
     begun = clock()
     for number in range(requests):
         now = number * 1e-3
-        book.submit(str(number), rows=32, nbytes=1)
+        table.submit(str(number), rows=32, nbytes=1)
         before = clock()
-        in_flight += book.next_sends(now)
+        in_flight += table.next_sends(now)
         choosing += clock() - before
         if len(in_flight) >= min(_IN_FLIGHT, replicas):
             send = in_flight.pop(0)
-            book.answered(send.request_id, send.replica_id, now, seconds=0.04, other_rows=number % 64)
+            table.answered(send.request_id, send.replica_id, now, seconds=0.04, other_rows=number % 64)
     whole = clock() - begun
     gc.enable()
     return choosing / requests, whole / requests

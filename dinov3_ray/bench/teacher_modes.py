@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dinov3_ray.config import ComputeDtype, DinoV3Config
+from dinov3_ray.config import CompileMode, ComputeDtype, DinoV3Config
 from dinov3_ray.features import Features, FeatureSpec
 from dinov3_ray.images import ImageBatch
 from dinov3_ray.model import DinoV3Teacher
@@ -75,8 +75,7 @@ def modes_for(device: torch.device, *, quick: bool) -> list[TeacherMode]:
         modes.append(_ours("bfloat16 compiled", "bfloat16", compile=True))
     if device.type == "cuda" and not quick:
         modes += [
-            _ours("bfloat16, CUDA graphs", "bfloat16", cuda_graphs=True),
-            _ours("bfloat16 compiled, CUDA graphs", "bfloat16", compile=True, cuda_graphs=True),
+            _ours("bfloat16 compiled, CUDA graphs", "bfloat16", compile="reduce-overhead"),
             _ours("float8 compiled", "float8", compile=True),
         ]
     return modes
@@ -85,8 +84,8 @@ def modes_for(device: torch.device, *, quick: bool) -> list[TeacherMode]:
 _MATMUL_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float8": torch.float8_e4m3fn}
 
 
-def _ours(name: str, dtype: ComputeDtype, *, compile: bool = False, cuda_graphs: bool = False) -> TeacherMode:
-    make = functools.partial(load_ours, dtype=dtype, compile=compile, cuda_graphs=cuda_graphs)
+def _ours(name: str, dtype: ComputeDtype, *, compile: bool | CompileMode = False) -> TeacherMode:
+    make = functools.partial(load_ours, dtype=dtype, compile=compile)
     return TeacherMode(name, _MATMUL_DTYPES[dtype], True, make)
 
 
@@ -94,15 +93,13 @@ def _peer(name: str, dtype: torch.dtype, attention: str | None = None) -> Teache
     return TeacherMode(name, dtype, False, functools.partial(Peer, dtype=dtype, attention=attention))
 
 
-def load_ours(work: TeacherWork, dtype: ComputeDtype, *, compile: bool = False, cuda_graphs: bool = False) -> Extract:
+def load_ours(work: TeacherWork, dtype: ComputeDtype, *, compile: bool | CompileMode = False) -> Extract:
     """Load this package's teacher in one of its modes."""
     root, size, attention = work.config.root, work.config.image_size, work.config.attention
-    config = DinoV3Config(
-        root, dtype=dtype, image_size=size, compile=compile, cuda_graphs=cuda_graphs, attention=attention
-    )
+    config = DinoV3Config(root, dtype=dtype, image_size=size, compile=compile, attention=attention)
     teacher = DinoV3Teacher(config, work.device)
-    if cuda_graphs:
-        teacher.warm_up(work.batch)  # which records them
+    if compile:
+        teacher.warm_up(work.batch)
     return lambda images: teacher.extract(images, TEACHER_SPEC)
 
 

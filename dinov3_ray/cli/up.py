@@ -11,7 +11,7 @@ import click
 from dinov3_ray.cli.pool import joined, pool_options, show_progress, timeout_option
 from dinov3_ray.cli.table import summary
 from dinov3_ray.cli.values import Command, ImageSize, Pair, PoolOption, Replicas
-from dinov3_ray.config import ComputeDtype, DinoV3Config
+from dinov3_ray.config import CompileMode, ComputeDtype, DinoV3Config
 from dinov3_ray.pool.cluster import NAMESPACE
 from dinov3_ray.pool.poolfile import PoolFile
 from dinov3_ray.pool.rollout import plan_rollout
@@ -40,7 +40,13 @@ def _computing_options(command: Command) -> Command:
         click.option(
             "--attention", default="auto", show_default=True, help="The attention kernel: auto, sdpa, eager ..."
         ),
-        click.option("--compile/--no-compile", "compiled", default=False, help="Compile the model with torch.compile."),
+        click.option(
+            "--compile",
+            type=click.Choice(get_args(CompileMode)),
+            is_flag=False,
+            flag_value="default",
+            help="Compile the model with torch.compile, in this mode. [--compile alone: default]",
+        ),
         click.option(
             "--image-size",
             type=ImageSize(),
@@ -91,7 +97,7 @@ def up(
     root: Path | None,
     dtype: ComputeDtype,
     image_size: tuple[int, int] | None,
-    compiled: bool,
+    compile: CompileMode | None,
     attention: str,
     replicas: Any,
     num_gpus: float | None,
@@ -113,7 +119,7 @@ def up(
         raise click.UsageError("--dry-run needs --config")
     if root is None:
         raise click.UsageError("name the model directory with --root, or declare the pool in a file: --config")
-    config = DinoV3Config(root, dtype=dtype, image_size=image_size, compile=compiled, attention=attention)
+    config = DinoV3Config(root, dtype=dtype, image_size=image_size, compile=compile or False, attention=attention)
     options = {name: value for name, value in options.items() if value is not None} | dict(others)
     with joined(address) as here, show_progress(f"pool {name}") as report:
         pool = TeacherPool.start(
@@ -171,7 +177,7 @@ def reload(
     root: Path,
     dtype: ComputeDtype,
     image_size: tuple[int, int] | None,
-    compiled: bool,
+    compile: CompileMode | None,
     attention: str,
     wait: bool,
     timeout: float,
@@ -181,7 +187,7 @@ def reload(
     The options describe the new teacher completely: none is taken from the present one. If it fails to start three
     times in a row, the pool returns to the present one, and the exit status is 1.
     """
-    config = DinoV3Config(root, dtype=dtype, image_size=image_size, compile=compiled, attention=attention)
+    config = DinoV3Config(root, dtype=dtype, image_size=image_size, compile=compile or False, attention=attention)
     with joined(address), TeacherPool.connect(name, namespace=namespace) as pool:
         former = pool.status().fingerprint
         if not wait:

@@ -7,7 +7,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
-from pydantic import Field
+from pydantic import Field, StrictBool
 
 from dinov3_ray.config.architecture import Architecture, Family
 from dinov3_ray.config.files import CONFIG_FILE, PositiveInt, read_architecture, read_preprocessing
@@ -15,14 +15,14 @@ from dinov3_ray.config.preprocessing import Preprocessing, Size
 from dinov3_ray.errors import ConfigError
 from dinov3_ray.validation import CheckedModel, check, from_list, rule
 
-__all__ = ["ComputeDtype", "DinoV3Config", "ModelOptions"]
+__all__ = ["CompileMode", "ComputeDtype", "DinoV3Config", "ModelOptions"]
 
 ComputeDtype = Literal["auto", "float32", "bfloat16", "float16", "float8"]
 """The dtype that the model computes in; ``auto`` is bfloat16 where the device has it in hardware, else float32.
 ``float8`` is bfloat16 with the products of linear layers in float8 (see :mod:`dinov3_ray.model.float8`)."""
 
-
-_Switch = Annotated[bool, Field(strict=True), rule("must be True or False")]
+CompileMode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
+"""A mode of ``torch.compile``. On a CUDA device, ``reduce-overhead`` and ``max-autotune`` record CUDA graphs."""
 
 
 class ModelOptions(CheckedModel):
@@ -36,10 +36,12 @@ class ModelOptions(CheckedModel):
         rule("must be None, an integer >= 1 or a pair (h, w) of them"),
     ] = None
     """The model's input in pixels, one integer or [height, width], in place of preprocessor_config.json's."""
-    compile: _Switch = False
-    """Run the model through torch.compile."""
-    cuda_graphs: _Switch = False
-    """Record passes of shapes that come often, on a CUDA device."""
+    compile: Annotated[
+        StrictBool | CompileMode,
+        rule(f"must be True, False or a mode of torch.compile ({', '.join(get_args(CompileMode))})"),
+    ] = False
+    """Run the model through torch.compile: true for its default mode, or the name of a mode. reduce-overhead and
+    max-autotune record CUDA graphs on a CUDA device."""
     attention: Annotated[
         str, Field(strict=True, min_length=1), rule("must be the name of an implementation, such as 'sdpa'")
     ] = "auto"
@@ -58,7 +60,7 @@ class DinoV3Config:
     Args:
         root: a directory with config.json, preprocessor_config.json and model.safetensors, or
             model.safetensors.index.json and its shards.
-        dtype, image_size, compile, cuda_graphs, attention: see :class:`ModelOptions`; ``image_size`` is one int, or
+        dtype, image_size, compile, attention: see :class:`ModelOptions`; ``image_size`` is one int, or
             (h, w), and :meth:`Preprocessing.resized_to` says what becomes of the file's rule.
 
     Attributes:
@@ -74,8 +76,7 @@ class DinoV3Config:
     root: Path
     dtype: ComputeDtype
     image_size: Size
-    compile: bool
-    cuda_graphs: bool
+    compile: bool | CompileMode
     attention: str
     architecture: Architecture = field(init=False)
     preprocessing: Preprocessing = field(init=False)
@@ -88,15 +89,13 @@ class DinoV3Config:
         *,
         dtype: ComputeDtype = "auto",
         image_size: int | Size | None = None,
-        compile: bool = False,
-        cuda_graphs: bool = False,
+        compile: bool | CompileMode = False,
         attention: str = "auto",
     ) -> None:
         given = {
             "dtype": dtype,
             "image_size": image_size,
             "compile": compile,
-            "cuda_graphs": cuda_graphs,
             "attention": attention,
         }
         options = check(ModelOptions, given)
@@ -162,7 +161,7 @@ class DinoV3Config:
         return (
             f"DinoV3Config({str(self.root)!r}, {self.family}, D={self.hidden_size}, layers={self.num_layers}, "
             f"registers={self.num_register_tokens}, patch={self.patch_size}, image={size}, dtype={self.dtype}, "
-            f"attention={self.attention}, compile={self.compile}, cuda_graphs={self.cuda_graphs})"
+            f"attention={self.attention}, compile={self.compile})"
         )
 
 

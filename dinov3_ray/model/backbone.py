@@ -21,10 +21,7 @@ from torch import Tensor, nn
 from dinov3_ray.config.architecture import Family
 from dinov3_ray.features import Features, FeatureSpec, resample_map
 
-__all__ = ["Rope", "blocks_of", "rope_of", "run_backbone"]
-
-Rope = tuple[Tensor, ...]
-"""Cosines and sines of the patches' positions."""
+__all__ = ["blocks_of", "run_backbone"]
 
 # The modules' attributes are known to transformers alone, hence Any.
 
@@ -44,33 +41,24 @@ def run_backbone(
     spec: FeatureSpec,
     *,
     compiled: bool = False,
-    rope: Rope | None = None,
 ) -> Features:
     """The outputs that ``spec`` asks for: compute dtype, contiguous, maps at the spec's ``map_size``.
 
     A ConvNeXt's CLS is its normed global average, and its layers are its four stages, each of its own width and
     stride; the final norm fits the last stage only, and leaves the others as they are, as in the official
-    ``get_intermediate_layers``. ``compiled`` says that the blocks are; ``rope`` is what :func:`rope_of` gives for such
-    pixels, made here where it is None.
+    ``get_intermediate_layers``. ``compiled`` says that the blocks are.
     """
     blocks = blocks_of(model, family)
     if family == "convnext":
         return _run_convnext(model, blocks, pixels_B3HW, spec, compiled)
     pixels_B3HW = pixels_B3HW.to(model.embeddings.patch_embeddings.weight.dtype)
-    return _run_vit(model, blocks, pixels_B3HW, spec, compiled, rope or rope_of(model, pixels_B3HW))
+    return _run_vit(model, blocks, pixels_B3HW, spec, compiled)
 
 
-def rope_of(model: Any, pixels_B3HW: Tensor) -> Rope:
-    """A ViT's rotary embedding for images of this shape, in the compute dtype."""
-    rope: Rope = model.rope_embeddings(pixels_B3HW.to(model.embeddings.patch_embeddings.weight.dtype))
-    return rope
-
-
-def _run_vit(
-    model: Any, blocks: nn.ModuleList, pixels_B3HW: Tensor, spec: FeatureSpec, compiled: bool, rope: Rope
-) -> Features:
+def _run_vit(model: Any, blocks: nn.ModuleList, pixels_B3HW: Tensor, spec: FeatureSpec, compiled: bool) -> Features:
     patch_size = model.embeddings.patch_embeddings.kernel_size
     grid = tuple(side // patch for side, patch in zip(pixels_B3HW.shape[-2:], patch_size, strict=True))
+    rope = model.rope_embeddings(pixels_B3HW)
     embedded_BND = model.embeddings(pixels_B3HW)
     prefix = embedded_BND.shape[1] - grid[0] * grid[1]
 

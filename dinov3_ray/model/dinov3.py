@@ -5,7 +5,9 @@ Shapes: B images, D channels, h × w patches, R register tokens.
 
 from __future__ import annotations
 
+import functools
 import logging
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -22,8 +24,7 @@ from dinov3_ray.config.preprocessing import Preprocessing, Size
 from dinov3_ray.errors import SpecError
 from dinov3_ray.features import Features, FeatureSpec, deliver
 from dinov3_ray.images import ImageBatch, Images
-from dinov3_ray.model.backbone import Rope, blocks_of, rope_of, run_backbone
-from dinov3_ray.model.cuda_graphs import CudaGraphs
+from dinov3_ray.model.backbone import blocks_of, run_backbone
 from dinov3_ray.model.device import Stopwatch, as_device, attention_kernels, choose_dtype
 from dinov3_ray.model.float8 import multiply_in_float8
 from dinov3_ray.model.golden import agreement, golden_images
@@ -34,7 +35,10 @@ __all__ = ["DinoV3Teacher"]
 
 logger = logging.getLogger("dinov3_ray")
 
-_MAP = FeatureSpec(feature_map=True)
+_GRAPH_MODES = ("reduce-overhead", "max-autotune")  # of torch.compile: those that record CUDA graphs
+_RECORD_PASSES = 3  # torch.compile runs a new shape once as it is, records it, and replays it from then on
+# One count of steps serves all threads of a process: another teacher's step would end this one's in its middle.
+_graph_step = threading.Lock()
 
 
 class DinoV3Teacher(TeacherMixin[Images | ImageBatch], nn.Module):
@@ -78,14 +82,14 @@ class DinoV3Teacher(TeacherMixin[Images | ImageBatch], nn.Module):
             if self.config.dtype == "float8":
                 multiply_in_float8(blocks_of(self.model, self.config.family), device)
         self.preprocess_watch = Stopwatch()
-        self._graphs = CudaGraphs()
         self.requires_grad_()
         self.train()
         if self.config.compile:
             # Block by block: blocks of one shape share one compiled kernel, so that the start takes seconds, and no
             # choice of layers recompiles anything. Nothing fuses across blocks; they hand on one tensor each.
+            mode = None if self.config.compile is True else self.config.compile
             for block in blocks_of(self.model, self.config.family):
-                block.compile()
+                block.compile(mode=mode)
 
     def extract(self, images: Images | ImageBatch, spec: FeatureSpec) -> Features:
         """All outputs that ``spec`` asks for, from one forward pass, on the teacher's device.
@@ -109,17 +113,20 @@ class DinoV3Teacher(TeacherMixin[Images | ImageBatch], nn.Module):
     forward = extract
 
     def _forward(self, pixels_B3HW: Tensor, spec: FeatureSpec) -> Features:
-        family, compiled = self.config.family, self.config.compile
-
-        def run(pixels_B3HW: Tensor, rope: Rope | None) -> Features:
-            return run_backbone(self.model, family, pixels_B3HW, spec, compiled=compiled, rope=rope)
-
-        if not (self.config.cuda_graphs and self.device.type == "cuda"):
-            return run(pixels_B3HW, None)
-        # transformers keeps the positions that RoPE is made of in a cache, which may drop them while a graph lives.
-        return self._graphs.run(
-            pixels_B3HW, spec, run, lambda: rope_of(self.model, pixels_B3HW) if family == "vit" else None
+        run = functools.partial(
+            run_backbone, self.model, self.config.family, pixels_B3HW, spec, compiled=bool(self.config.compile)
         )
+        if not self._records_graphs:
+            return run()
+        with _graph_step:
+            # A pass is one step of torch's CUDA graphs: only the next one may overwrite the memory of its tensors.
+            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
+            # Results are copied out of that memory in the stream, so that the next pass may begin while they are read.
+            return run().map(lambda _, tensor: tensor.clone())
+
+    @property
+    def _records_graphs(self) -> bool:
+        return self.device.type == "cuda" and self.config.compile in _GRAPH_MODES
 
     def prove(self, minimum: float = 0.999) -> float:
         """Show that this teacher, as it stands, computes what its checkpoint says; see :mod:`dinov3_ray.model.golden`.
@@ -142,9 +149,7 @@ class DinoV3Teacher(TeacherMixin[Images | ImageBatch], nn.Module):
         fast = self.extract(images, spec)
         own_attention = self.model.config._attn_implementation
         other_attention = "sdpa" if own_attention == "eager" else "eager"
-        plain_config = replace(
-            self.config, dtype="float32", compile=False, cuda_graphs=False, attention=other_attention
-        )
+        plain_config = replace(self.config, dtype="float32", compile=False, attention=other_attention)
         reference = DinoV3Teacher(plain_config, self.device).extract(images, spec)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -162,12 +167,8 @@ class DinoV3Teacher(TeacherMixin[Images | ImageBatch], nn.Module):
         image_13HW = golden_images(*self.image_size)[:1]
         spec = FeatureSpec(cls=True, feature_map=True)
         for size in sorted(sizes):
-            self.extract(image_13HW.expand(size, -1, -1, -1), spec)
-        if self.config.cuda_graphs and self.device.type == "cuda":
-            # The most usual outputs of the largest batch; what else comes often is recorded then.
-            for usual in (spec, _MAP):
-                for _ in range(CudaGraphs.TIMES):
-                    self.extract(image_13HW.expand(rows, -1, -1, -1), usual)
+            for _ in range(_RECORD_PASSES if self._records_graphs else 1):
+                self.extract(image_13HW.expand(size, -1, -1, -1), spec)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
@@ -252,7 +253,6 @@ class DinoV3Teacher(TeacherMixin[Images | ImageBatch], nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         """What ``to()``, ``half()`` and the like end in: RoPE's frequencies follow to the device only."""
-        self._graphs = CudaGraphs()  # those there are read the weights where they were
         rope: Any = getattr(self.model, "rope_embeddings", None)
         if rope is None:
             return super()._apply(fn, recurse)  # type: ignore[no-untyped-call, no-any-return]

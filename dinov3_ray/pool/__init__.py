@@ -21,7 +21,7 @@ The life of a request:
 
 1. ``client/remote`` checks the images, and ``client/request`` **cuts** the batch into parts of at most ``max_batch``
    images.
-2. ``client/router``, a thread that owns all state of the client, asks ``client/book`` what to send next;
+2. ``client/router``, a thread that owns all state of the client, asks ``client/routing_table`` what to send next;
    ``client/balancer`` **chooses a replica** by what is in flight there.
 3. ``transport`` sends the part. A header and NumPy arrays **cross**, never tensors; large arrays go through Ray's
    object store.

@@ -25,17 +25,6 @@ def pool():  # type: ignore[no-untyped-def]
         yield pool
 
 
-def test_a_callback_that_raises_stops_nothing(pool: TeacherPool) -> None:
-    def fail(handle: Handle) -> None:
-        raise RuntimeError("scripted")
-
-    remote = pool.teacher()
-    handle = remote.submit(IMAGES, CLS)
-    handle.on_done(fail) if not handle.done() else None
-    handle.result(30)
-    assert len(remote.submit(IMAGES, CLS).result(30)) == 2
-
-
 class Unpackable:
     """Its results have a dtype that NumPy lacks."""
 

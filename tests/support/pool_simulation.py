@@ -1,6 +1,6 @@
-"""A discrete-event simulation of a pool: real routing books, simulated replicas and time.
+"""A discrete-event simulation of a pool: real routing tables, simulated replicas and time.
 
-Each client has a book of its own. It knows what it has in flight itself, and what replicas tell it with their answers;
+Each client has a table of its own. It knows what it has in flight itself, and what replicas tell it with their answers;
 nothing else, as in a real pool.
 """
 
@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from math import exp, inf, log
 from typing import Self
 
-from dinov3_ray.pool.client.book import Limits, RoutingBook
+from dinov3_ray.pool.client.routing_table import Limits, RoutingTable
 
 ROWS = 8  # of each request
 
@@ -41,7 +41,7 @@ class Simulation:
 
     Args:
         seconds_per_row: of each replica; what a request takes varies around it by ``noise`` (a share).
-        choice: ``books`` (the clients' real ones), ``random`` (any replica), or ``ideal``: one queue for all, from
+        choice: ``tables`` (the clients' real ones), ``random`` (any replica), or ``ideal``: one queue for all, from
             which the fastest idle replica takes, which no client that decides for itself can reach.
     """
 
@@ -52,7 +52,7 @@ class Simulation:
         clients: int,
         requests: int,
         load: float,
-        choice: str = "books",
+        choice: str = "tables",
         noise: float = 0.1,
         seed: int = 0,
     ) -> None:
@@ -71,13 +71,13 @@ class Simulation:
         self.idle = [(seconds, index) for index, seconds in enumerate(seconds_per_row)]
         heapq.heapify(self.idle)
         view = [(str(index), False, None) for index in range(len(self.replicas))]
-        self.books: list[RoutingBook] = []
-        if choice == "books":
+        self.tables: list[RoutingTable] = []
+        if choice == "tables":
             limits = Limits(attempt_timeout=inf)
             for client in range(clients):
-                book = RoutingBook(limits, window=3, seed=seed + client)
-                book.set_replicas(view)
-                self.books.append(book)
+                table = RoutingTable(limits, window=3, seed=seed + client)
+                table.set_replicas(view)
+                self.tables.append(table)
 
     @property
     def mean_latency(self) -> float:
@@ -114,8 +114,8 @@ class Simulation:
 
     def _arrive(self, client: int, request_id: str) -> None:
         self.sent[request_id] = self.now
-        if self.choice == "books":
-            self.books[client].submit(request_id, rows=ROWS, nbytes=1)
+        if self.choice == "tables":
+            self.tables[client].submit(request_id, rows=ROWS, nbytes=1)
             self._send(client)
         elif self.choice == "random":
             self._enqueue(int(self.random.random() * len(self.replicas)), client, request_id)
@@ -125,7 +125,7 @@ class Simulation:
             self.central.append((client, request_id))
 
     def _send(self, client: int) -> None:
-        for send in self.books[client].next_sends(self.now):
+        for send in self.tables[client].next_sends(self.now):
             self._enqueue(int(send.replica_id), client, send.request_id)
 
     def _enqueue(self, index: int, client: int, request_id: str) -> None:
@@ -147,11 +147,11 @@ class Simulation:
         replica = self.replicas[index]
         replica.busy = False
         self.latencies.append(self.now - self.sent.pop(request_id))
-        if self.choice == "books":
+        if self.choice == "tables":
             others = ROWS * sum(other != client for other, _ in replica.queue)
             # The noise of the request itself is not known here; the mean stands in for it.
             seconds = replica.seconds_per_row * ROWS
-            first = self.books[client].answered(request_id, str(index), self.now, seconds=seconds, other_rows=others)
+            first = self.tables[client].answered(request_id, str(index), self.now, seconds=seconds, other_rows=others)
             assert first
             self._send(client)
         elif self.choice == "ideal":

@@ -1,7 +1,7 @@
-"""An independent model of a routing book, and the machine that drives both with any interleaving of what can happen.
+"""An independent model of a routing table, and the machine that drives both with any interleaving of what can happen.
 
 The model says which request must be sent next, and to which replicas it may go; only the choice among those is the
-book's.
+table's.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from math import inf
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from dinov3_ray.pool.client.book import Failure, Limits, RoutingBook, Send, Verdict
+from dinov3_ray.pool.client.routing_table import Failure, Limits, RoutingTable, Send, Verdict
 
 LIMITS = Limits(max_requests=5, max_bytes=100, attempt_timeout=10.0, max_attempts=3, max_errors=2, max_deaths=2)
 LOSSES = (Failure.DIED, Failure.TIMEOUT)
@@ -39,7 +39,7 @@ class Wanted:
 class RoutingMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
-        self.book = RoutingBook(LIMITS, window=2, seed=0)
+        self.table = RoutingTable(LIMITS, window=2, seed=0)
         self.window = 2
         self.now = 0.0
         self.requests: dict[str, Wanted] = {}
@@ -99,7 +99,7 @@ class RoutingMachine(RuleBasedStateMachine):
         done = sorted({send.request_id for send in self.sends} - self.requests.keys())
         request_id = data.draw(st.sampled_from(done)) if again and done else f"q{self.names}"
         self.names += 1
-        self.book.submit(request_id, rows=rows, nbytes=nbytes, fingerprint=fingerprint)
+        self.table.submit(request_id, rows=rows, nbytes=nbytes, fingerprint=fingerprint)
         self.requests[request_id] = Wanted(rows, nbytes, fingerprint)
         self.then.append(request_id)
 
@@ -117,13 +117,13 @@ class RoutingMachine(RuleBasedStateMachine):
             self.ever.append(name)
             known[name] = fingerprint
         if window is not None:
-            self.book.window = self.window = window
+            self.table.window = self.window = window
         before = set(self.replicas)
         self.dead &= known.keys()
         self.replicas = {name: has for name, has in known.items() if name not in self.dead}
         self.heard = {name: when for name, when in self.heard.items() if name in self.replicas}
         self.paused = {name: until for name, until in self.paused.items() if name in self.replicas}
-        orphans = self.book.set_replicas((name, name == "r0", has) for name, has in known.items())
+        orphans = self.table.set_replicas((name, name == "r0", has) for name, has in known.items())
         gone = before - self.replicas.keys()
         assert sorted(orphans) == sorted(name for name, one in self.requests.items() if one.at in gone)
 
@@ -134,7 +134,7 @@ class RoutingMachine(RuleBasedStateMachine):
     @rule()
     def send(self) -> None:
         self.paused = {name: until for name, until in self.paused.items() if until > self.now}
-        sends = iter(self.book.next_sends(self.now))
+        sends = iter(self.table.next_sends(self.now))
         for queue in (self.first, self.then):
             for request_id in list(queue):
                 request = self.requests[request_id]
@@ -165,7 +165,7 @@ class RoutingMachine(RuleBasedStateMachine):
     def answer(self, data: st.DataObject, seconds: float, others: int) -> None:
         """Of any send that was ever made: the current one, an earlier one, or of a request that is done with."""
         send = data.draw(st.sampled_from(self.sends))
-        first = self.book.answered(send.request_id, send.replica_id, self.now, seconds=seconds, other_rows=others)
+        first = self.table.answered(send.request_id, send.replica_id, self.now, seconds=seconds, other_rows=others)
         self.paused.pop(send.replica_id, None)
         if send.replica_id in self.replicas:
             self.heard[send.replica_id] = self.now
@@ -184,7 +184,7 @@ class RoutingMachine(RuleBasedStateMachine):
     def fail(self, data: st.DataObject, failure: Failure, pause: float, computing: bool) -> None:
         """Of any send that was ever made."""
         send = data.draw(st.sampled_from(self.sends[-8:]))
-        verdict = self.book.failed(send.request_id, send.attempt, failure, self.now, pause=pause, computing=computing)
+        verdict = self.table.failed(send.request_id, send.attempt, failure, self.now, pause=pause, computing=computing)
         if not self.current(send):
             assert verdict is Verdict.STALE
             return
@@ -232,17 +232,17 @@ class RoutingMachine(RuleBasedStateMachine):
                 one.deadline = self.now + LIMITS.attempt_timeout
             else:
                 late.append(name)
-        overdue = self.book.expired(self.now)
+        overdue = self.table.expired(self.now)
         assert sorted(overdue) == sorted((name, self.requests[name].attempt, self.requests[name].at) for name in late)
         for request_id, attempt, replica_id in overdue:
-            verdict = self.book.failed(request_id, attempt, Failure.TIMEOUT, self.now, pause=20.0)
+            verdict = self.table.failed(request_id, attempt, Failure.TIMEOUT, self.now, pause=20.0)
             send = Send(request_id, attempt, replica_id, suspect=False, urgent=False)
             self.book_failure(send, Failure.TIMEOUT, 20.0, False, verdict)
 
     @rule(data=st.data())
     def cancel(self, data: st.DataObject) -> None:
         request_id = data.draw(st.sampled_from(["never submitted", *sorted(self.requests)]))
-        assert self.book.cancel(request_id) == (request_id in self.requests)
+        assert self.table.cancel(request_id) == (request_id in self.requests)
         if request_id in self.requests:
             self.forget(request_id)
 
@@ -250,7 +250,7 @@ class RoutingMachine(RuleBasedStateMachine):
 
     @invariant()
     def the_books_are_exact(self) -> None:
-        statistics, flying = self.book.statistics(), self.flying()
+        statistics, flying = self.table.statistics(), self.flying()
         assert statistics.replicas == len(self.replicas)
         assert statistics.waiting == len(self.first) + len(self.then)
         assert statistics.in_flight == len(flying)
@@ -258,19 +258,19 @@ class RoutingMachine(RuleBasedStateMachine):
         assert statistics.waiting + statistics.in_flight == len(self.requests)
         assert (statistics.answered, statistics.resends) == (self.answered, self.resends)
         assert (statistics.peak_in_flight, statistics.peak_bytes) == (self.peak, self.peak_bytes)
-        assert f"{len(self.replicas)} replicas ({len(self.open())} open), {len(flying)} in flight" in repr(self.book)
+        assert f"{len(self.replicas)} replicas ({len(self.open())} open), {len(flying)} in flight" in repr(self.table)
         for name, request in self.requests.items():
-            assert self.book.replica_of(name) == request.at
-            assert self.book.history(name) == request.tried
+            assert self.table.replica_of(name) == request.at
+            assert self.table.history(name) == request.tried
         for name in self.ever:
-            assert self.book.knows(name) == (name in self.replicas)
+            assert self.table.knows(name) == (name in self.replicas)
 
     @invariant()
     def it_looks_at_the_clock_in_time(self) -> None:
         due = [one.deadline for one in self.flying() if one.deadline > self.now]
         if self.first or self.then:
             due += self.paused.values()
-        looks_at = self.book.next_deadline()
+        looks_at = self.table.next_deadline()
         if due:
             assert looks_at is not None
             assert looks_at <= min(due)

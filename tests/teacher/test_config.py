@@ -84,7 +84,7 @@ def test_is_a_frozen_value(tmp_path: Path) -> None:
     assert config == DinoV3Config(tmp_path, image_size=(224, 224), dtype="bfloat16")
     assert hash(config) == hash(pickle.loads(pickle.dumps(config)))
     assert pickle.loads(pickle.dumps(config)) == config
-    assert replace(config, compile=True).image_size == (224, 224)
+    assert replace(config, compile="reduce-overhead").image_size == (224, 224)
     assert replace(config, image_size=518) == DinoV3Config(tmp_path, dtype="bfloat16")
     assert DinoV3Config.of(config) is config
     assert DinoV3Config.of(str(tmp_path)) == DinoV3Config(tmp_path)
@@ -313,7 +313,8 @@ def test_what_a_step_that_is_off_would_need_is_not_looked_at(tmp_path: Path) -> 
         ({"image_size": (224,)}, "image_size must be None, an integer >= 1 or a pair"),
         ({"image_size": 224.0}, r"image_size must be .*got 224\.0"),
         ({"image_size": 8}, "image_size must be at least one patch"),
-        ({"compile": 1}, "compile must be True or False; got 1"),
+        ({"compile": 1}, r"compile must be True, False or a mode of torch\.compile \(default, reduce-overhead.*got 1"),
+        ({"compile": "fast"}, r"compile must be True, False or a mode .*got 'fast'"),
         ({"attention": ""}, "attention must be the name of an implementation"),
     ],
 )

@@ -35,7 +35,7 @@ from collections.abc import Set
 from dataclasses import dataclass
 from math import inf
 
-__all__ = ["Candidates", "Listing"]
+__all__ = ["Balancer", "Listing"]
 
 Listing = tuple[str, bool, str | None]
 """A replica as the pool's view lists it: its name, whether it is on this node, and its teacher's fingerprint."""
@@ -59,7 +59,7 @@ class _Record:
     seconds_per_row: float | None = None
 
 
-class Candidates:
+class Balancer:
     """The replicas of a pool as one client sees them, with what it has in flight at each."""
 
     def __init__(self, window: int, seed: int | None) -> None:
@@ -136,7 +136,7 @@ class Candidates:
     # Requests -------------------------------------------------------------------------------------------------------
 
     def take(self, rows: int, now: float, fingerprint: str | None = None, tried: Set[str] = frozenset()) -> str | None:
-        """Book a place for ``rows`` at the replica that is best for them; None if there is none now."""
+        """Record a place for ``rows`` at the replica that is best for them; None if there is none now."""
         if not self._open:
             return None
         if fingerprint is None and not tried:
@@ -242,7 +242,7 @@ class Candidates:
         suitable = suitable - tried or suitable
         return [position for position, name in enumerate(self._open) if name in suitable]
 
-    # The books ------------------------------------------------------------------------------------------------------
+    # The tables ------------------------------------------------------------------------------------------------------
 
     def _record(self, replica_id: str) -> _Record:
         record = self._records.get(replica_id)

@@ -1,17 +1,14 @@
-"""A submitted batch: what the caller waits on, and where the router puts the parts as they arrive.
+"""A client's requests: a batch is cut into them, each is sent until it is answered, and their answers are joined.
 
-How many bytes a result is going to have, before it is there: what the byte budget needs to know.
-
-A batch cut into requests, each with a private copy of its images to send from.
+The caller waits on the batch's :class:`Handle`. The router's thread owns its :class:`Request` objects: it sends them,
+sends them again, and puts their answers into them.
 """
 
 from __future__ import annotations
 
-import logging
 import os
 import threading
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -24,29 +21,57 @@ from dinov3_ray.pool.messages import Answer, Array, RequestHeader, TeacherInfo
 from dinov3_ray.pool.transport.protocol import Transport
 from dinov3_ray.pool.transport.wire import pack_images, unpack_features
 
-__all__ = ["Handle", "Outbox", "Outgoing", "Part", "ResultSizes"]
+__all__ = ["Handle", "Request", "ResultSizes", "SendBuffer"]
 
 
-log = logging.getLogger("dinov3_ray")
+class Request:
+    """Images ``start`` to ``stop`` (exclusive) of a batch: what to send, and what came back.
 
+    Attributes:
+        header: what a replica gets to know of it.
+        staged: the private copy of its images, as the transport sends it.
+        nbytes: bytes of that copy.
+        sent_at: when it was last sent; seconds of the monotonic clock.
+        cancel_send: cancels the last send.
+        error: what a replica raised on it last.
+        answer, arrays: the answer, when it is there.
+    """
 
-class Part:
-    """Rows ``start`` to ``stop`` of a batch, as one request."""
-
-    def __init__(self, handle: Handle, request_id: str, start: int, stop: int) -> None:
+    def __init__(
+        self, handle: Handle, header: RequestHeader, staged: list[Any], nbytes: int, start: int, stop: int
+    ) -> None:
         self.handle = handle
-        self.request_id = request_id
+        self.header = header
+        self.staged = staged
+        self.nbytes = nbytes
         self.start, self.stop = start, stop
+        self.sent_at = 0.0
+        self.cancel_send: Callable[[], None] | None = None
+        self.error: BaseException | None = None
         self.answer: Answer | None = None
         self.arrays: Sequence[Array] = ()
 
     @property
+    def request_id(self) -> str:
+        return self.header.request_id
+
+    @property
     def fingerprint(self) -> str | None:
+        """The teacher that made its answer; None without an answer."""
         return self.answer.fingerprint if self.answer else None
+
+    def features(self) -> Features:
+        """The answer's features."""
+        assert self.answer is not None
+        return unpack_features(self.answer.layout, self.arrays, self.answer.fingerprint)
+
+    def describe(self, pool: str) -> str:
+        """Its batch and images in words, for an error."""
+        return f"batch {self.handle.index} (rows {self.start} to {self.stop - 1}) of pool {pool!r}"
 
 
 class Handle:
-    """A batch that is being answered.
+    """A submitted batch. The caller waits on it.
 
     Attributes:
         index: the batch's number among those that this teacher was given, from 0.
@@ -56,15 +81,15 @@ class Handle:
     def __init__(self, index: int, rows: int, spec: FeatureSpec, cancel: Callable[[Handle], None]) -> None:
         self.index = index
         self.spec = spec
-        self.parts: list[Part] = []
-        #: What must live as long as the batch is under way; see ``RemoteTeacher.submit``.
+        #: The router's; the last one leaves when its features are taken.
+        self.requests: list[Request] = []
+        #: What must live as long as the batch is in flight; see ``RemoteTeacher.submit``.
         self.owner: object = None
         self._pid = os.getpid()
         self._rows = rows
         self._cancel = cancel
         self._finished = threading.Event()
-        self._taking = threading.Lock()
-        self._callbacks: list[Callable[[Handle], None]] = []
+        self._joining = threading.Lock()
         self._features: Features | None = None
         self._error: BaseException | None = None
 
@@ -77,6 +102,7 @@ class Handle:
 
         Raises:
             PoolTimeoutError: ``timeout`` passed; the batch is still in flight and may be waited for again.
+            PoolClosedError: the batch was cancelled, or its client closed.
             Exception: what the teacher raised, as itself; or the reason why no replica could answer.
         """
         if os.getpid() != self._pid:
@@ -84,65 +110,84 @@ class Handle:
                 f"batch {self.index} was submitted in process {self._pid}; its fork {os.getpid()} would wait for ever"
             )
         if not wait(self._finished.wait, timeout):
-            done = sum(part.answer is not None for part in self.parts)
+            done = sum(request.answer is not None for request in self.requests)
             raise PoolTimeoutError(
                 f"batch {self.index} ({self._rows} images) was not answered within timeout={timeout} s: "
-                f"{done} of {len(self.parts)} parts are there"
+                f"{done} of {len(self.requests)} parts are there"
             )
         if self._error is not None:
             raise self._error
-        with self._taking:
+        with self._joining:
             if self._features is None:
                 # Tensors made in inference mode could not be saved for backward, whoever asks for them.
                 with torch.inference_mode(False), torch.no_grad():
-                    self._features = Features.cat([_unpack(part) for part in self.parts])
-                self.parts = []  # the arrays live on in the features alone
+                    self._features = Features.cat([request.features() for request in self.requests])
+                self.requests = []  # the arrays live on in the features alone
             return self._features
 
     def done(self) -> bool:
         """Whether :meth:`result` would return or raise at once."""
         return self._finished.is_set()
 
-    def exception(self) -> BaseException | None:
-        """What :meth:`result` would raise, if the batch has failed; None while it is under way or when it is done."""
-        return self._error
-
     def cancel(self) -> None:
         """Give the batch up: what is queued is dropped, and :meth:`result` raises PoolClosedError."""
         if not self.done():
             self._cancel(self)
 
-    def on_done(self, callback: Callable[[Handle], None]) -> None:
-        """Call ``callback(handle)`` when the batch is answered or has failed, from another thread or at once."""
-        with self._taking:
-            if not self.done():
-                self._callbacks.append(callback)
-                return
-        callback(self)
-
     def finish(self, error: BaseException | None = None) -> None:
-        """For the router: all parts are there, or the batch has failed."""
-        with self._taking:
-            if self._finished.is_set():
-                return
+        """For the router: all answers are there, or the batch has failed. Only the first call counts."""
+        if not self._finished.is_set():
             self._error = error
             self._finished.set()
             self.owner = None
-            callbacks, self._callbacks = self._callbacks, []
-        for callback in callbacks:
-            try:
-                callback(self)
-            except Exception:
-                log.exception("a callback of %r failed", self)
 
     def __repr__(self) -> str:
-        state = "failed" if self._error else "done" if self.done() else "in flight"
+        state = "in flight" if not self.done() else "failed" if self._error else "done"
         return f"<Handle of batch {self.index}: {self._rows} images, {state}>"
 
 
-def _unpack(part: Part) -> Features:
-    assert part.answer is not None
-    return unpack_features(part.answer.layout, part.arrays, part.answer.fingerprint)
+class SendBuffer:
+    """Cuts batches into requests, and counts the bytes of the copies that they hold. Safe to use from several threads.
+
+    Args:
+        max_bytes: up to which copies go to the object store at once. Beyond it, they wait in this process's memory.
+    """
+
+    def __init__(self, transport: Transport, client_id: str, max_bytes: int) -> None:
+        self._transport = transport
+        self._client_id = client_id
+        self._max_bytes = max_bytes
+        self._bytes = 0
+        self._lock = threading.Lock()
+
+    def cut(self, handle: Handle, images: ImageBatch, spec: FeatureSpec, max_batch: int) -> list[Request]:
+        """Requests of at most ``max_batch`` images each, which ``handle`` gets too; images are copied here."""
+        requests: list[Request] = []
+        try:
+            for start in range(0, len(images), max_batch):
+                stop = min(start + max_batch, len(images))
+                layout, arrays = pack_images(images.rows(start, stop))
+                request_id = f"{self._client_id}/{handle.index}/{start}"
+                header = RequestHeader(request_id, self._client_id, spec, layout, stop - start)
+                nbytes = sum(array.nbytes for array in arrays)
+                staged = self._transport.stage(arrays, send_now=self._bytes + nbytes <= self._max_bytes)
+                requests.append(Request(handle, header, staged, nbytes, start, stop))
+                self._count(nbytes)
+        except BaseException:
+            self.release(requests)
+            raise
+        handle.requests = list(requests)
+        return requests
+
+    def release(self, requests: Iterable[Request]) -> None:
+        """Drop the copies of ``requests``: they are not sent again."""
+        for request in requests:
+            request.staged = []
+            self._count(-request.nbytes)
+
+    def _count(self, nbytes: int) -> None:
+        with self._lock:
+            self._bytes += nbytes
 
 
 _ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
@@ -150,7 +195,10 @@ _UNKNOWN_ROW_BYTES = 2**20
 
 
 class ResultSizes:
-    """Bytes a row for each spec: computed from the teacher's shapes at first, measured from the first answer on."""
+    """How many bytes results will have, for the byte budget: one figure per image for each spec.
+
+    The figure is computed from the teacher's shapes at first, and measured from the first answer on.
+    """
 
     def __init__(self) -> None:
         self._info: TeacherInfo | None = None
@@ -162,6 +210,7 @@ class ResultSizes:
             self._row_bytes.clear()  # another teacher, other sizes
 
     def learn(self, spec: FeatureSpec, rows: int, nbytes: int) -> None:
+        """Note that the result of ``rows`` images had ``nbytes``."""
         self._row_bytes[spec] = nbytes / rows
 
     def expect(self, spec: FeatureSpec, rows: int) -> int:
@@ -176,65 +225,10 @@ class ResultSizes:
         height, width = spec.map_size or info.grid_size
         maps = int(spec.feature_map) + len(spec.layers)
         tokens = int(spec.cls) + int(spec.registers) * (info.num_register_tokens or 0) + maps * height * width
-        scale = _ITEM_BYTES["float32"] if spec.dtype == "int8" else 0  # one a token
+        scale = _ITEM_BYTES["float32"] if spec.dtype == "int8" else 0  # one per token
         return tokens * (info.hidden_size * _item_bytes(spec.dtype, info.dtype) + scale)
 
 
 def _item_bytes(wanted: str, computed: str | None) -> int:
     native = _ITEM_BYTES.get((computed or "float32").removeprefix("torch."), 4)
     return min(native, _ITEM_BYTES.get(wanted, native))
-
-
-@dataclass(slots=True)
-class Outgoing:
-    """A request that the client holds until it is answered: what to send, and how to cancel it where it is."""
-
-    part: Part
-    header: RequestHeader
-    staged: list[Any]
-    nbytes: int
-    cancel: Callable[[], None] | None = None
-    error: BaseException | None = None
-    sent_at: float = 0.0
-
-
-class Outbox:
-    """Cuts batches and keeps count of the copies; callers of several threads may use it at the same time.
-
-    Args:
-        max_bytes: up to which copies go to the object store at once; beyond, they wait in this process's memory.
-    """
-
-    def __init__(self, transport: Transport, client_id: str, max_bytes: int) -> None:
-        self._transport = transport
-        self._client_id = client_id
-        self._max_bytes = max_bytes
-        self._bytes = 0
-        self._lock = threading.Lock()
-
-    def cut(self, handle: Handle, images: ImageBatch, spec: FeatureSpec, max_batch: int) -> list[Outgoing]:
-        """Requests of at most ``max_batch`` images each; their parts are entered in ``handle``."""
-        requests: list[Outgoing] = []
-        try:
-            for start in range(0, len(images), max_batch):
-                stop = min(start + max_batch, len(images))
-                part = Part(handle, f"{self._client_id}/{handle.index}/{start}", start, stop)
-                layout, arrays = pack_images(images.rows(start, stop))
-                header = RequestHeader(part.request_id, self._client_id, spec, layout, stop - start)
-                nbytes = sum(array.nbytes for array in arrays)
-                staged = self._transport.stage(arrays, send_now=self._bytes + nbytes <= self._max_bytes)
-                requests.append(Outgoing(part, header, staged, nbytes))
-                self._count(nbytes)
-                handle.parts.append(part)
-        except BaseException:
-            self.release(requests)
-            raise
-        return requests
-
-    def release(self, requests: list[Outgoing]) -> None:
-        """Their copies are no longer held."""
-        self._count(-sum(request.nbytes for request in requests))
-
-    def _count(self, nbytes: int) -> None:
-        with self._lock:
-            self._bytes += nbytes

@@ -1,7 +1,7 @@
-"""The router: one thread that carries out what the routing book decides.
+"""The router: one thread that carries out what the routing table decides.
 
 Callers hand it batches; answers and views come in from the transport's threads. All of them go through one queue to one
-thread, so that the book needs no lock and every request's story has one order.
+thread, so that the table needs no lock and every request's story has one order.
 
 
 What a client says of a batch that cannot be answered, and a controller of a replica that was lost.
@@ -16,7 +16,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dinov3_ray.errors import (
     InputError,
@@ -31,16 +31,13 @@ from dinov3_ray.errors import (
 from dinov3_ray.features import FeatureSpec
 from dinov3_ray.images import ImageBatch
 from dinov3_ray.interrupts import wait
-from dinov3_ray.pool.client.book import Failure, Limits, RoutingBook, RoutingStatistics, Send, Verdict
-from dinov3_ray.pool.client.request import Handle, Outbox, Outgoing, Part, ResultSizes
+from dinov3_ray.pool.client.request import Handle, Request, ResultSizes, SendBuffer
+from dinov3_ray.pool.client.routing_table import Failure, Limits, RoutingStatistics, RoutingTable, Send, Verdict
 from dinov3_ray.pool.messages import Answer, Array, Outcome, PoolView, ReplicaView
 from dinov3_ray.pool.metrics import ClientSeconds, Sample
 from dinov3_ray.pool.transport.protocol import Gone, Transport, Unreachable
 
-if TYPE_CHECKING:
-    from dinov3_ray.pool.client.request import Part
-
-__all__ = ["Router", "failure_of", "read_client", "where_is", "why_empty"]
+__all__ = ["Router", "failure_of", "read_client", "why_empty"]
 
 
 log = logging.getLogger("dinov3_ray")
@@ -71,17 +68,17 @@ class Router:
         self.seconds = ClientSeconds()
         self.max_bytes = limits.max_bytes or transport.default_max_bytes
         self._transport = transport
-        self._book = RoutingBook(replace(limits, max_bytes=self.max_bytes))
+        self._table = RoutingTable(replace(limits, max_bytes=self.max_bytes))
         self._sizes = ResultSizes()
         self._events: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._requests: dict[str, Outgoing] = {}
+        self._requests: dict[str, Request] = {}
         self._replicas: dict[str, ReplicaView] = {}
         self._view: PoolView | None = None
         self._viewed = threading.Event()
         self._follow_at: float | None = None
         self._empty_since = time.monotonic()
         self._lock = threading.Lock()
-        self._outbox = Outbox(transport, self.client_id, self.max_bytes)
+        self._buffer = SendBuffer(transport, self.client_id, self.max_bytes)
         self._batches = 0
         self._closed = self._ended = False
         self._thread = threading.Thread(target=self._run, name=f"dinov3-router-{pool}", daemon=True)
@@ -115,18 +112,18 @@ class Router:
         with self._lock:
             handle = Handle(self._batches, len(images), spec, self._cancel)
             self._batches += 1
-        requests = self._outbox.cut(handle, images, spec, max_batch)
+        requests = self._buffer.cut(handle, images, spec, max_batch)
         with self._lock:
             # Under the lock, so that close() comes before or after it: an event behind its end would be lost.
             if not self._closed:
                 self._events.put(lambda: self._accept(requests))
                 return handle
-        self._outbox.release(requests)
+        self._buffer.release(requests)
         handle.finish(self._was_closed())
         return handle
 
     def statistics(self) -> RoutingStatistics:
-        return self._book.statistics()
+        return self._table.statistics()
 
     def close(self) -> None:
         """Give up what is in flight and end the thread. Harmless when repeated."""
@@ -138,7 +135,7 @@ class Router:
             self._thread.join(timeout=10)
 
     def __repr__(self) -> str:
-        return f"<Router to {self.pool!r}: {self._book!r}>"
+        return f"<Router to {self.pool!r}: {self._table!r}>"
 
     # The thread -----------------------------------------------------------------------------------------------------
 
@@ -149,8 +146,8 @@ class Router:
             log.exception("pool %s: the router failed", self.pool)
             with self._lock:
                 self._closed = True
-            for sent in list(self._requests.values()):
-                sent.part.handle.finish(PoolError(f"the router of pool {self.pool!r} failed: {error!r}"))
+            for request in list(self._requests.values()):
+                request.handle.finish(PoolError(f"the router of pool {self.pool!r} failed: {error!r}"))
 
     def _loop(self) -> None:
         while True:
@@ -165,12 +162,12 @@ class Router:
             except queue.Empty:
                 pass  # no event, or no more of them: look at the clock, then send what can be sent
             self._look_at_the_clock()
-            for send in self._book.next_sends(time.monotonic()):
+            for send in self._table.next_sends(time.monotonic()):
                 self._send(send)
 
     def _pause(self) -> float | None:
         """Seconds until something is due; None if only an event can change anything."""
-        due = [self._book.next_deadline(), self._follow_at]
+        due = [self._table.next_deadline(), self._follow_at]
         if not self._replicas and self._requests:
             due.append(self._empty_since + self.timeout)
         nearest = min((moment for moment in due if moment is not None), default=None)
@@ -178,27 +175,27 @@ class Router:
 
     def _look_at_the_clock(self) -> None:
         now = time.monotonic()
-        for request_id, attempt, replica_id in self._book.expired(now):
+        for request_id, attempt, replica_id in self._table.expired(now):
             log.warning("pool %s: replica %s has not answered request %s in time", self.pool, replica_id, request_id)
             self._failed(request_id, attempt, Failure.TIMEOUT, pause=self.timeout)
         if self._follow_at is not None and self._follow_at <= now:
             self._follow()
         if not self._replicas and self._requests and now >= self._empty_since + self.timeout:
             reason = why_empty(self.pool, self.timeout, self._view)
-            for sent in list(self._requests.values()):
-                self._give_up(sent, PoolTimeoutError(reason))
+            for request in list(self._requests.values()):
+                self._give_up(request, PoolTimeoutError(reason))
 
     def _shut(self) -> None:
-        for sent in list(self._requests.values()):
-            self._give_up(sent, PoolClosedError(f"the client of pool {self.pool!r} was closed with this in flight"))
-        quietly(self._transport.publish, read_client(self._book.statistics(), self.seconds))
+        for request in list(self._requests.values()):
+            self._give_up(request, PoolClosedError(f"the client of pool {self.pool!r} was closed with this in flight"))
+        quietly(self._transport.publish, read_client(self._table.statistics(), self.seconds))
         quietly(self._transport.leave, self.client_id)
 
     # Views ----------------------------------------------------------------------------------------------------------
 
     def _follow(self) -> None:
         self._follow_at = None
-        quietly(self._transport.publish, read_client(self._book.statistics(), self.seconds))
+        quietly(self._transport.publish, read_client(self._table.statistics(), self.seconds))
         epoch = self._view.epoch if self._view else -1
         try:
             self._transport.follow(self.client_id, epoch, lambda view: self._events.put(lambda: self._on_view(view)))
@@ -215,16 +212,16 @@ class Router:
             self._ended = True
             self._viewed.set()
             self._replicas = {}
-            self._book.set_replicas([])
-            for sent in list(self._requests.values()):
-                self._give_up(sent, self._was_ended())
+            self._table.set_replicas([])
+            for request in list(self._requests.values()):
+                self._give_up(request, self._was_ended())
             return
         self._view = view
         self._viewed.set()
         self._sizes.learn_teacher(view.info)
-        self._book.window = view.options.window
+        self._table.window = view.options.window
         self._replicas.update({replica.replica_id: replica for replica in view.replicas})
-        self._book.set_replicas(
+        self._table.set_replicas(
             (replica.replica_id, replica.node_id == self._transport.node_id, replica.fingerprint)
             for replica in view.replicas
         )
@@ -238,8 +235,8 @@ class Router:
         return PoolClosedError(f"pool {self.pool!r} was shut down")
 
     def _forget_lost(self) -> None:
-        """Drop handles of replicas that the book no longer has."""
-        self._replicas = {name: replica for name, replica in self._replicas.items() if self._book.knows(name)}
+        """Drop handles of replicas that the table no longer has."""
+        self._replicas = {name: replica for name, replica in self._replicas.items() if self._table.knows(name)}
         if self._replicas:
             self._empty_since = float("inf")
         elif self._empty_since == float("inf"):
@@ -247,43 +244,45 @@ class Router:
 
     # Requests -------------------------------------------------------------------------------------------------------
 
-    def _accept(self, requests: list[Outgoing]) -> None:
+    def _accept(self, requests: list[Request]) -> None:
         if not self._replicas and not self._requests:
             self._empty_since = time.monotonic()  # patience with an empty pool begins with the first who waits
-        for sent in requests:
-            self._requests[sent.part.request_id] = sent
-            self._enter(sent)
+        for request in requests:
+            self._requests[request.request_id] = request
+            self._enter(request)
         if self._ended:
             self._give_up(requests[0], self._was_ended())
 
-    def _enter(self, sent: Outgoing, fingerprint: str | None = None) -> None:
-        nbytes = sent.nbytes + self._sizes.expect(sent.header.spec, sent.header.rows)
-        self._book.submit(sent.part.request_id, rows=sent.header.rows, nbytes=nbytes, fingerprint=fingerprint)
+    def _enter(self, request: Request, fingerprint: str | None = None) -> None:
+        nbytes = request.nbytes + self._sizes.expect(request.header.spec, request.header.rows)
+        self._table.submit(request.request_id, rows=request.header.rows, nbytes=nbytes, fingerprint=fingerprint)
 
     def _send(self, send: Send) -> None:
-        sent = self._requests[send.request_id]
-        backlog = self._book.statistics().waiting * sent.header.rows
-        header = replace(sent.header, suspect=send.suspect, urgent=send.urgent, backlog=backlog)
-        sent.sent_at = time.monotonic()
+        request = self._requests[send.request_id]
+        backlog = self._table.statistics().waiting * request.header.rows
+        header = replace(request.header, suspect=send.suspect, urgent=send.urgent, backlog=backlog)
+        request.sent_at = time.monotonic()
 
         def on_answer(answer: tuple[Answer, list[Array]] | Exception) -> None:
             self._events.put(lambda: self._on_answer(send, answer))
 
         try:
-            sent.cancel = self._transport.send(self._replicas[send.replica_id], header, sent.staged, on_answer)
+            request.cancel_send = self._transport.send(
+                self._replicas[send.replica_id], header, request.staged, on_answer
+            )
         except Exception as error:  # noqa: BLE001 - such as a full store: booked like any other failed send
             on_answer(error)
 
     def _on_answer(self, send: Send, answer: tuple[Answer, list[Array]] | Exception) -> None:
-        sent = self._requests.get(send.request_id)
+        request = self._requests.get(send.request_id)
         if isinstance(answer, Gone):
             computing = send.suspect and bool(quietly(self._transport.was_computing, send.replica_id, send.request_id))
             self._failed(send.request_id, send.attempt, Failure.DIED, computing=computing)
         elif isinstance(answer, Unreachable):
             self._failed(send.request_id, send.attempt, Failure.TIMEOUT, pause=_REPLICA_RETRY)
         elif isinstance(answer, Exception):
-            if sent is not None:
-                sent.error = answer
+            if request is not None:
+                request.error = answer
             self._failed(send.request_id, send.attempt, Failure.ERROR)
         elif answer[0].outcome is Outcome.DONE:
             self._arrived(send, *answer)
@@ -295,91 +294,92 @@ class Router:
             self._failed(send.request_id, send.attempt, Failure.FULL, pause=max(answer[0].retry_after, 0.01))
 
     def _arrived(self, send: Send, answer: Answer, arrays: list[Array]) -> None:
-        sent = self._requests.get(send.request_id)
-        history = self._book.history(send.request_id)
+        request = self._requests.get(send.request_id)
+        history = self._table.history(send.request_id)
         others = answer.load.rows - answer.load.own_rows
         busy = answer.seconds.busy
-        first = self._book.answered(send.request_id, send.replica_id, time.monotonic(), seconds=busy, other_rows=others)
-        if not first or sent is None:
+        first = self._table.answered(
+            send.request_id, send.replica_id, time.monotonic(), seconds=busy, other_rows=others
+        )
+        if not first or request is None:
             return
-        if isinstance(sent.error, NumericsError):
+        if isinstance(request.error, NumericsError):
             # Another replica computed the same images well: those that did not are sick.
             for replica_id in history:
-                quietly(self._transport.report_sick, replica_id, str(sent.error))
-        self.seconds.transfer += max(0.0, time.monotonic() - sent.sent_at - answer.seconds.total)
-        self._sizes.learn(sent.header.spec, sent.header.rows, sum(array.nbytes for array in arrays))
-        sent.part.answer, sent.part.arrays = answer, self._transport.adopt(arrays)
-        handle = sent.part.handle
-        if any(part.answer is None for part in handle.parts):
+                quietly(self._transport.report_sick, replica_id, str(request.error))
+        self.seconds.transfer += max(0.0, time.monotonic() - request.sent_at - answer.seconds.total)
+        self._sizes.learn(request.header.spec, request.header.rows, sum(array.nbytes for array in arrays))
+        request.answer, request.arrays = answer, self._transport.adopt(arrays)
+        handle = request.handle
+        if any(other.answer is None for other in handle.requests):
             return
-        stale = self._of_another_teacher(handle)
-        for part in stale:
-            part.answer, part.arrays = None, ()
-            self._enter(self._requests[part.request_id], fingerprint=self._newest(handle))
+        newest, stale = self._newest(handle), self._of_another_teacher(handle)
+        for other in stale:
+            other.answer, other.arrays = None, ()
+            self._enter(other, fingerprint=newest)
         if not stale:
-            for part in handle.parts:
-                self._release(part.request_id)
+            for other in handle.requests:
+                self._release(other.request_id)
             handle.finish()
 
-    def _of_another_teacher(self, handle: Handle) -> list[Part]:
-        """Parts to compute again, since a reload fell between them and the others: one batch never mixes teachers."""
+    def _of_another_teacher(self, handle: Handle) -> list[Request]:
+        """Requests to compute again, since a reload fell between them and the others: no batch mixes teachers."""
         newest = self._newest(handle)
-        return [part for part in handle.parts if part.fingerprint not in (newest, None)]
+        return [request for request in handle.requests if request.fingerprint not in (newest, None)]
 
     def _newest(self, handle: Handle) -> str | None:
-        made_by = {part.fingerprint for part in handle.parts if part.answer is not None}
+        made_by = {request.fingerprint for request in handle.requests if request.answer is not None}
         current = self._view.info.fingerprint if self._view and self._view.info else None
         return current if current in made_by else next(iter(made_by), None)
 
     def _raised(self, send: Send, answer: Answer) -> None:
-        sent = self._requests.get(send.request_id)
-        if sent is None:
+        request = self._requests.get(send.request_id)
+        if request is None:
             return
         error = answer.error
         assert error is not None
         error.add_note(f"raised by replica {send.replica_id} of pool {self.pool!r}:\n{answer.trace}")
-        sent.error = error
+        request.error = error
         if isinstance(error, _CALLERS_FAULT):
-            self._book.cancel(send.request_id)
-            self._give_up(sent, error)
+            self._table.cancel(send.request_id)
+            self._give_up(request, error)
         else:
             self._failed(send.request_id, send.attempt, Failure.ERROR)
 
     def _failed(
         self, request_id: str, attempt: int, failure: Failure, *, pause: float = 0.0, computing: bool = False
     ) -> None:
-        verdict = self._book.failed(request_id, attempt, failure, time.monotonic(), pause=pause, computing=computing)
+        verdict = self._table.failed(request_id, attempt, failure, time.monotonic(), pause=pause, computing=computing)
         self._forget_lost()
-        sent = self._requests.get(request_id)
-        if sent is None or verdict in (Verdict.RESEND, Verdict.STALE):
+        request = self._requests.get(request_id)
+        if request is None or verdict in (Verdict.RESEND, Verdict.STALE):
             return
         if verdict is not Verdict.RAISE:
-            self._give_up(sent, failure_of(sent.part, self.pool, verdict))
+            self._give_up(request, failure_of(request, self.pool, verdict))
             return
-        assert sent.error is not None
-        sent.error.add_note(f"{where_is(sent.part, self.pool)}: every replica that was tried raised")
-        self._give_up(sent, sent.error)
+        assert request.error is not None
+        request.error.add_note(f"{request.describe(self.pool)}: every replica that was tried raised")
+        self._give_up(request, request.error)
 
-    def _give_up(self, sent: Outgoing, error: BaseException) -> None:
-        """Fail the batch that ``sent`` belongs to, with all its parts."""
-        handle = sent.part.handle
-        for part in handle.parts:
-            held = self._requests.get(part.request_id)
-            if self._book.cancel(part.request_id) and held is not None and held.cancel is not None:
-                quietly(held.cancel)
-            self._release(part.request_id)
+    def _give_up(self, request: Request, error: BaseException) -> None:
+        """Fail the batch that ``request`` belongs to, with all its requests."""
+        handle = request.handle
+        for other in handle.requests:
+            if self._table.cancel(other.request_id) and other.cancel_send is not None:
+                quietly(other.cancel_send)
+            self._release(other.request_id)
         handle.finish(error)
 
     def _release(self, request_id: str) -> None:
-        sent = self._requests.pop(request_id, None)
-        if sent is not None:
-            self._outbox.release([sent])
+        request = self._requests.pop(request_id, None)
+        if request is not None:
+            self._buffer.release([request])
 
     def _cancel(self, handle: Handle) -> None:
         def cancel() -> None:
-            sent = next((self._requests[p.request_id] for p in handle.parts if p.request_id in self._requests), None)
-            if sent is not None:
-                self._give_up(sent, PoolClosedError(f"batch {handle.index} was cancelled"))
+            held = next((request for request in handle.requests if request.request_id in self._requests), None)
+            if held is not None:
+                self._give_up(held, PoolClosedError(f"batch {handle.index} was cancelled"))
 
         self._events.put(cancel)
 
@@ -394,7 +394,7 @@ def quietly(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def why_empty(pool: str, timeout: float, view: PoolView | None) -> str:
-    """Why nothing could be sent for ``timeout`` seconds."""
+    """Why nothing could be request for ``timeout`` seconds."""
     if view is None:
         return f"the controller of pool {pool!r} did not answer within timeout={timeout:g} s"
     errors = f"; last errors: {'; '.join(view.recent_errors[-3:])}" if view.recent_errors else ""
@@ -404,16 +404,12 @@ def why_empty(pool: str, timeout: float, view: PoolView | None) -> str:
     )
 
 
-def where_is(part: Part, pool: str) -> str:
-    """The batch and the rows of a part."""
-    return f"batch {part.handle.index} (rows {part.start} to {part.stop - 1}) of pool {pool!r}"
-
-
-def failure_of(part: Part, pool: str, verdict: Verdict) -> PoolError:
+def failure_of(request: Request, pool: str, verdict: Verdict) -> PoolError:
     """The error for a request that ended its replicas, or met too many that ended."""
+    where = request.describe(pool)
     if verdict is Verdict.POISON:
-        return PoisonBatchError(f"{where_is(part, pool)}: replica after replica died while computing it")
-    return ReplicaError(f"{where_is(part, pool)}: given up, too many replicas died or fell silent with it")
+        return PoisonBatchError(f"{where}: replica after replica died while computing it")
+    return ReplicaError(f"{where}: given up, too many replicas died or fell silent with it")
 
 
 def read_client(routing: RoutingStatistics, seconds: ClientSeconds) -> Iterator[Sample]:

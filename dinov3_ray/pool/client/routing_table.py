@@ -1,7 +1,7 @@
 """What one client has asked for, what is in flight, and what to do when an answer does not come.
 
 Pure: no Ray, no clock. Every request is in exactly one place: waiting, in flight at one replica, or done with. Which
-replica it goes to is the choice of :class:`~dinov3_ray.pool.client.balancer.Candidates`.
+replica it goes to is the choice of :class:`~dinov3_ray.pool.client.balancer.Balancer`.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from math import inf
 
-from dinov3_ray.pool.client.balancer import Candidates, Listing
+from dinov3_ray.pool.client.balancer import Balancer, Listing
 
-__all__ = ["Failure", "Limits", "RoutingBook", "RoutingStatistics", "Send", "Verdict"]
+__all__ = ["Failure", "Limits", "RoutingStatistics", "RoutingTable", "Send", "Verdict"]
 
 
 _MOST_RENEWALS = 5  # of a deadline, for a replica that answers others: no wait is without an end
@@ -72,7 +72,7 @@ class Send:
 
 @dataclass(frozen=True, slots=True)
 class RoutingStatistics:
-    """A snapshot of the book."""
+    """A snapshot of the table."""
 
     replicas: int
     waiting: int
@@ -100,7 +100,7 @@ class _Request:
     tried: set[str] = field(default_factory=set)
 
 
-class RoutingBook:
+class RoutingTable:
     """One client's requests and replicas.
 
     The caller drives it: tell it of replicas, submissions, answers and failures, then carry out what :meth:`next_sends`
@@ -112,7 +112,7 @@ class RoutingBook:
         self._requests: dict[str, _Request] = {}
         self._waiting: deque[str] = deque()
         self._urgent: deque[str] = deque()
-        self._candidates = Candidates(window, seed)
+        self._balancer = Balancer(window, seed)
         self._dead: set[str] = set()
         self._deaths = 0
         self._heard: dict[str, float] = {}  # when each replica answered last
@@ -126,11 +126,11 @@ class RoutingBook:
     @property
     def window(self) -> int:
         """Requests that this client keeps at one replica."""
-        return self._candidates.window
+        return self._balancer.window
 
     @window.setter
     def window(self, window: int) -> None:
-        self._candidates.window = window
+        self._balancer.window = window
 
     def set_replicas(self, replicas: Iterable[Listing]) -> list[str]:
         """Replace the list of replicas by ``(replica_id, on this node, fingerprint)``.
@@ -144,7 +144,7 @@ class RoutingBook:
         self._dead &= listed.keys()
         for replica_id in self._dead:
             del listed[replica_id]
-        gone = self._candidates.replace(listed)
+        gone = self._balancer.replace(listed)
         self._heard = {replica_id: heard for replica_id, heard in self._heard.items() if replica_id in listed}
         return [one.request_id for one in self._requests.values() if one.replica_id in gone] if gone else []
 
@@ -165,18 +165,18 @@ class RoutingBook:
         A request that must wait for one certain replica does not hold up those behind it; one that must wait for room
         in the budgets does, or small requests would keep a large one waiting for ever.
         """
-        self._candidates.resume(now)
+        self._balancer.resume(now)
         sends: list[Send] = []
         room = True
         for queue in (self._urgent, self._waiting):
             held: list[str] = []
-            while queue and room and self._candidates.open:
+            while queue and room and self._balancer.open:
                 request = self._requests[queue[0]]
                 room = self._has_room(request.nbytes)
                 if not room:
                     break
                 queue.popleft()
-                replica_id = self._candidates.take(request.rows, now, request.fingerprint, request.tried)
+                replica_id = self._balancer.take(request.rows, now, request.fingerprint, request.tried)
                 if replica_id is None:
                     held.append(request.request_id)
                 else:
@@ -185,19 +185,19 @@ class RoutingBook:
         return sends
 
     def answered(self, request_id: str, replica_id: str, now: float, *, seconds: float, other_rows: int) -> bool:
-        """Book an answer; ``seconds`` is what it kept the replica busy, ``other_rows`` what waits there for others.
+        """Record an answer; ``seconds`` is what it kept the replica busy, ``other_rows`` what waits there for others.
 
         Returns:
             Whether it is the request's first answer. A late answer to an earlier send counts too: the result is the
             same, and the later send is forgotten.
         """
-        self._candidates.unpause(replica_id)  # it answers, so it may work again
-        if replica_id in self._candidates:
+        self._balancer.unpause(replica_id)  # it answers, so it may work again
+        if replica_id in self._balancer:
             self._heard[replica_id] = now
         request = self._requests.get(request_id)
         if request is None:
             return False
-        self._candidates.learn(replica_id, request.rows, seconds, other_rows, now)
+        self._balancer.learn(replica_id, request.rows, seconds, other_rows, now)
         self._forget(request)
         self._answered += 1
         return True
@@ -212,7 +212,7 @@ class RoutingBook:
         pause: float = 0.0,
         computing: bool = False,
     ) -> Verdict:
-        """Book that a send came to nothing.
+        """Record that a send came to nothing.
 
         Args:
             pause: seconds for which the replica gets no more work (it is full, or does not answer).
@@ -223,13 +223,13 @@ class RoutingBook:
             return Verdict.STALE
         replica_id = request.replica_id
         self._land(request)
-        if failure in (Failure.DIED, Failure.GONE) and replica_id in self._candidates:
+        if failure in (Failure.DIED, Failure.GONE) and replica_id in self._balancer:
             # Others in flight there will each fail by themselves; no more are sent.
-            self._candidates.remove(replica_id)
+            self._balancer.remove(replica_id)
             self._dead.add(replica_id)
             self._deaths += failure is Failure.DIED
         elif pause:
-            self._candidates.pause(replica_id, now + pause)
+            self._balancer.pause(replica_id, now + pause)
         verdict = self._judge(request, failure, computing)
         if verdict is Verdict.RESEND:
             if failure is not Failure.FULL:
@@ -298,7 +298,7 @@ class RoutingBook:
             self._deadlines.popleft()
         deadline = self._deadlines[0][0] if self._deadlines else inf
         if self._urgent or self._waiting:
-            deadline = min(deadline, self._candidates.resume_at)
+            deadline = min(deadline, self._balancer.resume_at)
         return None if deadline == inf else deadline
 
     def _is_current(self, request_id: str, attempt: int) -> bool:
@@ -309,7 +309,7 @@ class RoutingBook:
 
     def knows(self, replica_id: str) -> bool:
         """Whether a replica is among those that may get work, now or later."""
-        return replica_id in self._candidates
+        return replica_id in self._balancer
 
     def replica_of(self, request_id: str) -> str | None:
         """Where a request is in flight."""
@@ -323,7 +323,7 @@ class RoutingBook:
 
     def statistics(self) -> RoutingStatistics:
         return RoutingStatistics(
-            replicas=len(self._candidates),
+            replicas=len(self._balancer),
             waiting=len(self._waiting) + len(self._urgent),
             in_flight=self._in_flight,
             in_flight_bytes=self._in_flight_bytes,
@@ -336,11 +336,11 @@ class RoutingBook:
     def __repr__(self) -> str:
         now = self.statistics()
         return (
-            f"<RoutingBook {now.replicas} replicas ({self._candidates.open} open), {now.in_flight} in flight, "
+            f"<RoutingTable {now.replicas} replicas ({self._balancer.open} open), {now.in_flight} in flight, "
             f"{now.waiting} waiting>"
         )
 
-    # The books ------------------------------------------------------------------------------------------------------
+    # The tables ------------------------------------------------------------------------------------------------------
 
     def _has_room(self, nbytes: int) -> bool:
         if self._in_flight == 0:
@@ -366,14 +366,14 @@ class RoutingBook:
         """Take a request out of flight: the one place where what is in flight shrinks."""
         replica_id, request.replica_id = request.replica_id, None
         assert replica_id is not None, "a request was taken out of flight twice"
-        self._candidates.give_back(replica_id, request.rows)
+        self._balancer.give_back(replica_id, request.rows)
         self._in_flight -= 1
         self._in_flight_bytes -= request.nbytes
         assert self._in_flight >= 0
         assert self._in_flight_bytes >= 0
 
     def _forget(self, request: _Request) -> None:
-        """Take a request out of the book, wherever it is."""
+        """Take a request out of the table, wherever it is."""
         del self._requests[request.request_id]
         if request.replica_id is not None:
             self._land(request)
