@@ -16,7 +16,9 @@ import torch
 from skimage import data
 from torch import Tensor
 
+from dinov3_ray import TeacherPool
 from dinov3_ray.checkpoint import init_checkpoint
+from dinov3_ray.testing import FakeTeacher
 
 pytest.register_assert_rewrite(
     "teacher_contract", "lightning_training", "kills"
@@ -74,6 +76,13 @@ def photographs() -> list[Tensor]:
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model directory: a ViT of 3 blocks, D=128, 4 registers, patch 16, at 224 px; a pass takes milliseconds."""
     return init_checkpoint("vit-test", tmp_path_factory.mktemp("checkpoints") / "vit-test", seed=1)
+
+
+@pytest.fixture
+def local_pool() -> Iterator[TeacherPool]:
+    """A pool of two FakeTeachers in this process."""
+    with TeacherPool.start(FakeTeacher.factory(), name="local", replicas=2, local_mode=True) as pool:
+        yield pool
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from sample_features import same
 from torch import Tensor
 
 from dinov3_ray.config import ComputeDtype, DinoV3Config
@@ -25,11 +26,6 @@ from dinov3_ray.testing import FakeTeacher
 
 SPEC = FeatureSpec(cls=True, feature_map=True, layers=(0, 2))
 MB = 2**20
-
-
-def same(left: Features, right: Features) -> bool:
-    pairs = list(zip(left.named(), right.named(), strict=True))
-    return all(a[0] == b[0] and a[1].dtype == b[1].dtype and torch.equal(a[1], b[1]) for a, b in pairs)
 
 
 def views(count: int, seed: int = 0, size: int = 48) -> Tensor:

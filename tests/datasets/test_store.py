@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from pyarrow import fs as pafs
+from sample_features import same
 from stores import COUNT, SPEC, build, ids, views
 from torch.utils.data import DataLoader
 
@@ -26,11 +27,6 @@ from dinov3_ray.errors import MissingViewError, NumericsError, SpecError, StoreE
 from dinov3_ray.features import Features, FeatureSpec
 from dinov3_ray.model import DinoV3Teacher
 from dinov3_ray.testing import FakeTeacher
-
-
-def same(left: Features, right: Features) -> bool:
-    pairs = list(zip(left.named(), right.named(), strict=True))
-    return all(a[0] == b[0] and a[1].dtype == b[1].dtype and torch.equal(a[1], b[1]) for a, b in pairs)
 
 
 @pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16, torch.float16])

@@ -19,12 +19,6 @@ CLS = FeatureSpec(cls=True)
 IMAGES = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
 
 
-@pytest.fixture
-def pool():  # type: ignore[no-untyped-def]
-    with TeacherPool.start(FakeTeacher.factory(), name="local", replicas=2, local_mode=True) as pool:
-        yield pool
-
-
 class Unpackable:
     """Its results have a dtype that NumPy lacks."""
 
@@ -41,12 +35,12 @@ def test_results_that_cannot_be_packed_reach_the_caller_as_an_error() -> None:
         assert pool.status().ready == 1
 
 
-def test_what_the_caller_did_wrong_says_nothing_of_a_replica(pool: TeacherPool) -> None:
-    remote = pool.teacher()
+def test_what_the_caller_did_wrong_says_nothing_of_a_replica(local_pool: TeacherPool) -> None:
+    remote = local_pool.teacher()
     for _ in range(5):
         with pytest.raises(InputError, match="must be finite"):
             remote.extract(torch.full((1, 3, 32, 32), float("nan")), CLS)
-    assert [one.statistics.errors_in_a_row for one in pool.status().replicas if one.statistics] == [0, 0]
+    assert [one.statistics.errors_in_a_row for one in local_pool.status().replicas if one.statistics] == [0, 0]
     with pytest.raises(SpecError, match="FeatureSpec"):
         remote.extract(IMAGES, None)  # type: ignore[arg-type]
 
@@ -66,7 +60,7 @@ def test_one_bad_request_says_little_of_a_replica() -> None:
         assert (replica.statistics.errors, replica.statistics.errors_in_a_row) == (3, 0)
 
 
-def test_a_handle_outlives_the_teacher_that_nobody_holds(pool: TeacherPool) -> None:
+def test_a_handle_outlives_the_teacher_that_nobody_holds(local_pool: TeacherPool) -> None:
     handle = RemoteTeacher("local").submit(IMAGES, CLS)
     gc.collect()
     assert len(handle.result(30)) == 2
@@ -97,12 +91,12 @@ def test_every_batch_submitted_while_a_client_closes_comes_to_an_end() -> None:
                 assert handle.done()
 
 
-def test_namesakes_are_told_apart(pool: TeacherPool) -> None:
+def test_namesakes_are_told_apart(local_pool: TeacherPool) -> None:
     with pytest.raises(PoolExistsError, match="'local'"):
         TeacherPool.start(FakeTeacher.factory(), name="local", local_mode=True)
     TeacherPool.connect("local").shutdown()
     with TeacherPool.start(FakeTeacher.factory(), name="local", local_mode=True) as successor:
-        pool.shutdown()  # of the first, which is gone
+        local_pool.shutdown()  # of the first, which is gone
         assert len(successor.teacher().extract(IMAGES, CLS)) == 2
 
 
@@ -118,7 +112,7 @@ def test_a_teacher_without_a_name_of_its_own_is_named_by_its_generation() -> Non
         assert remote.extract(IMAGES, CLS).fingerprint == "generation-1"
 
 
-def test_a_reload_is_told_that_another_has_overtaken_it(pool: TeacherPool) -> None:
+def test_a_reload_is_told_that_another_has_overtaken_it(local_pool: TeacherPool) -> None:
     begun, go_on = threading.Event(), threading.Event()
 
     def slow() -> FakeTeacher:
@@ -128,22 +122,22 @@ def test_a_reload_is_told_that_another_has_overtaken_it(pool: TeacherPool) -> No
 
     def overtake() -> None:
         assert begun.wait(30)
-        pool.reload(FakeTeacher.factory(fingerprint="quick"), wait=False)
+        local_pool.reload(FakeTeacher.factory(fingerprint="quick"), wait=False)
         go_on.set()
 
     overtaking = threading.Thread(target=overtake)
     overtaking.start()
     with pytest.raises(PoolError, match="another reload has overtaken"):
-        pool.reload(slow)
+        local_pool.reload(slow)
     overtaking.join()
-    pool.wait_ready(30, generation=2)
-    assert pool.teacher().extract(IMAGES, CLS).fingerprint == "quick"
+    local_pool.wait_ready(30, generation=2)
+    assert local_pool.teacher().extract(IMAGES, CLS).fingerprint == "quick"
 
 
-def test_scale_takes_no_auto(pool: TeacherPool) -> None:
+def test_scale_takes_no_auto(local_pool: TeacherPool) -> None:
     with pytest.raises(ConfigError, match="auto"):
-        pool.scale("auto")
-    assert pool.status().target == 2
+        local_pool.scale("auto")
+    assert local_pool.status().target == 2
 
 
 def test_stages_of_the_local_teacher_are_told_apart(tiny_checkpoint: Path) -> None:

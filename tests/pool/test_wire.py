@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sample_features import random_features
 from torch import Tensor
 
 from dinov3_ray.features import RESULT_DTYPES, Features, FeatureSpec, deliver
@@ -19,16 +20,6 @@ from dinov3_ray.pool.transport.wire import alias, pack_features, pack_images, un
 
 COMPUTE = (torch.float32, torch.bfloat16, torch.float16)
 EVERYTHING = FeatureSpec(cls=True, feature_map=True, registers=True, layers=(5, -1))
-
-
-def random_features(rows: int, dtype: torch.dtype, seed: int = 0) -> Features:
-    """D=8, maps of 4x6, two registers."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def make(*shape: int) -> Tensor:
-        return torch.randn(rows, *shape, generator=generator).to(dtype)
-
-    return Features(make(8), make(8, 4, 6), make(2, 8), {5: make(8, 4, 6), -1: make(8, 4, 6)}, "weights")
 
 
 def through_the_store(arrays: list[Array]) -> list[Array]:

@@ -16,6 +16,11 @@ def picture(index: int, size: tuple[int, int]) -> Tensor:
     return torch.randint(0, 256, (3, *size), dtype=torch.uint8, generator=torch.Generator().manual_seed(index))
 
 
+def numbered(number: int, rows: int = 2, size: tuple[int, int] = (32, 48)) -> Tensor:
+    """uint8 [rows,3,H,W], ``number`` in every pixel."""
+    return torch.full((rows, 3, *size), number % 256, dtype=torch.uint8)
+
+
 class Pictures(Dataset[dict[str, Tensor]]):
     """Asked for (index, size), since a batch has one size and the next another."""
 

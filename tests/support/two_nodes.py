@@ -10,11 +10,14 @@ import os
 import signal
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import ray
 import torch
 from ray.cluster_utils import Cluster
+from streams import numbered
+from waiting import until
 
 from dinov3_ray import FeatureSpec, TeacherPool
 from dinov3_ray.pool.control.status import PoolStatus
@@ -24,8 +27,7 @@ SPEC = FeatureSpec(cls=True, feature_map=True)
 BATCHES = 200
 
 
-def view(number: int) -> torch.Tensor:
-    return torch.full((4, 3, 64, 64), number % 256, dtype=torch.uint8)
+view = partial(numbered, rows=4, size=(64, 64))
 
 
 def kill_node(node: object) -> None:
@@ -46,10 +48,10 @@ def _parent(pid: int) -> int:
 
 def whole_without(pool: TeacherPool, node_id: str) -> PoolStatus:
     """The pool once it is whole. It may be some seconds until its controller misses those of the dead node."""
-    deadline = time.monotonic() + 120
-    while any(one.node_id == node_id for one in pool.status().replicas):
-        assert time.monotonic() < deadline, f"replicas of the dead node are still listed: {pool.status()}"
-        time.sleep(0.1)
+    until(
+        lambda: all(one.node_id != node_id for one in pool.status().replicas),
+        lambda: f"no replica of the dead node is listed: {pool.status()}",
+    )
     return pool.wait_ready(120)
 
 

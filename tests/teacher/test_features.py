@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sample_features import random_features
 
 from dinov3_ray import errors, images
 from dinov3_ray.errors import DinoV3Error, InputError, SpecError
@@ -19,12 +20,6 @@ from dinov3_ray.features import RESULT_DTYPES, Features, FeatureSpec, channel_di
 from dinov3_ray.images import ImageBatch
 
 TREE = [value for _, value in inspect.getmembers(errors, inspect.isclass) if issubclass(value, DinoV3Error)]
-
-
-def random_features(rows: int = 3, dtype: torch.dtype = torch.float32) -> Features:
-    generator = torch.Generator().manual_seed(rows)
-    make = lambda *shape: torch.randn(rows, *shape, generator=generator).to(dtype)  # noqa: E731
-    return Features(make(8), make(8, 4, 6), make(2, 8), {5: make(8, 4, 6), -1: make(8, 4, 6)}, "weights")
 
 
 # --- errors ---------------------------------------------------------------------------------------------------------

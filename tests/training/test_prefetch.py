@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from sample_features import same
 from stores import build, views
 from streams import picture
 from torch import Tensor
@@ -33,19 +34,13 @@ def batches(count: int = 20) -> list[Tensor]:
     return [torch.stack([picture(2 * number + row, (48, 80)) for row in range(2)]) for number in range(count)]
 
 
-def same(left: Features, right: Features) -> bool:
-    pairs = list(zip(left.named(), right.named(), strict=True))
-    return all(a == b and torch.equal(x, y) for (a, x), (b, y) in pairs)
-
-
 def expected(images: Images, spec: FeatureSpec = SPEC) -> Features:
     return FakeTeacher().extract(images, spec)
 
 
 @pytest.fixture
-def remote() -> Iterator[RemoteTeacher]:
-    with TeacherPool.start(FakeTeacher.factory(), name="ahead", replicas=2, local_mode=True) as pool:
-        yield pool.teacher()
+def remote(local_pool: TeacherPool) -> RemoteTeacher:
+    return local_pool.teacher()
 
 
 def idle(remote: RemoteTeacher) -> bool:

@@ -143,7 +143,7 @@ class InterruptingDisplay(Display):
     def training(self, steps: int) -> Iterator[StepReport]:
         def interrupt(*_: object) -> None:
             assert len(demo_actors()) == 2  # the pool's controller and its replica
-            send(signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
 
         yield interrupt
 
@@ -156,7 +156,3 @@ def test_an_interrupt_leaves_no_actor_in_a_ray_that_it_joined(ray_cluster: str, 
     assert not demo_actors()
     assert ray.is_initialized(), "this process's own connection stays"
     assert not list((tmp_path / "out").iterdir())
-
-
-def send(number: int) -> None:
-    os.kill(os.getpid(), number)

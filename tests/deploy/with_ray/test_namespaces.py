@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 import pytest
 from network import Host, Network, why_not
 from paths import DEPLOY, SUPPORT
+from waiting import until
 
 RAY = DEPLOY / "ray"
 TRAINER = SUPPORT / "namespace_trainer.py"
@@ -82,7 +82,8 @@ class Cluster:
             node = self.nodes[self.hosts[number]]
             until(
                 lambda log=log: "Ray runtime started" in log.read_text(),
-                lambda node=node, log=log: f"exit status {node.poll()}; {log.read_text()[-2000:]}",
+                lambda node=node, log=log: f"it joined: exit status {node.poll()}; {log.read_text()[-2000:]}",
+                PATIENCE,
             )
 
     def run(self, *command: object, number: int = 0, timeout: float = PATIENCE) -> str:
@@ -91,13 +92,6 @@ class Cluster:
         status, text = host.run(["dinov3-ray", *command], env=self.env(host=host), timeout=timeout)
         assert status == 0, text
         return text
-
-
-def until(what: Callable[[], object], else_: Callable[[], str], timeout: float = PATIENCE) -> None:
-    deadline = time.monotonic() + timeout
-    while not what():
-        assert time.monotonic() < deadline, else_()
-        time.sleep(0.1)
 
 
 @contextmanager
@@ -182,7 +176,7 @@ def test_three_nodes_one_lost_one_joined(tiny_checkpoint: Path, tmp_path: Path) 
 
         assert "has ended" in cluster.run("down")
         gone = [replica["pid"] for replica in after["replicas"]]
-        until(lambda: not {*gone} & {*stays.pids(), *new.pids()}, lambda: "replicas outlive their pool")
+        until(lambda: not {*gone} & {*stays.pids(), *new.pids()}, "no replica outlives its pool", PATIENCE)
 
         assert stranger.wait(PATIENCE) == 1
         refusal = (tmp_path / "stranger").read_text()
@@ -192,7 +186,7 @@ def test_three_nodes_one_lost_one_joined(tiny_checkpoint: Path, tmp_path: Path) 
             cluster.nodes[host].send_signal(signal.SIGTERM)
         for host in (stays, new, head):
             cluster.nodes[host].wait(60)
-            until(lambda host=host: not host.pids(), lambda host=host: f"left behind: {host.pids()}")
+            until(lambda host=host: not host.pids(), lambda host=host: f"nothing is left of {host.pids()}", PATIENCE)
 
 
 def test_tls(tiny_checkpoint: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import pytest
 import ray
 import torch
 from ray._private.internal_api import get_memory_info_reply, get_state_from_address
+from streams import numbered
 from torch.utils.data import DataLoader, Dataset
 from waiting import until
 
@@ -20,10 +21,6 @@ from dinov3_ray.testing import FakeTeacher
 
 SPEC = FeatureSpec(cls=True, feature_map=True)
 CLS = FeatureSpec(cls=True)
-
-
-def view(number: int, rows: int = 2) -> torch.Tensor:
-    return torch.full((rows, 3, 32, 48), number % 256, dtype=torch.uint8)
 
 
 class Stream:
@@ -41,7 +38,7 @@ class Stream:
     def _run(self) -> None:
         try:
             last = time.monotonic()
-            for number, features in self._remote.prefetch(self._views(), CLS, images=view):
+            for number, features in self._remote.prefetch(self._views(), CLS, images=numbered):
                 now = time.monotonic()
                 self.longest_gap, last = max(self.longest_gap, now - last), now
                 self.numbers.append(number)
@@ -102,7 +99,7 @@ def test_client_with_a_hundred_batches_does_not_starve_one_with_one(ray_cluster:
         small, large = pool.teacher(), pool.teacher()
         alone = [ask(small, large)[0] for _ in range(9)]
         # More than a hundred, so that a hundred are left at the end even where this process is slow.
-        handles = [large.submit(view(number), SPEC) for number in range(400)]
+        handles = [large.submit(numbered(number), SPEC) for number in range(400)]
         handles[0].result(60)
         crowded = [ask(small, large) for _ in range(9)]
         waiting = sum(not handle.done() for handle in handles)
@@ -118,7 +115,7 @@ def test_client_with_a_hundred_batches_does_not_starve_one_with_one(ray_cluster:
 def ask(small: RemoteTeacher, large: RemoteTeacher) -> tuple[float, int]:
     """Seconds that one request takes, and how many of the other client's are answered meanwhile."""
     begun, answered = time.perf_counter(), large.statistics().answered
-    small.extract(view(0), SPEC)
+    small.extract(numbered(0), SPEC)
     return time.perf_counter() - begun, large.statistics().answered - answered
 
 
@@ -171,15 +168,15 @@ class Views(Dataset[torch.Tensor]):
         return 4
 
     def __getitem__(self, index: int) -> torch.Tensor:
-        return self._remote.extract_features(view(index, rows=1))[0]
+        return self._remote.extract_features(numbered(index, rows=1))[0]
 
 
 @pytest.mark.slow
 def test_spawned_workers_connect_for_themselves(ray_cluster: str) -> None:
     with TeacherPool.start(FakeTeacher.factory(), name="spawned", replicas=1) as pool:
         remote = pool.teacher()
-        remote.extract(view(0), SPEC)
+        remote.extract(numbered(0), SPEC)
         loader = DataLoader(Views(remote), batch_size=2, num_workers=1, multiprocessing_context="spawn")
         tokens = torch.cat(list(loader))
-    expected = torch.cat([FakeTeacher().extract_features(view(index, rows=1)) for index in range(4)])
+    expected = torch.cat([FakeTeacher().extract_features(numbered(index, rows=1)) for index in range(4)])
     assert torch.equal(tokens, expected)
