@@ -184,6 +184,27 @@ def test_files_stay_short(path: Path) -> None:
     assert lines <= LONGEST, f"{path.name} has {lines} lines: look for a second noun in it"
 
 
+def test_no_name_is_given_twice() -> None:
+    # Two things of one name make a reader ask which is meant. Commands are named as people type them.
+    named: dict[str, set[str]] = {}
+    for name, path in MODULES.items():
+        if path.name != "__init__.py":
+            named.setdefault(f"module {path.stem}", set()).add(name)
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+                if isinstance(node, ast.FunctionDef) and (node.name.startswith("_") or name.split(".")[0] == "cli"):
+                    continue
+                named.setdefault(node.name.lstrip("_"), set()).add(name)
+    assert not {name: sorted(places) for name, places in named.items() if len(places) > 1}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_each_module_begins_with_one_sentence(name: str) -> None:
+    docstring = ast.get_docstring(ast.parse(MODULES[name].read_text(encoding="utf-8"))) or ""
+    first = docstring.split("\n\n")[0]
+    assert first.endswith((".", "::")), f"{name}: its docstring begins with {first!r}"
+
+
 @pytest.mark.parametrize("name", MODULES)
 def test_dunder_all_names_what_is_there_and_public(name: str) -> None:
     tree = ast.parse(MODULES[name].read_text(encoding="utf-8"))

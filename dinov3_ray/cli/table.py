@@ -84,10 +84,10 @@ def summary(status: PoolStatus) -> str:
 
 def render(status: PoolStatus, rate: Mapping[str, ReplicaRate]) -> RenderableType:
     """The whole of it: a headline, a row for each replica, totals, and the last errors."""
-    return Group(_headline(status), _Replicas(status, rate), _recent_errors(status))
+    return Group(_headline(status), _ReplicaRows(status, rate), _recent_errors(status))
 
 
-class _Replicas:
+class _ReplicaRows:
     """The table, with as many columns as fit the terminal."""
 
     def __init__(self, status: PoolStatus, rate: Mapping[str, ReplicaRate]) -> None:

@@ -85,7 +85,7 @@ class RoutingStatistics:
 
 
 @dataclass(slots=True)
-class _Request:
+class _Booking:
     request_id: str
     rows: int
     nbytes: int
@@ -109,7 +109,7 @@ class RoutingTable:
 
     def __init__(self, limits: Limits, *, window: int = 2, seed: int | None = None) -> None:
         self._limits = limits
-        self._requests: dict[str, _Request] = {}
+        self._requests: dict[str, _Booking] = {}
         self._waiting: deque[str] = deque()
         self._urgent: deque[str] = deque()
         self._balancer = Balancer(window, seed)
@@ -156,7 +156,7 @@ class RoutingTable:
         With ``fingerprint``, only a replica whose teacher has it will do, as long as the pool has one.
         """
         assert request_id not in self._requests, request_id
-        self._requests[request_id] = _Request(request_id, rows, nbytes, fingerprint)
+        self._requests[request_id] = _Booking(request_id, rows, nbytes, fingerprint)
         self._waiting.append(request_id)
 
     def next_sends(self, now: float) -> list[Send]:
@@ -240,7 +240,7 @@ class RoutingTable:
             del self._requests[request_id]
         return verdict
 
-    def _judge(self, request: _Request, failure: Failure, computing: bool) -> Verdict:
+    def _judge(self, request: _Booking, failure: Failure, computing: bool) -> Verdict:
         if failure is Failure.ERROR:
             request.errors += 1
             return Verdict.RAISE if request.errors >= self._limits.max_errors else Verdict.RESEND
@@ -254,7 +254,7 @@ class RoutingTable:
                 return Verdict.EXHAUSTED
         return Verdict.RESEND
 
-    def _is_poison(self, request: _Request) -> bool:
+    def _is_poison(self, request: _Booking) -> bool:
         """Whether replicas die *of* a request, and not just *with* it.
 
         Where nothing else dies, a few deaths in the middle of computing it are proof. Where replicas die anyway (a
@@ -348,7 +348,7 @@ class RoutingTable:
         within_count = self._in_flight < self._limits.max_requests
         return within_count and self._in_flight_bytes + nbytes <= self._limits.max_bytes
 
-    def _send(self, request: _Request, replica_id: str, now: float) -> Send:
+    def _send(self, request: _Booking, replica_id: str, now: float) -> Send:
         # Numbered through all requests: one may be submitted again under its name, and its old sends must not count.
         self._sends += 1
         request.attempt = self._sends
@@ -362,7 +362,7 @@ class RoutingTable:
         urgent = request.losses + request.errors > 0
         return Send(request.request_id, request.attempt, replica_id, request.losses > 0, urgent)
 
-    def _land(self, request: _Request) -> None:
+    def _land(self, request: _Booking) -> None:
         """Take a request out of flight: the one place where what is in flight shrinks."""
         replica_id, request.replica_id = request.replica_id, None
         assert replica_id is not None, "a request was taken out of flight twice"
@@ -372,7 +372,7 @@ class RoutingTable:
         assert self._in_flight >= 0
         assert self._in_flight_bytes >= 0
 
-    def _forget(self, request: _Request) -> None:
+    def _forget(self, request: _Booking) -> None:
         """Take a request out of the table, wherever it is."""
         del self._requests[request.request_id]
         if request.replica_id is not None:
