@@ -1,12 +1,7 @@
 """What to ask a teacher for (:class:`FeatureSpec`) and what comes back (:class:`Features`).
 
-Shapes: B images, D channels, h × w patches, R register tokens.
-
-
-How results are narrowed on their way to the caller, and widened again.
-
-``encode`` and ``decode`` are used by the local teacher and on both ends of the wire alike, so that a local and a remote
-teacher give the same bits.
+The local teacher and both ends of the wire use the same ``encode`` and ``decode``, so that a local and a remote teacher
+give the same bits. Shapes: B images, D channels, h × w patches, R register tokens.
 """
 
 from __future__ import annotations
@@ -43,7 +38,7 @@ _FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """A result as it crosses the wire: ``values``, and for int8 one float32 ``scale`` a token."""
+    """A result as it crosses the wire: ``values``, and for int8 one float32 ``scale`` per token."""
 
     values: Tensor
     scale: Tensor | None
@@ -53,7 +48,7 @@ class Encoded:
 def encode(tensor: Tensor, dtype: ResultDtype, *, channel_dim: int) -> Encoded:
     """Narrow ``tensor`` (compute dtype) to what crosses the wire.
 
-    The wire carries the narrower of ``dtype`` and the compute dtype. int8 is symmetric with one scale a token: the
+    The wire carries the narrower of ``dtype`` and the compute dtype. int8 is symmetric with one scale per token: the
     largest magnitude along ``channel_dim`` maps to 127, so the error of a channel is at most 1/254 of that magnitude
     (before rounding to the compute dtype).
     """
@@ -80,7 +75,7 @@ def decode(encoded: Encoded) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class FeatureSpec:
-    """Which outputs one forward pass shall give, and how they are delivered.
+    """Which outputs one forward pass gives, and how they are delivered.
 
     Args:
         cls: the CLS token after the model's final LayerNorm, [B, D].
@@ -91,8 +86,8 @@ class FeatureSpec:
         norm: apply the model's final LayerNorm to intermediate layers too.
         map_size: (h, w), or one int for both, to which all maps are resampled on the teacher: area pooling down,
             bilinear up.
-        dtype: of the results. ``native`` is the compute dtype; ``int8`` crosses the network with one scale a token and
-            comes out in the compute dtype.
+        dtype: of the results. ``native`` is the compute dtype; ``int8`` crosses the network with one scale per token,
+            and comes out in the compute dtype.
 
     Raises:
         SpecError: names the field, the rule and the value.

@@ -1,9 +1,6 @@
-"""Ctrl-C at any moment, with nothing left half started or half ended.
+"""Ctrl-C at any moment: nothing is left half started or half ended, and no wait goes on.
 
-It imports nothing heavy: it is in force before torch and Ray are loaded.
-
-
-Waiting in a way that Ctrl-C ends.
+It imports nothing heavy, so that it is in force before torch and Ray are loaded.
 """
 
 from __future__ import annotations

@@ -103,7 +103,7 @@ def save_grid(
         InputError: no pictures, rows of different lengths, titles for another number of columns, or a path that cannot
             be written.
     """
-    # Lazy, since it takes most of a second; a Figure of its own needs no display, and no state of pyplot's.
+    # Lazy, since it takes most of a second; a bare Figure needs no display, and none of pyplot's state.
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 

@@ -77,5 +77,5 @@ def computed_in(teacher: object) -> str | None:
 
     Not part of a fingerprint, which is the same in whatever dtype the weights are used: who keeps results needs both.
     """
-    told = getattr(teacher, "computed_in", None) or getattr(teacher, "dtype", None)
-    return None if told is None else str(told).removeprefix("torch.")
+    said = getattr(teacher, "computed_in", None) or getattr(teacher, "dtype", None)
+    return None if said is None else str(said).removeprefix("torch.")

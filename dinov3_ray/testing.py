@@ -37,7 +37,7 @@ class FakeTeacher(TeacherMixin[Images]):
         depth: blocks that ``FeatureSpec.layers`` may name.
         image_size: (H, W) that images are resized to; None keeps each batch's own size (then a batch must have one).
         dtype: the compute dtype.
-        delay: seconds that each forward pass takes beside its own arithmetic.
+        delay: seconds that each forward pass takes in addition to its arithmetic.
         delay_per_image: the same, a image.
         fail_on: numbers of the calls, from 0, that raise ``error`` in place of an answer.
         error: what those calls raise.
@@ -99,7 +99,7 @@ class FakeTeacher(TeacherMixin[Images]):
         if spec.registers and not self.num_register_tokens:
             raise SpecError("FeatureSpec.registers: this teacher has no register tokens")
         if self.image_size is None and len({image.shape for image in batch}) > 1:
-            raise InputError("images must have one size where the teacher has none of its own: set image_size=(H, W)")
+            raise InputError("images must have one size where the teacher has none: set image_size=(H, W)")
         with self._lock:
             call, self.calls = self.calls, self.calls + 1
         time.sleep(self._delay + self._delay_per_image * len(batch))

@@ -12,9 +12,6 @@ Why SQLite in WAL mode, from the standard library, and not LMDB:
   0.15 and 3 MB, pages of 4 to 64 KiB).
 
 WAL needs memory shared between the processes: a local disk, not a network file system.
-
-
-One entry of the cache as bytes, and the figures that a cache gives of itself.
 """
 
 from __future__ import annotations
@@ -65,7 +62,7 @@ class FeatureCache:
     """Features of single images (B = 1) by key, in the folder ``path``.
 
     Writes are queued and made by a thread; what the queue does not take is dropped and counted, never waited for.
-    May be used from several threads, and from forked or unpickled copies, each with a thread of its own.
+    May be used from several threads, and from forked or unpickled copies, each with its own thread.
 
     Args:
         path: a folder on a local disk; made if missing.
@@ -217,7 +214,7 @@ class FeatureCache:
             self._local = threading.local()
 
     def after_fork(self, *, in_child: bool) -> None:
-        """Go on; in the child with nothing queued, and a thread of its own."""
+        """Go on; in the child with nothing queued, and with its own thread."""
         if in_child:
             self._start()
             return
@@ -240,7 +237,7 @@ class FeatureCache:
         return connection
 
     def _create(self) -> None:
-        remedy = "give the cache a folder of its own, or delete this one"
+        remedy = "give the cache its own folder, or delete this one"
         try:
             connection = self._connection()
             application = connection.execute("PRAGMA application_id").fetchone()[0]

@@ -10,10 +10,8 @@ What each kind becomes:
 - CMYK and YCCK are converted without a colour profile, as Pillow, torchvision and transformers do; embedded profiles
   are ignored for the same reason.
 
-This module imports neither torch nor Ray, so that decoding processes start fast.
-
-
-The identity of a view: a digest of its pixels, so that targets belong to what the student sees, not to a file.
+A view is identified by a digest of its pixels, so that targets belong to what the student sees, not to a file. This
+module imports neither torch nor Ray, so that decoding processes start fast.
 """
 
 from __future__ import annotations

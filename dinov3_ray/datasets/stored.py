@@ -1,7 +1,4 @@
-"""Stored features in a training loop: as a teacher that answers from the store, and as a torch Dataset.
-
-The images of a store, read again from where they came, as the teacher saw them.
-"""
+"""Stored features in a training loop: a teacher that answers from the store, and a torch Dataset with its images."""
 
 from __future__ import annotations
 

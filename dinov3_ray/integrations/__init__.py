@@ -1,1 +1,1 @@
-"""Trainers that people have, with a teacher beside them."""
+"""Trainers and loaders that people have, with targets from a teacher."""

@@ -38,7 +38,7 @@ class TeacherTargets(Callback):  # type: ignore[misc] # Lightning is treated as 
     At each epoch's end it logs ``teacher/wait_share``, ``teacher/depth`` and ``teacher/resends``.
 
     Args:
-        teacher: the name of a pool, for a client of its own in each rank; or a teacher; or a dict of either by name.
+        teacher: the name of a pool, to which each rank then connects; or a teacher; or a dict of either by name.
         spec, images, depth, on_reload: as in :func:`~dinov3_ray.training.prefetch.prefetch`. ``images`` sees a batch as
             the loader gives it, on the CPU.
         address: of the Ray that pools given by name run in; None takes the one of this process, or RAY_ADDRESS.
@@ -64,7 +64,7 @@ class TeacherTargets(Callback):  # type: ignore[misc] # Lightning is treated as 
 
     @property
     def loaders(self) -> list[TargetLoader]:
-        """The training loaders with targets of the current or last ``fit``; their ``stream.statistics()`` tell more."""
+        """The training loaders with targets of the current or last ``fit``; their ``stream.statistics()`` say more."""
         return list(self._loaders)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: ARG002 - their signature

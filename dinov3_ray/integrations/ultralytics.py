@@ -9,10 +9,10 @@ Needs the extra ``ultralytics`` (``pip install 'dinov3-ray[ultralytics]'``; it i
 The teacher sees each batch as the loader gives it to the student: letterboxed, augmented, uint8 in RGB, before
 Ultralytics divides by 255, so that there is no normalisation to undo. A layer of the student, by default the neck's
 output at stride 16, the stride of a DINOv3 patch, is compared with the teacher's map, locations inside boxes (oriented
-ones as they are) with another weight than the rest. The loss appears as ``distill`` beside the others.
+ones as they are) with another weight than the rest. The loss appears as ``distill`` among the others.
 
 Checkpoints stay plain Ultralytics models, without any trace of this package: the projector, which is needed for
-training alone, is saved beside them as ``distill.pt`` and found again on ``resume=True`` (with ``teacher=...`` once
+training alone, is saved next to them as ``distill.pt`` and found again on ``resume=True`` (with ``teacher=...`` once
 more).
 """
 
@@ -48,7 +48,7 @@ _PROJECTOR_FILE = "distill.pt"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Distillation:
-    """What the trainers take beside Ultralytics' own arguments, under these names.
+    """What the trainers take besides Ultralytics' own arguments, under these names.
 
     Args:
         teacher: the name of a pool; or a teacher, which must then survive pickling for a training on several GPUs.
@@ -56,7 +56,7 @@ class Distillation:
         teacher_map_size: (h, w) to which the teacher resamples its maps, so that fewer bytes travel.
         distill_layer: the student's layer, such as ``model.16``; None takes the detection head's input of stride 16.
         distill_kind: ``cosine``, ``mse``, ``smooth_l1`` or ``gram``.
-        distill_weight: of the loss, beside the detector's.
+        distill_weight: the weight of this loss in the sum with the detector's.
         object_weight: of locations inside boxes.
         background_weight: of the others.
     """
@@ -150,7 +150,7 @@ class _DistillationTrainer:
         model.criterion = _Criterion(criterion, self._tap, self._loss, self.distillation.distill_weight)
 
     def save_model(self) -> Any:
-        """Ultralytics' checkpoints, and the projector beside them."""
+        """Ultralytics' checkpoints, and the projector next to them."""
         saved = super().save_model()  # type: ignore[misc]
         assert self._loss is not None
         torch.save(self._loss.state_dict(), self._self.wdir / _PROJECTOR_FILE)

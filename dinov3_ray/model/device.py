@@ -1,7 +1,4 @@
-"""What to compute with: device, dtype and attention kernel.
-
-How long a stretch of a device's work took, told without making anybody wait for it.
-"""
+"""The device that a teacher computes on: its dtype, its attention kernels, and a stopwatch that does not stop it."""
 
 from __future__ import annotations
 
@@ -32,7 +29,7 @@ def as_device(device: torch.device | str) -> torch.device:
     """``device`` as a torch.device that is there.
 
     Raises:
-        ConfigError: it is no device, or this process does not have it.
+        ConfigError: it is not a device, or this process does not have it.
     """
     try:
         found = torch.device(device)

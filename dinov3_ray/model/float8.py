@@ -19,7 +19,7 @@ __all__ = ["Float8Linear", "multiply_in_float8"]
 _FLOAT8 = torch.float8_e4m3fn
 _LARGEST = torch.finfo(_FLOAT8).max
 _LEAST_CAPABILITY = (9, 0)  # Hopper: what torch's row-wise scaled product asks for
-_MULTIPLE = 16  # of both sides of a weight, likewise
+_MULTIPLE = 16  # of both sides of a weight: the kernel's rule
 
 
 class Float8Linear(nn.Module):

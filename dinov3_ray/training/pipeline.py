@@ -1,11 +1,6 @@
-"""Batches on their way through the teachers, in order.
-
-Where targets come from: anything that takes batches ahead of time, and teachers that compute when they are asked.
+"""The pipeline of a prefetch: batches pass through the teachers in order, and targets go to the trainer's device.
 
 Nothing here knows of Ray: a pool's client is one more :class:`Submitter`.
-
-
-Targets on their way to the trainer's device.
 """
 
 from __future__ import annotations
@@ -45,8 +40,8 @@ class Submitted(Protocol):
 class Submitter(Protocol):
     """What can be sent batches ahead of time.
 
-    It may also have ``statistics()`` with ``resends`` in it, and ``count_step(waited, seconds)``, which is told of each
-    step of a loop over its targets; both are looked up by name.
+    It may also have ``statistics()`` with ``resends`` in it, and ``count_step(waited, seconds)``, which is called for
+    each step of a loop over its targets; both are looked up by name.
     """
 
     @property
@@ -77,7 +72,7 @@ class LocalSource:
         return LocalBatch(self, images, spec)
 
     def shares(self, device: torch.device | None) -> bool:
-        """Whether the teacher computes on the accelerator where its targets shall be (None: where they come to be)."""
+        """Whether the teacher computes on the accelerator where its targets must be (None: where they are made)."""
         own = getattr(self.teacher, "device", None)
         if own is None or torch.device(own).type == "cpu":
             return False
@@ -141,7 +136,7 @@ class Delivered:
 class Delivery:
     """Copies features to a device ahead of their use.
 
-    To CUDA, they go through pinned memory on a stream of their own, so that the copy runs beside the student's kernels;
+    To CUDA, they go through pinned memory on a separate stream, so that the copy overlaps the student's kernels;
     the consumer's stream waits for the copy, the consumer itself does not. Pinned blocks come from torch's caching
     allocator, which gives none back to others before the copy from it is over.
 
@@ -221,7 +216,7 @@ class Pipeline(Generic[Batch]):
     Args:
         sources: by name.
         specs: what to ask each for.
-        device: where targets shall be.
+        device: where targets must be.
     """
 
     def __init__(
@@ -297,7 +292,7 @@ class Pipeline(Generic[Batch]):
 
 
 def runs_inline(sources: Mapping[str, Submitter], device: torch.device | None) -> bool:
-    """Whether all sources compute on the accelerator where their targets shall be."""
+    """Whether all sources compute on the accelerator where their targets must be."""
     return all(isinstance(source, LocalSource) and source.shares(device) for source in sources.values())
 
 

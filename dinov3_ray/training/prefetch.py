@@ -1,10 +1,7 @@
 """Targets ahead of the training loop: while the student computes one batch, the teacher computes the next ones.
 
-It knows teachers by :class:`~dinov3_ray.training.pipeline.Submitter` and :class:`~dinov3_ray.teacher.Extractor` only,
+It knows teachers only as :class:`~dinov3_ray.training.pipeline.Submitter` and :class:`~dinov3_ray.teacher.Extractor`,
 and nothing of Ray.
-
-
-Finding the images in whatever a loader gives.
 """
 
 from __future__ import annotations
@@ -81,21 +78,20 @@ Targets = TypeVar("Targets")
 
 _WARN_SHARE = 0.05
 _WARN_AFTER = 20  # steps
-_DRAWS_WHEN_READY = 2  # batches to draw from the loader a step while the teacher is ahead: the pipeline fills gently
+_DRAWS_WHEN_READY = 2  # batches to draw from the loader per step while the teacher is ahead: the pipeline fills gently
 _THE_ONE = ""  # the name of a teacher that is not one of several
 
 
 @dataclass(frozen=True, slots=True)
 class PrefetchStatistics:
-    """How the loop fared, over all passes so far.
+    """The loop's figures, over all passes so far.
 
     Attributes:
         steps: batches delivered.
-        seconds: in the loop, from each pass's first delivery on: the student's time and the waits, without the time of
-            the loader and of ``images``.
-        wait_seconds: of these, waiting for the teacher. The first batch of a pass, which nothing could be ahead of, is
-            left out:
-        fill_seconds: waiting for those.
+        seconds: the student's time and its waits, from the first delivery of each pass on, without the time of the
+            loader and of ``images``.
+        wait_seconds: the part of ``seconds`` that the loop waited for the teacher.
+        fill_seconds: the waits for the first batch of each pass, which nothing can be ahead of; not in ``seconds``.
         depth: batches kept ahead of the loop now.
         resends: requests that the teachers' pools had to send again since the first pass began; 0 without a pool.
     """
@@ -342,17 +338,17 @@ def prefetch(teacher: Any, loader: Any, spec: Any, **options: Any) -> Prefetch[A
     loop's own at once; nothing is left in flight then.
 
     Args:
-        teacher: a pool's ``RemoteTeacher``; any teacher of this process, which then computes in a thread beside the
-            loop (or, on the very accelerator that the targets are for, in the caller's own thread: a GPU shared with
-            the student has nothing to gain from a second one); or a dict of several by name, all of which get each
+        teacher: a pool's ``RemoteTeacher``; any teacher of this process, which then computes in a second thread
+            (or in the caller's thread, if it is on the accelerator that the targets are for: a GPU shared with the
+            student gains nothing from a second thread); or a dict of several by name, all of which get each
             batch: ``targets`` is then a dict too.
         loader: any iterable of batches, such as a DataLoader with workers. It is drawn from in the caller's thread.
         spec: what to compute; with several teachers, one for all or one for each by name.
-        images: takes a batch's images out of it: the very view that the student sees. uint8 crosses the network in a
+        images: takes the images out of a batch: the exact view that the student sees. uint8 crosses the network in a
             quarter of float32's bytes, and images on the CPU need not be fetched from the GPU. It must not change them
             later. By default found by the rule of :func:`~dinov3_ray.training.prefetch.find_images`.
         depth: batches kept ahead of the loop; ``auto`` finds it (:class:`~dinov3_ray.training.depth.Depth`).
-        device: where targets shall be; None leaves them where the teacher puts them (a pool's: the CPU).
+        device: where targets must be; None leaves them where the teacher puts them (a pool's: the CPU).
         on_reload: what to do when a teacher's fingerprint changes within the life of this object (a pool was
             reloaded): ``warn``, or ``raise`` PoolError before the first batch of the new teacher is delivered.
 
@@ -376,7 +372,7 @@ def _by_teacher(spec: FeatureSpec | Mapping[str, FeatureSpec], names: list[str])
 
 
 class _End:
-    """What an exhausted loader gives, told apart from any batch."""
+    """What an exhausted loader gives; no batch equals it."""
 
 
 _END = _End()

@@ -19,7 +19,7 @@ with 100 replicas and 64 clients.
 - All of up to eight replicas, whatever a client has in flight: clients that know little agree on the same one. 16 of
   them at 4 replicas whose speeds differ by 10, 80% load: 49 ms, with two candidates 30, now 32.
 - Two random candidates, a report that fades to nothing within two seconds: 72 ms in the smaller pool, and no better
-  than a random replica in the larger one, because those that a client has not heard of look idle beside those it has.
+  than a random replica in the larger one, because those that a client has not heard of look idle.
   With 16 replicas and 16 clients at 90% load it has 29 ms, now 28.
 - The same with reports that fade to the mean of all reports: 114 and 45 ms.
 - With a memory of 8: 91 and 22 ms; of 4: 74 and 24; of 2: 53 and 26. Few are best for a client that seldom sends, and
@@ -41,10 +41,10 @@ Listing = tuple[str, bool, str | None]
 """A replica as the pool's view lists it: its name, whether it is on this node, and its teacher's fingerprint."""
 
 _SMOOTHING = 0.2  # weight of the newest answer in a replica's measured speed
-_REPORT_LIFE = 2.0  # seconds after which a reported load says no more than the mean of all
-_SPEED_LIFE = 60.0  # likewise a measured speed: one slow start must not keep work away for ever
+_REPORT_LIFE = 2.0  # seconds after which a reported load says as little as the mean of all
+_SPEED_LIFE = 60.0  # the same for a measured speed: one slow start must not keep work away for ever
 _REMEMBERED = range(2, 9)  # winners: as many as the client has requests in flight, within these bounds
-_MOST_OTHERS = 7  # looked at beside a winner: a client with much in flight would look at the whole pool
+_MOST_OTHERS = 7  # looked at besides a winner: a client with much in flight would look at the whole pool
 _NEAR = 0.95  # a replica on this node wins against one that would be done this much sooner: its bytes travel less
 
 
@@ -107,7 +107,7 @@ class Balancer:
                 self._close(self._open.index(replica_id))
 
     def pause(self, replica_id: str, until: float) -> None:
-        """Choose a replica no more before ``until``."""
+        """Do not choose a replica before ``until``."""
         if replica_id not in self._known:
             return
         self._paused[replica_id] = until
@@ -236,7 +236,7 @@ class Balancer:
         """Positions in the open list of what suits a request that not just any replica may compute."""
         known = self._known
         suitable = {name for name, (_, _, has) in known.items() if has == fingerprint} if fingerprint else set()
-        # Where the wanted teacher is no more, any other is better than to wait for ever: the answer says whose it is.
+        # Where the wanted teacher is gone, any other is better than to wait for ever: the answer says whose it is.
         suitable = suitable or set(known)
         # One on which it failed is the last resort: it is taken only if there is no other at all.
         suitable = suitable - tried or suitable

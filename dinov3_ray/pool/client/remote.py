@@ -46,20 +46,19 @@ class _Settings:
 class RemoteTeacher(TeacherMixin[Images]):
     """A pool's teacher, with the local teacher's names, shapes and dtypes.
 
-    It connects when it is first used, from any process that can reach the pool's Ray; it can be pickled into spawned
-    workers, which connect for themselves. Results are ordinary CPU tensors, or on the device of the images where those
-    are on one.
+    It connects when it is first used, from any process that can reach the pool's Ray. It can be pickled into spawned
+    workers, which connect by themselves. Results are ordinary tensors, on the CPU or on the device of the images.
 
     Args:
-        name: the pool's.
-        address: ``host:port`` of the Ray that the pool runs in; None takes the one that this process is connected to,
-        or
-            RAY_ADDRESS.
+        name: the pool's name.
+        address: ``host:port`` of the Ray that the pool runs in. None takes the one that this process is connected to,
+            or the one at RAY_ADDRESS.
         namespace: the Ray namespace that the pool was started in.
-        timeout: seconds to wait for a pool that has no replica ready, or whose controller does not answer.
-        max_in_flight: requests (a batch, or its parts of at most the pool's ``max_batch`` images) that may be in
-        flight. max_bytes: bytes of images and results that may be in flight; 0 takes 30% of a node's object store.
-        attempt_timeout: seconds after which an unanswered request is sent to another replica too.
+        timeout: seconds to wait for a pool without a ready replica, or for a controller that does not answer.
+        max_in_flight: requests that may be in flight. A batch is one request, or several of at most the pool's
+            ``max_batch`` images each.
+        max_bytes: bytes of images and results that may be in flight; 0 takes 30% of a node's object store.
+        attempt_timeout: seconds after which an unanswered request is also sent to another replica.
 
     Raises:
         PoolNotFoundError: on first use, if no such pool is running.
@@ -149,10 +148,10 @@ class RemoteTeacher(TeacherMixin[Images]):
         Args:
             loader: any iterable of batches, such as a DataLoader with workers.
             spec: what to compute.
-            images: takes a batch's images out of it: the very view that the student sees. None finds them where a batch
+            images: takes the images out of a batch: the exact view that the student sees. None finds them where a batch
                 is a tensor, ``(images, ...)`` or a dict with ``img``, ``images`` or ``pixel_values``.
             depth: batches in flight ahead of the loop; ``auto`` finds it.
-            device: where the targets shall be; None leaves them on the CPU.
+            device: where the targets must be; None leaves them on the CPU.
             on_reload: ``warn`` or ``raise`` when the pool's teacher changes in mid-stream.
 
         More in :func:`dinov3_ray.training.prefetch.prefetch`, which also takes several teachers at once.
@@ -167,7 +166,7 @@ class RemoteTeacher(TeacherMixin[Images]):
 
     @property
     def info(self) -> TeacherInfo:
-        """What the pool's newest replica tells of its teacher."""
+        """What the pool's newest replica reports of its teacher."""
         return self._view(self._connected()).info or TeacherInfo()
 
     @property
@@ -287,7 +286,7 @@ def _rebuild(settings: _Settings, address: str | None) -> RemoteTeacher:
 
 
 def check_spec(spec: FeatureSpec, info: TeacherInfo) -> None:
-    """Raise SpecError for what the pool's teacher cannot give, as far as it told of itself."""
+    """Raise SpecError for what the pool's teacher cannot give, as far as it has reported that."""
     if not isinstance(spec, FeatureSpec):
         raise SpecError(f"spec must be a FeatureSpec; got {spec!r}")
     spec.require_outputs()

@@ -1,10 +1,7 @@
 """The router: one thread that carries out what the routing table decides.
 
 Callers hand it batches; answers and views come in from the transport's threads. All of them go through one queue to one
-thread, so that the table needs no lock and every request's story has one order.
-
-
-What a client says of a batch that cannot be answered, and a controller of a replica that was lost.
+thread, so that the table needs no lock, and the events of a request have one order.
 """
 
 from __future__ import annotations

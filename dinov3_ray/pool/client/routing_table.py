@@ -95,7 +95,7 @@ class _Booking:
     replica_id: str | None = None
     errors: int = 0
     died: int = 0  # its replica died
-    deaths: int = 0  # likewise, in the middle of computing it alone
+    deaths: int = 0  # its replica died while computing it alone
     losses: int = 0  # its replica died or did not answer
     tried: set[str] = field(default_factory=set)
 
@@ -103,7 +103,7 @@ class _Booking:
 class RoutingTable:
     """One client's requests and replicas.
 
-    The caller drives it: tell it of replicas, submissions, answers and failures, then carry out what :meth:`next_sends`
+    The caller drives it: report replicas, submissions, answers and failures, then carry out what :meth:`next_sends`
     returns. Times are seconds of one monotonic clock that the caller passes in.
     """
 
@@ -215,7 +215,7 @@ class RoutingTable:
         """Record that a send came to nothing.
 
         Args:
-            pause: seconds for which the replica gets no more work (it is full, or does not answer).
+            pause: seconds for which the replica gets no work (it is full, or does not answer).
             computing: the replica died in the middle of this very request, which ran there alone.
         """
         request = self._requests.get(request_id)
@@ -224,7 +224,7 @@ class RoutingTable:
         replica_id = request.replica_id
         self._land(request)
         if failure in (Failure.DIED, Failure.GONE) and replica_id in self._balancer:
-            # Others in flight there will each fail by themselves; no more are sent.
+            # Others in flight there will each fail by themselves; nothing else is sent there.
             self._balancer.remove(replica_id)
             self._dead.add(replica_id)
             self._deaths += failure is Failure.DIED
@@ -310,11 +310,6 @@ class RoutingTable:
     def knows(self, replica_id: str) -> bool:
         """Whether a replica is among those that may get work, now or later."""
         return replica_id in self._balancer
-
-    def replica_of(self, request_id: str) -> str | None:
-        """Where a request is in flight."""
-        request = self._requests.get(request_id)
-        return request.replica_id if request else None
 
     def history(self, request_id: str) -> set[str]:
         """The replicas on which a request came to nothing."""

@@ -1,14 +1,9 @@
-"""Requests to replicas that are Ray actors.
-
-Inputs beyond a small size are put into the object store once, and sent by reference however often they are
-re-sent. Answers come back as arrays that alias the object store.
-
-
-A request and an answer as arguments and results of a Ray call.
+"""Requests to replicas that are Ray actors: how they are framed, sent and answered.
 
 Ray pickles every Python object with cloudpickle, which takes longer than a small forward pass, but passes bytes through
-as they are: so headers cross as bytes that the C pickler made, and small arrays inside them. Large arrays stay by
-themselves, because only then do they cross without a copy.
+unchanged. So headers cross as bytes that the C pickler made, with small arrays inside them. Large arrays cross
+separately, because only then are they not copied: images are put into the object store once, and sent by reference
+however often they are sent again; results come back as arrays that alias the object store.
 """
 
 from __future__ import annotations
@@ -56,7 +51,7 @@ def is_small(arrays: Sequence[Array]) -> bool:
 
 
 def frame_request(header: RequestHeader, staged: Sequence[Any], *, small: bool) -> tuple[Any, ...]:
-    """The call's arguments; ``staged`` are arrays to put inside, or references to arrays that Ray shall fetch."""
+    """The call's arguments; ``staged`` are arrays to put inside, or references to arrays that Ray fetches."""
     if small:
         return (pickle.dumps((header, list(staged)), protocol=5),)
     return (pickle.dumps((header, None), protocol=5), *staged)
@@ -100,7 +95,7 @@ class RayTransport:
         self._kept_lock = threading.Lock()
 
     def follow(self, client_id: str, known_epoch: int, on_view: OnView) -> None:
-        # The call itself tells the controller that this client lives.
+        # The call itself shows the controller that this client is alive.
         ref = self._controller.watch.remote(client_id, known_epoch, _WATCH_SECONDS)
 
         def watched(future: Any) -> None:

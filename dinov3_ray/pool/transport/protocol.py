@@ -11,11 +11,11 @@ from dinov3_ray.pool.metrics import Sample
 __all__ = ["Gone", "OnAnswer", "OnView", "Transport", "Unreachable"]
 
 
-class Gone(Exception):  # noqa: N818 - not a user's error: it tells the router that the other side is no more
+class Gone(Exception):  # noqa: N818 - not a user's error: it reports to the router that the other side is gone
     """A replica or the controller is dead or cannot be reached; the message says how that showed."""
 
 
-class Unreachable(Exception):  # noqa: N818 - likewise
+class Unreachable(Exception):  # noqa: N818 - not a user's error either
     """The connection to a replica broke; it may be there still."""
 
 
@@ -24,7 +24,7 @@ OnAnswer = Callable[[tuple[Answer, list[Array]] | Exception], None]
 error on the way."""
 
 OnView = Callable[[PoolView | Gone | Unreachable], None]
-"""Called once, from any thread: with a view, :class:`Gone` if the pool is no more, or :class:`Unreachable`."""
+"""Called once, from any thread: with a view, :class:`Gone` if the pool has ended, or :class:`Unreachable`."""
 
 
 class Transport(Protocol):
@@ -33,7 +33,7 @@ class Transport(Protocol):
 
     #: The node that this client runs on, as replicas name theirs.
     node_id: str
-    #: Bytes that this client may have in flight unless told otherwise.
+    #: Bytes that this client may have in flight by default.
     default_max_bytes: int
 
     def follow(self, client_id: str, known_epoch: int, on_view: OnView) -> None:

@@ -4,7 +4,7 @@ Ray moves NumPy arrays out of band (pickle 5) and hands them out as views of sha
 tensors on every fetch; so no torch tensor ever crosses. bfloat16 has no NumPy type and crosses viewed as int16.
 
 What arrives is read-only memory of the object store. A fetched result belongs to the one client that asked for it (each
-answer is an object of its own, fetched once), so its tensors may alias that memory and are safe to write to. Images
+answer is a separate object, fetched once), so its tensors may alias that memory and are safe to write to. Images
 that a replica receives alias the sender's object: teachers only read them.
 """
 
