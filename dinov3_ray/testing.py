@@ -32,7 +32,7 @@ class FakeTeacher(TeacherMixin[Images]):
 
     Args:
         hidden_size: D.
-        patch_size: pixels a patch; the grid is (H // patch_size, W // patch_size).
+        patch_size: pixels per patch; the grid is (H // patch_size, W // patch_size).
         num_register_tokens: R.
         depth: blocks that ``FeatureSpec.layers`` may name.
         image_size: (H, W) that images are resized to; None keeps each batch's own size (then a batch must have one).

@@ -80,14 +80,13 @@ class Balancer:
 
     # Replicas -------------------------------------------------------------------------------------------------------
 
-    def replace(self, replicas: dict[str, Listing]) -> set[str]:
-        """Replace the replicas by these; returns those that are gone."""
+    def replace(self, replicas: dict[str, Listing]) -> None:
+        """Replace the replicas by these."""
         gone = self._known.keys() - replicas.keys()
         self._known = replicas
         for replica_id in gone:
             self._forget(replica_id)
         self._refresh()
-        return gone
 
     @property
     def window(self) -> int:

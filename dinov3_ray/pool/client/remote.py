@@ -6,7 +6,7 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, Self, TypeVar
 
 import torch
@@ -229,10 +229,10 @@ class RemoteTeacher(TeacherMixin[Images]):
         self.close()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        address = self._settings.address
-        if self._router is not None and address is None:
-            address = self._router.address
-        return _rebuild, (self._settings, address)
+        settings = self._settings
+        if self._router is not None and settings.address is None:
+            settings = replace(settings, address=self._router.address)
+        return _rebuild, (settings,)
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else repr(self._router) if self._router else "not connected yet"
@@ -273,16 +273,8 @@ class RemoteTeacher(TeacherMixin[Images]):
         return router.view(self._settings.timeout)
 
 
-def _rebuild(settings: _Settings, address: str | None) -> RemoteTeacher:
-    return RemoteTeacher(
-        settings.name,
-        address=address,
-        namespace=settings.namespace,
-        timeout=settings.timeout,
-        max_in_flight=settings.max_in_flight,
-        max_bytes=settings.max_bytes,
-        attempt_timeout=settings.attempt_timeout,
-    )
+def _rebuild(settings: _Settings) -> RemoteTeacher:
+    return RemoteTeacher(**asdict(settings))
 
 
 def check_spec(spec: FeatureSpec, info: TeacherInfo) -> None:

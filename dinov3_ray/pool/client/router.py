@@ -391,7 +391,7 @@ def quietly(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def why_empty(pool: str, timeout: float, view: PoolView | None) -> str:
-    """Why nothing could be request for ``timeout`` seconds."""
+    """Why nothing could be sent for ``timeout`` seconds."""
     if view is None:
         return f"the controller of pool {pool!r} did not answer within timeout={timeout:g} s"
     errors = f"; last errors: {'; '.join(view.recent_errors[-3:])}" if view.recent_errors else ""

@@ -132,21 +132,18 @@ class RoutingTable:
     def window(self, window: int) -> None:
         self._balancer.window = window
 
-    def set_replicas(self, replicas: Iterable[Listing]) -> list[str]:
+    def set_replicas(self, replicas: Iterable[Listing]) -> None:
         """Replace the list of replicas by ``(replica_id, on this node, fingerprint)``.
 
-        Returns:
-            Requests in flight at replicas that are gone from the list. They stay in flight, since a replica being
-            drained still answers; the caller fails them if it does not want to wait.
+        Requests at replicas that left the list stay in flight, since a replica that is being drained still answers.
         """
         listed = {replica[0]: replica for replica in replicas}
         # The pool may hear of a death later than this client does; names are never used again.
         self._dead &= listed.keys()
         for replica_id in self._dead:
             del listed[replica_id]
-        gone = self._balancer.replace(listed)
+        self._balancer.replace(listed)
         self._heard = {replica_id: heard for replica_id, heard in self._heard.items() if replica_id in listed}
-        return [one.request_id for one in self._requests.values() if one.replica_id in gone] if gone else []
 
     # Requests -------------------------------------------------------------------------------------------------------
 
