@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -134,12 +135,11 @@ class Peer:
 
 def _load_processor(root: Path) -> Any:
     """The image processor; None without torchvision."""
+    if find_spec("torchvision") is None:
+        return None
     from transformers import AutoImageProcessor
 
-    try:
-        return AutoImageProcessor.from_pretrained(root)
-    except ImportError:
-        return None
+    return AutoImageProcessor.from_pretrained(root)
 
 
 def through_pipeline(extract: Extract, work: TeacherWork, batches: int) -> Callable[[], None]:

@@ -38,7 +38,7 @@ def test_unknown_command() -> None:
 def test_init_verify_info(tmp_path: Path) -> None:
     root = tmp_path / "model"
     made = run("checkpoint", "init", "ViT-test", root, "--seed", 3, "--image-size", "96x160", "--shard-size", "500KB")
-    assert (made.exit_code, made.output) == (0, f"{root}: vit-test, random weights of seed 3\n")
+    assert (made.exit_code, made.stdout) == (0, f"{root}: vit-test, random weights of seed 3\n")
     config = DinoV3Config(root)
     assert config.image_size == (96, 160)
     files = verify(config).files
@@ -67,7 +67,7 @@ def test_convert(tmp_path: Path) -> None:
     weights = random_vit(width=128, heads=2, blocks=2, inner=192, swiglu=True, registers=4, qkv_bias=False)
     torch.save(weights, source)
     made = run("checkpoint", "convert", source, tmp_path / "model")
-    assert (made.exit_code, made.output) == (0, f"{tmp_path / 'model'}: vit-test-gated, statistics of sat493m\n")
+    assert (made.exit_code, made.stdout) == (0, f"{tmp_path / 'model'}: vit-test-gated, statistics of sat493m\n")
     assert DinoV3Config(tmp_path / "model").preprocessing.mean == (0.430, 0.411, 0.296)
 
 
