@@ -101,12 +101,15 @@ def test_layers_equal_hidden_states_and_the_official_indices(
     assert features.cls is None
     with torch.no_grad():
         model = AutoModel.from_pretrained(teacher.config.root).eval()
-        hidden_states = model(pixels_B3HW, output_hidden_states=True).hidden_states
+        outputs = model(pixels_B3HW, output_hidden_states=True)
+        hidden_states = outputs.hidden_states
         # The official get_intermediate_layers(n=[0, 1, 2]) is this backbone with out_indices one higher.
         backbone = DINOv3ViTBackbone.from_pretrained(teacher.config.root, out_indices=[1, 2, 3], apply_layernorm=True)
         normed_maps = backbone.eval()(pixels_B3HW).feature_maps
     for index, map_BDhw in features.layers.items():
         block = index % 3
+        if not norm and block == 2 and hidden_states[-1] is outputs.last_hidden_state:
+            continue  # transformers 4 gives what the final norm makes of the last block
         expected = normed_maps[block] if norm else as_map(hidden_states[block + 1], 5, (14, 14))
         assert torch.equal(map_BDhw, expected)
 
