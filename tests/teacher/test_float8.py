@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from float8 import needs_float8_on_cpu
 from torch import nn
 
 from dinov3_ray import DinoV3Config, DinoV3Teacher, FeatureSpec
@@ -19,6 +20,7 @@ def a_linear(bias: bool = True) -> nn.Linear:
     return nn.Linear(64, 96, bias=bias, dtype=torch.bfloat16)
 
 
+@needs_float8_on_cpu
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_layer_is_as_exact_as_float8_allows(bias: bool) -> None:
     linear = a_linear(bias)
@@ -31,6 +33,7 @@ def test_a_layer_is_as_exact_as_float8_allows(bias: bool) -> None:
     assert (errors <= 0.05 * expected.float().norm(dim=-1) + 1e-6).all()
 
 
+@needs_float8_on_cpu
 def test_what_moves_it_leaves_its_dtypes() -> None:
     layer = Float8Linear(a_linear())
     x = torch.randn(3, 64, dtype=torch.bfloat16)
@@ -45,6 +48,7 @@ def test_layers_that_do_not_fit_stay() -> None:
     assert [type(one) for one in (blocks[0][0], blocks[0][1], blocks[1])] == [Float8Linear, nn.Linear, Float8Linear]
 
 
+@needs_float8_on_cpu
 def test_a_teacher_computes_in_float8_where_it_is_asked_to(tiny_checkpoint: Path) -> None:
     teacher = DinoV3Teacher(DinoV3Config(tiny_checkpoint, dtype="float8", image_size=64))
     assert (teacher.dtype, "dtype=float8" in repr(teacher)) == (torch.bfloat16, True)
