@@ -1,11 +1,11 @@
-"""Every error that this package raises on purpose, in one tree.
+"""The errors that this package raises, in one tree.
 
 ::
 
     DinoV3Error
     ├── ConfigError (ValueError)              a configuration file or option is wrong
     ├── CheckpointError (ValueError)          weights are missing, damaged, or not what the configuration says
-    ├── InputError (ValueError)               images that cannot be taken
+    ├── InputError (ValueError)               images, or other tensors, of a wrong type, shape or value
     ├── SpecError (ValueError)                a FeatureSpec that is malformed or that this model cannot satisfy
     ├── NumericsError (ArithmeticError)       a teacher that computes wrong or non-finite values
     ├── StoreError (ValueError)               a feature store or cache that cannot be used as asked
@@ -19,10 +19,11 @@
         ├── ReplicaError                      a replica failed and no other could take its work
         └── PoisonBatchError                  one batch ended replica after replica
 
-Ray carries errors from one process to another, so each of them must survive pickling: none has an ``__init__`` of its
-own, and everything that it has to say is in its message. A message names the parameter, the rule, the value and, where
-there is one, the remedy.
+Ray pickles errors to send them between processes. Therefore none of them defines ``__init__``, and all information is
+in the message. A message names the parameter, the rule, the value and, where there is one, the remedy.
 """
+
+from collections.abc import Mapping, Sequence
 
 __all__ = [
     "CheckpointError",
@@ -41,14 +42,15 @@ __all__ = [
     "ReplicaError",
     "SpecError",
     "StoreError",
+    "describe",
 ]
 
 
 class DinoV3Error(Exception):
-    """Base of every error that this package raises on purpose."""
+    """Base of the errors that this package raises."""
 
     def __str__(self) -> str:
-        # KeyError would show the repr of its message; a sentence is to be read as one.
+        # KeyError shows the repr of its message, in quotes.
         return "\n".join(str(argument) for argument in self.args)
 
 
@@ -61,7 +63,7 @@ class CheckpointError(DinoV3Error, ValueError):
 
 
 class InputError(DinoV3Error, ValueError):
-    """Images that cannot be taken."""
+    """Images, or other tensors, have a wrong type, shape or value."""
 
 
 class SpecError(DinoV3Error, ValueError):
@@ -110,3 +112,18 @@ class ReplicaError(PoolError):
 
 class PoisonBatchError(PoolError):
     """One batch ended replica after replica, and is failed alone so that the pool lives on."""
+
+
+def describe(value: object) -> str:
+    """A value for a message: its type, and a tensor's shape or a container's items."""
+    kind = _kind(value)
+    if isinstance(value, Mapping):
+        return f"a {kind} with {', '.join(map(repr, value)) or 'nothing in it'}"
+    if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
+        return f"a {kind} of {len(value)}: {', '.join(map(_kind, value[:3]))}{', ...' if len(value) > 3 else ''}"
+    return f"a {kind}"
+
+
+def _kind(value: object) -> str:
+    shape = getattr(value, "shape", None)
+    return type(value).__name__ + ("" if shape is None else str(list(shape)))

@@ -1,4 +1,4 @@
-"""What to ask a teacher for (:class:`FeatureSpec`) and what comes back (:class:`Features`).
+"""The outputs to compute (:class:`FeatureSpec`), and the outputs themselves (:class:`Features`).
 
 The local teacher and both ends of the wire use the same ``encode`` and ``decode``, so that a local and a remote teacher
 give the same bits. Shapes: B images, D channels, h × w patches, R register tokens.
@@ -30,7 +30,7 @@ __all__ = [
 
 
 ResultDtype = Literal["native", "float32", "bfloat16", "float16", "int8"]
-"""The dtype that a caller asks results in; ``native`` is the teacher's compute dtype."""
+"""The dtype of results; ``native`` is the teacher's compute dtype."""
 
 RESULT_DTYPES: tuple[str, ...] = get_args(ResultDtype)
 _FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -58,7 +58,7 @@ def encode(tensor: Tensor, dtype: ResultDtype, *, channel_dim: int) -> Encoded:
         full = tensor.float()
         # Never below the least normal float32: a device that flushes smaller ones to zero would divide by it.
         scale = (full.abs().amax(dim=channel_dim, keepdim=True) / 127).clamp_min(torch.finfo(torch.float32).tiny)
-        # A division that rounds can reach 127.5 / 127: clamp keeps it in range.
+        # The division may round up to 127.5: clamp keeps the value in range.
         values = (full / scale).round_().clamp_(-127, 127).to(torch.int8)
         return Encoded(values, scale, tensor.dtype)
     wanted = _FLOATS[dtype]
@@ -75,7 +75,7 @@ def decode(encoded: Encoded) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class FeatureSpec:
-    """Which outputs one forward pass gives, and how they are delivered.
+    """Which outputs one forward pass gives, and in what form.
 
     Args:
         cls: the CLS token after the model's final LayerNorm, [B, D].
@@ -158,14 +158,14 @@ def _as_ints(values: object, name: str) -> tuple[int, ...]:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Features:
-    """A teacher's outputs for B images; what was not asked for is None (``layers``: empty).
+    """A teacher's outputs for B images; those that the spec did not ask for are None (``layers``: empty).
 
     Attributes:
         cls: [B, D].
         feature_map: [B, D, h, w].
         registers: [B, R, D].
         layers: block index, as it was asked for, to [B, D, h, w].
-        fingerprint: which weights, configuration and preprocessing made them; None where the teacher has none.
+        fingerprint: identifies the weights, configuration and preprocessing; None if the teacher has none.
     """
 
     cls: Tensor | None = None
@@ -232,7 +232,7 @@ def channel_dim(name: str) -> int:
 
 
 def deliver(features: Features, spec: FeatureSpec) -> Features:
-    """``features`` (compute dtype) as ``spec.dtype`` has them, with the very roundings that the wire would make."""
+    """``features`` (compute dtype) in ``spec.dtype``, rounded exactly as on the wire."""
     if spec.dtype == "native":
         return features
     return features.map(lambda name, tensor: decode(encode(tensor, spec.dtype, channel_dim=channel_dim(name))))
@@ -241,8 +241,7 @@ def deliver(features: Features, spec: FeatureSpec) -> Features:
 def resample_map(map_BDhw: Tensor, size: tuple[int, int]) -> Tensor:
     """Resample maps [B, D, h, w] to ``size``: area pooling where they shrink, bilinear where they grow.
 
-    The arithmetic is float32 at least, since an area mean in bfloat16 loses what it averages; the result has the dtype
-    of the input.
+    It computes in float32 at least, since bfloat16 is too coarse for an area mean. The result has the input's dtype.
     """
     height, width = map_BDhw.shape[-2:]
     if (height, width) == size:

@@ -1,4 +1,4 @@
-"""What callers may pass as images, brought to one form.
+"""The images that callers may pass, checked and brought to one form.
 
 Shapes: B images, 3 channels (RGB), height H, width W.
 """
@@ -29,7 +29,7 @@ _looked_on_accelerator = False
 class ImageBatch:
     """A checked batch of RGB images: one stacked tensor [B,3,H,W], or a list of [3,H_i,W_i] of different sizes.
 
-    The tensors are the caller's own memory, never copied here.
+    The tensors share the caller's memory.
     """
 
     stacked: Tensor | None
@@ -44,7 +44,7 @@ class ImageBatch:
             min_side: the smallest height and width allowed, in pixels; a model's patch size.
 
         Raises:
-            InputError: names the rule that the images break and the value that breaks it.
+            InputError: the images break a rule; the message names it, and the value.
         """
         if isinstance(images, ImageBatch):
             batch = images
@@ -121,7 +121,7 @@ def _as_tensor(image: object, name: str) -> Tensor:
         raise InputError(f"{name} must be a torch tensor or a NumPy array; got {type(image).__name__}")
     if image.dtype.kind not in "biuf" or image.dtype.itemsize > 8:
         raise InputError(f"{name} must be uint8 or floating point; got NumPy dtype {image.dtype}")
-    # torch takes neither negative strides nor foreign byte order, and would share read-only memory as writable.
+    # torch refuses negative strides and foreign byte order, and would share read-only memory as writable.
     if any(stride < 0 for stride in image.strides) or not image.dtype.isnative or not image.flags.writeable:
         image = np.array(image, dtype=image.dtype.newbyteorder("="), order="C")
     return torch.from_numpy(image)
@@ -142,17 +142,17 @@ def _check(tensor: Tensor, name: str, min_side: int) -> None:
 
 
 def _warn_about_range(tensor: Tensor) -> None:
-    """Warn once a process about floats that look like 0..255: only the first image is looked at, to stay cheap."""
+    """Warn once per process about floats that look like 0..255. For speed, only the first image is checked."""
     global _warned_about_range, _looked_on_accelerator
     if _warned_about_range or tensor.dtype == torch.uint8:
         return
     if tensor.device.type != "cpu":
-        # A look there waits for all work queued on the device: one batch must do.
+        # The check waits for all work queued on the device: one batch must be enough.
         if _looked_on_accelerator:
             return
         _looked_on_accelerator = True
     image = tensor if tensor.ndim == 3 else tensor[0]
-    # Negative values are a caller's own normalisation or noise; 0..255 data is never negative and soon exceeds 2.
+    # Negative values are a caller's own normalisation, or noise: 0..255 data has none.
     if image.amax().item() > 16 and image.amin().item() >= 0:
         _warned_about_range = True
         warnings.warn(

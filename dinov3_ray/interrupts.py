@@ -1,6 +1,6 @@
-"""Ctrl-C at any moment: nothing is left half started or half ended, and no wait goes on.
+"""Ctrl-C at any moment: nothing is left half started or half stopped, and every wait ends.
 
-It imports nothing heavy, so that it is in force before torch and Ray are loaded.
+It imports nothing heavy, so that a command can install it before torch and Ray are loaded.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ _SIGNALS = tuple(
 
 
 class Interrupts:
-    """While entered, the first SIGINT, SIGTERM or SIGHUP raises KeyboardInterrupt; under :meth:`held`, at its end.
+    """A context in which the first SIGINT, SIGTERM or SIGHUP raises KeyboardInterrupt; within :meth:`held`, at its end.
 
-    Later ones raise nothing, so that what tidies up after the first is not cut short. For the main thread.
+    Later signals raise nothing, so that they do not interrupt the clean-up after the first. For the main thread only.
 
     Args:
-        last_words: for :meth:`at_once`.
+        last_words: what :meth:`at_once` writes.
 
     Attributes:
-        signal: the first one that came.
+        signal: the number of the first signal; None before it.
     """
 
     def __init__(self, last_words: str) -> None:
@@ -44,25 +44,25 @@ class Interrupts:
 
     @property
     def exit_code(self) -> int:
-        """What a shell expects of a command that this signal ended; 0 if none came."""
+        """The exit code that shells expect of a command ended by this signal; 0 if no signal came."""
         return 128 + self.signal if self.signal is not None else 0
 
     def install(self) -> None:
-        """Take the signals; again after code that may have taken them itself, as ray.init() does."""
+        """Install the handlers. Call it again after code that may replace them, as ray.init() does."""
         for number in _SIGNALS:
             before = signal.signal(number, self._note)
             self._before.setdefault(number, before)
 
     def check(self) -> None:
-        """Raise what came but was lost: a library may have caught the exception."""
+        """Raise KeyboardInterrupt if a signal came: a library may have caught the first exception."""
         if self.signal is not None:
             self._raise()
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
-        """A stretch that leaves nothing to tidy up: a signal within it writes the last words, and ends the process.
+        """A context that needs no clean-up: a signal within it writes ``last_words`` and ends the process.
 
-        For imports: an exception in the middle of one leaves a module half made, over which its own exit hooks stumble.
+        For imports: an exception within one leaves a module half initialised, and its exit hooks then fail.
         """
         self._at_once = True
         try:
@@ -72,7 +72,7 @@ class Interrupts:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """A stretch that must not be cut in two; a signal within it takes effect at its end."""
+        """A context that must not be interrupted: a signal within it takes effect at its end."""
         self._held += 1
         try:
             yield
@@ -109,10 +109,10 @@ _SLICE_SECONDS = 0.5
 
 
 def wait(once: Callable[[float], bool], timeout: float | None = None) -> bool:
-    """Call ``once(seconds)``, which waits so long at most, until it returns True; False after ``timeout`` seconds.
+    """Call ``once(seconds)``, which waits at most that long, until it returns True; False after ``timeout`` seconds.
 
-    In slices: Python acts on a signal only between two steps of the main thread. One that comes just as a wait begins,
-    or that the system hands to another thread, does not end that wait, which might be for ever.
+    It waits in slices, because Python handles signals only between two steps of the main thread. A signal that comes
+    just as a wait begins, or that the system delivers to another thread, does not end a wait without a time limit.
     """
     deadline = math.inf if timeout is None else time.monotonic() + timeout
     while (left := deadline - time.monotonic()) > _SLICE_SECONDS:

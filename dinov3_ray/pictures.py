@@ -25,14 +25,14 @@ _DPI = 150
 
 @dataclass(frozen=True, eq=False)
 class PcaBasis:
-    """Three directions, and the range of colours along them; fitted on one map, it shows others alike.
+    """Three principal directions, and the range of colours along each.
 
-    Show a teacher's and a student's map in the teacher's basis, and equal colours mean equal features.
+    In the basis of the teacher's map, equal colours in the teacher's and the student's pictures mean equal features.
 
     Attributes:
         mean: float64 [D].
         directions: float64 [D, 3].
-        low, high: float64 [3], what is shown as 0 and as 255 along each direction.
+        low, high: float64 [3], the values shown as 0 and as 255 along each direction.
     """
 
     mean: Tensor
@@ -44,8 +44,8 @@ class PcaBasis:
     def fit(cls, map_Dhw: Tensor) -> PcaBasis:
         """The principal directions of a map [D, h, w], or of maps [B, D, h, w] together.
 
-        Each direction's sign is such that its largest weight is positive, so that a picture does not change its colours
-        from run to run. Colours span all but the outermost 1% of values at either end, which would darken the rest.
+        The largest weight of each direction is positive, so that colours are the same in every run. The range of
+        colours leaves out 1% of the values at either end, which would darken all others.
 
         Raises:
             InputError: not such a map, not finite, or fewer than 2 patches.
@@ -73,7 +73,7 @@ class PcaBasis:
         if map_Dhw.ndim != 3 or map_Dhw.shape[0] != len(self.mean):
             raise InputError(f"map must be [{len(self.mean)}, h, w] for this basis; got shape {list(map_Dhw.shape)}")
         projected_N3 = (_tokens(map_Dhw) - self.mean) @ self.directions
-        # A direction along which nothing varies is shown as mid-grey, not as the noise of its division.
+        # A direction without variation is shown as mid-grey: its division would show noise.
         span_3 = self.high - self.low
         flat_3 = span_3 <= 1e-9 * (self.high.abs() + self.low.abs() + self.mean.abs().amax() + 1e-30)
         scaled_N3 = torch.where(flat_3, 0.5, (projected_N3 - self.low) / torch.where(flat_3, 1.0, span_3))
@@ -97,13 +97,13 @@ def save_grid(
     Args:
         rows: uint8 pictures [H, W, 3] of any sizes; as many in each row.
         path: its suffix says the format; .png if there is none.
-        titles: one a column.
+        titles: one per column.
 
     Raises:
         InputError: no pictures, rows of different lengths, titles for another number of columns, or a path that cannot
             be written.
     """
-    # Lazy, since it takes most of a second; a bare Figure needs no display, and none of pyplot's state.
+    # Imported here, since it takes most of a second. A Figure without pyplot needs no display.
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 

@@ -13,15 +13,15 @@ if TYPE_CHECKING:  # an interface loads nothing
 __all__ = ["Extractor", "Teacher", "TeacherMixin", "computed_in"]
 
 Given = TypeVar("Given", contravariant=True)
-"""What a teacher takes for images."""
+"""What a teacher accepts as images."""
 
 
 @runtime_checkable
 class Extractor(Protocol):
     """The least that a pool can serve: what a factory passed to ``TeacherPool.start`` must return.
 
-    It may also have a ``device``, a torch.device. Where that is a CUDA device, a replica hands it images that are on it
-    already, and goes on while the results are still being computed in the current stream.
+    It may also have a ``device``, a torch.device. If that is a CUDA device, a replica passes images that are on it
+    already, and continues while the results are still being computed in the current stream.
     """
 
     def extract(self, images: Images, spec: FeatureSpec) -> Features:
@@ -73,9 +73,9 @@ class TeacherMixin(Generic[Given]):
 
 
 def computed_in(teacher: object) -> str | None:
-    """How exactly ``teacher`` computes, such as float32, bfloat16 or float8; None if it does not say.
+    """The precision in which ``teacher`` computes, such as float32, bfloat16 or float8; None if it does not say.
 
-    Not part of a fingerprint, which is the same in whatever dtype the weights are used: who keeps results needs both.
+    A fingerprint does not contain it, since the weights are the same. Stored results need both.
     """
     said = getattr(teacher, "computed_in", None) or getattr(teacher, "dtype", None)
     return None if said is None else str(said).removeprefix("torch.")

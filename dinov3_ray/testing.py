@@ -25,10 +25,10 @@ __all__ = ["FakeTeacher"]
 
 
 class FakeTeacher(TeacherMixin[Images]):
-    """Has the local teacher's methods, shapes and checks; each image's features depend on that image's pixels alone.
+    """Has the local teacher's methods, shapes and checks. An image's features depend on that image's pixels only.
 
-    A feature is a fixed function of its image's mean colours on the patch grid, so equal images give equal bits
-    whatever batch they are in, swapped results show, and the map is a picture of the image.
+    A feature is a fixed function of the image's mean colours on the patch grid. Equal images therefore give equal bits
+    in any batch, a test notices swapped results, and the map is a picture of the image.
 
     Args:
         hidden_size: D.
@@ -37,11 +37,11 @@ class FakeTeacher(TeacherMixin[Images]):
         depth: blocks that ``FeatureSpec.layers`` may name.
         image_size: (H, W) that images are resized to; None keeps each batch's own size (then a batch must have one).
         dtype: the compute dtype.
-        delay: seconds that each forward pass takes in addition to its arithmetic.
-        delay_per_image: the same, a image.
-        fail_on: numbers of the calls, from 0, that raise ``error`` in place of an answer.
+        delay: seconds that each forward pass sleeps.
+        delay_per_image: seconds that each forward pass sleeps per image, added to ``delay``.
+        fail_on: numbers of the calls, from 0, that raise ``error``.
         error: what those calls raise.
-        fingerprint: what results say made them.
+        fingerprint: the results' fingerprint.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class FakeTeacher(TeacherMixin[Images]):
         time.sleep(self._delay + self._delay_per_image * len(batch))
         if call in self._fail_on:
             raise self._error
-        # Results are ordinary tensors whatever mode the caller is in, as the local teacher's are.
+        # Results are ordinary tensors in any mode of the caller, as the local teacher's are.
         with torch.inference_mode(False), torch.no_grad():
             return deliver(self._compute(batch, spec, blocks), spec)
 
@@ -135,8 +135,8 @@ class FakeTeacher(TeacherMixin[Images]):
         size = self.patch_size
         height, width = scaled.shape[1] // size, scaled.shape[2] // size
         patches = scaled[:, : height * size, : width * size].reshape(3, height, size, width, size)
-        # float64 means, and products added one by one: the bits depend on neither threads nor where the memory lies,
-        # as those of a matrix product may.
+        # float64 means, and products added one by one: unlike those of a matrix product, their bits do not depend on
+        # threads or on the alignment of memory.
         red, green, blue = patches.double().mean(dim=(2, 4)).float()
         mix_D = self._mix_3D[:, :, None, None]
         map_Dhw: Tensor = red * mix_D[0] + green * mix_D[1] + blue * mix_D[2]

@@ -218,7 +218,7 @@ class _Loops:
                 first = time.perf_counter()
         ended = time.perf_counter()
         assert done == steps, f"{kind}: {done} steps of {steps}"
-        return LoopPass(steps, first - begun, ended - first, stream.wait_share)
+        return LoopPass(steps, first - begun, ended - first, stream.statistics().wait_share)
 
     def _teacher_free(self, steps: int) -> Iterator[None]:
         for number in range(steps):

@@ -1,1 +1,1 @@
-"""Trainers and loaders that people have, with targets from a teacher."""
+"""Other libraries' trainers, and a loader for any of them, with targets from a teacher."""

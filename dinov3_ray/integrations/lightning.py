@@ -1,4 +1,4 @@
-"""Lightning: one callback, and every training batch comes with its targets.
+"""Lightning: a callback that adds a teacher's targets to every training batch.
 
 ::
 
@@ -9,9 +9,9 @@
         batch, targets = batch                      # targets: Features, on this rank's device
         ...
 
-Needs the extra ``lightning`` (``pip install 'dinov3-ray[lightning]'``). The pool is found by name from each rank, so
-that strategies may start processes as they like; Lightning's distributed sampler, its limits and its stops in mid-epoch
-work as without it.
+Needs the extra ``lightning`` (``pip install 'dinov3-ray[lightning]'``). Each rank finds the pool by its name, so that
+a strategy may start processes in any way. Lightning's distributed sampler, its limits on batches and a stop within an
+epoch work as without the callback.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ __all__ = ["TeacherTargets"]
 
 
 class TeacherTargets(Callback):  # type: ignore[misc] # Lightning is treated as untyped
-    """Makes each training batch ``(batch, targets)``, the targets computed ahead; validation batches stay as they are.
+    """Makes each training batch ``(batch, targets)``, with targets computed ahead; validation batches do not change.
 
-    At each epoch's end it logs ``teacher/wait_share``, ``teacher/depth`` and ``teacher/resends``.
+    At the end of each epoch it logs ``teacher/wait_share``, ``teacher/depth`` and ``teacher/resends``.
 
     Args:
         teacher: the name of a pool, to which each rank then connects; or a teacher; or a dict of either by name.
-        spec, images, depth, on_reload: as in :func:`~dinov3_ray.training.prefetch.prefetch`. ``images`` sees a batch as
-            the loader gives it, on the CPU.
+        spec, images, depth, on_reload: as in :func:`~dinov3_ray.training.prefetch.prefetch`. ``images`` gets a batch as
+            the loader yields it, on the CPU.
         address: of the Ray that pools given by name run in; None takes the one of this process, or RAY_ADDRESS.
     """
 
@@ -70,7 +70,7 @@ class TeacherTargets(Callback):  # type: ignore[misc] # Lightning is treated as 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: ARG002 - their signature
         if stage != "fit" or self._undo is not None:
             return
-        # Strategies may wrap a loader once its sampler is in place, which is just when targets have to come in.
+        # Lightning lets the strategy wrap a loader when its sampler is in place: targets must be added just then.
         strategy: Strategy = trainer.strategy
         before = strategy.process_dataloader
         teacher = self._opened()
@@ -91,8 +91,8 @@ class TeacherTargets(Callback):  # type: ignore[misc] # Lightning is treated as 
         statistics = [loader.stream.statistics() for loader in self._loaders]
         if statistics:
             worst = max(statistics, key=lambda each: each.wait_share)
-            readings = {"wait_share": worst.wait_share, "depth": worst.depth, "resends": worst.resends}
-            pl_module.log_dict({f"teacher/{name}": float(value) for name, value in readings.items()}, sync_dist=False)
+            logged = {"wait_share": worst.wait_share, "depth": worst.depth, "resends": worst.resends}
+            pl_module.log_dict({f"teacher/{name}": float(value) for name, value in logged.items()}, sync_dist=False)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: ARG002
         self._close()

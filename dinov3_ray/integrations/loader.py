@@ -1,4 +1,4 @@
-"""A loader with targets, for trainers that expect to be given the loader itself."""
+"""A loader that yields targets too, for trainers that take a loader and iterate over it themselves."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ __all__ = ["TargetLoader"]
 
 
 class TargetLoader:
-    """Looks like the loader that a prefetch draws from, and iterates over the prefetch.
+    """Iterates over a prefetch, and looks like the loader that the prefetch draws from.
 
-    Trainers ask a loader for its sampler, data set, length and more, and set its ``worker_init_fn``: all of that is the
-    loader's own.
+    Trainers read a loader's sampler, data set, length and more, and set its ``worker_init_fn``: these are attributes of
+    the wrapped loader.
 
     Args:
-        stream: the prefetch; its loader is the one that is stood in for.
+        stream: the prefetch.
         join: makes one item of a batch and its targets; a pair by default.
     """
 

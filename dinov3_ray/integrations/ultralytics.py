@@ -6,14 +6,13 @@
 
 Needs the extra ``ultralytics`` (``pip install 'dinov3-ray[ultralytics]'``; it is licensed under AGPL-3.0).
 
-The teacher sees each batch as the loader gives it to the student: letterboxed, augmented, uint8 in RGB, before
-Ultralytics divides by 255, so that there is no normalisation to undo. A layer of the student, by default the neck's
-output at stride 16, the stride of a DINOv3 patch, is compared with the teacher's map, locations inside boxes (oriented
-ones as they are) with another weight than the rest. The loss appears as ``distill`` among the others.
+The teacher gets each batch as the loader makes it for the student: letterboxed, augmented, uint8 in RGB. Ultralytics
+divides by 255 later, so that there is no normalisation to undo. The loss compares one layer of the student with the
+teacher's map; by default that is the neck's output at stride 16, the stride of a DINOv3 patch. Locations inside boxes
+(oriented boxes too) have one weight, all others another. Ultralytics shows the loss as ``distill``, with its own.
 
-Checkpoints stay plain Ultralytics models, without any trace of this package: the projector, which is needed for
-training alone, is saved next to them as ``distill.pt`` and found again on ``resume=True`` (with ``teacher=...`` once
-more).
+Checkpoints are plain Ultralytics models. The projector is needed in training only: it is saved next to them as
+``distill.pt``, and ``resume=True`` loads it again (give ``teacher=...`` then too).
 """
 
 from __future__ import annotations
@@ -41,17 +40,17 @@ from dinov3_ray.training.taps import FeatureTap
 
 __all__ = ["DetectionDistillationTrainer", "Distillation", "OBBDistillationTrainer"]
 
-_TARGETS = "teacher"  # under which a batch has them
+_TARGETS = "teacher"  # the key of the targets in a batch
 _PATCH_STRIDE = 16
 _PROJECTOR_FILE = "distill.pt"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Distillation:
-    """What the trainers take besides Ultralytics' own arguments, under these names.
+    """The trainers' arguments besides Ultralytics' own.
 
     Args:
-        teacher: the name of a pool; or a teacher, which must then survive pickling for a training on several GPUs.
+        teacher: the name of a pool; or a teacher, which must be picklable for training on several GPUs.
         teacher_address: of the Ray that the pool runs in; None takes the one of this process, or RAY_ADDRESS.
         teacher_map_size: (h, w) to which the teacher resamples its maps, so that fewer bytes travel.
         distill_layer: the student's layer, such as ``model.16``; None takes the detection head's input of stride 16.
@@ -72,7 +71,7 @@ class Distillation:
 
     @classmethod
     def take_from(cls, arguments: dict[str, Any]) -> Distillation:
-        """Those of ``arguments`` that are named here, which leave it: Ultralytics refuses what it does not know.
+        """Take these arguments out of ``arguments``: Ultralytics refuses arguments that it does not know.
 
         Raises:
             ConfigError: without ``teacher``.
@@ -84,7 +83,7 @@ class Distillation:
 
 
 class _DistillationTrainer:
-    """What both trainers add to Ultralytics'; stands before them in the order of bases."""
+    """What both trainers add to Ultralytics' trainers; a mixin, the first base of each."""
 
     def __init__(
         self, cfg: Any = DEFAULT_CFG, overrides: dict[str, Any] | None = None, _callbacks: dict[str, Any] | None = None
@@ -98,13 +97,13 @@ class _DistillationTrainer:
 
     @property
     def _self(self) -> Any:
-        """This trainer as Ultralytics' attributes are seen on it, which have no types."""
+        """This trainer, untyped: Ultralytics' attributes have no types."""
         return self
 
     def train(self) -> Any:
         """As Ultralytics' ``train``; the pool's client is closed at the end."""
         if self._self.ddp:
-            # Ranks are processes that make the trainer again from its class and these arguments.
+            # Each rank is a process that makes the trainer again, from its class and these arguments.
             self._self.args.__dict__.update(self.arguments_for_ranks())
         try:
             return super().train()  # type: ignore[misc]
@@ -116,7 +115,7 @@ class _DistillationTrainer:
                 self._client = None
 
     def get_dataloader(self, dataset_path: str, batch_size: int = 16, rank: int = 0, mode: str = "train") -> Any:
-        """Ultralytics' loader; that for training brings the teacher's features in each batch."""
+        """Ultralytics' loader; the one for training adds the teacher's features to each batch."""
         loader = super().get_dataloader(dataset_path, batch_size, rank, mode)  # type: ignore[misc]
         if mode != "train":
             return loader
@@ -144,7 +143,7 @@ class _DistillationTrainer:
         if self._self.resume and saved.exists():
             self._loss.load_state_dict(torch.load(saved, map_location=self._self.device, weights_only=True))
         self._share_projector(self._loss)
-        # After the EMA was copied from the model, so that neither it nor any checkpoint knows of the tap or the loss.
+        # The EMA was copied from the model before: neither it nor any checkpoint has the tap or the loss in it.
         self._tap = FeatureTap(model, self._layer(model)).attach()
         criterion = getattr(model, "criterion", None) or model.init_criterion()
         model.criterion = _Criterion(criterion, self._tap, self._loss, self.distillation.distill_weight)
@@ -172,7 +171,7 @@ class _DistillationTrainer:
         return arguments
 
     def _layer(self, model: nn.Module) -> str:
-        """The layer to compare: as it was asked for, or the head's input whose stride is nearest a patch."""
+        """The layer to compare: the one asked for, or the head's input whose stride is nearest to a patch."""
         if self.distillation.distill_layer is not None:
             return self.distillation.distill_layer
         head: Any = model.model[-1]  # type: ignore[index]
@@ -180,7 +179,7 @@ class _DistillationTrainer:
         return f"model.{head.f[strides.index(min(strides))]}"
 
     def _make_loss(self) -> DistillationLoss:
-        """With a projector that fits both sides, found by showing each a grey image."""
+        """The loss, with a projector between the channels that both sides give for a grey image."""
         options = self.distillation
         model, size, device = unwrap_model(self._self.model), int(self._self.args.imgsz), self._self.device
         training = model.training
@@ -245,7 +244,7 @@ def _with_targets(batch: dict[str, Any], targets: Features) -> dict[str, Any]:
 
 
 def _average_gradient(parameter: Tensor) -> None:
-    # Where gradients accumulate over steps, what was averaged before is the same in all ranks, and stays as it is.
+    # With accumulation, the part that was averaged before is equal in all ranks: averaging does not change it.
     assert parameter.grad is not None
     dist.all_reduce(parameter.grad)
     parameter.grad /= dist.get_world_size()

@@ -1,6 +1,6 @@
 """The teacher on one device.
 
-Names are resolved on first use: what only asks for a device need not wait until transformers is imported.
+Names are resolved on first use: code that only needs a device does not import transformers.
 """
 
 from importlib import import_module

@@ -1,10 +1,9 @@
-"""One pass through a transformers DINOv3 module that keeps what a FeatureSpec asks for, and nothing else.
+"""One forward pass of a transformers DINOv3 module, which keeps only what a FeatureSpec asks for.
 
-The loop over the blocks is ours, where transformers' ``output_hidden_states`` keeps every block's output: it ends at
-the last block needed, and cuts each map as it comes by. The operations and their order are those of the modules' own
-``forward`` (``models/dinov3_vit``, ``models/dinov3_convnext``), so the results are the same bits. Both layouts of these
-modules are taken: blocks in ``model.layer`` or ``model.stages`` (transformers 4), or one level down, in ``model.model``
-(5.5 and later).
+transformers' ``output_hidden_states`` keeps every block's output. The loop over the blocks here ends at the last block
+that is needed, and cuts each map out when its block has run. The operations and their order are those of the modules'
+own ``forward`` (``models/dinov3_vit``, ``models/dinov3_convnext``), so the results are the same bits. The blocks are in
+``model.layer`` or ``model.stages`` (transformers 4), or one level down, in ``model.model`` (5.5 and later).
 
 Shapes: B images, N = 1 + R + h × w tokens (CLS, R registers, patches row by row), D channels.
 """
@@ -23,7 +22,7 @@ from dinov3_ray.features import Features, FeatureSpec, resample_map
 
 __all__ = ["blocks_of", "run_backbone"]
 
-# The modules' attributes are known to transformers alone, hence Any.
+# Only transformers knows the modules' attributes, hence Any.
 
 
 def blocks_of(model: Any, family: Family) -> nn.ModuleList:
@@ -44,9 +43,9 @@ def run_backbone(
 ) -> Features:
     """The outputs that ``spec`` asks for: compute dtype, contiguous, maps at the spec's ``map_size``.
 
-    A ConvNeXt's CLS is its normed global average, and its layers are its four stages, each of its own width and
-    stride; the final norm fits the last stage only, and leaves the others as they are, as in the official
-    ``get_intermediate_layers``. ``compiled`` says that the blocks are.
+    A ConvNeXt's CLS is its normed global average. Its layers are its four stages, whose widths and strides differ. The
+    final norm fits the last stage only and is not applied to the others, as in the official
+    ``get_intermediate_layers``. ``compiled``: whether the blocks are.
     """
     blocks = blocks_of(model, family)
     if family == "convnext":
@@ -106,8 +105,8 @@ def _run_blocks(
     asked = spec.blocks(len(blocks))
     needed = len(blocks) if _wants_final(spec) else max(asked) + 1
     if compiled and len(hidden) > 1:
-        # One piece of code for all batch sizes but 1, from the first batch on. Left to itself, torch compiles one for
-        # the first size and another for all others, so that results would depend on which size came first.
+        # One compiled code for all batch sizes but 1. By default, torch compiles one for the first size and another for
+        # all others, so that results would depend on which size came first.
         torch._dynamo.mark_dynamic(hidden, 0)
     kept: dict[int, Tensor] = {}
     for index, block in enumerate(islice(blocks, needed)):
@@ -125,7 +124,7 @@ def _finish(
     spec: FeatureSpec,
     layers: dict[int, Tensor],
 ) -> Features:
-    """Norm the last block's tokens and take them apart."""
+    """Norm the last block's tokens and split them into outputs."""
     if not _wants_final(spec):
         return Features(layers=layers)
     tokens_BND = norm(hidden_BND)

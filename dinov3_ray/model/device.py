@@ -1,4 +1,4 @@
-"""The device that a teacher computes on: its dtype, its attention kernels, and a stopwatch that does not stop it."""
+"""The device that a teacher computes on: its dtype, its attention kernels, and a stopwatch that does not block it."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ def as_device(device: torch.device | str) -> torch.device:
 def choose_dtype(dtype: ComputeDtype, device: torch.device) -> tuple[torch.dtype, str]:
     """The dtype to compute in, and why it was chosen.
 
-    ``auto`` is bfloat16 where the device multiplies it in hardware, float32 elsewhere; never float16, whose range
-    DINOv3's activations may leave. On a CPU this means AVX512-BF16 or AMX: without them bfloat16 is emulated, and
+    ``auto`` is bfloat16 where the device multiplies it in hardware, and float32 elsewhere. It is never float16:
+    DINOv3's activations may exceed its range. A CPU must have AVX512-BF16 or AMX; without them bfloat16 is emulated and
     slower than float32. Measured with AVX512-BF16 alone (2 cores, 224 px, torch 2.13): ViT-S 1.5 times float32's
     speed, ConvNeXt-T 2.1 times.
     """
@@ -60,7 +60,7 @@ def choose_dtype(dtype: ComputeDtype, device: torch.device) -> tuple[torch.dtype
     elif device.type == "cpu":
         fast, name = _cpu_multiplies_bfloat16(), "this CPU"
     else:
-        # Nothing is known of others' speed in bfloat16, and float32 is right everywhere.
+        # The speed of bfloat16 on other devices was not measured; float32 is right everywhere.
         fast, name = False, device.type
     if fast:
         return torch.bfloat16, f"{name} multiplies bfloat16 in hardware"
@@ -98,8 +98,8 @@ def attention_kernels(device: torch.device) -> AbstractContextManager[None]:
 class Stretch:
     """One measured stretch of work.
 
-    On a CUDA device two events mark it in the stream, and are read when the device has long passed them: the host is
-    never made to wait, as it would be by synchronising around the stretch.
+    On a CUDA device, two events mark it in the stream and are read later, when the device has passed them. The host
+    does not wait, as it would if the device were synchronised before and after.
     """
 
     def __init__(self, seconds: float = 0.0, events: tuple[Any, Any] | None = None) -> None:
@@ -108,7 +108,7 @@ class Stretch:
 
     @property
     def seconds(self) -> float:
-        """What it took; 0 while a CUDA device has not finished it."""
+        """Its duration; 0 while a CUDA device has not finished it."""
         if self._events is None:
             return self._seconds
         begin, end = self._events
@@ -119,7 +119,7 @@ class Stopwatch:
     """Times stretches of work, and keeps the last one.
 
     Attributes:
-        last: the last stretch; of 0 seconds before the first.
+        last: the last stretch; before the first, one of 0 seconds.
     """
 
     def __init__(self) -> None:
@@ -143,7 +143,7 @@ class Stopwatch:
 
     @property
     def seconds(self) -> float:
-        """Of the last stretch."""
+        """Duration of the last stretch."""
         return self.last.seconds
 
     def __reduce__(self) -> tuple[type[Stopwatch], tuple[()]]:

@@ -37,7 +37,7 @@ logger = logging.getLogger("dinov3_ray")
 
 _GRAPH_MODES = ("reduce-overhead", "max-autotune")  # of torch.compile: those that record CUDA graphs
 _RECORD_PASSES = 3  # torch.compile runs a new shape once as it is, records it, and replays it from then on
-# One count of steps serves all threads of a process: another teacher's step would end this one's in its middle.
+# torch counts steps per process, not per thread: another teacher's step would end this one before it is done.
 _graph_step = threading.Lock()
 
 
@@ -45,9 +45,9 @@ class DinoV3Teacher(TeacherMixin[Images | ImageBatch], nn.Module):
     """A frozen DINOv3 model that turns images into features.
 
     It stays as it was loaded: ``train()`` leaves it in eval mode, ``requires_grad_()`` leaves it without gradients, and
-    ``to()`` moves it but keeps RoPE's frequencies in float32. A student that has it as a submodule and turns gradients
-    on parameter by parameter changes nothing either: every pass runs under ``no_grad``, outside any autocast of the
-    caller's, and gives ordinary tensors, contiguous, which a student's loss may save for backward.
+    ``to()`` moves it but keeps RoPE's frequencies in float32. Every forward pass runs under ``no_grad``, even if a
+    student that has it as a submodule sets ``requires_grad`` on its parameters, and outside the caller's autocast. It
+    gives ordinary, contiguous tensors, which a student's loss may save for backward.
 
     Args:
         config: what to load and how; a path is taken for ``DinoV3Config(path)``.
@@ -56,7 +56,7 @@ class DinoV3Teacher(TeacherMixin[Images | ImageBatch], nn.Module):
     Attributes:
         config: as given.
         model: the transformers module.
-        preprocess_watch: has timed the preprocessing of the last batch.
+        preprocess_watch: times the preprocessing of each batch.
 
     Raises:
         ConfigError: the configuration, or ``device``, is wrong.
@@ -69,14 +69,14 @@ class DinoV3Teacher(TeacherMixin[Images | ImageBatch], nn.Module):
         device = as_device(device)
         dtype, reason = choose_dtype(self.config.dtype, device)
         if self.config.dtype == "auto":
-            # A warning, not a note: results differ from float32's in the third digit, and nobody asked for it by name.
+            # A warning and not an info: results differ from float32's in the third digit, and the caller did not ask.
             logger.warning(
                 "dtype='auto' computes in %s on %s: %s. DinoV3Config(dtype=...) chooses another.",
                 str(dtype).removeprefix("torch."),
                 device,
                 reason,
             )
-        # Weights loaded inside a caller's inference_mode would be barred from ordinary use ever after.
+        # Weights loaded inside a caller's inference_mode could not be used outside it.
         with torch.inference_mode(False), torch.no_grad():
             self.model: Any = load_model(self.config, device, dtype)
             if self.config.dtype == "float8":
@@ -85,8 +85,8 @@ class DinoV3Teacher(TeacherMixin[Images | ImageBatch], nn.Module):
         self.requires_grad_()
         self.train()
         if self.config.compile:
-            # Block by block: blocks of one shape share one compiled kernel, so that the start takes seconds, and no
-            # choice of layers recompiles anything. Nothing fuses across blocks; they hand on one tensor each.
+            # Block by block: blocks of one shape share the compiled code, so that compiling takes seconds, and another
+            # choice of layers compiles nothing. Fusion across blocks would not gain: they pass one tensor each.
             mode = None if self.config.compile is True else self.config.compile
             for block in blocks_of(self.model, self.config.family):
                 block.compile(mode=mode)
@@ -119,7 +119,7 @@ class DinoV3Teacher(TeacherMixin[Images | ImageBatch], nn.Module):
         if not self._records_graphs:
             return run()
         with _graph_step:
-            # A pass is one step of torch's CUDA graphs: only the next one may overwrite the memory of its tensors.
+            # A pass is one step of torch's CUDA graphs: the next step may overwrite the memory of its tensors.
             torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
             # Results are copied out of that memory in the stream, so that the next pass may begin while they are read.
             return run().map(lambda _, tensor: tensor.clone())
@@ -131,9 +131,9 @@ class DinoV3Teacher(TeacherMixin[Images | ImageBatch], nn.Module):
     def prove(self, minimum: float = 0.999) -> float:
         """Show that this teacher, as it stands, computes what its checkpoint says; see :mod:`dinov3_ray.model.golden`.
 
-        Two fixed images go through the teacher's own path (its dtype, attention and compiled code), and through the
-        checkpoint loaded anew in plain float32: not compiled, with eager attention, or sdpa where the teacher's own is
-        eager. For the time of the check the device holds the float32 weights too.
+        Two fixed images go through the teacher as it is (its dtype, attention and compiled code), and through the
+        checkpoint loaded once more: in float32, not compiled, with eager attention (sdpa if the teacher's is eager).
+        During the check the device holds the float32 weights too.
 
         Args:
             minimum: the least mean cosine between the two, over images and outputs.
@@ -157,9 +157,9 @@ class DinoV3Teacher(TeacherMixin[Images | ImageBatch], nn.Module):
         return agreement(fast, reference, minimum, path)
 
     def warm_up(self, rows: int) -> None:
-        """Do now what first passes would wait for: compile, choose kernels, get memory.
+        """Do now what would delay the first passes: compile, choose kernels, allocate memory.
 
-        After it, batches of up to ``rows`` images compile nothing, as long as all come out at :attr:`image_size`.
+        Afterwards, batches of up to ``rows`` images compile nothing, if they are resized to :attr:`image_size`.
         """
         sizes = {1, 2} if self.config.compile else set()
         if self.device.type == "cuda":
@@ -174,7 +174,7 @@ class DinoV3Teacher(TeacherMixin[Images | ImageBatch], nn.Module):
 
     @cached_property
     def fingerprint(self) -> str:
-        """What the weights, the architecture and the preprocessing are; reads the weights once, on first use."""
+        """Identifies the weights, the architecture and the preprocessing; the first use reads the weights."""
         return fingerprint(self.config)
 
     @property
@@ -193,7 +193,7 @@ class DinoV3Teacher(TeacherMixin[Images | ImageBatch], nn.Module):
 
     @property
     def preprocess_seconds(self) -> float:
-        """What the last pass spent on its images, upload included; 0 while a GPU is not through with it."""
+        """Duration of the last batch's preprocessing, upload included; 0 while a GPU has not finished it."""
         return self.preprocess_watch.seconds
 
     @property
@@ -213,12 +213,12 @@ class DinoV3Teacher(TeacherMixin[Images | ImageBatch], nn.Module):
 
     @property
     def depth(self) -> int:
-        """How many layers a FeatureSpec can name."""
+        """Number of layers that a FeatureSpec can name."""
         return self.config.num_layers
 
     @property
     def patch_size(self) -> int:
-        """Pixels a cell of the feature map, and the smallest side of an image."""
+        """Pixels per cell of the feature map, and the smallest side of an image."""
         return self.config.patch_size
 
     @property
@@ -237,11 +237,11 @@ class DinoV3Teacher(TeacherMixin[Images | ImageBatch], nn.Module):
         return self.config.grid_size
 
     def train(self, mode: bool = True) -> Self:  # noqa: ARG002 - the signature is nn.Module's
-        """Stay in eval mode, whatever ``mode`` says: dropout or RoPE's augmentation would spoil the targets."""
+        """Stays in eval mode for any ``mode``: dropout or RoPE's augmentation would change the targets."""
         return super().train(False)
 
     def requires_grad_(self, requires_grad: bool = True) -> Self:  # noqa: ARG002 - the signature is nn.Module's
-        """Stay without gradients, whatever ``requires_grad`` says."""
+        """Stays without gradients for any ``requires_grad``."""
         return super().requires_grad_(False)
 
     def __repr__(self) -> str:
@@ -252,7 +252,7 @@ class DinoV3Teacher(TeacherMixin[Images | ImageBatch], nn.Module):
         )
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        """What ``to()``, ``half()`` and the like end in: RoPE's frequencies follow to the device only."""
+        """``to()``, ``half()`` and the like end here: RoPE's frequencies change their device, but not their dtype."""
         rope: Any = getattr(self.model, "rope_embeddings", None)
         if rope is None:
             return super()._apply(fn, recurse)  # type: ignore[no-untyped-call, no-any-return]

@@ -1,8 +1,8 @@
-"""Linear layers that multiply in float8: half of bfloat16's bytes, and twice its rate on chips that have it.
+"""Linear layers that multiply in float8: half of bfloat16's bytes, and twice its rate on GPUs that have it.
 
-Weights are quantised once, a scale for each output channel; inputs at each pass, a scale for each token. Everything
-outside the matrix products stays bfloat16. Less exact than bfloat16 by design, so it is never chosen by itself, and the
-golden check decides whether a checkpoint bears it.
+Weights are quantised once, with a scale per output channel; inputs in each pass, with a scale per token. Everything
+outside the matrix products stays bfloat16. float8 is less exact than bfloat16, so ``auto`` never chooses it, and the
+golden check (:mod:`dinov3_ray.model.golden`) decides whether a checkpoint may be used with it.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ __all__ = ["Float8Linear", "multiply_in_float8"]
 
 _FLOAT8 = torch.float8_e4m3fn
 _LARGEST = torch.finfo(_FLOAT8).max
-_LEAST_CAPABILITY = (9, 0)  # Hopper: what torch's row-wise scaled product asks for
-_MULTIPLE = 16  # of both sides of a weight: the kernel's rule
+_LEAST_CAPABILITY = (9, 0)  # Hopper: torch's row-wise scaled product needs it
+_MULTIPLE = 16  # the kernel needs weights whose sides are multiples of it
 
 
 class Float8Linear(nn.Module):
@@ -32,7 +32,7 @@ class Float8Linear(nn.Module):
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         weight, scale = _quantised(linear.weight.detach())
-        # Not parameters: float8 knows no arithmetic that could train, initialise or cast them.
+        # Not parameters: float8 tensors have no arithmetic with which to train, initialise or cast them.
         self.register_buffer("weight", weight.t())  # [in, out], column by column, as the product wants it
         self.register_buffer("scale", scale.t())  # [1, out]
         self.register_buffer("bias", None if linear.bias is None else linear.bias.detach())
@@ -45,7 +45,7 @@ class Float8Linear(nn.Module):
         return product.view(*x.shape[:-1], -1).to(x.dtype)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:  # noqa: ARG002 - the signature is nn.Module's
-        """What ``to()``, ``half()`` and the like end in: all follows to the device, and keeps its dtype."""
+        """``to()``, ``half()`` and the like end here: buffers change their device, but not their dtype."""
         device = fn(torch.empty(0, device=self.scale.device)).device
         for name, buffer in list(self.named_buffers()):
             setattr(self, name, buffer.to(device))
@@ -69,7 +69,7 @@ def multiply_in_float8(blocks: nn.ModuleList, device: torch.device) -> None:
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < _LEAST_CAPABILITY:
         raise ConfigError(
             f"dtype='float8' needs a GPU of compute capability {'.'.join(map(str, _LEAST_CAPABILITY))} or later "
-            f"(Hopper); {torch.cuda.get_device_name(device)} has none of its products: take dtype='bfloat16'"
+            f"(Hopper); {torch.cuda.get_device_name(device)} does not have them: use dtype='bfloat16'"
         )
     for parent in list(blocks.modules()):
         for name, child in parent.named_children():

@@ -1,7 +1,7 @@
-"""Does a teacher's fast path compute what plain float32 does? A fixed batch of images, and the comparison.
+"""The golden check: fixed images, and a comparison of a teacher's fast path with plain float32.
 
-A fast path is anything that may go wrong quietly: a narrow dtype, a fused attention kernel, a compiler, a damaged
-device. (A TensorRT release once gave DINO features of cosine 0.018 to the true ones, in float32.)
+A fast path is anything that may go wrong without an error: a narrow dtype, a fused attention kernel, a compiler, a
+damaged device. (A TensorRT release once gave DINO features whose cosine to the true ones was 0.018, in float32.)
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ __all__ = ["agreement", "golden_images"]
 
 
 def golden_images(height: int, width: int) -> Tensor:
-    """Two images, uint8 [2,3,H,W], the same bits everywhere: integer arithmetic, no random numbers.
+    """Two images, uint8 [2,3,H,W], the same bits on every machine: integer arithmetic, no random numbers.
 
-    One is smooth (two gradients and a chirp that passes through all frequencies), the other full of edges.
+    One is smooth (two gradients, and a chirp that has all frequencies), the other is full of edges.
     """
     y, x = torch.arange(height).view(-1, 1), torch.arange(width).view(1, -1)
     smooth = [x * 255 // width + 0 * y, y * 255 // height + 0 * x, (x * x + 2 * y * y) // 61 % 256]
@@ -31,17 +31,16 @@ def golden_images(height: int, width: int) -> Tensor:
 def agreement(fast: Features, reference: Features, minimum: float, path: str) -> float:
     """The least cosine between the outputs of the fast path and those of the reference.
 
-    It is the least, over images and outputs, of the mean cosine of an image's tokens (of CLS there is one). A mean
-    would hide a few tokens gone wrong, so no single token may stray more than ten times as far as the mean may:
-    ``1 - 10 * (1 - minimum)``.
+    The cosine is averaged over an image's tokens; the least of these means, over images and outputs, must reach
+    ``minimum``. A mean hides a few wrong tokens, so each single token must reach ``1 - 10 * (1 - minimum)``.
 
     Args:
         fast, reference: the same outputs of the same images.
-        minimum: what the result must reach.
+        minimum: the least result allowed.
         path: the fast path in words, for the message.
 
     Raises:
-        NumericsError: names the figures, or the outputs that are not finite.
+        NumericsError: a cosine is too low, or a value is not finite.
     """
     for features, whose in ((reference, "the checkpoint itself, in plain float32,"), (fast, f"the teacher ({path})")):
         broken = [name for name, tensor in features.named() if not torch.isfinite(tensor).all()]

@@ -1,7 +1,7 @@
 """Images to a model's input, with the arithmetic of transformers' DINOv3ViTImageProcessor, on the teacher's device.
 
-The order is rescale, resize, crop, normalize (``models/dinov3_vit/image_processing_dinov3_vit.py``), all in float32,
-and each step is the operation that the processor ends in, so that on one device the results are the same bits.
+The order is rescale, resize, crop, normalize (``models/dinov3_vit/image_processing_dinov3_vit.py``), all in float32.
+Each step uses the processor's own torch operation, so that on one device the results are the same bits.
 
 Shapes: B images, height H and width W before, h and w after.
 """
@@ -24,11 +24,11 @@ __all__ = ["preprocess"]
 def preprocess(batch: ImageBatch, rule: Preprocessing, device: torch.device) -> Tensor:
     """The model's input for ``batch``: float32 [B,3,h,w] on ``device``.
 
-    uint8 values are multiplied by the rule's ``rescale_factor``; floats are taken to be in [0, 1] already. Images of
-    equal size are resized together, wherever they stand in the batch: each comes out as it would alone, bit for bit.
+    uint8 values are multiplied by the rule's ``rescale_factor``; floats must be in [0, 1] already. Images of one size
+    are resized together, wherever they are in the batch. The result for each is that of the image alone, bit for bit.
 
     Raises:
-        InputError: the rule keeps the images' aspect, and they come out at different sizes.
+        InputError: the rule keeps the images' aspect, so that their sizes differ after the resize.
     """
     if batch.stacked is not None:
         return _transform(batch.stacked, rule, device)
@@ -50,15 +50,16 @@ def preprocess(batch: ImageBatch, rule: Preprocessing, device: torch.device) -> 
     pixels_B3hw = torch.empty(len(batch), 3, *sizes[0], device=device)
     for members, part in parts:
         for index, pixels_3hw in zip(members, part, strict=True):
-            pixels_B3hw[index] = pixels_3hw  # a list of indices would have to cross to the device, which waits for it
+            pixels_B3hw[index] = pixels_3hw  # indexing by a list copies it to the device, and waits
     return pixels_B3hw
 
 
 def _transform(images_B3HW: Tensor, rule: Preprocessing, device: torch.device) -> Tensor:
-    # The narrower of the two forms is what crosses to the device: uint8 and half floats widen there, float64 here.
+    # Fewer bytes are copied to the device: uint8 and half floats are widened there, float64 is narrowed here.
     if images_B3HW.dtype == torch.float64:
         images_B3HW = images_B3HW.float()
-    # Contiguous, as the processor has it: another memory format (a transposed NumPy image) may take another kernel.
+    # Contiguous, as in the processor: for another memory format (a transposed NumPy image) torch may choose another
+    # kernel, with other bits.
     images_B3HW = images_B3HW.to(device).contiguous()
     pixels = images_B3HW.float() if images_B3HW.is_floating_point() else images_B3HW * rule.rescale_factor
     size = _resized(rule, (pixels.shape[-2], pixels.shape[-1]))
@@ -83,7 +84,7 @@ def _resized(rule: Preprocessing, size: Size) -> Size:
 
 
 def _center_crop(pixels: Tensor, size: Size) -> Tensor:
-    """The centre of ``pixels``; where the crop is larger, black is added around, more of it right and below."""
+    """The centre of ``pixels``. A larger crop is padded with black; an odd pixel is added at the right or below."""
     missing_h, missing_w = (max(want - have, 0) for want, have in zip(size, pixels.shape[-2:], strict=True))
     if missing_h or missing_w:
         pixels = F.pad(pixels, (missing_w // 2, (missing_w + 1) // 2, missing_h // 2, (missing_h + 1) // 2))
@@ -93,7 +94,7 @@ def _center_crop(pixels: Tensor, size: Size) -> Tensor:
 
 @lru_cache(maxsize=32)
 def _statistics(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Mean and std as [3,1,1], kept: a copy to a GPU for each batch would wait for all work queued there."""
+    """Mean and std as [3,1,1], cached: copying them to a GPU for each batch would wait for the work queued there."""
     return (
         torch.tensor(mean, dtype=torch.float32, device=device).view(3, 1, 1),
         torch.tensor(std, dtype=torch.float32, device=device).view(3, 1, 1),

@@ -29,14 +29,14 @@ BoxFormat = Literal["xyxy", "xywh", "xywhr", "polygon"]
 
 _COLUMNS: dict[BoxFormat, int] = {"xyxy": 4, "xywh": 4, "xywhr": 5, "polygon": 8}
 _FARTHEST = 4.0
-"""A normalised box may stick out of its image, but not by this many images: such numbers are pixels."""
+"""A normalised coordinate may lie outside its image, but not this far, in image sides: beyond, it must be pixels."""
 
-_HAIR = 1e-3  # of a cell
+_HAIR = 1e-3  # of a cell: a smaller difference is rounding
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Boxes:
-    """The boxes of a batch, all formats as quadrilaterals. Build it with :meth:`of`.
+    """The boxes of a batch as quadrilaterals, whatever their format was. Build it with :meth:`of`.
 
     Attributes:
         corners: [N, 4, 2], (x, y) of the four corners in order around, in shares of the image (0..1); float32 or
@@ -60,8 +60,8 @@ class Boxes:
         """Boxes from whatever a loader gives.
 
         Args:
-            boxes: [N, columns of ``format``] of all images together, or one such tensor an image (DETR's way; an image
-                without objects has an empty one).
+            boxes: [N, columns of ``format``] of all images together, or one such tensor per image (as DETR has them; an
+                image without objects has an empty one).
             batch_index: [N] or [N, 1] of any dtype, the image of each box (Ultralytics' ``batch_idx``); only with boxes
                 of all images together.
             format: see :data:`BoxFormat`.
@@ -76,7 +76,7 @@ class Boxes:
         if format not in _COLUMNS:
             raise ConfigError(f"format must be one of {', '.join(get_args(BoxFormat))}; got {format!r}")
         if image_size is None and (format == "xywhr" or not normalized):
-            why = "a rotation is one of pixels, not of shares" if normalized else "coordinates are pixels"
+            why = "angles hold in pixels, not in shares of the image" if normalized else "coordinates are pixels"
             raise ConfigError(f"image_size must be (H, W) for format {format!r} and normalized={normalized}: {why}")
         stacked, image_N = _gather(boxes, batch_index, format)
         values = stacked.to(torch.promote_types(stacked.dtype, torch.float32))
@@ -180,7 +180,7 @@ class Boxes:
 
 
 def _within(at_N: Tensor, cells: int) -> Tensor:
-    """Whether a centre lies on the grid, its ends included; a hair off counts, as a mean of corners is rounded."""
+    """Whether a centre lies on the grid, ends included. The mean of corners is rounded: a little outside is inside."""
     return (at_N > -_HAIR) & (at_N < cells + _HAIR)
 
 
@@ -195,7 +195,7 @@ def _gather(
         if batch_index is None:
             raise InputError(
                 "batch_index must give the image of each box when boxes is one tensor; got None "
-                "(or pass a sequence, one tensor an image)"
+                "(or pass a sequence, one tensor per image)"
             )
         stacked = boxes
         image_N = batch_index.reshape(-1).to(boxes.device, torch.int64)
@@ -203,20 +203,20 @@ def _gather(
         if batch_index is not None:
             raise InputError("batch_index must be None when boxes is a sequence: the place in it is the image")
         if not boxes:
-            raise InputError("boxes must hold one tensor an image; got an empty sequence")
+            raise InputError("boxes must hold one tensor per image; got an empty sequence")
         flat = [_rows(each, columns, f"boxes[{index}]", format) for index, each in enumerate(boxes)]
         stacked = torch.cat(flat)
         image_N = torch.cat([torch.full((len(each),), index, device=each.device) for index, each in enumerate(flat)])
     stacked = _rows(stacked, columns, "boxes", format)
     if len(image_N) != len(stacked):
-        raise InputError(f"batch_index must have one entry a box ({len(stacked)}); got {len(image_N)}")
+        raise InputError(f"batch_index must have one entry per box ({len(stacked)}); got {len(image_N)}")
     return stacked, image_N
 
 
 def _rows(boxes: Tensor, columns: int, name: str, format: BoxFormat) -> Tensor:
     if format == "polygon" and boxes.ndim == 3 and boxes.shape[1:] == (4, 2):
         return boxes.flatten(1)
-    if boxes.numel() == 0:  # loaders spell "no objects" as [0], [0, 4] and [0, 5] alike
+    if boxes.numel() == 0:  # "no objects" comes as [0], [0, 4] or [0, 5], depending on the loader
         return boxes.new_zeros(0, columns)
     if boxes.ndim != 2 or boxes.shape[1] != columns:
         raise InputError(f"{name} must be [N, {columns}] for format {format!r}; got shape {list(boxes.shape)}")
@@ -224,7 +224,7 @@ def _rows(boxes: Tensor, columns: int, name: str, format: BoxFormat) -> Tensor:
 
 
 def _times(points: Tensor, factors: tuple[float, float]) -> Tensor:
-    """Points [..., 2] with x and y multiplied (by numbers: a tensor made here would have to be sent to the device)."""
+    """Points [..., 2] with x and y multiplied. By numbers: a tensor made here would have to be copied to the device."""
     x, y = points.unbind(-1)
     return torch.stack([x * factors[0], y * factors[1]], -1)
 
@@ -246,18 +246,18 @@ def _corners(boxes: Tensor, format: BoxFormat, factors: tuple[float, float]) -> 
 
 
 def _crossings(corners_N42: Tensor, height: int, width: int) -> Tensor:
-    """Columns at which runs of cells inside begin and end, row by row: int64 [N, h, 4], ascending, in 0..w.
+    """Columns at which the runs of cells inside a box begin and end, int64 [N, h, 4], ascending, in 0..w.
 
-    Runs are [0]..[1] and [2]..[3], ends exclusive. A convex box has one run a row, a concave one may have two; what is
-    not needed is an empty run at 0.
+    A row has two runs, [0]..[1] and [2]..[3], ends exclusive. A concave box may need both. A run that is not needed is
+    empty, at 0.
     """
     start_N42, end_N42 = corners_N42, corners_N42.roll(-1, 1)
     (x0_N4, y0_N4), (x1_N4, y1_N4) = start_N42.unbind(2), end_N42.unbind(2)
     centre_h = torch.arange(height, device=corners_N42.device, dtype=corners_N42.dtype) + 0.5
     centre_h1 = centre_h[:, None]
     crosses_Nh4 = (y0_N4[:, None] > centre_h1) != (y1_N4[:, None] > centre_h1)
-    # A level edge crosses no row of centres, so that its infinite slope is never used; a vertical one crosses exactly
-    # at its x, whatever the rounding.
+    # A horizontal edge crosses no row of centres: its infinite slope is never used. A vertical edge crosses exactly at
+    # its x: its slope is 0.
     slope_N4 = (x1_N4 - x0_N4) / (y1_N4 - y0_N4)
     x_Nh4 = x0_N4[:, None] + (centre_h1 - y0_N4[:, None]) * slope_N4[:, None]
     # Centre j + ½ lies left of x for the first ceil(x - ½) columns.

@@ -9,19 +9,19 @@ from dinov3_ray.errors import ConfigError
 __all__ = ["Depth"]
 
 _LEAST = 2
-_WAITED_SECONDS = 1e-3  # from which on a wait counts as one,
-_WAITED_SHARE = 0.01  # if it is this much of the step too
-_CALM_STEPS = 50  # without a wait, after which one batch less is tried
+_WAITED_SECONDS = 1e-3  # a wait counts if it is longer than this,
+_WAITED_SHARE = 0.01  # and longer than this share of its step
+_CALM_STEPS = 50  # steps without a wait, after which one batch less is tried
 _CALM_STEPS_MOST = 3200
 
 
 class Depth:
-    """The depth of a prefetch: fixed, or found by watching how long the loop waits. Pure: it has no clock.
+    """The depth of a prefetch: fixed, or found from how long the loop waits. Pure: it has no clock.
 
-    It begins with what keeps the teacher busy, adds one whenever the loop had to wait, and gives one back after a calm
-    time, so that memory is held only while it helps. A wait after giving back doubles the calm time that the next try
-    needs. It never exceeds twice what the teacher can have in flight: beyond that, the teacher is simply slower than
-    the student, and more depth would hold memory for nothing.
+    It begins with what keeps the teacher busy. It grows by one after a step that waited, and shrinks by one after
+    enough steps that did not, so that memory is held only while it helps. If the loop waits after the depth has
+    shrunk, the next attempt needs twice as many steps. The depth never exceeds twice what the teacher can have in
+    flight: if the loop waits then, the teacher is slower than the student, and more depth would not help.
 
     Args:
         fixed: a number of batches, or ``auto``.
@@ -41,7 +41,7 @@ class Depth:
         self._begun = False
 
     def begin(self, parallelism: int) -> None:
-        """A pass begins; what was found in the passes before is kept."""
+        """A pass begins. The depth found in earlier passes is kept."""
         if not self._fixed and not self._begun:
             self.batches = max(_LEAST, parallelism)
         self._begun = True

@@ -1,14 +1,14 @@
-"""What a student pays for differing from its teacher: :class:`DistillationLoss`, and the functions that it is made of.
+"""How far a student is from its teacher: :class:`DistillationLoss`, and the functions that it is made of.
 
 Shapes: B images, D teacher channels, C student channels, a grid of h × w locations, N = h·w.
 
-Common to all of them: the arithmetic is done in float32, or in the student's dtype if that is wider, also inside
-autocast (half precision overflows in sums of squares and rounds a cosine near 1 away); the teacher may have any
-floating dtype and gets no gradient; the result is a scalar.
+All of them compute in float32, or in the student's dtype if that is wider. Autocast does not change this: in half
+precision, sums of squares overflow and a cosine near 1 is rounded to 1. The teacher may have any floating dtype and
+gets no gradient. The result is a scalar.
 
-Weights: ``weight_Bhw`` gives each location a say, w_p >= 0. Losses of single locations l_p become Σ w_p·l_p / Σ w_p
-over the batch, so that equal weights give the plain mean. If all weights are 0 (only boxes count, and no image has
-one), the loss is 0, with gradients that are 0 and not missing, as DDP needs.
+``weight_Bhw`` is the weight w_p >= 0 of each location p. The loss is then Σ w_p·l_p / Σ w_p over the batch, where l_p
+is the loss of one location; equal weights give the plain mean. If all weights are 0 (only boxes count, and no image has
+one), the loss is 0. Its gradients are then 0 and not missing, as DDP needs.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ __all__ = ["DistillationLoss", "LossKind", "cosine_loss", "gram_loss", "make_pro
 LossKind = Literal["cosine", "mse", "smooth_l1", "gram", "cls_cosine", "cls_mse"]
 
 _EPS = 1e-3
-"""Vectors shorter than this are not blown up to unit length.
+"""Vectors shorter than this are not scaled up to unit length.
 
-The gradient of a cosine grows as 1 / length, and a ReLU network does give vectors of length 0: with the usual 1e-12 one
-of them throws a step away (or, with a fp16 GradScaler, every step). Features are about as long as the root of their
-channels.
+The gradient of a cosine grows as 1 / length, and a ReLU network does give vectors of length 0. With the usual 1e-12,
+one such vector spoils a step; with an fp16 GradScaler, it spoils every step. The length of a feature vector is about
+the square root of its channels, so that the limit does not touch it.
 """
 
 
@@ -46,8 +46,8 @@ def cosine_loss(student: Tensor, teacher: Tensor, weight_Bhw: Tensor | None = No
         teacher: the same shape.
         weight_Bhw: [B, h, w], or [B] for vectors; see the module's docstring.
 
-    Source: RT-DETRv4 (arXiv 2510.25257) on the whole map, with a projector; with weights from boxes, detectors that are
-    told to resemble the teacher on objects.
+    Source: RT-DETRv4 (arXiv 2510.25257), on the whole map and with a projector. Weights from boxes make a detector
+    resemble its teacher on objects most.
     """
     student, teacher = _widened(student, teacher)
     return _mean(1 - (_unit(student) * _unit(teacher)).sum(1), weight_Bhw)
@@ -77,17 +77,17 @@ def gram_loss(student: Tensor, teacher: Tensor, weight_Bhw: Tensor | None = None
     """Mean of (ŝ_p·ŝ_q - t̂_p·t̂_q)² over all pairs of locations p, q, where x̂ = x / max(|x|, ε).
 
     It compares which patches resemble which, so student and teacher may have different channels. It needs two N × N
-    matrices an image: at 80 × 80 that is 164 MB each in float32; align to a coarser grid (``align="teacher"``) there.
+    matrices per image. At 80 × 80 locations each takes 164 MB in float32: use a coarser grid (``align="teacher"``).
 
     Args:
         student: [B, C, h, w].
         teacher: [B, D, h, w].
         weight_Bhw: [B, h, w]; a pair has the weight w_p·w_q, and the mean is Σ w_p·w_q·(...)² / Σ w_p·w_q.
-        per_image: pairs within an image, as the paper writes it. False: pairs across the batch too, the official
-            code's default (``gram.img_level: false``), with (B·N)² entries.
+        per_image: pairs within an image, as the paper writes it. False adds the pairs across the batch, which is the
+            official code's default (``gram.img_level: false``); the matrices then have (B·N)² entries.
 
-    Source: DINOv3 (arXiv 2508.10104, Gram anchoring) and ``dinov3/loss/gram_loss.py``, with its defaults ``normalized:
-    true`` and no removal of negative similarities; that code has ε = 1e-12.
+    Source: DINOv3 (arXiv 2508.10104, Gram anchoring) and ``dinov3/loss/gram_loss.py``. As by default there, vectors are
+    normalised and negative similarities are kept; that code has ε = 1e-12.
     """
     student, teacher = _widened(student, teacher, same_channels=False)
     student_BNC, teacher_BND = (_unit(each).flatten(2).mT for each in (student, teacher))
@@ -95,7 +95,7 @@ def gram_loss(student: Tensor, teacher: Tensor, weight_Bhw: Tensor | None = None
     if not per_image:
         student_BNC, teacher_BND = student_BNC.flatten(0, 1)[None], teacher_BND.flatten(0, 1)[None]
         weight_BN = None if weight_BN is None else weight_BN.flatten()[None]
-    with torch.autocast(student.device.type, enabled=False):  # which would make these products in half precision
+    with torch.autocast(student.device.type, enabled=False):  # it would compute these products in half precision
         difference_BNN = student_BNC @ student_BNC.mT - teacher_BND @ teacher_BND.mT
     pairs_BNN = None if weight_BN is None else weight_BN[:, :, None] * weight_BN[:, None, :]
     return _mean(difference_BNN.square(), pairs_BNN)
@@ -124,18 +124,18 @@ def _mean(losses: Tensor, weights: Tensor | None) -> Tensor:
     if weights is None:
         return losses.mean()
     if weights.shape != losses.shape:
-        raise InputError(f"weights must be {list(losses.shape)}, one a location; got {list(weights.shape)}")
+        raise InputError(f"weights must be {list(losses.shape)}, one per location; got {list(weights.shape)}")
     weights = weights.to(losses.dtype)
     return (losses * weights).sum() / weights.sum().clamp_min(torch.finfo(losses.dtype).tiny)
 
 
 def make_projector(teacher_channels: int, student_channels: int | None = None, *, vectors: bool = False) -> nn.Module:
-    """A learned linear map from the student's channels to the teacher's: a 1 × 1 convolution, on vectors a Linear.
+    """A learned linear map from the student's channels to the teacher's: a 1 × 1 convolution, or a Linear for vectors.
 
     Args:
         teacher_channels: D, such as ``cfg.hidden_size``.
-        student_channels: C; None takes it from the first batch (a lazy module: before that its parameters may go into
-            an optimizer and a state_dict may be loaded; DDP wants the first batch seen, or C given).
+        student_channels: C; None makes a lazy module, which takes C from the first batch. Its parameters may go into an
+            optimizer before that, and a state_dict may be loaded. DDP needs C, or a batch that was seen before.
         vectors: for [B, C] instead of [B, C, h, w].
     """
     for name, value in (("teacher_channels", teacher_channels), ("student_channels", student_channels)):
@@ -162,19 +162,19 @@ class DistillationLoss(nn.Module):
             ...
             loss = detection_loss + 0.5 * distill(student_map, targets, Boxes.from_ultralytics(batch))
 
-    With a projector it has parameters: hand them to the optimizer, keep them in the checkpoint, and under DDP put this
+    With a projector it has parameters. Give them to the optimizer and keep them in the checkpoint. Under DDP, put this
     module inside the one that DDP wraps, so that their gradients are averaged too.
 
     Args:
         kind: ``cosine``, ``mse``, ``smooth_l1`` or ``gram`` on maps; ``cls_cosine`` or ``cls_mse`` on CLS vectors.
-        projector: None if the student has the teacher's channels (``gram`` does not care); an int D for a new
-            :func:`make_projector` to D channels, sized by the first batch; or any module from C to D channels. It
-            computes in whatever precision autocast gives it.
-        align: whose grid both maps are compared on. ``student``: the teacher's map is resampled; ``teacher``: the
+        projector: None if the student has the teacher's channels (``gram`` needs none in any case); an int D for a new
+            :func:`make_projector` to D channels; or any module from C to D channels. Under autocast it computes in
+            autocast's precision.
+        align: on whose grid the maps are compared. ``student`` resamples the teacher's map; ``teacher`` resamples the
             student's, which is cheaper where the student's grid is finer. Area pooling down, bilinear up.
         object_weight: weight of a location that shows an object, when boxes are given.
-        background_weight: of all others, images without objects included. A weighted mean is taken over the batch, so
-            with 1 and 0.1 a background location counts a tenth of an object's, however many there are.
+        background_weight: weight of all other locations, also in images without objects. With 1 and 0.1, a background
+            location counts a tenth of an object's location, however many there are of each.
         layer: take the teacher's map of this block (a key of ``Features.layers``) and not the final one.
         beta: of ``smooth_l1``.
         per_image: of ``gram``.
@@ -225,8 +225,8 @@ class DistillationLoss(nn.Module):
         Args:
             student: [B, C, h, w], or [B, C] for a CLS kind; gradients go here (and to the projector) only.
             teacher: the targets as they came from a teacher, or the one tensor itself: [B, D, h', w'] or [B, D].
-            boxes: where the objects are; or that as a mask [B, h, w] on the grid of comparison, bool or float in 0..1
-                (float mixes the two weights). None: all locations weigh the same.
+            boxes: where the objects are; or the same as a mask [B, h, w] on the grid of comparison, bool or float in
+                0..1 (float mixes the two weights). With None, all locations have the same weight.
 
         Raises:
             InputError: for tensors that cannot be compared.

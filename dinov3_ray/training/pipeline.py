@@ -1,6 +1,6 @@
 """The pipeline of a prefetch: batches pass through the teachers in order, and targets go to the trainer's device.
 
-Nothing here knows of Ray: a pool's client is one more :class:`Submitter`.
+It does not depend on Ray: to it, a pool's client is a :class:`Submitter`.
 """
 
 from __future__ import annotations
@@ -27,8 +27,16 @@ from dinov3_ray.teacher import Extractor
 __all__ = ["Delivered", "Delivery", "LocalSource", "Pipeline", "Submitted", "Submitter", "as_source"]
 
 
+Batch = TypeVar("Batch")
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_DELIVERED_AHEAD = 2  # batches whose targets are copied to the trainer's device ahead: one in use, one in copy
+_CANCEL_SECONDS = 5.0
+
+
 class Submitted(Protocol):
-    """A batch that is being answered."""
+    """A batch in flight."""
 
     def result(self, timeout: float | None = None) -> Features: ...
 
@@ -38,10 +46,10 @@ class Submitted(Protocol):
 
 
 class Submitter(Protocol):
-    """What can be sent batches ahead of time.
+    """A teacher that accepts batches ahead of time.
 
-    It may also have ``statistics()`` with ``resends`` in it, and ``count_step(waited, seconds)``, which is called for
-    each step of a loop over its targets; both are looked up by name.
+    It may also have ``statistics()``, with ``resends`` in the result, and ``count_step(waited, seconds)``, which is
+    called for each step of a loop over its targets. Both are looked up by name.
     """
 
     @property
@@ -52,151 +60,6 @@ class Submitter(Protocol):
     def submit(self, images: Images, spec: FeatureSpec) -> Submitted: ...
 
 
-class LocalSource:
-    """A teacher of this process as a source: a batch is computed when, and in the thread in which, it is waited for.
-
-    Args:
-        teacher: local, fake, stored, cached, or one's own. It is asked for one batch at a time.
-    """
-
-    def __init__(self, teacher: Extractor) -> None:
-        self.teacher = teacher
-        self.lock = threading.Lock()
-
-    @property
-    def parallelism(self) -> int:
-        """One being computed and one behind it."""
-        return 2
-
-    def submit(self, images: Images, spec: FeatureSpec) -> LocalBatch:
-        return LocalBatch(self, images, spec)
-
-    def shares(self, device: torch.device | None) -> bool:
-        """Whether the teacher computes on the accelerator where its targets must be (None: where they are made)."""
-        own = getattr(self.teacher, "device", None)
-        if own is None or torch.device(own).type == "cpu":
-            return False
-        return device is None or _indexed(torch.device(own)) == _indexed(device)
-
-
-class LocalBatch:
-    """A batch that a teacher of this process will compute, or has computed."""
-
-    def __init__(self, source: LocalSource, images: Images, spec: FeatureSpec) -> None:
-        self._source, self._images, self._spec = source, images, spec
-        self._done = False
-
-    def result(self, timeout: float | None = None) -> Features:  # noqa: ARG002 - computing cannot be broken off
-        """Compute it, here and now; once."""
-        with self._source.lock:
-            if self._done:
-                raise PoolClosedError("this batch was given up, or taken already")
-            try:
-                with torch.no_grad():  # grad mode belongs to a thread: another one would begin with gradients on
-                    return self._source.teacher.extract(self._images, self._spec)
-            finally:
-                self._done = True
-
-    def done(self) -> bool:
-        return self._done
-
-    def cancel(self) -> None:
-        """Give it up if it has not begun; one that has is finished first."""
-        with self._source.lock:
-            self._done = True
-
-
-def as_source(teacher: Submitter | Extractor) -> Submitter:
-    """``teacher`` itself if it takes batches ahead of time, or else as one that is asked in turn."""
-    if callable(getattr(teacher, "submit", None)):
-        return cast(Submitter, teacher)
-    if callable(getattr(teacher, "extract", None)):
-        return LocalSource(cast(Extractor, teacher))
-    raise ConfigError(
-        "teacher must be a RemoteTeacher, an object with .extract(images, spec), or a dict of them by name; "
-        f"got {teacher!r}"
-    )
-
-
-def _indexed(device: torch.device) -> torch.device:
-    """``cuda`` as the ``cuda:0`` (or another) that it stands for."""
-    if device.type != "cuda" or device.index is not None:
-        return device
-    return torch.device("cuda", torch.cuda.current_device())
-
-
-@dataclass(frozen=True, slots=True)
-class Delivered:
-    """Features by teacher, on the device or being copied there until ``event``."""
-
-    features: Mapping[str, Features]
-    event: torch.cuda.Event | None = None
-
-
-class Delivery:
-    """Copies features to a device ahead of their use.
-
-    To CUDA, they go through pinned memory on a separate stream, so that the copy overlaps the student's kernels;
-    the consumer's stream waits for the copy, the consumer itself does not. Pinned blocks come from torch's caching
-    allocator, which gives none back to others before the copy from it is over.
-
-    :meth:`send` may be called from another thread than :meth:`receive`.
-
-    Args:
-        device: None leaves everything where it is.
-    """
-
-    def __init__(self, device: torch.device | None) -> None:
-        self._device = device
-        on_cuda = device is not None and device.type == "cuda"
-        self._stream = torch.cuda.Stream(device) if on_cuda else None  # type: ignore[no-untyped-call]
-
-    def send(self, features: Mapping[str, Features]) -> Delivered:
-        """Begin to copy."""
-        if self._device is None or self._stream is None:
-            return self._send_plainly(features)
-        device, stream = self._device, self._stream
-        if any(tensor.device.type == "cuda" for each in features.values() for _, tensor in each.named()):
-            # Computed on a GPU by this thread: the copies below, and with them the consumer, wait for that.
-            stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(stream):
-            moved = {name: each.map(lambda _, tensor: _pinned(tensor)) for name, each in features.items()}
-            moved = {name: each.to(device, non_blocking=True) for name, each in moved.items()}
-            return Delivered(moved, stream.record_event())
-
-    def receive(self, delivered: Delivered) -> dict[str, Features]:
-        """The features, safe to use on the caller's current stream."""
-        if delivered.event is not None:
-            current = torch.cuda.current_stream(self._device)
-            current.wait_event(delivered.event)
-            for features in delivered.features.values():
-                for _, tensor in features.named():
-                    if tensor.is_cuda:
-                        # Its memory belongs to the stream that it was made on, which must not use it again before the
-                        # caller's kernels have read it.
-                        tensor.record_stream(current)
-        return dict(delivered.features)
-
-    def _send_plainly(self, features: Mapping[str, Features]) -> Delivered:
-        moved = features if self._device is None else {name: each.to(self._device) for name, each in features.items()}
-        cuda = [tensor for each in moved.values() for _, tensor in each.named() if tensor.is_cuda]
-        # A local teacher's outputs, left where they are: the caller's stream waits for this thread's.
-        event = torch.cuda.current_stream(cuda[0].device).record_event() if cuda else None
-        return Delivered(moved, event)
-
-
-def _pinned(tensor: Tensor) -> Tensor:
-    return tensor.pin_memory() if tensor.device.type == "cpu" else tensor
-
-
-Batch = TypeVar("Batch")
-P = ParamSpec("P")
-R = TypeVar("R")
-
-_DELIVERED_AHEAD = 2  # batches whose targets are at the trainer's device before it asks: one in use, one in copy
-_GIVE_UP_SECONDS = 5.0
-
-
 @dataclass(slots=True)
 class _Entry(Generic[Batch]):
     batch: Batch
@@ -205,17 +68,19 @@ class _Entry(Generic[Batch]):
 
 
 class Pipeline(Generic[Batch]):
-    """First in, first out: batches go in with their images, and come out with their targets.
+    """A first-in, first-out queue: batches enter with their images and leave with their targets.
 
-    Two threads keep the work off the trainer's: one hands batches to the teachers (which copies them), one takes the
-    answers and moves them to the device, for the next two batches only, so that the device does not fill up. A teacher
-    of this process computes in the second thread. Where all teachers compute on the very accelerator that the targets
-    are for, there are no threads: that device can do one thing at a time, launching work there does not wait, and a
-    second thread would only be in the way (of the GIL, of CUDA graphs).
+    Two threads do the work beside the trainer's. The first sends batches to the teachers, which copies them. The second
+    receives the results and copies them to the device; for the next two batches only, to save the device's memory. A
+    teacher of this process computes in the second thread.
+
+    If all teachers compute on the accelerator that the targets are for, there are no threads. That device does one
+    thing at a time and launching work does not wait, so that threads would gain nothing and would disturb (the GIL,
+    CUDA graphs).
 
     Args:
-        sources: by name.
-        specs: what to ask each for.
+        sources: the teachers by name.
+        specs: what each computes, by name.
         device: where targets must be.
     """
 
@@ -224,8 +89,8 @@ class Pipeline(Generic[Batch]):
     ) -> None:
         self._sources, self._specs = sources, specs
         self._entries: deque[_Entry[Batch]] = deque()
-        # What was sent, in the same order. Written where the sending is done, in a thread that no Ctrl-C interrupts: an
-        # interrupt in put() may lose an entry, but nothing that is in flight.
+        # What was sent, in the same order. The sending thread writes it, which Ctrl-C does not interrupt: a Ctrl-C in
+        # put() may lose an entry, but not a batch in flight.
         self._in_flight: deque[dict[str, Submitted]] = deque()
         self._delivery = Delivery(device)
         inline = runs_inline(sources, device)
@@ -236,8 +101,8 @@ class Pipeline(Generic[Batch]):
         return len(self._entries)
 
     def put(self, batch: Batch, images: Images) -> None:
-        """Send a batch; returns at once. An error shows when the batch is taken."""
-        # Images on an accelerator are read on the stream that made them, which is this thread's.
+        """Send a batch; returns at once. :meth:`take` raises its error."""
+        # Images on an accelerator are read on the stream that made them, which is the stream of this thread.
         sender = _Here() if _on_accelerator(images) else self._sender
         self._entries.append(_Entry(batch, sender.submit(self._submit, images)))
         self._deliver_ahead()
@@ -248,10 +113,10 @@ class Pipeline(Generic[Batch]):
         return delivered is not None and delivered.done()
 
     def take(self) -> tuple[Batch, dict[str, Features]]:
-        """The batch that was put in first, with its targets; waits for them.
+        """The oldest batch with its targets; waits for them.
 
         Raises:
-            Exception: what a teacher raised on this batch, as itself.
+            Exception: a teacher's error for this batch, unchanged.
         """
         delivered = self._entries[0].delivered
         assert delivered is not None
@@ -263,13 +128,13 @@ class Pipeline(Generic[Batch]):
         return entry.batch, features
 
     def close(self) -> None:
-        """Give up all that is in the pipeline. When this returns, nothing of it is in flight any more."""
+        """Cancel all batches. When this returns, none of them is in flight."""
         self._sender.shutdown(wait=True, cancel_futures=True)
         submitted = [each for group in self._in_flight for each in group.values()]
         for each in submitted:
             each.cancel()
         self._receiver.shutdown(wait=True, cancel_futures=True)
-        deadline = time.monotonic() + _GIVE_UP_SECONDS
+        deadline = time.monotonic() + _CANCEL_SECONDS
         while not all(each.done() for each in submitted) and time.monotonic() < deadline:
             time.sleep(1e-3)
         self._entries.clear()
@@ -291,19 +156,14 @@ class Pipeline(Generic[Batch]):
         return self._delivery.send({name: each.result() for name, each in sent.result().items()})
 
 
-def runs_inline(sources: Mapping[str, Submitter], device: torch.device | None) -> bool:
-    """Whether all sources compute on the accelerator where their targets must be."""
-    return all(isinstance(source, LocalSource) and source.shares(device) for source in sources.values())
-
-
 class _Here(Executor):
-    """Runs everything at once, in the caller's thread."""
+    """An executor that runs each function at once, in the caller's thread."""
 
     def submit(self, function: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> Future[R]:
         future: Future[R] = Future()
         try:
             future.set_result(function(*args, **kwargs))
-        except Exception as error:  # noqa: BLE001 - an executor keeps any error for who asks for the result
+        except Exception as error:  # noqa: BLE001 - an executor keeps any error for the reader of the result
             future.set_exception(error)
         return future
 
@@ -311,3 +171,145 @@ class _Here(Executor):
 def _on_accelerator(images: Any) -> bool:
     first = images[0] if isinstance(images, (list, tuple)) and images else images
     return isinstance(first, Tensor) and first.device.type != "cpu"
+
+
+def runs_inline(sources: Mapping[str, Submitter], device: torch.device | None) -> bool:
+    """Whether all sources compute on the accelerator where their targets must be."""
+    return all(isinstance(source, LocalSource) and source.shares(device) for source in sources.values())
+
+
+class LocalSource:
+    """A teacher of this process as a :class:`Submitter`: a batch is computed by the thread that waits for its result.
+
+    Args:
+        teacher: local, fake, stored, cached, or the user's own. It computes one batch at a time.
+    """
+
+    def __init__(self, teacher: Extractor) -> None:
+        self.teacher = teacher
+        self.lock = threading.Lock()
+
+    @property
+    def parallelism(self) -> int:
+        """One batch that is computed, and one that waits."""
+        return 2
+
+    def submit(self, images: Images, spec: FeatureSpec) -> LocalBatch:
+        return LocalBatch(self, images, spec)
+
+    def shares(self, device: torch.device | None) -> bool:
+        """Whether the teacher computes on the accelerator where its targets must be (None: where it leaves them)."""
+        own = getattr(self.teacher, "device", None)
+        if own is None or torch.device(own).type == "cpu":
+            return False
+        return device is None or _indexed(torch.device(own)) == _indexed(device)
+
+
+class LocalBatch:
+    """A batch that a teacher of this process will compute, or has computed."""
+
+    def __init__(self, source: LocalSource, images: Images, spec: FeatureSpec) -> None:
+        self._source, self._images, self._spec = source, images, spec
+        self._done = False
+
+    def result(self, timeout: float | None = None) -> Features:  # noqa: ARG002 - a computation cannot be interrupted
+        """Compute it, in the caller's thread. Once only."""
+        with self._source.lock:
+            if self._done:
+                raise PoolClosedError("this batch was cancelled, or its result was taken already")
+            try:
+                with torch.no_grad():  # grad mode is per thread, and on at first
+                    return self._source.teacher.extract(self._images, self._spec)
+            finally:
+                self._done = True
+
+    def done(self) -> bool:
+        return self._done
+
+    def cancel(self) -> None:
+        """Cancel it if it has not begun; otherwise wait until it is computed."""
+        with self._source.lock:
+            self._done = True
+
+
+def as_source(teacher: Submitter | Extractor) -> Submitter:
+    """``teacher`` itself if it has ``submit``; otherwise a :class:`LocalSource` of it."""
+    if callable(getattr(teacher, "submit", None)):
+        return cast(Submitter, teacher)
+    if callable(getattr(teacher, "extract", None)):
+        return LocalSource(cast(Extractor, teacher))
+    raise ConfigError(
+        "teacher must be a RemoteTeacher, an object with .extract(images, spec), or a dict of them by name; "
+        f"got {teacher!r}"
+    )
+
+
+def _indexed(device: torch.device) -> torch.device:
+    """``cuda`` with the index of the current device."""
+    if device.type != "cuda" or device.index is not None:
+        return device
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+@dataclass(frozen=True, slots=True)
+class Delivered:
+    """Features by teacher. They are on the device, or are being copied there until ``event``."""
+
+    features: Mapping[str, Features]
+    event: torch.cuda.Event | None = None
+
+
+class Delivery:
+    """Copies features to a device ahead of their use.
+
+    To CUDA, it copies from pinned memory on a separate stream, so that the copy overlaps the student's kernels. The
+    consumer's stream waits for the copy; the consumer's thread does not. torch's caching allocator does not reuse a
+    pinned block before the copy from it is finished.
+
+    :meth:`send` and :meth:`receive` may be called by different threads.
+
+    Args:
+        device: None leaves everything where it is.
+    """
+
+    def __init__(self, device: torch.device | None) -> None:
+        self._device = device
+        on_cuda = device is not None and device.type == "cuda"
+        self._stream = torch.cuda.Stream(device) if on_cuda else None  # type: ignore[no-untyped-call]
+
+    def send(self, features: Mapping[str, Features]) -> Delivered:
+        """Begin the copy."""
+        if self._device is None or self._stream is None:
+            return self._send_plainly(features)
+        device, stream = self._device, self._stream
+        if any(tensor.device.type == "cuda" for each in features.values() for _, tensor in each.named()):
+            # This thread computed them on a GPU: the copies below, and so the consumer, wait until they are computed.
+            stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            moved = {name: each.map(lambda _, tensor: _pinned(tensor)) for name, each in features.items()}
+            moved = {name: each.to(device, non_blocking=True) for name, each in moved.items()}
+            return Delivered(moved, stream.record_event())
+
+    def receive(self, delivered: Delivered) -> dict[str, Features]:
+        """The features, safe to use on the caller's current stream."""
+        if delivered.event is not None:
+            current = torch.cuda.current_stream(self._device)
+            current.wait_event(delivered.event)
+            for features in delivered.features.values():
+                for _, tensor in features.named():
+                    if tensor.is_cuda:
+                        # The allocator would reuse its memory on the stream that made it; not before the caller's
+                        # kernels have read it.
+                        tensor.record_stream(current)
+        return dict(delivered.features)
+
+    def _send_plainly(self, features: Mapping[str, Features]) -> Delivered:
+        moved = features if self._device is None else {name: each.to(self._device) for name, each in features.items()}
+        cuda = [tensor for each in moved.values() for _, tensor in each.named() if tensor.is_cuda]
+        # A local teacher's outputs, which stay where they are: the caller's stream waits for this thread's stream.
+        event = torch.cuda.current_stream(cuda[0].device).record_event() if cuda else None
+        return Delivered(moved, event)
+
+
+def _pinned(tensor: Tensor) -> Tensor:
+    return tensor.pin_memory() if tensor.device.type == "cpu" else tensor

@@ -1,8 +1,4 @@
-"""Targets ahead of the training loop: while the student computes one batch, the teacher computes the next ones.
-
-It knows teachers only as :class:`~dinov3_ray.training.pipeline.Submitter` and :class:`~dinov3_ray.teacher.Extractor`,
-and nothing of Ray.
-"""
+"""Targets ahead of the training loop: while the student computes one batch, the teacher computes the next ones."""
 
 from __future__ import annotations
 
@@ -10,64 +6,24 @@ import logging
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
-from typing import Any, Generic, Literal, TypeVar, cast, overload
+from typing import Any, Generic, Literal, TypedDict, TypeVar, Unpack, cast, overload
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dinov3_ray.errors import ConfigError, PoolError
+from dinov3_ray.errors import ConfigError, PoolError, describe
 from dinov3_ray.features import Features, FeatureSpec
 from dinov3_ray.images import Images
 from dinov3_ray.teacher import Extractor
 from dinov3_ray.training.depth import Depth
 from dinov3_ray.training.pipeline import Pipeline, Submitter, as_source
 
-__all__ = ["AnyTeacher", "OnReload", "Prefetch", "PrefetchStatistics", "find_images", "prefetch"]
-
-
-_KEYS = ("img", "images", "pixel_values")
-
-
-def find_images(batch: Any) -> Images:
-    """The images of a batch, by this rule:
-
-    1. a tensor or array is the images;
-    2. of a dict (or another mapping), what stands under ``img``, ``images`` or ``pixel_values``;
-    3. a list or tuple of [3,H,W] tensors or arrays is images of different sizes;
-    4. of any other list or tuple, the first item, by the same rule: ``(images, labels)``.
-
-    Raises:
-        ConfigError: none of them holds, or a dict has several of the names.
-    """
-    if isinstance(batch, (Tensor, np.ndarray)):
-        return batch
-    if isinstance(batch, Mapping):
-        names = [name for name in _KEYS if name in batch]
-        if len(names) == 1:
-            return find_images(batch[names[0]])
-    elif isinstance(batch, Sequence) and not isinstance(batch, (str, bytes)) and len(batch):
-        if all(isinstance(item, (Tensor, np.ndarray)) and item.ndim == 3 and item.shape[0] == 3 for item in batch):
-            return cast(Images, batch)
-        if not isinstance(batch[0], (Tensor, np.ndarray)) or batch[0].ndim == 4:
-            return find_images(batch[0])
-    raise ConfigError(
-        f"images must be given where a batch is not images, (images, ...) or a dict with one of {', '.join(_KEYS)}; "
-        f"this one is {_described(batch)}: pass images=lambda batch: ..., which takes them out"
-    )
-
-
-def _described(batch: object) -> str:
-    if isinstance(batch, Mapping):
-        return f"a {type(batch).__name__} with {', '.join(map(repr, batch)) or 'nothing in it'}"
-    if isinstance(batch, (list, tuple)):
-        items = [f"{type(item).__name__}{list(getattr(item, 'shape', ()))}" for item in batch[:3]]
-        return f"a {type(batch).__name__} of {len(batch)}: {', '.join(items)}{', ...' if len(batch) > 3 else ''}"
-    return f"a {type(batch).__name__}"
+__all__ = ["AnyTeacher", "OnReload", "Prefetch", "PrefetchOptions", "PrefetchStatistics", "find_images", "prefetch"]
 
 
 AnyTeacher = Submitter | Extractor
-"""A pool's client, or a teacher of this process: local, stored, cached, fake, or one's own with ``extract``."""
+"""A pool's client, or a teacher of this process: local, stored, cached, fake, or the user's own with ``extract``."""
 
 OnReload = Literal["warn", "raise"]
 
@@ -82,18 +38,37 @@ _DRAWS_WHEN_READY = 2  # batches to draw from the loader per step while the teac
 _THE_ONE = ""  # the name of a teacher that is not one of several
 
 
+class PrefetchOptions(TypedDict, Generic[Batch], total=False):
+    """The options of :func:`prefetch`, as ``RemoteTeacher.prefetch`` takes them too.
+
+    Attributes:
+        images: returns the images of a batch, and must not change them later. They are the view that the student sees,
+            exactly. uint8 has a quarter of float32's bytes on the network; images on the CPU are not fetched from a
+            GPU. None is :func:`find_images`.
+        depth: batches kept ahead of the loop; ``auto`` finds it (:class:`~dinov3_ray.training.depth.Depth`).
+        device: where targets must be; None leaves them where the teacher puts them (a pool's: the CPU).
+        on_reload: what to do when a teacher's fingerprint changes, because a pool was reloaded: ``warn``, or ``raise``
+            PoolError before the first batch of the new teacher is delivered.
+    """
+
+    images: Callable[[Batch], Images] | None
+    depth: int | Literal["auto"]
+    device: torch.device | str | int | None
+    on_reload: OnReload
+
+
 @dataclass(frozen=True, slots=True)
 class PrefetchStatistics:
-    """The loop's figures, over all passes so far.
+    """Counts and times of the loop, over all passes so far.
 
     Attributes:
         steps: batches delivered.
-        seconds: the student's time and its waits, from the first delivery of each pass on, without the time of the
-            loader and of ``images``.
-        wait_seconds: the part of ``seconds`` that the loop waited for the teacher.
-        fill_seconds: the waits for the first batch of each pass, which nothing can be ahead of; not in ``seconds``.
+        seconds: the student's time and its waits, from the first delivery of each pass. The time of the loader and of
+            ``images`` is not in it.
+        wait_seconds: the part of ``seconds`` in which the loop waited for the teacher.
+        fill_seconds: the waits for the first batch of each pass, which cannot be prefetched; not in ``seconds``.
         depth: batches kept ahead of the loop now.
-        resends: requests that the teachers' pools had to send again since the first pass began; 0 without a pool.
+        resends: requests that the teachers' pools sent again since the first pass began; 0 without a pool.
     """
 
     steps: int = 0
@@ -112,8 +87,8 @@ class PrefetchStatistics:
 class Prefetch(Generic[Batch, Targets]):
     """Iterates over ``(batch, targets)``, in the loader's order, with the teacher working ahead; see :func:`prefetch`.
 
-    Each ``for`` begins a new pass over the loader. Leaving the loop early, by ``break``, an exception or Ctrl-C, gives
-    up what is in flight, as does ``close()`` of the iterator for those who hold it themselves.
+    Each ``for`` begins a new pass over the loader. When a ``break``, an exception or Ctrl-C leaves the loop early, what
+    is in flight is cancelled; ``close()`` of the iterator does the same.
     """
 
     def __init__(
@@ -162,7 +137,7 @@ class Prefetch(Generic[Batch, Targets]):
 
     @property
     def loader(self) -> Iterable[Batch]:
-        """What it was given to iterate over."""
+        """The loader, as it was given."""
         return self._loader
 
     def statistics(self) -> PrefetchStatistics:
@@ -171,42 +146,21 @@ class Prefetch(Generic[Batch, Targets]):
             self._steps, self._seconds, self._wait_seconds, self._fill_seconds, self._depth.batches, self._resends
         )
 
-    @property
-    def wait_seconds(self) -> float:
-        """See :class:`PrefetchStatistics`."""
-        return self._wait_seconds
-
-    @property
-    def wait_share(self) -> float:
-        """See :class:`PrefetchStatistics`."""
-        return self._wait_seconds / self._seconds if self._seconds else 0.0
-
-    @property
-    def depth(self) -> int:
-        """See :class:`PrefetchStatistics`."""
-        return self._depth.batches
-
-    @property
-    def resends(self) -> int:
-        """See :class:`PrefetchStatistics`."""
-        return self._resends
-
     def __repr__(self) -> str:
-        return (
-            f"<Prefetch {self._steps} batches, depth {self._depth.batches}, waited {self.wait_share:.1%} of the time>"
-        )
+        so_far = self.statistics()
+        return f"<Prefetch {so_far.steps} batches, depth {so_far.depth}, waited {so_far.wait_share:.1%} of the time>"
 
     # One pass -------------------------------------------------------------------------------------------------------
 
     def _pass(self) -> Generator[tuple[Batch, Targets], None, None]:
-        # Here, in the caller's thread, clients connect: an error shows at once, and Ctrl-C is heard.
+        # Clients connect here, in the caller's thread, where an error shows at once and Ctrl-C works.
         self._depth.begin(self._parallelism())
         if self._resends_before is None:
             self._resends_before = self._pool_resends()
         batches = iter(self._loader)
         pipeline: Pipeline[Batch] = Pipeline(self._sources, self._specs, self._device)
         exhausted = False
-        loop_began: float | None = None  # when the loop's body began with the last batch, put off by the loader's time
+        loop_began: float | None = None  # when the loop's body began, plus the loader's time since
         try:
             while True:
                 drawn, waited = 0, 0.0
@@ -238,15 +192,15 @@ class Prefetch(Generic[Batch, Targets]):
                     self._count(waited, now - loop_began)
                 loop_began = now
                 yield batch, self._targets(features)
-                del batch, features  # they are the caller's now: not to be kept while the next ones come
+                del batch, features  # the caller's now: they must not stay in memory here while the next ones come
         finally:
             pipeline.close()
-            close = getattr(batches, "close", None)  # a generator's; a DataLoader's workers end with its iterator
+            close = getattr(batches, "close", None)  # of a generator; a DataLoader's workers end with its iterator
             if callable(close):
                 close()
 
     def _draw(self, batches: Iterator[Batch]) -> tuple[Batch, Images] | None:
-        """The next batch with its images; None at the loader's end."""
+        """The next batch with its images; None at the end of the loader."""
         batch = next(batches, _END)
         return None if isinstance(batch, _End) else (batch, self._images(batch))
 
@@ -254,7 +208,7 @@ class Prefetch(Generic[Batch, Targets]):
         """Whether to draw another batch before the next is delivered."""
         if len(pipeline) >= self._depth.batches:
             return False
-        # A slow loader must not hold up a batch whose targets are there.
+        # A slow loader must not delay a batch whose targets are ready.
         return not len(pipeline) or drawn < _DRAWS_WHEN_READY or not pipeline.ready()
 
     def _targets(self, features: dict[str, Features]) -> Targets:
@@ -278,10 +232,10 @@ class Prefetch(Generic[Batch, Targets]):
             which = f"teacher {name!r}" if name else "the teacher"
             message = (
                 f"{which} changed from {before} to {each.fingerprint} after {self._steps} batches of this stream: "
-                "targets before and after are not of one model"
+                "targets before and after come from different models"
             )
             if self._raise_on_reload:
-                raise PoolError(f"{message} (on_reload='warn' goes on)")
+                raise PoolError(f"{message} (on_reload='warn' continues)")
             self._fingerprints[name] = each.fingerprint
             log.warning("%s (on_reload='raise' stops there)", message)
 
@@ -293,12 +247,13 @@ class Prefetch(Generic[Batch, Targets]):
             count_step = getattr(source, "count_step", None)
             if callable(count_step):
                 count_step(waited, seconds)
-        if not self._warned and self._steps > _WARN_AFTER and self.wait_share > _WARN_SHARE:
+        share = self.statistics().wait_share
+        if not self._warned and self._steps > _WARN_AFTER and share > _WARN_SHARE:
             self._warned = True
             log.warning(
                 "the student waits for its teacher %.0f%% of the time: more replicas (pool.scale), smaller maps "
                 "(FeatureSpec.map_size) or narrower ones (dtype='int8') would help",
-                100 * self.wait_share,
+                100 * share,
             )
 
 
@@ -307,53 +262,39 @@ def prefetch(
     teacher: Mapping[str, AnyTeacher],
     loader: Iterable[Batch],
     spec: FeatureSpec | Mapping[str, FeatureSpec],
-    *,
-    images: Callable[[Batch], Images] | None = None,
-    depth: int | Literal["auto"] = "auto",
-    device: torch.device | str | int | None = None,
-    on_reload: OnReload = "warn",
+    **options: Unpack[PrefetchOptions[Batch]],
 ) -> Prefetch[Batch, dict[str, Features]]: ...
 @overload
 def prefetch(
     teacher: AnyTeacher,
     loader: Iterable[Batch],
     spec: FeatureSpec,
-    *,
-    images: Callable[[Batch], Images] | None = None,
-    depth: int | Literal["auto"] = "auto",
-    device: torch.device | str | int | None = None,
-    on_reload: OnReload = "warn",
+    **options: Unpack[PrefetchOptions[Batch]],
 ) -> Prefetch[Batch, Features]: ...
 def prefetch(teacher: Any, loader: Any, spec: Any, **options: Any) -> Prefetch[Any, Any]:
-    """``(batch, targets)`` for each batch of ``loader``, in order, with the targets computed ahead of the loop.
+    """Iterate over ``(batch, targets)`` for each batch of ``loader``, in order; targets are computed ahead of the loop.
 
     ::
 
         for batch, targets in prefetch(teacher, loader, FeatureSpec(feature_map=True), device="cuda"):
             loss = detection_loss(student(batch), batch) + distill(tap.take(), targets)
 
-    Memory is bounded by ``depth``: so many batches with their targets, of which two are on the device.
+    ``depth`` limits memory: that many batches with their targets, of which the targets of two are on the device.
 
-    Errors reach the caller as themselves: the loader's when it raises, a teacher's when its batch's turn comes, the
-    loop's own at once; nothing is left in flight then.
+    Errors reach the caller unchanged: the loader's when it raises, a teacher's when its batch would be delivered, the
+    loop's own at once. Nothing is in flight after any of them.
 
     Args:
-        teacher: a pool's ``RemoteTeacher``; any teacher of this process, which then computes in a second thread
-            (or in the caller's thread, if it is on the accelerator that the targets are for: a GPU shared with the
-            student gains nothing from a second thread); or a dict of several by name, all of which get each
-            batch: ``targets`` is then a dict too.
-        loader: any iterable of batches, such as a DataLoader with workers. It is drawn from in the caller's thread.
-        spec: what to compute; with several teachers, one for all or one for each by name.
-        images: takes the images out of a batch: the exact view that the student sees. uint8 crosses the network in a
-            quarter of float32's bytes, and images on the CPU need not be fetched from the GPU. It must not change them
-            later. By default found by the rule of :func:`~dinov3_ray.training.prefetch.find_images`.
-        depth: batches kept ahead of the loop; ``auto`` finds it (:class:`~dinov3_ray.training.depth.Depth`).
-        device: where targets must be; None leaves them where the teacher puts them (a pool's: the CPU).
-        on_reload: what to do when a teacher's fingerprint changes within the life of this object (a pool was
-            reloaded): ``warn``, or ``raise`` PoolError before the first batch of the new teacher is delivered.
+        teacher: a pool's ``RemoteTeacher``; a teacher of this process; or a dict of several by name, which all get each
+            batch: ``targets`` is then a dict too. A teacher of this process computes in a second thread. If it is on
+            the accelerator that the targets are for, it computes in the caller's thread, since a second thread gains
+            nothing on a GPU shared with the student.
+        loader: any iterable of batches, such as a DataLoader with workers. The caller's thread draws from it.
+        spec: what to compute; with several teachers, one spec for all or a dict of one per teacher.
+        options: see :class:`PrefetchOptions`.
 
     Raises:
-        ConfigError, SpecError: for options that cannot be, at once.
+        ConfigError, SpecError: an option is wrong; raised at once.
     """
     return Prefetch(teacher, loader, spec, **options)
 
@@ -361,9 +302,7 @@ def prefetch(teacher: Any, loader: Any, spec: Any, **options: Any) -> Prefetch[A
 def _by_teacher(spec: FeatureSpec | Mapping[str, FeatureSpec], names: list[str]) -> dict[str, FeatureSpec]:
     specs = dict(spec) if isinstance(spec, Mapping) else dict.fromkeys(names, spec)
     if set(specs) != set(names):
-        raise ConfigError(
-            f"spec must have one FeatureSpec for each teacher ({', '.join(names)}); got {', '.join(specs)}"
-        )
+        raise ConfigError(f"spec must have one FeatureSpec per teacher ({', '.join(names)}); got {', '.join(specs)}")
     for each in specs.values():
         if not isinstance(each, FeatureSpec):
             raise ConfigError(f"spec must be a FeatureSpec; got {each!r}")
@@ -372,7 +311,38 @@ def _by_teacher(spec: FeatureSpec | Mapping[str, FeatureSpec], names: list[str])
 
 
 class _End:
-    """What an exhausted loader gives; no batch equals it."""
+    """Marks the end of a loader; no batch equals it."""
 
 
 _END = _End()
+
+
+_KEYS = ("img", "images", "pixel_values")
+
+
+def find_images(batch: Any) -> Images:
+    """The images of a batch:
+
+    1. a tensor or array itself;
+    2. in a dict (or another mapping), the value of ``img``, ``images`` or ``pixel_values``;
+    3. a list or tuple of [3,H,W] tensors or arrays itself, as images of different sizes;
+    4. in any other list or tuple, such as ``(images, labels)``, the images of its first item, by the same rules.
+
+    Raises:
+        ConfigError: the batch is none of these, or a dict with several of the names.
+    """
+    if isinstance(batch, (Tensor, np.ndarray)):
+        return batch
+    if isinstance(batch, Mapping):
+        names = [name for name in _KEYS if name in batch]
+        if len(names) == 1:
+            return find_images(batch[names[0]])
+    elif isinstance(batch, Sequence) and not isinstance(batch, (str, bytes)) and len(batch):
+        if all(isinstance(item, (Tensor, np.ndarray)) and item.ndim == 3 and item.shape[0] == 3 for item in batch):
+            return cast(Images, batch)
+        if not isinstance(batch[0], (Tensor, np.ndarray)) or batch[0].ndim == 4:
+            return find_images(batch[0])
+    raise ConfigError(
+        f"images must be given where a batch is not images, (images, ...) or a dict with one of {', '.join(_KEYS)}; "
+        f"got {describe(batch)} (pass images=lambda batch: ..., which returns its images)"
+    )

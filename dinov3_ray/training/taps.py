@@ -1,4 +1,4 @@
-"""What a student computes on its way: :class:`FeatureTap` takes the outputs of named layers of any model."""
+"""A student's intermediate features: :class:`FeatureTap` takes the outputs of named layers of any model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from dinov3_ray.errors import ConfigError, InputError
+from dinov3_ray.errors import ConfigError, InputError, describe
 
 __all__ = ["FeatureTap", "Select", "layer_names"]
 
@@ -31,16 +31,16 @@ class FeatureTap:
                 predictions = student(batch["img"])
                 loss = detection_loss(predictions, batch) + distill(tap.take(), targets)
 
-    A layer's output is kept as it is, part of the graph, until ``take()``, ``clear()`` or the layer's next call; then
-    nothing here keeps its graph alive. On leaving the ``with`` block the hooks are gone, whatever happened in it;
-    outputs not taken yet stay readable, unless the block was left by an exception.
+    A layer's output is kept, with its graph, until ``take()``, ``clear()`` or the layer's next call. The hooks are
+    removed at the end of the ``with`` block in any case. Outputs that were not taken stay readable after it, unless an
+    exception left the block.
 
     Wrapped models: names are those of the model inside DistributedDataParallel, DataParallel, torch.compile, FSDP and
-    activation checkpointing. Attach *before* a compiled model's first call: torch.compile does not look at hooks added
+    activation checkpointing. Attach *before* a compiled model's first call: torch.compile ignores hooks that are added
     later (``torch._dynamo.config.skip_nnmodule_hook_guards``), and the layer then counts as not run. Copies of a model
-    (an EMA made by ``deepcopy``, a pickle) get no tap.
+    (an EMA made by ``deepcopy``, a pickle) have no tap.
 
-    Not for use by several threads at once, as in DataParallel's replicas.
+    Several threads must not use it at once, as DataParallel's replicas would.
 
     Args:
         module: the model.
@@ -78,7 +78,7 @@ class FeatureTap:
         return bool(self._handles)
 
     def attach(self) -> FeatureTap:
-        """Add the hooks; for loops that a ``with`` block cannot hold. :meth:`close` takes them away."""
+        """Add the hooks, where a ``with`` block does not fit. :meth:`close` removes them."""
         if self._handles:
             raise ConfigError(f"a FeatureTap can be attached once at a time; {self!r} is")
         for name, layer in self._layers.items():
@@ -87,7 +87,7 @@ class FeatureTap:
         return self
 
     def close(self) -> None:
-        """Take the hooks away; again does nothing. Outputs not taken yet stay readable."""
+        """Remove the hooks. Outputs that were not taken stay readable. A second call does nothing."""
         while self._handles:
             self._handles.pop().remove()
 
@@ -118,7 +118,7 @@ class FeatureTap:
         return self._outputs[name]
 
     def take(self) -> Tensor:
-        """The output of the tap's one layer, which the tap then forgets, so that it cannot be read again a step later.
+        """The output of the tap's one layer. The tap forgets it, so that no later step reads it by mistake.
 
         Raises:
             ConfigError: if the tap has several layers.
@@ -129,10 +129,10 @@ class FeatureTap:
         return next(iter(self.take_all().values()))
 
     def take_all(self) -> dict[str, Tensor]:
-        """The outputs of all layers by name, in the order of ``names``, which the tap then forgets.
+        """The outputs of all layers by name, in the order of ``names``. The tap forgets them.
 
         Raises:
-            InputError: as for ``tap[name]``; nothing is forgotten then.
+            InputError: as for ``tap[name]``; the tap then forgets nothing.
         """
         outputs = {name: self[name] for name in self._layers}
         self.clear()
@@ -150,8 +150,8 @@ class FeatureTap:
 class _Hook:
     """A forward hook that stores one layer's output.
 
-    Copied or pickled with its model, it becomes one that does nothing: the outputs of a copy are nobody's, and tensors
-    with a graph cannot be copied at all.
+    When its model is copied or pickled, the copy has a hook that does nothing: no tap reads the copy's outputs, and
+    tensors with a graph cannot be copied.
     """
 
     def __init__(self, name: str, select: Select | None, outputs: dict[str, Tensor]) -> None:
@@ -181,24 +181,14 @@ def _selected(output: Any, select: Select | None, name: str) -> Tensor:
             chosen = output[select]
         except (LookupError, TypeError) as error:
             raise InputError(
-                f"select={select!r} must be found in the output of layer {name!r}, which is {_described(output)}"
+                f"select={select!r} must be found in the output of layer {name!r}, which is {describe(output)}"
             ) from error
     if not isinstance(chosen, Tensor):
         raise InputError(
-            f"the output of layer {name!r} must be a tensor; with select={select!r} it is {_described(chosen)} "
+            f"the output of layer {name!r} must be a tensor; with select={select!r} it is {describe(chosen)} "
             "(select takes an index, a key or a function)"
         )
     return chosen
-
-
-def _described(output: object) -> str:
-    if isinstance(output, Tensor):
-        return f"a tensor {list(output.shape)}"
-    if isinstance(output, Mapping):
-        return f"a {type(output).__name__} with {', '.join(map(repr, output))}"
-    if isinstance(output, Sequence) and not isinstance(output, str):
-        return f"a {type(output).__name__} of {len(output)}: {', '.join(type(each).__name__ for each in output)}"
-    return f"a {type(output).__name__}"
 
 
 def layer_names(module: nn.Module) -> list[str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from sample_images import images_of
 
 from dinov3_ray import DinoV3Config, DinoV3Teacher, Features, FeatureSpec
 from dinov3_ray.errors import InputError
@@ -26,10 +26,6 @@ from dinov3_ray.testing import FakeTeacher
 SPEC = FeatureSpec(cls=True, feature_map=True, dtype="int8")
 WAIT = 30.0
 TEACHER = FakeTeacher()
-
-
-def images_of(number: int, rows: int = 2) -> Tensor:
-    return torch.randint(0, 256, (rows, 3, 32, 48), dtype=torch.uint8, generator=torch.Generator().manual_seed(number))
 
 
 class HeldPass:

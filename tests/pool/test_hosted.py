@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from sample_images import images_of
 
 from dinov3_ray import DinoV3Config, DinoV3Teacher, FeatureSpec
 from dinov3_ray.errors import InputError, NumericsError
@@ -17,10 +17,6 @@ from dinov3_ray.testing import FakeTeacher
 
 SPEC = FeatureSpec(cls=True, feature_map=True, registers=True, layers=(-2,))
 PIPELINES = [pipeline_for, partial(ConcurrentPipeline, passes=3, threads=1)]
-
-
-def images_of(number: int) -> Tensor:
-    return torch.randint(0, 256, (2, 3, 48, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(number))
 
 
 @pytest.mark.parametrize("pipeline", PIPELINES)

@@ -192,13 +192,13 @@ def test_wrong_batch_indices() -> None:
     box = torch.tensor([[0.1, 0.1, 0.2, 0.2]])
     with pytest.raises(InputError, match=r"batch_index must lie in 0\.\.1 for 2 images; got 2\.\.2"):
         Boxes.of(box, torch.tensor([2]), format="xyxy").mask(2, (4, 4))
-    with pytest.raises(InputError, match="one entry a box"):
+    with pytest.raises(InputError, match="one entry per box"):
         Boxes.of(box, torch.tensor([0, 1]), format="xyxy")
     with pytest.raises(InputError, match="must give the image of each box"):
         Boxes.of(box, format="xyxy")
     with pytest.raises(InputError, match="must be None when boxes is a sequence"):
         Boxes.of([box], torch.tensor([0]), format="xyxy")
-    with pytest.raises(InputError, match="one tensor an image"):
+    with pytest.raises(InputError, match="one tensor per image"):
         Boxes.of([], format="xyxy")
 
 

@@ -58,10 +58,10 @@ class ParquetSource:
             raise StoreError(
                 f"the first Parquet file of a source tells its columns, but {files[0][0]} cannot be opened: {error}"
             ) from error
-        image = _choose(image_column, "image_column", schema, IMAGE_COLUMNS, _holds_bytes)
+        image = _choose_fitting(image_column, "image_column", schema, IMAGE_COLUMNS, _holds_bytes)
         if image is None:
             raise StoreError(f"image_column must name the column of image bytes; {files[0][0]} has {schema.names}")
-        id_ = _choose(id_column, "id_column", schema, ID_COLUMNS, _holds_keys)
+        id_ = _choose_fitting(id_column, "id_column", schema, ID_COLUMNS, _holds_keys)
         return cls(system, root, name, tuple(file for file, _ in files), image, id_ or ROW_NUMBER)
 
     def describe(self) -> dict[str, Any]:
@@ -136,7 +136,7 @@ class ParquetSource:
                 row += count
 
 
-def _choose(given: str | None, option: str, schema: Any, names: Sequence[str], fits: Any) -> str | None:
+def _choose_fitting(given: str | None, option: str, schema: Any, names: Sequence[str], fits: Any) -> str | None:
     if given == ROW_NUMBER and option == "id_column":
         return given
     if given is not None:

@@ -54,8 +54,8 @@ class DatasetRows:
             raise StoreError("source must hold images; the Dataset has no rows")
         names = list(rows[0])
         self.columns = Columns(
-            _choose(names, image_column, IMAGE_COLUMNS, "image_column", ""),
-            _choose(names, id_column, ID_COLUMNS, "id_column", " (ray.data.read_images has include_paths=True)"),
+            _choose_named(names, image_column, IMAGE_COLUMNS, "image_column", ""),
+            _choose_named(names, id_column, ID_COLUMNS, "id_column", " (ray.data.read_images has include_paths=True)"),
         )
         self.first = self.columns.contents({name: [row[name] for row in rows] for name in names})
         if all(isinstance(content, Unreadable) and content.kind == "unsupported" for _, content in self.first):
@@ -79,7 +79,7 @@ def name_of(ids: Sequence[str]) -> str:
     return "k" + hashlib.sha256("\0".join(ids).encode()).hexdigest()[:24]
 
 
-def _choose(names: Sequence[str], given: str | None, usual: Sequence[str], option: str, remedy: str) -> str:
+def _choose_named(names: Sequence[str], given: str | None, usual: Sequence[str], option: str, remedy: str) -> str:
     for name in usual if given is None else (given,):
         if name in names:
             return name

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Self, TypeVar, Unpack
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from dinov3_ray.pool.cluster import NAMESPACE, check_name
 from dinov3_ray.pool.local import open_transport
 from dinov3_ray.pool.messages import PoolView, TeacherInfo
 from dinov3_ray.teacher import TeacherMixin
-from dinov3_ray.training.prefetch import OnReload, Prefetch, prefetch
+from dinov3_ray.training.prefetch import Prefetch, PrefetchOptions, prefetch
 
 __all__ = ["RemoteTeacher"]
 
@@ -134,29 +134,19 @@ class RemoteTeacher(TeacherMixin[Images]):
         return handle
 
     def prefetch(
-        self,
-        loader: Iterable[Batch],
-        spec: FeatureSpec,
-        *,
-        images: Callable[[Batch], Images] | None = None,
-        depth: int | Literal["auto"] = "auto",
-        device: torch.device | str | int | None = None,
-        on_reload: OnReload = "warn",
+        self, loader: Iterable[Batch], spec: FeatureSpec, **options: Unpack[PrefetchOptions[Batch]]
     ) -> Prefetch[Batch, Features]:
-        """``(batch, targets)`` for each batch of ``loader``, in order, computed ahead of the loop.
+        """Iterate over ``(batch, targets)`` for each batch of ``loader``, in order; computed ahead of the loop.
+
+        See :func:`dinov3_ray.training.prefetch.prefetch`, which also takes several teachers at once.
 
         Args:
             loader: any iterable of batches, such as a DataLoader with workers.
             spec: what to compute.
-            images: takes the images out of a batch: the exact view that the student sees. None finds them where a batch
-                is a tensor, ``(images, ...)`` or a dict with ``img``, ``images`` or ``pixel_values``.
-            depth: batches in flight ahead of the loop; ``auto`` finds it.
-            device: where the targets must be; None leaves them on the CPU.
-            on_reload: ``warn`` or ``raise`` when the pool's teacher changes in mid-stream.
-
-        More in :func:`dinov3_ray.training.prefetch.prefetch`, which also takes several teachers at once.
+            options: ``images``, ``depth``, ``device`` and ``on_reload``; see
+                :class:`~dinov3_ray.training.prefetch.PrefetchOptions`.
         """
-        return prefetch(self, loader, spec, images=images, depth=depth, device=device, on_reload=on_reload)
+        return prefetch(self, loader, spec, **options)
 
     @property
     def parallelism(self) -> int:

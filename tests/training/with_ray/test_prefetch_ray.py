@@ -66,7 +66,7 @@ def test_every_target_matches_its_batch_though_a_replica_is_killed_in_each_epoch
     statistics = remote.statistics()
     assert statistics.in_flight == statistics.waiting == 0
     assert statistics.answered == stream.statistics().steps
-    assert stream.resends == statistics.resends
+    assert stream.statistics().resends == statistics.resends
     print(stream, stream.statistics(), statistics)
 
 
