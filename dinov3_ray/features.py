@@ -6,13 +6,16 @@ give the same bits. Shapes: B images, D channels, h × w patches, R register tok
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Literal, get_args
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._pytree import MappingKey, register_pytree_node
+from torch.utils.data._utils.collate import default_collate_fn_map
 
 from dinov3_ray.errors import SpecError
 
@@ -156,32 +159,63 @@ def _as_ints(values: object, name: str) -> tuple[int, ...]:
     return tuple(values)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Features:
-    """A teacher's outputs for B images; those that the spec did not ask for are None (``layers``: empty).
+class Features(OrderedDict[str, Any]):
+    """A teacher's outputs for B images. Those that the spec did not ask for are None (``layers``: empty).
 
-    Attributes:
-        cls: [B, D].
+    It is a dict of the outputs that are there, with ``layers`` as a dict in it, so that code which moves, casts, pins,
+    collates, slices or gathers batches treats it as the tensors that it holds: torch (DataLoader, pytree, DDP, FSDP),
+    Lightning and Fabric, accelerate, and transformers' Trainer. Only ``len()`` is not a dict's: it is B. Such code
+    makes a new dict, without the fingerprint; ``DataLoader`` collates by joining the images of all samples.
+
+    Args:
+        cls: [B, D]; or the outputs by name, as a mapping or as pairs.
         feature_map: [B, D, h, w].
         registers: [B, R, D].
-        layers: block index, as it was asked for, to [B, D, h, w].
+        layers: block index, as the spec has it, to [B, D, h, w].
         fingerprint: identifies the weights, configuration and preprocessing; None if the teacher has none.
     """
 
-    cls: Tensor | None = None
-    feature_map: Tensor | None = None
-    registers: Tensor | None = None
-    layers: Mapping[int, Tensor] = field(default_factory=dict)
-    fingerprint: str | None = None
+    def __init__(
+        self,
+        cls: Tensor | Mapping[str, Any] | Iterable[tuple[str, Any]] | None = None,
+        feature_map: Tensor | None = None,
+        registers: Tensor | None = None,
+        layers: Mapping[int, Tensor] | None = None,
+        fingerprint: str | None = None,
+    ) -> None:
+        by_name = cls is not None and not isinstance(cls, Tensor)
+        super().__init__(cls if by_name else ())  # type: ignore[arg-type]
+        self.fingerprint: str | None = fingerprint or getattr(cls, "fingerprint", None)
+        given = {"cls": None if by_name else cls, "feature_map": feature_map, "registers": registers}
+        self.update((name, tensor) for name, tensor in given.items() if tensor is not None)
+        if layers:
+            self["layers"] = dict(layers)
+
+    @property
+    def cls(self) -> Tensor | None:
+        """[B, D]."""
+        return self.get("cls")
+
+    @property
+    def feature_map(self) -> Tensor | None:
+        """[B, D, h, w]."""
+        return self.get("feature_map")
+
+    @property
+    def registers(self) -> Tensor | None:
+        """[B, R, D]."""
+        return self.get("registers")
+
+    @property
+    def layers(self) -> Mapping[int, Tensor]:
+        """Block index, as the spec has it, to [B, D, h, w]."""
+        layers: Mapping[int, Tensor] = self.get("layers", {})
+        return layers
 
     def named(self) -> Iterator[tuple[str, Tensor]]:
         """Each tensor that is there with its name: ``cls``, ``feature_map``, ``registers``, ``layers.4``, ..."""
-        for name in ("cls", "feature_map", "registers"):
-            tensor = getattr(self, name)
-            if tensor is not None:
-                yield name, tensor
-        for index, tensor in self.layers.items():
-            yield f"layers.{index}", tensor
+        yield from ((name, self[name]) for name in ("cls", "feature_map", "registers") if name in self)
+        yield from ((f"layers.{index}", tensor) for index, tensor in self.layers.items())
 
     @classmethod
     def from_named(cls, named: Mapping[str, Tensor], fingerprint: str | None = None) -> Features:
@@ -221,9 +255,32 @@ class Features:
         """B, the number of images."""
         return next((tensor.shape[0] for _, tensor in self.named()), 0)
 
+    # Two of them are equal if they are the same object, as tensors cannot be compared by one bool.
+    __eq__ = object.__eq__
+    __ne__ = object.__ne__
+    __hash__ = object.__hash__  # type: ignore[assignment]
+
     def __repr__(self) -> str:
         parts = [f"{name}={str(tensor.dtype)[6:]}{list(tensor.shape)}" for name, tensor in self.named()]
         return f"Features({', '.join(parts)})"
+
+
+def _collate(samples: Sequence[Features], *, collate_fn_map: object = None) -> Features:  # noqa: ARG001 - torch's
+    return Features.cat(samples)
+
+
+# How torch extends its walkers over batches: torch.utils.data.default_collate documents the first.
+default_collate_fn_map[Features] = _collate
+register_pytree_node(
+    Features,
+    lambda features: (list(features.values()), (list(features), features.fingerprint)),
+    lambda values, context: Features(zip(context[0], values, strict=True), fingerprint=context[1]),
+    flatten_with_keys_fn=lambda features: (
+        [(MappingKey(name), value) for name, value in features.items()],
+        (list(features), features.fingerprint),
+    ),
+    serialized_type_name="dinov3_ray.features.Features",
+)
 
 
 def channel_dim(name: str) -> int:

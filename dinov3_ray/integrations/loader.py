@@ -24,6 +24,8 @@ class TargetLoader:
     def __init__(self, stream: Prefetch[Any, Any], join: Callable[[Any, Any], Any] = lambda *pair: pair) -> None:
         self.stream = stream
         self._join = join
+        if hasattr(stream, "state_dict"):  # set here and not in the class: trainers look whether a loader has them
+            self.state_dict, self.load_state_dict = stream.state_dict, stream.load_state_dict
 
     def __iter__(self) -> Iterator[Any]:
         passing = iter(self.stream)
@@ -47,7 +49,7 @@ class TargetLoader:
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or name == "stream":
             raise AttributeError(name)  # an object that is being copied has no stream to ask yet
-        return getattr(self.stream.loader, name)
+        return getattr(self.stream, name)
 
     def __repr__(self) -> str:
         return f"<TargetLoader of {self.stream!r}>"

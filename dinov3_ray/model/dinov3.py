@@ -108,7 +108,7 @@ class DinoV3Teacher(TeacherMixin[Images | ImageBatch], nn.Module):
             with self.preprocess_watch.measure(self.device):
                 pixels_B3HW = preprocess(batch, self.config.preprocessing, self.device)
             features = self._forward(pixels_B3HW, spec.native())
-            return replace(deliver(features, spec), fingerprint=self.fingerprint)
+            return Features(deliver(features, spec), fingerprint=self.fingerprint)
 
     forward = extract
 

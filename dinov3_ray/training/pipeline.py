@@ -13,7 +13,7 @@ from concurrent import futures
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, Generic, ParamSpec, Protocol, TypeVar, cast
+from typing import Any, ParamSpec, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -27,7 +27,6 @@ from dinov3_ray.teacher import Extractor
 __all__ = ["Delivered", "Delivery", "LocalSource", "Pipeline", "Submitted", "Submitter", "as_source"]
 
 
-Batch = TypeVar("Batch")
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -61,14 +60,13 @@ class Submitter(Protocol):
 
 
 @dataclass(slots=True)
-class _Entry(Generic[Batch]):
-    batch: Batch
+class _Entry:
     sent: Future[dict[str, Submitted]]
     delivered: Future[Delivered] | None = None
 
 
-class Pipeline(Generic[Batch]):
-    """A first-in, first-out queue: batches enter with their images and leave with their targets.
+class Pipeline:
+    """A first-in, first-out queue: the images of a batch enter, and its targets leave.
 
     Two threads do the work beside the trainer's. The first sends batches to the teachers, which copies them. The second
     receives the results and copies them to the device; for the next two batches only, to save the device's memory. A
@@ -88,7 +86,7 @@ class Pipeline(Generic[Batch]):
         self, sources: Mapping[str, Submitter], specs: Mapping[str, FeatureSpec], device: torch.device | None
     ) -> None:
         self._sources, self._specs = sources, specs
-        self._entries: deque[_Entry[Batch]] = deque()
+        self._entries: deque[_Entry] = deque()
         # What was sent, in the same order. The sending thread writes it, which Ctrl-C does not interrupt: a Ctrl-C in
         # put() may lose an entry, but not a batch in flight.
         self._in_flight: deque[dict[str, Submitted]] = deque()
@@ -100,11 +98,11 @@ class Pipeline(Generic[Batch]):
     def __len__(self) -> int:
         return len(self._entries)
 
-    def put(self, batch: Batch, images: Images) -> None:
-        """Send a batch; returns at once. :meth:`take` raises its error."""
+    def put(self, images: Images) -> None:
+        """Send the images of a batch; returns at once. :meth:`take` raises its error."""
         # Images on an accelerator are read on the stream that made them, which is the stream of this thread.
         sender = _Here() if _on_accelerator(images) else self._sender
-        self._entries.append(_Entry(batch, sender.submit(self._submit, images)))
+        self._entries.append(_Entry(sender.submit(self._submit, images)))
         self._deliver_ahead()
 
     def ready(self) -> bool:
@@ -112,8 +110,8 @@ class Pipeline(Generic[Batch]):
         delivered = self._entries[0].delivered
         return delivered is not None and delivered.done()
 
-    def take(self) -> tuple[Batch, dict[str, Features]]:
-        """The oldest batch with its targets; waits for them.
+    def take(self) -> dict[str, Features]:
+        """The targets of the oldest batch, by teacher; waits for them.
 
         Raises:
             Exception: a teacher's error for this batch, unchanged.
@@ -122,10 +120,10 @@ class Pipeline(Generic[Batch]):
         assert delivered is not None
         wait(lambda seconds: bool(futures.wait([delivered], seconds).done))
         features = self._delivery.receive(delivered.result())
-        entry = self._entries.popleft()
+        self._entries.popleft()
         self._in_flight.popleft()
         self._deliver_ahead()
-        return entry.batch, features
+        return features
 
     def close(self) -> None:
         """Cancel all batches. When this returns, none of them is in flight."""

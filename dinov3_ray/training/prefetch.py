@@ -17,6 +17,7 @@ from dinov3_ray.features import Features, FeatureSpec
 from dinov3_ray.images import Images
 from dinov3_ray.teacher import Extractor
 from dinov3_ray.training.depth import Depth
+from dinov3_ray.training.loader_reader import LoaderReader
 from dinov3_ray.training.pipeline import Pipeline, Submitter, as_source
 
 __all__ = ["AnyTeacher", "OnReload", "Prefetch", "PrefetchOptions", "PrefetchStatistics", "find_images", "prefetch"]
@@ -35,6 +36,7 @@ Targets = TypeVar("Targets")
 _WARN_SHARE = 0.05
 _WARN_AFTER = 20  # steps
 _DRAWS_WHEN_READY = 2  # batches to draw from the loader per step while the teacher is ahead: the pipeline fills gently
+_DEPTH_TOGETHER = 4  # batches ahead where all ranks must draw in the same steps
 _THE_ONE = ""  # the name of a teacher that is not one of several
 
 
@@ -88,7 +90,10 @@ class Prefetch(Generic[Batch, Targets]):
     """Iterates over ``(batch, targets)``, in the loader's order, with the teacher working ahead; see :func:`prefetch`.
 
     Each ``for`` begins a new pass over the loader. When a ``break``, an exception or Ctrl-C leaves the loop early, what
-    is in flight is cancelled; ``close()`` of the iterator does the same.
+    is in flight is cancelled; ``close()`` of the iterator does the same. If the loader is an iterator, such as a
+    generator, the next ``for`` continues behind the last batch delivered.
+
+    It has the loader's attributes. ``state_dict()`` is the loader's state after the last batch delivered.
     """
 
     def __init__(
@@ -112,11 +117,12 @@ class Prefetch(Generic[Batch, Targets]):
             raise ConfigError("teacher must be a teacher or a dict of at least one; got an empty one")
         self._sources = {name: as_source(teacher) for name, teacher in self._teachers.items()}
         self._specs = _by_teacher(spec, list(self._teachers))
-        self._loader = loader
-        self._images = images or find_images
+        self._reader = LoaderReader(loader, images or find_images)
         self._device = None if device is None else torch.device(device)
         self._raise_on_reload = on_reload == "raise"
-        self._depth = Depth(depth)
+        self._depth = Depth(_DEPTH_TOGETHER if depth == "auto" and self._reader.draws_together else depth)
+        if self._reader.has_state:  # set here and not in the class: trainers look whether a loader has them
+            self.state_dict, self.load_state_dict = self._reader.state_dict, self._reader.load_state_dict
         self._steps = 0
         self._seconds = 0.0
         self._wait_seconds = 0.0
@@ -131,14 +137,20 @@ class Prefetch(Generic[Batch, Targets]):
 
     def __len__(self) -> int:
         """Batches of one pass, if the loader knows."""
-        if not isinstance(self._loader, Sized):
-            raise TypeError(f"the loader, a {type(self._loader).__name__}, has no length")
-        return len(self._loader)
+        if not isinstance(self.loader, Sized):
+            raise TypeError(f"the loader, a {type(self.loader).__name__}, has no length")
+        return len(self.loader)
 
     @property
     def loader(self) -> Iterable[Batch]:
         """The loader, as it was given."""
-        return self._loader
+        return self._reader.loader
+
+    def __getattr__(self, name: str) -> Any:
+        """The loader's attribute of that name, such as ``dataset``, ``batch_size`` or ``sampler``."""
+        if name.startswith("__") or name == "_reader":  # an object that is being copied has no loader to ask yet
+            raise AttributeError(name)
+        return getattr(self.loader, name)
 
     def statistics(self) -> PrefetchStatistics:
         """A snapshot; it stays readable after the loop."""
@@ -157,30 +169,28 @@ class Prefetch(Generic[Batch, Targets]):
         self._depth.begin(self._parallelism())
         if self._resends_before is None:
             self._resends_before = self._pool_resends()
-        batches = iter(self._loader)
-        pipeline: Pipeline[Batch] = Pipeline(self._sources, self._specs, self._device)
-        exhausted = False
+        reader = self._reader
+        reader.begin()
+        pipeline = Pipeline(self._sources, self._specs, self._device)
         loop_began: float | None = None  # when the loop's body began, plus the loader's time since
         try:
             while True:
                 drawn, waited = 0, 0.0
-                while not exhausted and self._wants_more(pipeline, drawn):
+                while self._wants_more(pipeline, drawn):
                     began = time.perf_counter()
-                    got = self._draw(batches)
+                    images = reader.draw()
                     loaded = time.perf_counter()
                     if loop_began is not None:
                         loop_began += loaded - began
-                    if got is None:
-                        exhausted = True
-                    else:
-                        pipeline.put(*got)
+                    if images is not None:
+                        pipeline.put(images)
                         drawn += 1
-                    del got
+                    del images
                     waited += time.perf_counter() - loaded
                 if not len(pipeline):
                     return
                 began = time.perf_counter()
-                batch, features = pipeline.take()
+                features = pipeline.take()
                 now = time.perf_counter()
                 waited += now - began
                 self._check_fingerprints(features)
@@ -191,25 +201,20 @@ class Prefetch(Generic[Batch, Targets]):
                 else:
                     self._count(waited, now - loop_began)
                 loop_began = now
+                batch = reader.deliver()
                 yield batch, self._targets(features)
                 del batch, features  # the caller's now: they must not stay in memory here while the next ones come
         finally:
             pipeline.close()
-            close = getattr(batches, "close", None)  # of a generator; a DataLoader's workers end with its iterator
-            if callable(close):
-                close()
+            reader.end()
 
-    def _draw(self, batches: Iterator[Batch]) -> tuple[Batch, Images] | None:
-        """The next batch with its images; None at the end of the loader."""
-        batch = next(batches, _END)
-        return None if isinstance(batch, _End) else (batch, self._images(batch))
-
-    def _wants_more(self, pipeline: Pipeline[Batch], drawn: int) -> bool:
+    def _wants_more(self, pipeline: Pipeline, drawn: int) -> bool:
         """Whether to draw another batch before the next is delivered."""
-        if len(pipeline) >= self._depth.batches:
+        if len(pipeline) >= self._depth.batches or not self._reader.may_draw():
             return False
-        # A slow loader must not delay a batch whose targets are ready.
-        return not len(pipeline) or drawn < _DRAWS_WHEN_READY or not pipeline.ready()
+        if not len(pipeline) or drawn < _DRAWS_WHEN_READY or self._reader.draws_together:
+            return True
+        return not pipeline.ready()  # a slow loader must not delay a batch whose targets are ready
 
     def _targets(self, features: dict[str, Features]) -> Targets:
         return cast(Targets, features if self._several else features[_THE_ONE])
@@ -308,13 +313,6 @@ def _by_teacher(spec: FeatureSpec | Mapping[str, FeatureSpec], names: list[str])
             raise ConfigError(f"spec must be a FeatureSpec; got {each!r}")
         each.require_outputs()
     return specs
-
-
-class _End:
-    """Marks the end of a loader; no batch equals it."""
-
-
-_END = _End()
 
 
 _KEYS = ("img", "images", "pixel_values")

@@ -183,13 +183,14 @@ def test_bad_images_are_refused_before_they_are_sent(remote: RemoteTeacher) -> N
 def test_leaving_the_loop_ends_the_loader_and_gives_up_what_is_in_flight(remote: RemoteTeacher) -> None:
     ended = threading.Event()
 
-    def loader() -> Iterator[Tensor]:
-        try:
-            yield from batches()
-        finally:
-            ended.set()
+    class Loader:
+        def __iter__(self) -> Iterator[Tensor]:
+            try:
+                yield from batches()
+            finally:
+                ended.set()
 
-    stream = remote.prefetch(loader(), SPEC)
+    stream = remote.prefetch(Loader(), SPEC)
     for _ in stream:
         break
     assert ended.is_set()
