@@ -6,6 +6,7 @@
     ├── ConfigError (ValueError)              a configuration file or option is wrong
     ├── CheckpointError (ValueError)          weights are missing, damaged, or not what the configuration says
     ├── InputError (ValueError)               images, or other tensors, of a wrong type, shape or value
+    ├── FrozenError (AttributeError)          a teacher was asked for what would change it
     ├── SpecError (ValueError)                a FeatureSpec that is malformed or that this model cannot satisfy
     ├── NumericsError (ArithmeticError)       a teacher that computes wrong or non-finite values
     ├── StoreError (ValueError)               a feature store or cache that cannot be used as asked
@@ -30,6 +31,7 @@ __all__ = [
     "ConfigError",
     "DinoV3Error",
     "ForkedProcessError",
+    "FrozenError",
     "InputError",
     "MissingViewError",
     "NumericsError",
@@ -64,6 +66,10 @@ class CheckpointError(DinoV3Error, ValueError):
 
 class InputError(DinoV3Error, ValueError):
     """Images, or other tensors, have a wrong type, shape or value."""
+
+
+class FrozenError(DinoV3Error, AttributeError):
+    """A teacher was asked for what would change it."""
 
 
 class SpecError(DinoV3Error, ValueError):

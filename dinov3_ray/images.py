@@ -5,7 +5,6 @@ Shapes: B images, 3 channels (RGB), height H, width W.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -21,8 +20,6 @@ Images = Tensor | np.ndarray | Sequence[Tensor] | Sequence[np.ndarray]
 """A float batch [B,3,H,W] or image [3,H,W] in [0,1], uint8 in 0..255, or a sequence of [3,H_i,W_i]; torch or NumPy."""
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-_warned_about_range = False
-_looked_on_accelerator = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -67,7 +64,6 @@ class ImageBatch:
             _check(tensor, "images" if batch.stacked is not None else f"images[{index}]", min_side)
         if len(batch) == 0:
             raise InputError("images must hold at least one image; got an empty batch")
-        _warn_about_range(batch.tensors[0])
         return batch
 
     @classmethod
@@ -139,25 +135,3 @@ def _check(tensor: Tensor, name: str, min_side: int) -> None:
         raise InputError(f"{name} must have 3 channels (RGB) in dimension -3; got shape {shape}{hint}")
     if min(shape[-2:]) < min_side:
         raise InputError(f"{name} must be at least {min_side} pixels high and wide (one patch); got shape {shape}")
-
-
-def _warn_about_range(tensor: Tensor) -> None:
-    """Warn once per process about floats that look like 0..255. For speed, only the first image is checked."""
-    global _warned_about_range, _looked_on_accelerator
-    if _warned_about_range or tensor.dtype == torch.uint8:
-        return
-    if tensor.device.type != "cpu":
-        # The check waits for all work queued on the device: one batch must be enough.
-        if _looked_on_accelerator:
-            return
-        _looked_on_accelerator = True
-    image = tensor if tensor.ndim == 3 else tensor[0]
-    # Negative values are a caller's own normalisation, or noise: 0..255 data has none.
-    if image.amax().item() > 16 and image.amin().item() >= 0:
-        _warned_about_range = True
-        warnings.warn(
-            f"float images are expected in [0, 1], but the first one reaches {image.amax().item():.0f}: "
-            "divide by 255, or pass uint8",
-            UserWarning,
-            stacklevel=4,
-        )

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar, runtime_checkable
 
+from dinov3_ray.errors import ConfigError
+
 if TYPE_CHECKING:  # an interface loads nothing
     from torch import Tensor
 
     from dinov3_ray.features import Features, FeatureSpec
     from dinov3_ray.images import Images
 
-__all__ = ["Extractor", "Teacher", "TeacherMixin", "computed_in"]
+__all__ = ["Extractor", "Teacher", "TeacherMixin", "check_extractor", "computed_in"]
 
 Given = TypeVar("Given", contravariant=True)
 """What a teacher accepts as images."""
@@ -70,6 +72,20 @@ class TeacherMixin(Generic[Given]):
         map_BDhw = self.extract(images, FeatureSpec(feature_map=True, dtype="float32")).feature_map
         assert map_BDhw is not None
         return map_BDhw
+
+
+def check_extractor(teacher: object) -> Extractor:
+    """``teacher``, if it is one that is made already.
+
+    Raises:
+        ConfigError: it is not; such as a configuration, the name of a pool, or a class.
+    """
+    if isinstance(teacher, Extractor) and not isinstance(teacher, type):
+        return teacher
+    raise ConfigError(
+        "teacher must be an object with .extract(images, spec), such as DinoV3Teacher(config) or "
+        f"RemoteTeacher('dinov3'); got {teacher!r}"
+    )
 
 
 def computed_in(teacher: object) -> str | None:

@@ -20,6 +20,7 @@ from dinov3_ray.errors import InputError, SpecError
 from dinov3_ray.features import Features, FeatureSpec, deliver, resample_map
 from dinov3_ray.images import ImageBatch, Images
 from dinov3_ray.teacher import TeacherMixin
+from dinov3_ray.watch import TeacherWatch
 
 __all__ = ["FakeTeacher"]
 
@@ -72,6 +73,7 @@ class FakeTeacher(TeacherMixin[Images]):
         self._fail_on = frozenset(fail_on)
         self._error = error or RuntimeError("scripted failure of a FakeTeacher")
         self._lock = threading.Lock()
+        self._watch = TeacherWatch()
         # Fixed irrational steps: every channel mixes the colours in its own way.
         self._mix_3D = torch.sin(torch.arange(1, 3 * hidden_size + 1, dtype=torch.float32)).view(3, hidden_size)
 
@@ -90,7 +92,7 @@ class FakeTeacher(TeacherMixin[Images]):
         """All outputs that ``spec`` asks for.
 
         Raises:
-            InputError, SpecError: as the local teacher does.
+            InputError, SpecError, NumericsError: as the local teacher does.
             Exception: the scripted one.
         """
         batch = ImageBatch.of(images, min_side=self.patch_size)
@@ -100,6 +102,7 @@ class FakeTeacher(TeacherMixin[Images]):
             raise SpecError("FeatureSpec.registers: this teacher has no register tokens")
         if self.image_size is None and len({image.shape for image in batch}) > 1:
             raise InputError("images must have one size where the teacher has none: set image_size=(H, W)")
+        self._watch.images(batch)
         with self._lock:
             call, self.calls = self.calls, self.calls + 1
         time.sleep(self._delay + self._delay_per_image * len(batch))
@@ -107,7 +110,9 @@ class FakeTeacher(TeacherMixin[Images]):
             raise self._error
         # Results are ordinary tensors in any mode of the caller, as the local teacher's are.
         with torch.inference_mode(False), torch.no_grad():
-            return deliver(self._compute(batch, spec, blocks), spec)
+            features = deliver(self._compute(batch, spec, blocks), spec)
+        self._watch.results(features, batch)
+        return features
 
     def _compute(self, batch: ImageBatch, spec: FeatureSpec, blocks: tuple[int, ...]) -> Features:
         map_BDhw = torch.cat([self._map(image) for image in batch])

@@ -22,7 +22,7 @@ LONGEST = 500  # lines; cutting a noun in halves is no way to get under it
 # down: what is named twice, or imports from a floor above its own, stands on two floors, and is two folders.
 FLOORS = [
     ["errors"],
-    ["features", "images", "interrupts", "pictures", "teacher", "validation"],
+    ["features", "images", "interrupts", "pictures", "pixels", "teacher", "validation", "watch"],
     ["config"],
     ["testing", "checkpoint"],
     ["model"],

@@ -18,7 +18,8 @@ from dinov3_ray.datasets.decode import view_digest
 from dinov3_ray.errors import InputError, StoreError
 from dinov3_ray.features import Features, FeatureSpec
 from dinov3_ray.images import ImageBatch, Images
-from dinov3_ray.teacher import Extractor, TeacherMixin, computed_in
+from dinov3_ray.teacher import Extractor, TeacherMixin, check_extractor, computed_in
+from dinov3_ray.watch import TeacherWatch
 
 __all__ = ["CachedTeacher"]
 
@@ -41,6 +42,7 @@ class CachedTeacher(TeacherMixin[Images]):
         queue_bytes: of features that wait to be written; beyond it they are not cached rather than waited for.
 
     Raises:
+        ConfigError: ``teacher`` is not a teacher.
         StoreError: the teacher has no fingerprint, an option is out of range, or the folder is not a cache.
     """
 
@@ -53,7 +55,7 @@ class CachedTeacher(TeacherMixin[Images]):
         fingerprint: str | None = None,
         queue_bytes: int = 2**28,
     ) -> None:
-        self.teacher = teacher
+        self.teacher = check_extractor(teacher)
         self._fingerprint = fingerprint
         if self.fingerprint is None:
             raise StoreError(
@@ -64,6 +66,7 @@ class CachedTeacher(TeacherMixin[Images]):
         # So that a trainer which just ends keeps its last batches.
         self._finalizer = weakref.finalize(self, FeatureCache.close, self._cache, 10.0)
         self._device: torch.device | None = None
+        self._watch = TeacherWatch()
 
     @property
     def fingerprint(self) -> str | None:
@@ -76,7 +79,13 @@ class CachedTeacher(TeacherMixin[Images]):
         return int(getattr(self.teacher, "patch_size", 1))
 
     def extract(self, images: Images, spec: FeatureSpec) -> Features:
-        """All outputs that ``spec`` asks for, from the cache or from one forward pass over what is missing there."""
+        """All outputs that ``spec`` asks for, from the cache or from one forward pass over what is missing there.
+
+        Raises:
+            NumericsError: the teacher's results are not finite, and are not cached. Of results on a CUDA device, a
+                later call raises it.
+            Exception: whatever the teacher raises.
+        """
         spec.require_outputs()
         batch = ImageBatch.of(images, min_side=self.patch_size)
         keys = self._keys(batch, spec, self.fingerprint)
@@ -91,6 +100,7 @@ class CachedTeacher(TeacherMixin[Images]):
             live, missing = self.teacher.extract(images, spec), list(range(len(batch)))
         if live.fingerprint is not None and self._fingerprint is None:
             keys = self._keys(batch, spec, live.fingerprint, keys)
+        self._watch.results(live, batch)
         self._device = next(tensor.device for _, tensor in live.named())
         for row, index in enumerate(missing):
             self._cache.put(keys[index], live.rows(row, row + 1))

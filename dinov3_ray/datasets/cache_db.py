@@ -36,6 +36,7 @@ from safetensors.torch import load, save
 
 from dinov3_ray.errors import StoreError
 from dinov3_ray.features import Features
+from dinov3_ray.watch import has_only_finite
 
 __all__ = ["CacheStatistics", "FeatureCache", "pack", "unpack"]
 
@@ -268,7 +269,9 @@ class FeatureCache:
         if not isinstance(value, bytes) or zlib.crc32(value, zlib.crc32(key)) != crc:
             return None, 0, 1
         features = unpack(value)
-        return features, len(value), features is None
+        if features is None or not has_only_finite(features):
+            return None, 0, 1
+        return features, len(value), 0
 
     def _write_behind(self) -> None:
         while True:
@@ -298,7 +301,9 @@ class FeatureCache:
         with self._lock:
             touched, self._touched = self._touched, {}
         try:
-            values = [(key, pack(features)) for key, features, _ in batch]
+            on_host = [(key, features.to("cpu")) for key, features, _ in batch]
+            # Results on a GPU could not be looked at before without waiting for it.
+            values = [(key, pack(features)) for key, features in on_host if has_only_finite(features)]
             with self._database() as connection:
                 connection.execute("BEGIN IMMEDIATE")
                 try:
@@ -314,6 +319,7 @@ class FeatureCache:
                 self._counts["dropped"] += len(batch)
             return
         with self._lock:
+            self._counts["dropped"] += len(batch) - len(values)
             self._counts["evicted"] += evicted
             self._counts["written"] += len(values)
             self._counts["written_bytes"] += sum(len(value) for _, value in values)
@@ -395,8 +401,8 @@ class CacheStatistics:
     Attributes:
         hits, misses: images looked up.
         written, evicted: entries.
-        dropped: entries not written, since the queue was full, the disk failed or they exceed the bound.
-        torn: entries found damaged or belonging to another key; counted as misses too.
+        dropped: entries not written: the queue was full, the disk failed, they exceed the bound or are not finite.
+        torn: entries found damaged, not finite or belonging to another key; counted as misses too.
         read_bytes, written_bytes: of features.
         read_seconds, written_seconds: spent on them, so that the MB/s are those of the disk and the database.
         entries, size: of the database, in entries and bytes of its file that are in use.

@@ -14,10 +14,11 @@ from dinov3_ray.datasets.decode import Decoder, Unreadable, view_digest
 from dinov3_ray.datasets.sources.open import reopen_source
 from dinov3_ray.datasets.store.listing import load_rows
 from dinov3_ray.datasets.store.reader import FeatureStore
-from dinov3_ray.errors import InputError, MissingViewError, SpecError, StoreError
+from dinov3_ray.errors import ConfigError, InputError, MissingViewError, NumericsError, SpecError, StoreError
 from dinov3_ray.features import Features, FeatureSpec, deliver
 from dinov3_ray.images import ImageBatch, Images
 from dinov3_ray.teacher import TeacherMixin
+from dinov3_ray.watch import has_only_finite
 
 __all__ = ["Originals", "StoredTeacher", "TargetDataset"]
 
@@ -36,7 +37,7 @@ class StoredTeacher(TeacherMixin[Images | str | Sequence[str]]):
     """
 
     def __init__(self, store: FeatureStore, *, device: torch.device | str = "cpu") -> None:
-        self.store = store
+        self.store = _check_store(store)
         self.device = torch.device(device)
         self._ids_by_view = store.views()
 
@@ -59,6 +60,7 @@ class StoredTeacher(TeacherMixin[Images | str | Sequence[str]]):
         Raises:
             SpecError: the store does not hold these outputs.
             MissingViewError: the store does not hold one of these views.
+            NumericsError: float16 was asked for, and cannot hold the values.
         """
         return self._deliver(self._ids(images, ids), spec)
 
@@ -128,7 +130,13 @@ class StoredTeacher(TeacherMixin[Images | str | Sequence[str]]):
         wanted += [f"layers.{index}" for index in spec.layers]  # in the order in which they are asked for, as ever
         held = dict(features.named())
         named = {name: held[name] for name in wanted}
-        return deliver(Features.from_named(named, features.fingerprint), spec).to(self.device)
+        delivered = deliver(Features.from_named(named, features.fingerprint), spec)
+        if spec.dtype == "float16" and not has_only_finite(delivered):
+            raise NumericsError(
+                f"FeatureSpec.dtype must hold what {self.store!r} has; its values exceed float16, which ends at 65504 "
+                "(ask for float32, bfloat16 or native)"
+            )
+        return delivered.to(self.device)
 
     def _check(self, spec: FeatureSpec) -> None:
         spec.require_outputs()
@@ -143,6 +151,12 @@ class StoredTeacher(TeacherMixin[Images | str | Sequence[str]]):
             raise SpecError(
                 f"FeatureSpec.map_size must be {held.map_size}, as the store was extracted; got {spec.map_size}"
             )
+
+
+def _check_store(store: object) -> FeatureStore:
+    if not isinstance(store, FeatureStore):
+        raise ConfigError(f"store must be a FeatureStore; got {store!r} (FeatureStore(folder) opens one)")
+    return store
 
 
 class TargetDataset(Dataset[tuple[Any, Features]]):
@@ -162,7 +176,7 @@ class TargetDataset(Dataset[tuple[Any, Features]]):
     def __init__(
         self, store: FeatureStore, read: Callable[[str], Any] | None = None, ids: Sequence[str] | None = None
     ) -> None:
-        self.store = store
+        self.store = _check_store(store)
         self.read = Originals(store) if read is None else read
         self.ids = store.ids if ids is None else tuple(ids)
         for id_ in self.ids:

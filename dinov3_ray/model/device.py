@@ -40,6 +40,8 @@ def as_device(device: torch.device | str) -> torch.device:
             f"device must be one that this process has; got {str(found)!r}, and it sees {torch.cuda.device_count()} "
             "CUDA devices (check CUDA_VISIBLE_DEVICES and torch's build, or pass device='cpu')"
         )
+    if found.type == "cuda" and found.index is None:
+        return torch.device("cuda", torch.cuda.current_device())  # as tensors name it
     return found
 
 

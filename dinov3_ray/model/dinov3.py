@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from os import PathLike
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from dinov3_ray.checkpoint import fingerprint, load_model
 from dinov3_ray.config import DinoV3Config
 from dinov3_ray.config.preprocessing import Preprocessing, Size
-from dinov3_ray.errors import SpecError
+from dinov3_ray.errors import FrozenError, SpecError
 from dinov3_ray.features import Features, FeatureSpec, deliver
 from dinov3_ray.images import ImageBatch, Images
 from dinov3_ray.model.backbone import blocks_of, run_backbone
@@ -29,7 +29,9 @@ from dinov3_ray.model.device import Stopwatch, as_device, attention_kernels, cho
 from dinov3_ray.model.float8 import multiply_in_float8
 from dinov3_ray.model.golden import agreement, golden_images
 from dinov3_ray.model.preprocess import preprocess
+from dinov3_ray.model.seal import SealedModel
 from dinov3_ray.teacher import TeacherMixin
+from dinov3_ray.watch import TeacherWatch
 
 __all__ = ["DinoV3Teacher"]
 
@@ -41,13 +43,22 @@ _RECORD_PASSES = 3  # torch.compile runs a new shape once as it is, records it, 
 _graph_step = threading.Lock()
 
 
-class DinoV3Teacher(TeacherMixin[Images | ImageBatch], nn.Module):
+class DinoV3Teacher(TeacherMixin[Images | ImageBatch]):
     """A frozen DINOv3 model that turns images into features.
 
-    It stays as it was loaded: ``train()`` leaves it in eval mode, ``requires_grad_()`` leaves it without gradients, and
-    ``to()`` moves it but keeps RoPE's frequencies in float32. Every forward pass runs under ``no_grad``, even if a
-    student that has it as a submodule sets ``requires_grad`` on its parameters, and outside the caller's autocast. It
-    gives ordinary, contiguous tensors, which a student's loss may save for backward.
+    It stays as it was loaded. It is not an ``nn.Module``: a student may have it as an attribute, and it is then in none
+    of the student's ``modules()``, ``parameters()`` and ``state_dict()``, so that nothing that is called on the student
+    changes it. For the same reason, ``student.to(device)`` does not move it: give it its device when it is made, or
+    call its own ``to()``. ``train()`` and ``requires_grad_()`` leave it as it is.
+
+    If somebody changes the weights in :attr:`model`, it refuses to compute, because its fingerprint would name another
+    model. See :class:`~dinov3_ray.model.seal.SealedModel` for what that notices, and what it cannot.
+
+    Every forward pass runs under ``no_grad``, and outside the caller's autocast. It gives ordinary, contiguous tensors,
+    which a student's loss may save for backward.
+
+    A copy or a pickle has the configuration and not the weights. It loads them from the checkpoint when it is first
+    used, so that a student's EMA copies and checkpoints stay small.
 
     Args:
         config: what to load and how; a path is taken for ``DinoV3Config(path)``.
@@ -55,7 +66,8 @@ class DinoV3Teacher(TeacherMixin[Images | ImageBatch], nn.Module):
 
     Attributes:
         config: as given.
-        model: the transformers module.
+        device: where it computes.
+        dtype: what it computes in.
         preprocess_watch: times the preprocessing of each batch.
 
     Raises:
@@ -64,53 +76,86 @@ class DinoV3Teacher(TeacherMixin[Images | ImageBatch], nn.Module):
     """
 
     def __init__(self, config: DinoV3Config | str | PathLike[str], device: torch.device | str = "cpu") -> None:
-        super().__init__()
-        self.config = DinoV3Config.of(config)
-        device = as_device(device)
-        dtype, reason = choose_dtype(self.config.dtype, device)
+        self._settle(DinoV3Config.of(config), as_device(device))
         if self.config.dtype == "auto":
             # A warning and not an info: results differ from float32's in the third digit, and the caller did not ask.
             logger.warning(
                 "dtype='auto' computes in %s on %s: %s. DinoV3Config(dtype=...) chooses another.",
-                str(dtype).removeprefix("torch."),
-                device,
-                reason,
+                str(self.dtype).removeprefix("torch."),
+                self.device,
+                choose_dtype("auto", self.device)[1],
             )
+        self._sealed = self._load()
+
+    def _settle(self, config: DinoV3Config, device: torch.device) -> None:
+        """Become the teacher of ``config``, which loads its weights when they are needed."""
+        self.__dict__.clear()
+        self.config = config
+        self.device = device
+        self.dtype = choose_dtype(config.dtype, device)[0]
+        self.preprocess_watch = Stopwatch()
+        self._watch = TeacherWatch()
+
+    @cached_property
+    def _sealed(self) -> SealedModel:
+        return self._load()
+
+    @property
+    def _is_loaded(self) -> bool:
+        return "_sealed" in self.__dict__
+
+    def _load(self) -> SealedModel:
+        device = as_device(self.device)  # after unpickling, it may be missing here
         # Weights loaded inside a caller's inference_mode could not be used outside it.
         with torch.inference_mode(False), torch.no_grad():
-            self.model: Any = load_model(self.config, device, dtype)
+            model = load_model(self.config, device, self.dtype)
+            blocks = blocks_of(model, self.config.family)
             if self.config.dtype == "float8":
-                multiply_in_float8(blocks_of(self.model, self.config.family), device)
-        self.preprocess_watch = Stopwatch()
-        self.requires_grad_()
-        self.train()
+                multiply_in_float8(blocks, device)
         if self.config.compile:
             # Block by block: blocks of one shape share the compiled code, so that compiling takes seconds, and another
             # choice of layers compiles nothing. Fusion across blocks would not gain: they pass one tensor each.
             mode = None if self.config.compile is True else self.config.compile
-            for block in blocks_of(self.model, self.config.family):
+            for block in blocks:
                 block.compile(mode=mode)
+        return SealedModel(model)
+
+    @property
+    def model(self) -> Any:
+        """The transformers module, to look at; the teacher refuses to compute once its weights were changed."""
+        return self._sealed.model
 
     def extract(self, images: Images | ImageBatch, spec: FeatureSpec) -> Features:
         """All outputs that ``spec`` asks for, from one forward pass, on the teacher's device.
+
+        It warns once if the first images are not in the convention that it expects. Results on a CUDA device are looked
+        at without a wait: if they are not finite, a later call raises NumericsError.
 
         Args:
             images: see :data:`dinov3_ray.images.Images`; on any device.
             spec: what to give. ``native`` results have the teacher's :attr:`dtype`. A ConvNeXt's layers are its stages.
 
         Raises:
-            InputError: the images break a rule; nothing was computed.
+            InputError: the images break a rule; nothing was computed. Or they are not finite.
             SpecError: the spec asks for nothing, or for what this model does not have; nothing was computed.
+            NumericsError: the results are not finite, as where float16 overflows.
+            CheckpointError: the weights were changed since they were loaded.
         """
         self._check(spec)
         batch = ImageBatch.of(images, min_side=self.patch_size)
+        self._watch.images(batch)
+        features = Features(self._compute(batch, spec), fingerprint=self.fingerprint)
+        self._watch.results(features, batch)
+        return features
+
+    __call__ = extract
+
+    def _compute(self, batch: ImageBatch, spec: FeatureSpec) -> Features:
+        self._sealed.settle()
         with self._frozen_pass():
             with self.preprocess_watch.measure(self.device):
                 pixels_B3HW = preprocess(batch, self.config.preprocessing, self.device)
-            features = self._forward(pixels_B3HW, spec.native())
-            return Features(deliver(features, spec), fingerprint=self.fingerprint)
-
-    forward = extract
+            return deliver(self._forward(pixels_B3HW, spec.native()), spec)
 
     def _forward(self, pixels_B3HW: Tensor, spec: FeatureSpec) -> Features:
         run = functools.partial(
@@ -145,12 +190,12 @@ class DinoV3Teacher(TeacherMixin[Images | ImageBatch], nn.Module):
             NumericsError: the cosine is below ``minimum``, a single token strays far, or a value is not finite.
         """
         spec = FeatureSpec(cls=True, feature_map=True, registers=self.num_register_tokens > 0)
-        images = golden_images(*self.image_size)
-        fast = self.extract(images, spec)
+        images = ImageBatch.of(golden_images(*self.image_size))
+        fast = self._compute(images, spec)
         own_attention = self.model.config._attn_implementation
         other_attention = "sdpa" if own_attention == "eager" else "eager"
         plain_config = replace(self.config, dtype="float32", compile=False, attention=other_attention)
-        reference = DinoV3Teacher(plain_config, self.device).extract(images, spec)
+        reference = DinoV3Teacher(plain_config, self.device)._compute(images, spec)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         path = f"{self.computed_in}, attention {own_attention}, compile={self.config.compile}"
@@ -172,24 +217,24 @@ class DinoV3Teacher(TeacherMixin[Images | ImageBatch], nn.Module):
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
-    @cached_property
+    @property
     def fingerprint(self) -> str:
-        """Identifies the weights, the architecture and the preprocessing; the first use reads the weights."""
+        """Identifies the weights, the architecture and the preprocessing; the first use reads the weights.
+
+        Raises:
+            CheckpointError: the weights were changed since they were loaded.
+        """
+        self._sealed.check()
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
         return fingerprint(self.config)
 
     @property
     def preprocessing(self) -> Preprocessing:
         """How images become the model's input."""
         return self.config.preprocessing
-
-    @property
-    def device(self) -> torch.device:
-        return self._parameter.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """What the model computes in."""
-        return self._parameter.dtype
 
     @property
     def preprocess_seconds(self) -> float:
@@ -200,11 +245,6 @@ class DinoV3Teacher(TeacherMixin[Images | ImageBatch], nn.Module):
     def computed_in(self) -> str:
         """The dtype's name; ``float8`` where the matrix products are in it."""
         return "float8" if self.config.dtype == "float8" else str(self.dtype).removeprefix("torch.")
-
-    @property
-    def _parameter(self) -> Tensor:
-        parameter: Tensor = self.model.norm.weight if self.config.family == "vit" else self.model.layer_norm.weight
-        return parameter
 
     @property
     def hidden_size(self) -> int:
@@ -236,13 +276,66 @@ class DinoV3Teacher(TeacherMixin[Images | ImageBatch], nn.Module):
         """(h, w) of the feature map at :attr:`image_size`."""
         return self.config.grid_size
 
+    # What trainers call on a module --------------------------------------------------------------------------------
+
     def train(self, mode: bool = True) -> Self:  # noqa: ARG002 - the signature is nn.Module's
-        """Stays in eval mode for any ``mode``: dropout or RoPE's augmentation would change the targets."""
-        return super().train(False)
+        """Itself, in eval mode for any ``mode``: dropout or RoPE's augmentation would change the targets."""
+        return self
+
+    def eval(self) -> Self:
+        """Itself: it is always in eval mode."""
+        return self
 
     def requires_grad_(self, requires_grad: bool = True) -> Self:  # noqa: ARG002 - the signature is nn.Module's
-        """Stays without gradients for any ``requires_grad``."""
-        return super().requires_grad_(False)
+        """Itself, without gradients for any ``requires_grad``."""
+        return self
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """Compute on another device, or in another dtype; the arguments are those of ``nn.Module.to``.
+
+        For another dtype it loads the checkpoint again: rounded weights must not be widened.
+
+        Raises:
+            ConfigError: this process does not have the device, or the teacher cannot compute in the dtype.
+        """
+        device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
+        place = self.device if device is None else as_device(device)
+        if dtype is not None and dtype != self.dtype:
+            self._settle(replace(self.config, dtype=str(dtype).removeprefix("torch.")), place)
+        elif place != self.device:
+            if self._is_loaded:
+                self._sealed.check()
+                self._sealed = SealedModel(self.model.to(place))
+            self.device = place
+        return self
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The weights; none gets a gradient."""
+        return iter(self.model.parameters())
+
+    def modules(self) -> Iterator[nn.Module]:
+        """:attr:`model` and all modules in it."""
+        return iter(self.model.modules())
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            if hasattr(nn.Module, name):
+                raise FrozenError(
+                    f"DinoV3Teacher has no {name}(), and is not an nn.Module: it is frozen, and no part of the module "
+                    "that holds it (it has to(), eval(), parameters() and modules(); teacher.model is the module)"
+                )
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self._is_loaded:
+            self._sealed.check()
+        # What auto has chosen is settled: a copy computes in the same dtype.
+        config = replace(self.config, dtype=self.computed_in) if self.config.dtype == "auto" else self.config
+        return {"config": config, "device": self.device}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._settle(**state)
 
     def __repr__(self) -> str:
         size = "x".join(map(str, self.image_size))
@@ -250,16 +343,6 @@ class DinoV3Teacher(TeacherMixin[Images | ImageBatch], nn.Module):
             f"DinoV3Teacher({self.config.family}, D={self.hidden_size}, layers={self.depth}, image={size}, "
             f"device={self.device}, dtype={self.computed_in})"
         )
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        """``to()``, ``half()`` and the like end here: RoPE's frequencies change their device, but not their dtype."""
-        rope: Any = getattr(self.model, "rope_embeddings", None)
-        if rope is None:
-            return super()._apply(fn, recurse)  # type: ignore[no-untyped-call, no-any-return]
-        frequencies = rope.inv_freq
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        rope.inv_freq = frequencies.to(rope.inv_freq.device)
-        return self
 
     def _check(self, spec: FeatureSpec) -> None:
         spec.require_outputs()

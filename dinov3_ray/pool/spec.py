@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -12,7 +13,7 @@ from pydantic import AfterValidator, Field
 from ray import cloudpickle
 
 from dinov3_ray.config import DinoV3Config
-from dinov3_ray.errors import ConfigError
+from dinov3_ray.errors import ConfigError, describe
 from dinov3_ray.teacher import Extractor
 from dinov3_ray.validation import CheckedModel, broken_rule, check, rule
 
@@ -28,6 +29,7 @@ __all__ = [
     "builder",
     "check_source",
     "parse_replicas",
+    "pickle_source",
 ]
 
 
@@ -188,7 +190,11 @@ class PoolSpec:
         return replace(self, placement=placement, replicas=parse_replicas(self.replicas, auto=auto))
 
     def pickled(self) -> PoolSpec:
-        return replace(self, teacher=cloudpickle.dumps(self.source))
+        """
+        Raises:
+            ConfigError: the teacher cannot be pickled.
+        """
+        return replace(self, teacher=pickle_source(self.source))
 
     def unpickled(self) -> PoolSpec:
         """
@@ -204,18 +210,44 @@ def check_source(source: TeacherSource) -> CheckedSource:
     """``source`` as a configuration (read and validated here and now) or a factory.
 
     Raises:
-        ConfigError: if it is neither.
+        ConfigError: if it is neither; a teacher that is made already, too.
     """
     if isinstance(source, DinoV3Config):
         return source
     if isinstance(source, (str, os.PathLike)):
         return DinoV3Config(root=Path(source))
-    if callable(source):
-        return source
-    raise ConfigError(
+    # A torch module, whose class is not imported here, and whose repr is long.
+    is_module = callable(getattr(source, "forward", None)) and not isinstance(source, type)
+    wanted = (
         "teacher must be a DinoV3Config, a checkpoint directory, or a callable without arguments that returns an "
-        f"object with .extract(images, spec); got {source!r}"
+        f"object with .extract(images, spec); got {describe(source) if is_module else repr(source)}"
     )
+    if is_module or (isinstance(source, Extractor) and not isinstance(source, type)):
+        raise ConfigError(f"{wanted}, which is made already (pass what it is made of, such as teacher.config)")
+    if not callable(source):
+        raise ConfigError(wanted)
+    try:
+        inspect.signature(source).bind()
+    except ValueError:  # a builtin does not say what it takes
+        pass
+    except TypeError as error:
+        raise ConfigError(f"{wanted}, which needs arguments: {error} (use functools.partial)") from error
+    return source
+
+
+def pickle_source(source: CheckedSource) -> bytes:
+    """``source`` for other processes.
+
+    Raises:
+        ConfigError: it cannot be pickled.
+    """
+    try:
+        return cloudpickle.dumps(source)  # type: ignore[no-any-return]
+    except Exception as error:
+        raise ConfigError(
+            f"teacher must be picklable, since other processes make it; got {source!r}, and {type(error).__name__}: "
+            f"{error} (a factory that opens its files, locks and models itself can be pickled)"
+        ) from error
 
 
 def builder(source: CheckedSource, device: str) -> Callable[[], Extractor]:

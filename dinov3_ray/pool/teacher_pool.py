@@ -116,10 +116,11 @@ class TeacherPool:
                 raise ConfigError(f"local_mode=True runs in this process, without an address; got {address!r}")
             control: _Control = _start_local(name, spec)
         else:
+            spec = spec.pickled()  # what cannot be is said before Ray starts
             runtime = connect(address, may_start=True)
             try:
                 placement = resolve_placement(spec.placement)
-                spec = spec.resolved(placement, auto=_free_replicas(placement)).pickled()
+                spec = spec.resolved(placement, auto=_free_replicas(placement))
                 control = RayControl.start(name, namespace, runtime, Declaration(spec, target=spec.low))
             except BaseException:
                 runtime.close()

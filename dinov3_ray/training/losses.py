@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from dinov3_ray.errors import ConfigError, InputError
 from dinov3_ray.features import Features, resample_map
 from dinov3_ray.training.boxes import Boxes
+from dinov3_ray.training.learning import LearningWatch
 
 __all__ = ["DistillationLoss", "LossKind", "cosine_loss", "gram_loss", "make_projector", "mse_loss", "smooth_l1_loss"]
 
@@ -165,6 +166,9 @@ class DistillationLoss(nn.Module):
     With a projector it has parameters. Give them to the optimizer and keep them in the checkpoint. Under DDP, put this
     module inside the one that DDP wraps, so that their gradients are averaged too.
 
+    In training, it warns once if the student's tensor takes no gradient, if nothing trains the projector, or if only
+    boxes count and none comes.
+
     Args:
         kind: ``cosine``, ``mse``, ``smooth_l1`` or ``gram`` on maps; ``cls_cosine`` or ``cls_mse`` on CLS vectors.
         projector: None if the student has the teacher's channels (``gram`` needs none in any case); an int D for a new
@@ -218,6 +222,7 @@ class DistillationLoss(nn.Module):
         if projector is not None and not isinstance(projector, (int, nn.Module)):
             raise ConfigError(f"projector must be None, a number of channels or a module; got {projector!r}")
         self.projector = make_projector(projector, vectors=self.on_cls) if isinstance(projector, int) else projector
+        self._watch = LearningWatch()
 
     def forward(self, student: Tensor, teacher: Features | Tensor, boxes: Boxes | Tensor | None = None) -> Tensor:
         """The loss, a scalar of at least float32.
@@ -233,6 +238,8 @@ class DistillationLoss(nn.Module):
         """
         target = self._target(teacher)
         self._check(student, target)
+        if self.training:
+            self._watch_student(student, teacher)
         if self.on_cls:
             if boxes is not None:
                 raise InputError(f"boxes must be None for kind {self.kind!r}: a CLS vector has no locations")
@@ -243,13 +250,41 @@ class DistillationLoss(nn.Module):
             wide = torch.promote_types(target.dtype, torch.float32)
             target = resample_map(target.to(wide), (student.shape[2], student.shape[3]))
         if self.projector is not None:
-            student = self.projector(student)
+            projected = self.projector(student)
+            if self.training:
+                self._watch_projected(student, projected)
+            student = projected
         if student.shape[1] != target.shape[1] and self.kind != "gram":
             raise InputError(
                 f"student and teacher must have the same channels; got {student.shape[1]} and {target.shape[1]} "
                 f"(pass projector={target.shape[1]} to DistillationLoss)"
             )
+        if self.training and isinstance(boxes, Boxes) and not self.background_weight:
+            self._watch.objects(len(boxes))
         return self._compare(student, target, None if boxes is None else self._weights(boxes, student))
+
+    def _watch_student(self, student: Tensor, teacher: Features | Tensor) -> None:
+        swapped = isinstance(teacher, Tensor) and teacher.requires_grad
+        self._watch.gradient(
+            student,
+            "the student's tensor takes no gradient, so that the student learns nothing from this loss: "
+            + (
+                "the teacher's does, as if they were swapped (the student comes first)"
+                if swapped
+                else "the layers that it comes from are frozen, ran under no_grad or in a reentrant checkpoint, or it "
+                "was detached (unfreeze them, take another layer's output, or checkpoint with use_reentrant=False)"
+            ),
+        )
+
+    def _watch_projected(self, student: Tensor, projected: Tensor) -> None:
+        assert self.projector is not None
+        if student.requires_grad:
+            self._watch.gradient(
+                projected,
+                "the projector's output takes no gradient, while its input does, so that the student learns nothing "
+                "from this loss (the projector must not run under no_grad, or detach)",
+            )
+        self._watch.projector(self.projector)
 
     def _compare(self, student: Tensor, target: Tensor, weights: Tensor | None) -> Tensor:
         match self.kind:

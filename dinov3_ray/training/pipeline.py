@@ -23,6 +23,7 @@ from dinov3_ray.features import Features, FeatureSpec
 from dinov3_ray.images import Images
 from dinov3_ray.interrupts import wait
 from dinov3_ray.teacher import Extractor
+from dinov3_ray.watch import TeacherWatch
 
 __all__ = ["Delivered", "Delivery", "LocalSource", "Pipeline", "Submitted", "Submitter", "as_source"]
 
@@ -186,6 +187,7 @@ class LocalSource:
     def __init__(self, teacher: Extractor) -> None:
         self.teacher = teacher
         self.lock = threading.Lock()
+        self.watch = TeacherWatch()
 
     @property
     def parallelism(self) -> int:
@@ -217,7 +219,9 @@ class LocalBatch:
                 raise PoolClosedError("this batch was cancelled, or its result was taken already")
             try:
                 with torch.no_grad():  # grad mode is per thread, and on at first
-                    return self._source.teacher.extract(self._images, self._spec)
+                    features = self._source.teacher.extract(self._images, self._spec)
+                    self._source.watch.results(features, self._images)
+                    return features
             finally:
                 self._done = True
 
@@ -234,7 +238,7 @@ def as_source(teacher: Submitter | Extractor) -> Submitter:
     """``teacher`` itself if it has ``submit``; otherwise a :class:`LocalSource` of it."""
     if callable(getattr(teacher, "submit", None)):
         return cast(Submitter, teacher)
-    if callable(getattr(teacher, "extract", None)):
+    if callable(getattr(teacher, "extract", None)) and not isinstance(teacher, type):
         return LocalSource(cast(Extractor, teacher))
     raise ConfigError(
         "teacher must be a RemoteTeacher, an object with .extract(images, spec), or a dict of them by name; "

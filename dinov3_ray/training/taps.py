@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from dinov3_ray.errors import ConfigError, InputError, describe
+from dinov3_ray.training.learning import LearningWatch
 
 __all__ = ["FeatureTap", "Select", "layer_names"]
 
@@ -40,6 +41,8 @@ class FeatureTap:
     later (``torch._dynamo.config.skip_nnmodule_hook_guards``), and the layer then counts as not run. Copies of a model
     (an EMA made by ``deepcopy``, a pickle) have no tap.
 
+    It warns once if the model is in training, and an output that is read takes no gradient.
+
     Several threads must not use it at once, as DataParallel's replicas would.
 
     Args:
@@ -66,6 +69,8 @@ class FeatureTap:
             self._select = dict(select)
         else:
             self._select = {} if select is None else dict.fromkeys(names, select)
+        self._module = module
+        self._watch = LearningWatch()
         self._outputs: dict[str, Tensor] = {}
         self._handles: list[RemovableHandle] = []
 
@@ -115,7 +120,15 @@ class FeatureTap:
                 f"layer {name!r} must have run before its output is read; it has not since the tap was attached or "
                 "last emptied (run the model first; attach before the first call of a compiled model)"
             )
-        return self._outputs[name]
+        output = self._outputs[name]
+        if self._module.training:
+            self._watch.gradient(
+                output,
+                f"the output of layer {name!r} takes no gradient, so that the student learns nothing from it: what "
+                "leads to it is frozen, or ran under no_grad or in a reentrant checkpoint (unfreeze it, tap one that "
+                "learns, or checkpoint with use_reentrant=False)",
+            )
+        return output
 
     def take(self) -> Tensor:
         """The output of the tap's one layer. The tap forgets it, so that no later step reads it by mistake.

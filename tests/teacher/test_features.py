@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sample_features import random_features
 
-from dinov3_ray import errors, images
+from dinov3_ray import errors
 from dinov3_ray.errors import DinoV3Error, InputError, SpecError
 from dinov3_ray.features import RESULT_DTYPES, Features, FeatureSpec, channel_dim, decode, deliver, encode, resample_map
 from dinov3_ray.images import ImageBatch
@@ -259,17 +259,3 @@ def test_a_sequence_keeps_its_sizes_and_order() -> None:
     assert [int(image[0, 0, 0]) for image in batch.rows(1, 3)] == [1, 2]
     assert [image.shape[1] for image in batch] == [20, 21, 22, 23]
     assert (len(batch), batch.dtype) == (4, torch.uint8)
-
-
-def test_floats_in_0_to_255_earn_one_warning_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(images, "_warned_about_range", False)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        ImageBatch.of(torch.randn(1, 3, 32, 32) * 100)  # has negative values: a caller's own noise or normalisation
-        ImageBatch.of(torch.rand(1, 3, 32, 32))
-        ImageBatch.of(torch.full((1, 3, 32, 32), 255, dtype=torch.uint8))
-    with pytest.warns(UserWarning, match="divide by 255, or pass uint8"):
-        ImageBatch.of(torch.rand(1, 3, 32, 32) * 255)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        ImageBatch.of(torch.rand(1, 3, 32, 32) * 255)

@@ -20,8 +20,8 @@ from dinov3_ray.datasets.folder import PLAN, Folder
 from dinov3_ray.datasets.sources.open import SourceOptions
 from dinov3_ray.errors import ConfigError, DinoV3Error, SpecError, StoreError
 from dinov3_ray.features import FeatureSpec
-from dinov3_ray.pool.cluster import connect
-from dinov3_ray.pool.spec import check_source
+from dinov3_ray.pool.cluster import check_name, connect
+from dinov3_ray.pool.spec import check_source, pickle_source
 from dinov3_ray.teacher import Extractor
 
 __all__ = ["Extraction", "extract"]
@@ -91,9 +91,13 @@ def extract(
     for name, value in (("batch_size", batch_size), ("block_size", block_size)):
         if value is not None and (not isinstance(value, int) or value < 1):
             raise ConfigError(f"{name} must be an integer, at least 1; got {value!r}")
+    teacher = None if config is None else check_source(config)
+    if teacher is not None:
+        pickle_source(teacher)  # Ray would complain later, in words of its own
+    if pool is not None:
+        check_name(pool)
     folder = Folder.at(out, out_filesystem)
     old = folder.read_json(PLAN, "source", "batch_size", "block_size", "outputs") if folder.exists(PLAN) else None
-    teacher = None if config is None else check_source(config)
     try:
         # A path without images is an error before Ray is started; a Dataset has started it already.
         blocks = open_blocks(source, options, folder, old)

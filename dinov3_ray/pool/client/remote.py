@@ -24,6 +24,7 @@ from dinov3_ray.pool.local import open_transport
 from dinov3_ray.pool.messages import PoolView, TeacherInfo
 from dinov3_ray.teacher import TeacherMixin
 from dinov3_ray.training.prefetch import Prefetch, PrefetchOptions, prefetch
+from dinov3_ray.watch import TeacherWatch
 
 __all__ = ["RemoteTeacher"]
 
@@ -82,6 +83,7 @@ class RemoteTeacher(TeacherMixin[Images]):
         self._router: Router | None = None
         self._pid = os.getpid()
         self._closed = False
+        self._watch = TeacherWatch()
 
     # The local teacher's names --------------------------------------------------------------------------------------
 
@@ -128,6 +130,7 @@ class RemoteTeacher(TeacherMixin[Images]):
         info = self._view(router).info or TeacherInfo()
         batch = ImageBatch.of(images, min_side=info.patch_size)
         check_spec(spec, info)
+        self._watch.images(batch)
         handle = router.submit(batch, spec, self._view(router).options.max_batch)
         if not handle.done():
             handle.owner = self  # a teacher that nobody holds any more closes, and would give the batch up

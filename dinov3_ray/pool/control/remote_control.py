@@ -12,7 +12,6 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import ray
-from ray import cloudpickle
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from dinov3_ray.errors import PoolError, PoolExistsError, PoolNotFoundError, PoolTimeoutError, ReplicaError
@@ -21,7 +20,7 @@ from dinov3_ray.pool.control.controller import Controller
 from dinov3_ray.pool.control.declaration import Declaration, PoolChange
 from dinov3_ray.pool.control.status import PoolStatus
 from dinov3_ray.pool.replica.actor import ReplicaProcess
-from dinov3_ray.pool.spec import CheckedSource, Placement, PoolOptions
+from dinov3_ray.pool.spec import CheckedSource, Placement, PoolOptions, pickle_source
 
 __all__ = ["RayControl", "end_replicas", "wait_ready"]
 
@@ -123,7 +122,7 @@ class RayControl:
         Returns:
             The number of their generation.
         """
-        change = PoolChange(uuid.uuid4().hex, cloudpickle.dumps(teacher), placement, options)
+        change = PoolChange(uuid.uuid4().hex, pickle_source(teacher), placement, options)
         return int(self._call("change", change))
 
     def reload(self, teacher: CheckedSource) -> int:

@@ -18,26 +18,25 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from dinov3_ray.errors import DinoV3Error, InputError, NumericsError
-from dinov3_ray.features import Features, FeatureSpec
+from dinov3_ray.errors import DinoV3Error
+from dinov3_ray.features import Features, FeatureSpec, deliver
 from dinov3_ray.images import ImageBatch
 from dinov3_ray.model.device import Stopwatch, Stretch
 from dinov3_ray.pool.messages import Array, FeatureLayout, TeacherInfo
 from dinov3_ray.pool.transport.wire import pack_features
 from dinov3_ray.teacher import Extractor
+from dinov3_ray.watch import check_finite, sums_are_finite, unwatched
 
 __all__ = [
     "ConcurrentPipeline",
     "DevicePass",
     "DevicePipeline",
     "Results",
-    "check_finite",
     "forward",
     "inspect_teacher",
     "join_batches",
     "pad_batch",
     "pipeline_for",
-    "sums_are_finite",
 ]
 
 
@@ -271,46 +270,15 @@ def pad_batch(batch: ImageBatch, size: int) -> ImageBatch:
 
 
 def forward(teacher: Extractor, batch: ImageBatch, spec: FeatureSpec) -> Features:
-    """One forward pass, in the compute dtype.
+    """One forward pass, in the compute dtype, or in float16 if that was asked for: results that overflow it must show.
 
     Raises:
         DinoV3Error: the teacher gave features of another number of images.
         Exception: whatever the teacher raises.
     """
     images = batch.tensors[0] if batch.stacked is not None else batch.ragged
-    features = teacher.extract(images, spec.native())
+    with unwatched():  # the client has looked at the images, and the pipeline looks at the results
+        features = teacher.extract(images, spec.native())
     if len(features) != len(batch):
         raise DinoV3Error(f"the teacher gave features of {len(features)} images for a batch of {len(batch)}")
-    return features
-
-
-def check_finite(features: Features, batch: ImageBatch) -> None:
-    """Look at every output.
-
-    Raises:
-        InputError: the images hold values that are not finite.
-        NumericsError: the images are finite, and the results are not.
-    """
-    for name, tensor in features.named():
-        if is_finite(tensor):
-            continue
-        # Looked at only now: the caller's fault, or the device's?
-        if not all(is_finite(images) for images in batch.tensors if images.is_floating_point()):
-            raise InputError("images must be finite; these hold values that are not (NaN or infinite)")
-        raise NumericsError(f"the teacher's output {name} has values that are not finite (NaN or infinite)")
-
-
-def is_finite(tensor: Tensor) -> bool:
-    # What looks wrong is looked at again, value by value.
-    return bool(torch.isfinite(_sum(tensor))) or bool(torch.isfinite(tensor).all())
-
-
-def sums_are_finite(features: Features) -> Tensor:
-    """bool [outputs], on the features' device, without a wait: False calls for :func:`check_finite`."""
-    return torch.stack([torch.isfinite(_sum(tensor)) for _, tensor in features.named()])
-
-
-def _sum(tensor: Tensor) -> Tensor:
-    # A sum is not finite if any part is not, and is read at memory speed. The other way round only float16 sums can
-    # overflow in practice; float32 holds those.
-    return tensor.sum(dtype=torch.float32 if tensor.dtype == torch.float16 else None)
+    return deliver(features, spec) if spec.dtype == "float16" else features
