@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dinov3_ray.errors import InputError
 
-__all__ = ["PcaBasis", "pca_rgb", "save_grid"]
+__all__ = ["PcaBasis", "save_grid"]
 
 _CLIP = 0.01
 _PANEL_INCHES = 3.2
@@ -80,11 +80,6 @@ class PcaBasis:
         pixels = (scaled_N3.clamp(0, 1) * 255).round().to(torch.uint8)
         picture: np.ndarray = pixels.reshape(*map_Dhw.shape[1:], 3).numpy()
         return picture
-
-
-def pca_rgb(map_Dhw: Tensor, basis: PcaBasis | None = None) -> np.ndarray:
-    """A map [D, h, w] as uint8 [h, w, 3], in ``basis`` or in its own."""
-    return (basis or PcaBasis.fit(map_Dhw)).rgb(map_Dhw)
 
 
 def save_grid(

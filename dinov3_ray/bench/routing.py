@@ -11,6 +11,7 @@ from typing import Any
 from rich.table import Table
 
 from dinov3_ray.bench import describe_machine
+from dinov3_ray.pool.client.balancer import KnownReplica
 from dinov3_ray.pool.client.routing_table import Limits, RoutingTable
 
 __all__ = ["RoutingCost", "RoutingCosts", "measure_routing"]
@@ -78,7 +79,7 @@ def _decision(replicas: int, requests: int, repeats: int) -> RoutingCost:
 def _run(replicas: int, requests: int, seed: int) -> tuple[float, float]:
     """(choice, whole) in seconds per request, of a client that keeps a few requests in flight."""
     table = RoutingTable(Limits(), window=3, seed=seed)
-    table.set_replicas((f"replica-{number}", False, "teacher") for number in range(replicas))
+    table.set_replicas(KnownReplica(f"replica-{number}", False, "teacher") for number in range(replicas))
     clock = time.perf_counter
     choosing, in_flight = 0.0, []
     gc.collect()

@@ -36,7 +36,7 @@ class CachedTeacher(TeacherMixin[Images]):
 
     Args:
         teacher: anything with ``extract``; local, remote or one's own.
-        path: a folder on a local disk, which the ranks of a node may share (see :mod:`cachedb`).
+        path: a folder on a local disk, which the ranks of a node may share (see :mod:`~dinov3_ray.datasets.cache_db`).
         max_bytes: of the database; least recently used entries leave first.
         fingerprint: what makes the teacher's outputs, for a teacher that does not say so itself.
         queue_bytes: of features that wait to be written; beyond it they are not cached rather than waited for.
@@ -148,7 +148,7 @@ class CachedTeacher(TeacherMixin[Images]):
     def _keys(
         self, batch: ImageBatch, spec: FeatureSpec, fingerprint: str | None, known: list[bytes] | None = None
     ) -> list[bytes]:
-        """A key an image: the view's digest, then a digest of what is asked of whom.
+        """One key per image: the view's digest, then a digest of the teacher and of what it is asked for.
 
         ``known`` are keys of the same images, whose digests need not be computed again.
         """

@@ -428,14 +428,6 @@ class CacheStatistics:
         """Of the images looked up; 0 before the first."""
         return self.hits / max(1, self.hits + self.misses)
 
-    @property
-    def read_mb_s(self) -> float:
-        return self.read_bytes / 1e6 / self.read_seconds if self.read_seconds else 0.0
-
-    @property
-    def written_mb_s(self) -> float:
-        return self.written_bytes / 1e6 / self.written_seconds if self.written_seconds else 0.0
-
 
 def pack(features: Features) -> bytes:
     """``features`` as the bytes of a safetensors file."""

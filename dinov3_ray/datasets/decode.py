@@ -91,7 +91,7 @@ class Decoder:
             return Unreadable("empty", "the file has no bytes")
         try:
             with warnings.catch_warnings():
-                # Pillow's warnings (odd EXIF, large image) would go to a worker's log, once an image.
+                # Pillow's warnings (odd EXIF, large image) would go to a worker's log, once per image.
                 warnings.simplefilter("ignore")
                 return self._decode(data)
         except UnidentifiedImageError:

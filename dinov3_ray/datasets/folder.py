@@ -1,10 +1,10 @@
-"""Where a store keeps what, and how a file comes into being there: whole, or not at all.
+"""The output folder: its files, and how each is written whole or not at all.
 
 ::
 
     OUT/
       plan.json       what is extracted from what, by which teacher, under which rules
-      plan.arrow      the images in order, one record batch a block (absent when the source is a Ray Dataset)
+      plan.arrow      the images in order, one record batch per block (absent when the source is a Ray Dataset)
       parts/          000012.parquet: the features of one block; 000012.1.parquet: those of another output shape
       ledger/         000012.json: that block is finished; its parts, where their values lie, its errors
       index.parquet   id, part and row of every image      ┐
@@ -123,7 +123,7 @@ class Folder:
             raise self.damaged(name, error) from error
 
     def damaged(self, name: str, what: object) -> StoreError:
-        """An error that says what is wrong with a file, and how to have it made anew."""
+        """An error that says what is wrong with a file, and how to repair it."""
         kind, _, file = name.rpartition("/")
         remedy = "bring it back, or extract into another folder"
         if kind:

@@ -50,6 +50,10 @@ class BatchGuard(Generic[Batch]):
         self._parts = list(islice(_parts((images, batch), set()), None if copies else _WATCHED))
         self._signatures = [_signature(part) for part in self._parts]
 
+    @property
+    def is_copied(self) -> bool:
+        return self._copy is not None
+
     def intact(self) -> Batch:
         """The batch, or its copy if the batch has changed. Of large tensors, a sample is compared.
 

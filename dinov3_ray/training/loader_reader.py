@@ -58,6 +58,7 @@ class LoaderReader(Generic[Batch]):
         self._waiting: deque[tuple[BatchGuard[Batch], _LoaderState]] = deque()
         self._delivered: _LoaderState | None = None
         self._last_drawn: _LoaderState | None = None
+        self._most_waiting = 0
         self._trial = _TRIAL
         self._changes = False
         self._exhausted = False
@@ -77,10 +78,16 @@ class LoaderReader(Generic[Batch]):
         """Whether another batch may be drawn now.
 
         If the last draw announced the end of the pass, the next one ends it, with all state that accelerate keeps of
-        it. The loop must have had all batches before.
+        it. The loop must have had all batches before. More batches than ever before may wait only if all are copied:
+        the loader may have just so many buffers.
         """
         announced = self._last_drawn is not None and self._last_drawn.flags.get("end_of_dataloader")
-        return not self._exhausted and not (announced and self._waiting)
+        if self._exhausted or (announced and self._waiting):
+            return False
+        if len(self._waiting) < self._most_waiting:
+            return True
+        self._trial = _TRIAL
+        return all(guard.is_copied for guard, _ in self._waiting)
 
     def begin(self) -> None:
         """Begin a pass."""
@@ -111,6 +118,7 @@ class LoaderReader(Generic[Batch]):
         self._waiting.append((guard, state))
         self._left.popleft()
         self._last_drawn = state
+        self._most_waiting = max(self._most_waiting, len(self._waiting))
         return guard.images
 
     def deliver(self) -> Batch:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from math import exp, inf, log
 from typing import Self
 
+from dinov3_ray.pool.client.balancer import KnownReplica
 from dinov3_ray.pool.client.routing_table import Limits, RoutingTable
 
 ROWS = 8  # of each request
@@ -70,7 +71,7 @@ class Simulation:
         self.central: deque[tuple[int, str]] = deque()
         self.idle = [(seconds, index) for index, seconds in enumerate(seconds_per_row)]
         heapq.heapify(self.idle)
-        view = [(str(index), False, None) for index in range(len(self.replicas))]
+        view = [KnownReplica(str(index), False, None) for index in range(len(self.replicas))]
         self.tables: list[RoutingTable] = []
         if choice == "tables":
             limits = Limits(attempt_timeout=inf)

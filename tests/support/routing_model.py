@@ -12,6 +12,7 @@ from math import inf
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from dinov3_ray.pool.client.balancer import KnownReplica
 from dinov3_ray.pool.client.routing_table import Failure, Limits, RoutingTable, Send, Verdict
 
 LIMITS = Limits(max_requests=5, max_bytes=100, attempt_timeout=10.0, max_attempts=3, max_errors=2, max_deaths=2)
@@ -122,7 +123,7 @@ class RoutingMachine(RuleBasedStateMachine):
         self.replicas = {name: has for name, has in known.items() if name not in self.dead}
         self.heard = {name: when for name, when in self.heard.items() if name in self.replicas}
         self.paused = {name: until for name, until in self.paused.items() if name in self.replicas}
-        self.table.set_replicas((name, name == "r0", has) for name, has in known.items())
+        self.table.set_replicas(KnownReplica(name, name == "r0", has) for name, has in known.items())
 
     @rule(seconds=st.sampled_from([0.5, 3.0, 11.0]))
     def wait(self, seconds: float) -> None:
@@ -190,7 +191,7 @@ class RoutingMachine(RuleBasedStateMachine):
     def book_failure(self, send: Send, failure: Failure, pause: float, computing: bool, verdict: Verdict) -> None:
         request = self.requests[send.request_id]
         request.at = None
-        if failure in (Failure.DIED, Failure.GONE):
+        if failure in (Failure.DIED, Failure.LEAVING):
             if self.replicas.pop(send.replica_id, "absent") != "absent":
                 self.dead.add(send.replica_id)
                 self.deaths += failure is Failure.DIED

@@ -32,7 +32,7 @@ _PROBED_IMAGES = 8
 
 
 class BlockReader(Protocol):
-    """The part of :class:`Blocks` that goes to the extractors; picklable."""
+    """The part of :class:`Blocks` that goes to the workers; picklable."""
 
     def pieces(self, batch: Mapping[str, np.ndarray]) -> tuple[str, list[Piece]]:
         """The name of the block that Ray Data hands over as ``batch``, and its images; none if nothing is to do."""
@@ -44,7 +44,7 @@ class Blocks(Protocol):
 
     #: Whether Ray Data must keep the order of its rows.
     ordered: bool
-    #: Rows that Ray Data hands to an extractor in one call.
+    #: Rows that Ray Data passes to a worker in one call.
     rows_per_call: int
 
     def describe(self) -> dict[str, Any]:
@@ -82,7 +82,7 @@ class Blocks(Protocol):
     def reader(self, batch_size: int) -> BlockReader: ...
 
     def note(self, result: Mapping[str, Any]) -> None:
-        """An extractor is through with a block."""
+        """Record the result of a finished block."""
         ...
 
     def finish(self, identity: Mapping[str, Any]) -> dict[str, Any]:
@@ -188,7 +188,7 @@ class ListedBlocks:
 class _DatasetReader:
     columns: Columns
     batch_size: int
-    finished_ids: Any  # a reference: they are many, and the same for all extractors
+    finished_ids: Any  # a reference: they are many, and the same for all workers
 
     def pieces(self, batch: Mapping[str, np.ndarray]) -> tuple[str, list[Piece]]:
         """The rows that are not finished, under the name of all of them: it is the same when the run is resumed."""

@@ -1,4 +1,4 @@
-"""What a run is going to do, decided before it starts and kept with its output; compared when it is resumed."""
+"""Plans a run: its blocks, its forecast, and whether it may resume an older run."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def row_bytes(outputs: Mapping[str, Mapping[str, Any]]) -> int:
 def storage_note(result_dtype: str, outputs: Mapping[str, Mapping[str, Any]]) -> str:
     """What is worth saying about how values of ``result_dtype`` are stored."""
     if any(name.endswith(SCALE) for name in outputs):
-        return "int8 with one float32 scale a token: a channel is off by at most 1/254 of its token's largest"
+        return "int8 with one float32 scale per token: a channel is off by at most 1/254 of its token's largest"
     if result_dtype == "bfloat16":
         return "Parquet has no bfloat16: stored as float32, exactly, at twice the size; dtype float16 halves it"
     return ""

@@ -96,7 +96,7 @@ def metering(show: bool | None, total: int | None, done: int) -> Iterator[Meter]
 
 @contextmanager
 def _without_notes_of_ray_data() -> Iterator[None]:
-    """On the terminal, where they would stand amid the bar; its warnings do show, and its log file has all."""
+    """Hide Ray Data's notes, which would break the progress bar. Its warnings still show, and its log file has all."""
     consoles = [one for one in logging.getLogger("ray.data").handlers if isinstance(one, logging.StreamHandler)]
     levels = [console.level for console in consoles]
     for console in consoles:

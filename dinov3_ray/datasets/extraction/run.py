@@ -14,7 +14,7 @@ from dinov3_ray.datasets.extraction.blocks import Blocks
 from dinov3_ray.datasets.extraction.progress import Meter, metering, watching
 from dinov3_ray.datasets.extraction.resources import Allocation
 from dinov3_ray.datasets.extraction.teacher_probe import Probe, first_image, probe_teacher
-from dinov3_ray.datasets.extraction.worker import BlockExtractor, ExtractionJob, TeacherChoice
+from dinov3_ray.datasets.extraction.worker import BlockWorker, ExtractionJob, TeacherChoice
 from dinov3_ray.datasets.folder import LEDGER, MANIFEST, PARTS, PLAN, Folder
 from dinov3_ray.datasets.sources.ray_dataset import actor_strategy, execution
 from dinov3_ray.datasets.store.schema import spec_to_json
@@ -202,12 +202,12 @@ class Run:
         return Extraction(forecast, manifest, computed, meter.images, round(meter.seconds, 3))
 
     def _results(self, job: ExtractionJob) -> Iterator[dict[str, Any]]:
-        """What the extractors say of each block, as they finish."""
+        """What the workers report of each block, as they finish."""
         dataset = self.blocks.todo()
         if dataset is None:
             return
         dataset = dataset.map_batches(
-            BlockExtractor,
+            BlockWorker,
             fn_constructor_args=(job,),
             batch_size=self.blocks.rows_per_call,
             batch_format="numpy",

@@ -34,8 +34,8 @@ class Probe:
 
     Attributes:
         fingerprint: the teacher's own.
-        made_by: the fingerprint of its results; another one where it hands on those of a teacher inside it.
-        computed_in: how exactly it computes, such as float32 or float8; None if it does not say.
+        made_by: the fingerprint of its results; it differs if the teacher wraps another one.
+        computed_in: its precision, such as float32 or float8; None if it is unknown.
         preprocessing: its rule, as JSON values; None of a teacher without one.
         mixes_sizes: whether it brings images of different sizes to one, so that they can share a batch.
         min_side: pixels of the smallest side of an image that it takes.

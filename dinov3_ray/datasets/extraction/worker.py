@@ -28,7 +28,7 @@ from dinov3_ray.pool.replica.hosted import HostedReplica
 from dinov3_ray.pool.spec import CheckedSource, builder
 from dinov3_ray.teacher import computed_in
 
-__all__ = ["BlockExtractor", "ExtractionJob", "TeacherChoice"]
+__all__ = ["BlockWorker", "ExtractionJob", "TeacherChoice"]
 
 _BUFFERED_BYTES = 2**28
 _AHEAD = 2  # batches submitted for each pass that the teacher makes at a time, before the first is waited for
@@ -40,9 +40,9 @@ class TeacherChoice:
 
     Attributes:
         source: a configuration or a factory, for a replica that is hosted here; None where ``pool`` names a pool.
-        device: that the replica computes on.
-        threads: CPU threads that each of its passes computes with; None leaves torch's setting alone.
-        passes: that it makes at a time; 1 unless the teacher is reentrant and computes on the CPU.
+        device: the replica's device.
+        threads: CPU threads per forward pass; None leaves torch's setting as it is.
+        passes: forward passes in flight; 1 unless the teacher is reentrant and computes on the CPU.
     """
 
     source: CheckedSource | None
@@ -71,7 +71,7 @@ class TeacherChoice:
 
 @dataclass(frozen=True)
 class ExtractionJob:
-    """All that an extractor needs.
+    """All that a worker needs.
 
     Attributes:
         teacher: computes.
@@ -96,7 +96,7 @@ class ExtractionJob:
     mixes_sizes: bool
 
 
-class BlockExtractor:
+class BlockWorker:
     """Extracts blocks; a callable class for Ray Data, which calls it from several threads.
 
     One call takes one block: it starts the tasks that decode it, submits equal sizes to the teacher batch by batch as

@@ -1,4 +1,4 @@
-"""What a path, glob or URI is: image files, WebDataset shards or Parquet, on any file system that pyarrow reaches."""
+"""Opens a path, glob or URI as the source that it is, on any file system that pyarrow reaches."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ class Columns:
     id: str
 
     def contents(self, batch: Mapping[str, Sequence[Any] | np.ndarray]) -> list[tuple[str, Content]]:
-        """The id and content of each row of ``batch``, a column a key."""
+        """The id and content of each row of ``batch``, which has one key per column."""
         pairs = zip(batch[self.id], batch[self.image], strict=True)
         return [(key_of(id_, self.id), content_of(image)) for id_, image in pairs]
 
@@ -75,7 +75,7 @@ class DatasetRows:
 
 
 def name_of(ids: Sequence[str]) -> str:
-    """Of a block: rows of a Dataset have no place of their own, but ids."""
+    """A block's name, made from its ids: rows of a Dataset have no index."""
     return "k" + hashlib.sha256("\0".join(ids).encode()).hexdigest()[:24]
 
 

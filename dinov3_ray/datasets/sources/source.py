@@ -1,4 +1,4 @@
-"""Where images come from: what every source does, and the plainest one, a file an image.
+"""Defines what every source of images does, and the simplest one: one image per file.
 
 A source lists its images once, as a table of ``id``, ``file`` (relative to the root), ``offset`` and ``size``; from
 then on, any rows of that table can be read anywhere, in any order. Nothing here imports torch.

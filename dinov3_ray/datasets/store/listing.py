@@ -20,7 +20,7 @@ def block_name(index: int) -> str:
 
 
 def save_rows(folder: Folder, rows: pa.Table, blocks: list[tuple[int, int]]) -> None:
-    """Keep the listing, one record batch a block, so that workers read their blocks and a resumed run lists nothing."""
+    """Keep the listing, one record batch per block: workers read their blocks, and a resumed run lists nothing."""
     sink = io.BytesIO()
     with pa.ipc.new_file(sink, rows.schema) as writer:
         for start, stop in blocks:

@@ -146,7 +146,7 @@ def _placeholder_indices(count: int) -> np.ndarray:
 
 
 def _varint(value: int) -> list[int]:
-    """7 bits a byte, the lowest first; the top bit says that more follow."""
+    """7 bits per byte, the lowest first; the top bit means that more bytes follow."""
     digits = []
     while value > 0x7F:
         digits.append(value & 0x7F | 0x80)

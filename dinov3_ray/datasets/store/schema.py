@@ -1,8 +1,8 @@
 """What a part (one Parquet file) holds, and how Features become its columns and come back.
 
 One row per image: ``id``, ``height`` and ``width`` of the original, ``view`` (the digest of its decoded pixels, see
-:mod:`views`), and each output as an ``arrow.fixed_shape_tensor`` column named as in :meth:`Features.named`; an int8
-output has a float32 column ``<name>.scale`` too, with one scale per token.
+:mod:`~dinov3_ray.datasets.decode`), and each output as an ``arrow.fixed_shape_tensor`` column named as in
+:meth:`Features.named`; an int8 output has a float32 column ``<name>.scale`` too, with one scale per token.
 
 Arrow and Parquet have no bfloat16. Values of that dtype are stored as float32, which holds each of them exactly, at
 twice the size, and come back as bfloat16; ``dtype="float16"`` stores them at their own size instead (more mantissa,

@@ -1,4 +1,4 @@
-"""How the features of a block become its parts and its ledger entry, and the ledger a finished store."""
+"""Writes the features of a block, commits them to the ledger, and makes a finished store of the ledger."""
 
 from __future__ import annotations
 

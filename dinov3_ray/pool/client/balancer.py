@@ -34,11 +34,18 @@ import random
 from collections.abc import Set
 from dataclasses import dataclass
 from math import inf
+from typing import NamedTuple
 
-__all__ = ["Balancer", "Listing"]
+__all__ = ["Balancer", "KnownReplica"]
 
-Listing = tuple[str, bool, str | None]
-"""A replica as the pool's view lists it: its name, whether it is on this node, and its teacher's fingerprint."""
+
+class KnownReplica(NamedTuple):
+    """A replica as the pool's view lists it."""
+
+    replica_id: str
+    is_near: bool  # on this node
+    fingerprint: str | None  # of its teacher
+
 
 _SMOOTHING = 0.2  # weight of the newest answer in a replica's measured speed
 _REPORT_LIFE = 2.0  # seconds after which a reported load says as little as the mean of all
@@ -65,7 +72,7 @@ class Balancer:
     def __init__(self, window: int, seed: int | None) -> None:
         self._window = window
         self._random = random.Random(seed).random  # noqa: S311 - a load balancer's choice, not a secret
-        self._known: dict[str, Listing] = {}  # those that may get work, now or later
+        self._known: dict[str, KnownReplica] = {}  # those that may get work, now or later
         # Only of replicas that this client has sent to; kept beyond their leaving while something is in flight there.
         self._records: dict[str, _Record] = {}
         # Those with a free place, the remembered ones first, the rest in no order: a random one is found, and removed,
@@ -80,7 +87,7 @@ class Balancer:
 
     # Replicas -------------------------------------------------------------------------------------------------------
 
-    def replace(self, replicas: dict[str, Listing]) -> None:
+    def replace(self, replicas: dict[str, KnownReplica]) -> None:
         """Replace the replicas by these."""
         gone = self._known.keys() - replicas.keys()
         self._known = replicas
@@ -229,12 +236,14 @@ class Balancer:
             if record.seconds_per_row is not None and age < _SPEED_LIFE:
                 seconds += (record.seconds_per_row - seconds) * (1 - age / _SPEED_LIFE)
         cost = (others + own + rows) * seconds
-        return cost * _NEAR if self._known[replica_id][1] else cost
+        return cost * _NEAR if self._known[replica_id].is_near else cost
 
     def _suitable(self, fingerprint: str | None, tried: Set[str]) -> list[int]:
-        """Positions in the open list of what suits a request that not just any replica may compute."""
+        """Positions of the open replicas that may compute a request: of the right teacher, and not tried yet."""
         known = self._known
-        suitable = {name for name, (_, _, has) in known.items() if has == fingerprint} if fingerprint else set()
+        suitable = (
+            {each.replica_id for each in known.values() if each.fingerprint == fingerprint} if fingerprint else set()
+        )
         # Where the wanted teacher is gone, any other is better than to wait for ever: the answer says whose it is.
         suitable = suitable or set(known)
         # One on which it failed is the last resort: it is taken only if there is no other at all.

@@ -21,7 +21,7 @@ from dinov3_ray.pool.messages import Answer, Array, RequestHeader, TeacherInfo
 from dinov3_ray.pool.transport.protocol import Transport
 from dinov3_ray.pool.transport.wire import pack_images, unpack_features
 
-__all__ = ["Handle", "Request", "ResultSizes", "SendBuffer"]
+__all__ = ["Handle", "Request", "RequestCutter", "ResultSizes"]
 
 
 class Request:
@@ -75,12 +75,10 @@ class Handle:
 
     Attributes:
         index: the batch's number among those that this teacher was given, from 0.
-        spec: what was asked for.
     """
 
-    def __init__(self, index: int, rows: int, spec: FeatureSpec, cancel: Callable[[Handle], None]) -> None:
+    def __init__(self, index: int, rows: int, cancel: Callable[[Handle], None]) -> None:
         self.index = index
-        self.spec = spec
         #: The router's; the last one leaves when its features are taken.
         self.requests: list[Request] = []
         #: What must live as long as the batch is in flight; see ``RemoteTeacher.submit``.
@@ -146,7 +144,7 @@ class Handle:
         return f"<Handle of batch {self.index}: {self._rows} images, {state}>"
 
 
-class SendBuffer:
+class RequestCutter:
     """Cuts batches into requests, and counts the bytes of the copies that they hold. Safe to use from several threads.
 
     Args:

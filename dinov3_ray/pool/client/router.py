@@ -28,7 +28,8 @@ from dinov3_ray.errors import (
 from dinov3_ray.features import FeatureSpec
 from dinov3_ray.images import ImageBatch
 from dinov3_ray.interrupts import wait
-from dinov3_ray.pool.client.request import Handle, Request, ResultSizes, SendBuffer
+from dinov3_ray.pool.client.balancer import KnownReplica
+from dinov3_ray.pool.client.request import Handle, Request, RequestCutter, ResultSizes
 from dinov3_ray.pool.client.routing_table import Failure, Limits, RoutingStatistics, RoutingTable, Send, Verdict
 from dinov3_ray.pool.messages import Answer, Array, Outcome, PoolView, ReplicaView
 from dinov3_ray.pool.metrics import ClientSeconds, Sample
@@ -75,7 +76,7 @@ class Router:
         self._follow_at: float | None = None
         self._empty_since = time.monotonic()
         self._lock = threading.Lock()
-        self._buffer = SendBuffer(transport, self.client_id, self.max_bytes)
+        self._buffer = RequestCutter(transport, self.client_id, self.max_bytes)
         self._batches = 0
         self._closed = self._ended = False
         self._thread = threading.Thread(target=self._run, name=f"dinov3-router-{pool}", daemon=True)
@@ -107,7 +108,7 @@ class Router:
         if self._ended:
             raise self._was_ended()
         with self._lock:
-            handle = Handle(self._batches, len(images), spec, self._cancel)
+            handle = Handle(self._batches, len(images), self._cancel)
             self._batches += 1
         requests = self._buffer.cut(handle, images, spec, max_batch)
         with self._lock:
@@ -219,7 +220,7 @@ class Router:
         self._table.window = view.options.window
         self._replicas.update({replica.replica_id: replica for replica in view.replicas})
         self._table.set_replicas(
-            (replica.replica_id, replica.node_id == self._transport.node_id, replica.fingerprint)
+            KnownReplica(replica.replica_id, replica.node_id == self._transport.node_id, replica.fingerprint)
             for replica in view.replicas
         )
         self._forget_lost()
@@ -286,7 +287,7 @@ class Router:
         elif answer[0].outcome is Outcome.FAILED:
             self._raised(send, answer[0])
         elif answer[0].outcome is Outcome.DRAINING:
-            self._failed(send.request_id, send.attempt, Failure.GONE)
+            self._failed(send.request_id, send.attempt, Failure.LEAVING)
         else:
             self._failed(send.request_id, send.attempt, Failure.FULL, pause=max(answer[0].retry_after, 0.01))
 
@@ -382,7 +383,7 @@ class Router:
 
 
 def quietly(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Call what is a courtesy: its failure is noted, and stops nothing."""
+    """Call something whose failure must not stop the router; the failure is logged."""
     try:
         return function(*arguments)
     except Exception as error:  # noqa: BLE001 - see above

@@ -1,6 +1,6 @@
-"""What one client has asked for, what is in flight, and what to do when an answer does not come.
+"""Decides what a client sends, sends again and gives up.
 
-Pure: no Ray, no clock. Every request is in exactly one place: waiting, in flight at one replica, or done with. Which
+Pure: no Ray, no clock. Every request is in exactly one place: waiting, in flight at one replica, or done. Which
 replica it goes to is the choice of :class:`~dinov3_ray.pool.client.balancer.Balancer`.
 """
 
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from math import inf
 
-from dinov3_ray.pool.client.balancer import Balancer, Listing
+from dinov3_ray.pool.client.balancer import Balancer, KnownReplica
 
 __all__ = ["Failure", "Limits", "RoutingStatistics", "RoutingTable", "Send", "Verdict"]
 
@@ -42,7 +42,7 @@ class Failure(StrEnum):
     ERROR = "error"
     TIMEOUT = "timeout"
     FULL = "full"
-    GONE = "gone"  # the replica left the pool, or is about to
+    LEAVING = "leaving"  # the replica left the pool, or is about to
 
 
 class Verdict(StrEnum):
@@ -132,12 +132,12 @@ class RoutingTable:
     def window(self, window: int) -> None:
         self._balancer.window = window
 
-    def set_replicas(self, replicas: Iterable[Listing]) -> None:
-        """Replace the list of replicas by ``(replica_id, on this node, fingerprint)``.
+    def set_replicas(self, replicas: Iterable[KnownReplica]) -> None:
+        """Replace the list of replicas.
 
         Requests at replicas that left the list stay in flight, since a replica that is being drained still answers.
         """
-        listed = {replica[0]: replica for replica in replicas}
+        listed = {replica.replica_id: replica for replica in replicas}
         # The pool may hear of a death later than this client does; names are never used again.
         self._dead &= listed.keys()
         for replica_id in self._dead:
@@ -220,7 +220,7 @@ class RoutingTable:
             return Verdict.STALE
         replica_id = request.replica_id
         self._land(request)
-        if failure in (Failure.DIED, Failure.GONE) and replica_id in self._balancer:
+        if failure in (Failure.DIED, Failure.LEAVING) and replica_id in self._balancer:
             # Others in flight there will each fail by themselves; nothing else is sent there.
             self._balancer.remove(replica_id)
             self._dead.add(replica_id)

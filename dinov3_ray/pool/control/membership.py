@@ -1,4 +1,4 @@
-"""Which replicas a pool has, how many are wanted, and what to do next. Pure: no Ray, no clock.
+"""Decides which replicas a pool starts, drains and replaces. Pure: no Ray, no clock.
 
 The controller reports what happened, and carries out what :meth:`Membership.plan` returns.
 """
@@ -227,9 +227,6 @@ class Membership:
     @property
     def members(self) -> list[Member]:
         return list(self._members.values())
-
-    def get(self, replica_id: str) -> Member | None:
-        return self._members.get(replica_id)
 
     def ready(self) -> list[Member]:
         return [member for member in self.members if member.state is MemberState.READY]

@@ -197,7 +197,7 @@ class RayControl:
 
 
 _POLL = 0.02
-_HOPELESS_STARTS = 2  # failed starts, none having succeeded, after which a new pool is given up
+_RESTARTS_BEFORE_GIVING_UP = 2  # failed starts, none having succeeded, after which a new pool is given up
 
 
 class _Observable(Protocol):
@@ -235,8 +235,8 @@ def wait_ready(
         if ready >= status.low and len(status.replicas) <= status.high and len(current) == len(status.replicas):
             return status
         restarts = status.restarts if restarts is None else restarts
-        if status.restarts >= restarts + _HOPELESS_STARTS and not ready and not status.reloading:
-            raise ReplicaError(f"the replicas of pool {name!r} do not start. {status.recent_errors[-1]}")
+        if status.restarts >= restarts + _RESTARTS_BEFORE_GIVING_UP and not ready and not status.reloading:
+            raise ReplicaError(f"the replicas of pool {name!r} do not start. {_last_error(status)}")
         if time.monotonic() > deadline:
             raise PoolTimeoutError(
                 f"pool {name!r} had {ready} of {status.low} replicas ready after timeout={timeout:g} s: "
@@ -251,8 +251,13 @@ def _turned(name: str, generation: int, status: PoolStatus) -> PoolError:
         return PoolError(f"pool {name!r}: another reload has overtaken this one")
     return ReplicaError(
         f"the new replicas of pool {name!r} do not start, so it has gone back to the former teacher "
-        f"({status.ready} of {status.target} ready). {status.recent_errors[-1]}"
+        f"({status.ready} of {status.target} ready). {_last_error(status)}"
     )
+
+
+def _last_error(status: PoolStatus) -> str:
+    # A controller that was started again does not have the errors of the one before.
+    return status.recent_errors[-1] if status.recent_errors else "the reason is in the log of the pool's controller"
 
 
 def _waits_for(status: PoolStatus) -> str:

@@ -1,6 +1,6 @@
 """A replica: one teacher, one queue, one thread that does all of its device work.
 
-Ray-free: the actor in ``replica_actor`` and local mode drive the same class. All work on the device happens on the
+Ray-free: the actor in ``actor.py`` and local mode drive the same class. All work on the device happens on the
 thread that built the teacher, because CUDA work from several threads of one actor has crashed and leaked (ray issues
 33982, 49360). A second thread waits for results, looks at them and packs them, so that the device need not wait for
 that.
@@ -109,7 +109,7 @@ class Replica:
         self._again: deque[QueuedRequest] = deque()  # those whose shared pass failed: each is to run by itself
         self._running: list[list[QueuedRequest]] = []  # of each pass that was taken up and is not answered yet
         self._alone = False  # what runs is a suspect: nothing else may run with it
-        self._busy_since: float | None = None  # when the pass that is ahead of all others came to be so
+        self._busy_since: float | None = None  # when the oldest pass in flight became the oldest
         self._in_flight: deque[_PassInFlight] = deque()  # what the device has been given, for the second thread
         self._draining = False
         self._stopped = False

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import settings
 from routing_model import RoutingMachine
 
+from dinov3_ray.pool.client.balancer import KnownReplica
 from dinov3_ray.pool.client.routing_table import Failure, Limits, RoutingTable, Send, Verdict
 
 RoutingMachine.TestCase.settings = settings(max_examples=120, stateful_step_count=50, deadline=None)
@@ -16,7 +17,7 @@ TestAnyInterleaving = RoutingMachine.TestCase
 
 def a_table(replicas: int = 3, *, window: int = 2, seed: int = 0, **limits: float) -> RoutingTable:
     table = RoutingTable(Limits(**limits), window=window, seed=seed)  # type: ignore[arg-type]
-    table.set_replicas((f"r{index}", False, "weights") for index in range(replicas))
+    table.set_replicas(KnownReplica(f"r{index}", False, "weights") for index in range(replicas))
     return table
 
 
@@ -84,7 +85,7 @@ def test_a_view_that_has_not_heard_of_a_death_does_not_bring_the_dead_back() -> 
     table = a_table(1)
     table.submit("a", rows=1, nbytes=1)
     table.failed("a", send_one(table).attempt, Failure.DIED, 0.0)
-    table.set_replicas([("r0", False, "weights")])
+    table.set_replicas([KnownReplica("r0", False, "weights")])
     assert not table.knows("r0")
     assert table.next_sends(0.0) == []
 
@@ -182,7 +183,7 @@ def test_what_is_submitted_again_under_its_name_owes_nothing_to_its_first_life()
 
 def test_a_request_for_one_teacher_waits_for_it_and_holds_up_nobody() -> None:
     table = RoutingTable(Limits(), window=1, seed=0)
-    table.set_replicas([("old", False, "A"), ("new", False, "B")])
+    table.set_replicas([KnownReplica("old", False, "A"), KnownReplica("new", False, "B")])
     for name in ("a", "b"):
         table.submit(name, rows=1, nbytes=1, fingerprint="B")
     table.submit("c", rows=1, nbytes=1)
@@ -192,7 +193,7 @@ def test_a_request_for_one_teacher_waits_for_it_and_holds_up_nobody() -> None:
 @pytest.mark.parametrize("failed_before", [False, True])
 def test_a_request_for_a_teacher_that_is_no_more_goes_to_another(failed_before: bool) -> None:
     table = RoutingTable(Limits(), window=1, seed=0)
-    table.set_replicas([("old", False, "A"), ("new", False, "B")])
+    table.set_replicas([KnownReplica("old", False, "A"), KnownReplica("new", False, "B")])
     table.submit("a", rows=1, nbytes=1, fingerprint="A")
     if failed_before:
         send = send_one(table)
@@ -201,9 +202,9 @@ def test_a_request_for_a_teacher_that_is_no_more_goes_to_another(failed_before: 
         # Its only replica, though it failed there: the other has another teacher.
         send = send_one(table)
         assert send.replica_id == "old"
-        table.failed("a", send.attempt, Failure.GONE, 0.0)
+        table.failed("a", send.attempt, Failure.LEAVING, 0.0)
     else:
-        table.set_replicas([("new", False, "B")])
+        table.set_replicas([KnownReplica("new", False, "B")])
     assert send_one(table).replica_id == "new"
 
 
@@ -214,7 +215,7 @@ def test_a_replica_on_this_node_wins_a_tie_and_only_a_tie() -> None:
     chosen = []
     for seconds in (1.0, 2.0):
         table = RoutingTable(Limits(), window=10, seed=0)
-        table.set_replicas([("far", False, None), ("near", True, None)])
+        table.set_replicas([KnownReplica("far", False, None), KnownReplica("near", True, None)])
         for number in range(2):  # each is heard of once: both are as fast, or "near" is slower
             table.submit(f"first{number}", rows=4, nbytes=1)
         sends = table.next_sends(0.0)
