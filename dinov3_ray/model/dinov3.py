@@ -13,13 +13,13 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from os import PathLike
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import torch
 from torch import Tensor, nn
 
 from dinov3_ray.checkpoint import fingerprint, load_model
-from dinov3_ray.config import DinoV3Config
+from dinov3_ray.config import ComputeDtype, DinoV3Config
 from dinov3_ray.config.preprocessing import Preprocessing, Size
 from dinov3_ray.errors import FrozenError, SpecError
 from dinov3_ray.features import Features, FeatureSpec, deliver
@@ -301,7 +301,7 @@ class DinoV3Teacher(TeacherMixin[Images | ImageBatch]):
         device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
         place = self.device if device is None else as_device(device)
         if dtype is not None and dtype != self.dtype:
-            self._settle(replace(self.config, dtype=str(dtype).removeprefix("torch.")), place)
+            self._settle(replace(self.config, dtype=cast(ComputeDtype, str(dtype).removeprefix("torch."))), place)
         elif place != self.device:
             if self._is_loaded:
                 self._sealed.check()
@@ -331,7 +331,8 @@ class DinoV3Teacher(TeacherMixin[Images | ImageBatch]):
         if self._is_loaded:
             self._sealed.check()
         # What auto has chosen is settled: a copy computes in the same dtype.
-        config = replace(self.config, dtype=self.computed_in) if self.config.dtype == "auto" else self.config
+        chosen = cast(ComputeDtype, self.computed_in)
+        config = replace(self.config, dtype=chosen) if self.config.dtype == "auto" else self.config
         return {"config": config, "device": self.device}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

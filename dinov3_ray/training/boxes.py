@@ -70,8 +70,8 @@ class Boxes:
 
         Raises:
             ConfigError: for options that contradict one another.
-            InputError: for tensors of another shape; also for pixels passed as normalised coordinates (looked at always
-                on the CPU, and once on an accelerator, since that look makes the training loop wait).
+            InputError: for tensors of another shape; on the CPU also for pixels passed as normalised coordinates (on an
+                accelerator that look would make the training loop wait).
         """
         if format not in _COLUMNS:
             raise ConfigError(f"format must be one of {', '.join(get_args(BoxFormat))}; got {format!r}")
@@ -84,7 +84,7 @@ class Boxes:
         corners_N42 = _corners(values, format, (width, height) if normalized else (1, 1))
         # Divided, not multiplied by 1 / W: 320 of 640 pixels is 0.5 exactly.
         corners_N42 = torch.stack([corners_N42[..., 0] / width, corners_N42[..., 1] / height], -1)
-        if normalized and corners_N42.numel() and _may_look(corners_N42.device):
+        if normalized and corners_N42.device.type == "cpu" and corners_N42.numel():
             farthest = float(corners_N42.nan_to_num(0.0, 0.0, 0.0).abs().max())
             if farthest > _FARTHEST:
                 raise InputError(
@@ -177,18 +177,6 @@ class Boxes:
         changes.index_add_(0, at_N, own_N.int())
         changes.index_add_(0, at_N + 1, -own_N.int())
         return changes.view(images, height, width + 1).cumsum(2, dtype=torch.int32)[:, :, :width] > 0
-
-
-_looked_on_accelerator = False
-
-
-def _may_look(device: torch.device) -> bool:
-    """Whether to look at values on ``device``: once where that waits for all work that is queued there."""
-    global _looked_on_accelerator
-    if device.type == "cpu":
-        return True
-    may, _looked_on_accelerator = not _looked_on_accelerator, True
-    return may
 
 
 def _within(at_N: Tensor, cells: int) -> Tensor:

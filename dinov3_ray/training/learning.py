@@ -32,6 +32,9 @@ class LearningWatch:
         self._batches = 0
         self._without_objects = 0
 
+    def __reduce__(self) -> tuple[type[LearningWatch], tuple[()]]:
+        return LearningWatch, ()  # a copy starts anew: it has other weights
+
     def gradient(self, tensor: Tensor, message: str) -> None:
         """Warn if gradients are on, and ``tensor`` takes none."""
         if tensor.requires_grad or not _is_training():

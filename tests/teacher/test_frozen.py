@@ -67,12 +67,6 @@ def loop_over_everything(student: Student) -> None:
         module.train()
 
 
-def compiled(student: Student) -> None:
-    torch.compiler.reset()
-    student.compile(backend="eager")
-    student(IMAGES).backward()
-
-
 def wrapped_in_ddp(student: Student) -> None:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
@@ -99,7 +93,6 @@ ON_THE_STUDENT: dict[str, Callable[[Student], object]] = {
     "train": lambda student: student.train(),
     "a step": train,
     "a loop": loop_over_everything,
-    "compile": compiled,
     "DDP": wrapped_in_ddp,
     "EMA": averaged,
     "share_memory": lambda student: student.share_memory(),
@@ -114,6 +107,15 @@ def test_nothing_done_to_a_student_reaches_its_teacher(student: Student, change:
     assert (teacher.fingerprint, teacher.computed_in) == (fingerprint, "float32")
     assert not any(parameter.requires_grad for parameter in teacher.parameters())
     assert not any(module.training for module in teacher.modules())
+
+
+@pytest.mark.slow
+def test_a_compiled_student_gets_the_same_targets(student: Student) -> None:
+    before, loss = bits(student.teacher), student(IMAGES)
+    torch.compiler.reset()
+    student.compile(backend="eager")
+    torch.testing.assert_close(student(IMAGES), loss)
+    assert all(torch.equal(a, b) for a, b in zip(bits(student.teacher), before, strict=True))
 
 
 def test_a_student_has_no_part_of_its_teacher(student: Student) -> None:

@@ -210,7 +210,6 @@ def test_on_the_device_same_bits_and_no_wait() -> None:
     index = torch.randint(0, 4, (300,), generator=generator)
     expected = Boxes.of(rows, index, format="xywhr", image_size=(384, 640)).mask(4, (24, 40))
     rows_gpu, index_gpu = rows.cuda(), index.cuda()
-    Boxes.of(rows_gpu, index_gpu, format="xywhr", image_size=(384, 640))  # the one look at values has been
     torch.cuda.set_sync_debug_mode("error")
     try:
         mask = Boxes.of(rows_gpu, index_gpu, format="xywhr", image_size=(384, 640)).mask(4, (24, 40))
