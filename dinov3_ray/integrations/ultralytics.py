@@ -1,4 +1,4 @@
-"""Ultralytics: trainers that distil from a pool, for detection and for oriented boxes.
+"""Ultralytics: trainers that distil from a pool, for detection, oriented boxes, segmentation and pose.
 
 ::
 
@@ -7,17 +7,27 @@
 Needs the extra ``ultralytics`` (``pip install 'dinov3-ray[ultralytics]'``; it is licensed under AGPL-3.0).
 
 The teacher gets each batch as the loader makes it for the student: letterboxed, augmented, uint8 in RGB. Ultralytics
-divides by 255 later, so that there is no normalisation to undo. The loss compares one layer of the student with the
-teacher's map; by default that is the neck's output at stride 16, the stride of a DINOv3 patch. Locations inside boxes
-(oriented boxes too) have one weight, all others another. Ultralytics shows the loss as ``distill``, with its own.
+divides by 255 later, so that there is no normalisation to undo. ``multi_scale`` resizes later, too: the student then
+sees the same picture in another size, and the teacher's map covers it as before. The loss compares layers of the
+student with that map; by default one, the neck's output at stride 16, which is the stride of a DINOv3 patch. Locations
+inside boxes (oriented boxes too) have one weight, all others another. Ultralytics shows the loss as ``distill``, with
+its own.
 
-Checkpoints are plain Ultralytics models. The projector is needed in training only: it is saved next to them as
-``distill.pt``, and ``resume=True`` loads it again (give ``teacher=...`` then too).
+Checkpoints are plain Ultralytics checkpoints, with which training can be resumed without this package too. What is
+needed in training only, the projectors with the optimizer's state of them, is saved next to them as ``distill.pt``.
+``resume=True`` with ``teacher=...`` continues with it, and with the options of the run unless others are given.
 """
 
 from __future__ import annotations
 
+import logging
+import operator
+import os
+import random
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -26,21 +36,36 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.models.yolo.obb import OBBTrainer
+from ultralytics.models.yolo.pose import PoseTrainer
+from ultralytics.models.yolo.segment import SegmentationTrainer
 from ultralytics.utils import DEFAULT_CFG
 from ultralytics.utils.torch_utils import unwrap_model
 
 from dinov3_ray.errors import ConfigError
 from dinov3_ray.features import Features, FeatureSpec
+from dinov3_ray.integrations.levels import LevelLoss, Levels, level_weights, named_levels
 from dinov3_ray.integrations.loader import TargetLoader
+from dinov3_ray.integrations.side_group import SideGroup
 from dinov3_ray.pool.client.remote import RemoteTeacher
 from dinov3_ray.training.boxes import Boxes
 from dinov3_ray.training.losses import DistillationLoss, LossKind
 from dinov3_ray.training.prefetch import AnyTeacher, Prefetch
 from dinov3_ray.training.taps import FeatureTap
 
-__all__ = ["DetectionDistillationTrainer", "Distillation", "OBBDistillationTrainer"]
+__all__ = [
+    "DetectionDistillationTrainer",
+    "Distillation",
+    "OBBDistillationTrainer",
+    "PoseDistillationTrainer",
+    "SegmentationDistillationTrainer",
+]
+
+log = logging.getLogger("dinov3_ray")
 
 _TARGETS = "teacher"  # the key of the targets in a batch
+_BOXES = "teacher_boxes"  # of the places of the objects, in shares of the picture
+_CHANCE = "teacher_chance"  # of the state of Python's random behind the draw of the batch
+_LOSS = "distill"  # the name under which Ultralytics shows the loss
 _PATCH_STRIDE = 16
 _PROJECTOR_FILE = "distill.pt"
 
@@ -53,9 +78,12 @@ class Distillation:
         teacher: the name of a pool; or a teacher, which must be picklable for training on several GPUs.
         teacher_address: of the Ray that the pool runs in; None takes the one of this process, or RAY_ADDRESS.
         teacher_map_size: (h, w) to which the teacher resamples its maps, so that fewer bytes travel.
-        distill_layer: the student's layer, such as ``model.16``; None takes the detection head's input of stride 16.
+        distill_layer: the student's layers: ``"P4"`` or ``16`` or ``"model.16"``; several as ``"P3,P4,P5"`` or in a
+            list; with weights as ``"P3:0.5,P4:1"`` or in a dict (:data:`~dinov3_ray.integrations.levels.Levels`). None
+            takes the head's input whose stride is nearest to 16.
         distill_kind: ``cosine``, ``mse``, ``smooth_l1`` or ``gram``.
-        distill_weight: the weight of this loss in the sum with the detector's.
+        distill_weight: the weight of this loss, which is the weighted sum over the layers, in the sum with the
+            detector's.
         object_weight: of locations inside boxes.
         background_weight: of the others.
     """
@@ -63,15 +91,19 @@ class Distillation:
     teacher: str | AnyTeacher
     teacher_address: str | None = None
     teacher_map_size: tuple[int, int] | None = None
-    distill_layer: str | None = None
+    distill_layer: Levels | None = None
     distill_kind: LossKind = "cosine"
     distill_weight: float = 1.0
     object_weight: float = 1.0
     background_weight: float = 0.25
 
+    def __post_init__(self) -> None:
+        if self.distill_layer is not None:
+            object.__setattr__(self, "distill_layer", level_weights(self.distill_layer))
+
     @classmethod
-    def take_from(cls, arguments: dict[str, Any]) -> Distillation:
-        """Take these arguments out of ``arguments``: Ultralytics refuses arguments that it does not know.
+    def take_from(cls, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Take these arguments, as far as they are given, out of ``arguments``: Ultralytics refuses those of others.
 
         Raises:
             ConfigError: without ``teacher``.
@@ -79,21 +111,36 @@ class Distillation:
         own = {field.name: arguments.pop(field.name) for field in fields(cls) if field.name in arguments}
         if own.get("teacher") is None:
             raise ConfigError("teacher must be given: model.train(..., teacher='dinov3'), the name of a running pool")
-        return cls(**own)
+        return own
+
+    def to_arguments(self) -> dict[str, Any]:
+        """All arguments."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    def to_resume(self) -> dict[str, Any]:
+        """What a resumed run takes over unless it is given: all but where the teacher is."""
+        arguments = self.to_arguments()
+        del arguments["teacher"], arguments["teacher_address"]
+        return arguments
 
 
 class _DistillationTrainer:
-    """What both trainers add to Ultralytics' trainers; a mixin, the first base of each."""
+    """What the trainers add to Ultralytics' trainers; a mixin, the first base of each."""
 
     def __init__(
         self, cfg: Any = DEFAULT_CFG, overrides: dict[str, Any] | None = None, _callbacks: dict[str, Any] | None = None
     ) -> None:
         overrides = dict(overrides or {})
-        self.distillation = Distillation.take_from(overrides)
+        given = Distillation.take_from(overrides)
+        self.distillation = Distillation(**given)
         self._client: RemoteTeacher | None = None
-        self._loss: DistillationLoss | None = None
-        self._tap: FeatureTap | None = None
+        self._loss: LevelLoss | None = None
+        self._group: SideGroup | None = None
+        self._criterion: _Criterion | None = None
         super().__init__(cfg, overrides, _callbacks)  # type: ignore[call-arg] # the trainer's, next in line
+        if self._self.resume:
+            options = _saved_beside(Path(self._self.args.model)).get("options", {})
+            self.distillation = Distillation(**{**options, **given})
 
     @property
     def _self(self) -> Any:
@@ -101,15 +148,17 @@ class _DistillationTrainer:
         return self
 
     def train(self) -> Any:
-        """As Ultralytics' ``train``; the pool's client is closed at the end."""
+        """As Ultralytics' ``train``; at the end, however it comes, nothing is in flight and the model has no tap."""
         if self._self.ddp:
             # Each rank is a process that makes the trainer again, from its class and these arguments.
             self._self.args.__dict__.update(self.arguments_for_ranks())
         try:
             return super().train()  # type: ignore[misc]
         finally:
-            if self._tap is not None:
-                self._tap.close()
+            self._detach()
+            loader = getattr(self, "train_loader", None)
+            if isinstance(loader, _TrainLoader):
+                loader.give_up()
             if self._client is not None:
                 self._client.close()
                 self._client = None
@@ -120,40 +169,106 @@ class _DistillationTrainer:
         if mode != "train":
             return loader
         spec = FeatureSpec(feature_map=True, map_size=self.distillation.teacher_map_size)
-        stream: Prefetch[Any, Features] = Prefetch(
-            self._teacher(), loader, spec, images=lambda batch: batch["img"], device=self._self.device
-        )
-        return TargetLoader(stream, _with_targets)
+        return _TrainLoader(Prefetch(self._teacher(), loader, spec, images=self._view, device=self._self.device))
+
+    def preprocess_batch(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Ultralytics' batch for the student; the criterion gets the targets."""
+        targets, boxes, chance = (batch.pop(key, None) for key in (_TARGETS, _BOXES, _CHANCE))
+        with _chance(chance):
+            batch = super().preprocess_batch(batch)  # type: ignore[misc]
+        if self._criterion is not None and targets is not None:
+            self._criterion.expect(targets, boxes.to(self._self.device, non_blocking=True))
+        return batch
 
     def build_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        """Ultralytics' optimizer, which trains the projector too."""
+        """Ultralytics' optimizer, which trains the projectors too, but whose ``state_dict`` is without them."""
         optimizer = super().build_optimizer(*args, **kwargs)  # type: ignore[misc]
         self._loss = self._make_loss()
-        projector = list(self._loss.parameters())
-        if projector:
-            rate = optimizer.param_groups[0]["lr"]  # not the optimizer's default, which Ultralytics leaves unused
-            optimizer.add_param_group({"params": projector, "lr": rate, "weight_decay": 0.0, "param_group": "distill"})
+        projectors = list(self._loss.parameters())
+        if projectors:
+            self._group = SideGroup(optimizer, projectors, _LOSS)
         return optimizer
 
     def _setup_train(self) -> None:
         super()._setup_train()  # type: ignore[misc]
+        assert self._loss is not None
+        self._share_projectors(self._loss)
+        self._attach()
+
+    def _attach(self) -> None:
+        # The EMA was copied from the model before: neither it nor any checkpoint has the tap or the loss in it.
         model = unwrap_model(self._self.model)
         assert self._loss is not None
-        saved = self._self.wdir / _PROJECTOR_FILE
-        if self._self.resume and saved.exists():
-            self._loss.load_state_dict(torch.load(saved, map_location=self._self.device, weights_only=True))
-        self._share_projector(self._loss)
-        # The EMA was copied from the model before: neither it nor any checkpoint has the tap or the loss in it.
-        self._tap = FeatureTap(model, self._layer(model)).attach()
-        criterion = getattr(model, "criterion", None) or model.init_criterion()
-        model.criterion = _Criterion(criterion, self._tap, self._loss, self.distillation.distill_weight)
+        tap = FeatureTap(model, list(self._loss.weights)).attach()
+        plain = getattr(model, "criterion", None) or model.init_criterion()
+        self._criterion = model.criterion = _Criterion(plain, tap, self._loss, self.distillation.distill_weight)
+
+    def _detach(self) -> None:
+        if self._criterion is not None:
+            unwrap_model(self._self.model).criterion = self._criterion.detach()
+            self._criterion = None
+
+    def _clear_memory(self, threshold: float | None = None) -> None:
+        # After a step that was out of memory, Ultralytics frees what is left of it, and tries a smaller batch.
+        if self._criterion is not None:
+            self._criterion.forget()
+        super()._clear_memory(threshold)  # type: ignore[misc]
+
+    def label_loss_items(self, loss_items: Any = None, prefix: str = "train") -> Any:
+        """Ultralytics' names of the losses; validation has no targets, and therefore no loss of this kind."""
+        labels = super().label_loss_items(loss_items, prefix)  # type: ignore[misc]
+        absent = f"val/{_LOSS}"
+        if isinstance(labels, dict):
+            return {name: value for name, value in labels.items() if name != absent}
+        return [name for name in labels if name != absent]
 
     def save_model(self) -> Any:
-        """Ultralytics' checkpoints, and the projector next to them."""
+        """Ultralytics' checkpoints, and the projectors beside them."""
         saved = super().save_model()  # type: ignore[misc]
         assert self._loss is not None
-        torch.save(self._loss.state_dict(), self._self.wdir / _PROJECTOR_FILE)
+        state = {
+            "epoch": self._self.epoch,
+            "options": self.distillation.to_resume(),
+            "layers": list(self._loss.weights),
+            "loss": self._loss.state_dict(),
+            "optimizer": self._group.state() if self._group else [],
+        }
+        file = self._self.wdir / _PROJECTOR_FILE
+        torch.save(state, file.with_suffix(".part"))
+        os.replace(file.with_suffix(".part"), file)
         return saved
+
+    def _load_checkpoint_state(self, ckpt: dict[str, Any]) -> None:
+        # To resume a run; or within one, after NaN. Ultralytics then copies the model as its new EMA.
+        within = self._criterion is not None
+        self._detach()
+        super()._load_checkpoint_state(ckpt)  # type: ignore[misc]
+        self._load_projectors(self._self.last if within else Path(self._self.args.model), ckpt["epoch"])
+        if within:
+            self._attach()
+
+    def _load_projectors(self, checkpoint: Path, epoch: int) -> None:
+        assert self._loss is not None
+        saved, layers = _saved_beside(checkpoint), list(self._loss.weights)
+        if not saved:
+            log.warning("%s has no %s beside it: the projectors begin anew", checkpoint, _PROJECTOR_FILE)
+            return
+        if saved["layers"] != layers:
+            raise ConfigError(
+                f"distill_layer must be that of the run which is resumed, {', '.join(saved['layers'])}; "
+                f"got {', '.join(layers)} (leave it out; or delete {_PROJECTOR_FILE}, and the projectors begin anew)"
+            )
+        if saved["epoch"] != epoch:
+            log.warning("%s is of epoch %d, %s is of epoch %d", _PROJECTOR_FILE, saved["epoch"], checkpoint.name, epoch)
+        try:
+            self._loss.load_state_dict(saved["loss"])
+        except RuntimeError as error:
+            raise ConfigError(
+                f"teacher and distill_kind must be those of the run which is resumed; {error} "
+                f"(delete {_PROJECTOR_FILE}, and the projectors begin anew)"
+            ) from error
+        if self._group is not None:
+            self._group.load(saved["optimizer"])
 
     def _teacher(self) -> AnyTeacher:
         teacher = self.distillation.teacher
@@ -165,44 +280,60 @@ class _DistillationTrainer:
 
     def arguments_for_ranks(self) -> dict[str, Any]:
         """The options as arguments, with an address under which another process finds the pool."""
-        arguments = {field.name: getattr(self.distillation, field.name) for field in fields(Distillation)}
+        arguments = self.distillation.to_arguments()
         if arguments["teacher_address"] is None and ray.is_initialized():
             arguments["teacher_address"] = ray.get_runtime_context().gcs_address
         return arguments
 
-    def _layer(self, model: nn.Module) -> str:
-        """The layer to compare: the one asked for, or the head's input whose stride is nearest to a patch."""
-        if self.distillation.distill_layer is not None:
-            return self.distillation.distill_layer
-        head: Any = model.model[-1]  # type: ignore[index]
-        strides = [abs(float(stride) - _PATCH_STRIDE) for stride in head.stride]
-        return f"model.{head.f[strides.index(min(strides))]}"
+    def _view(self, batch: dict[str, Any]) -> Tensor:
+        """The images of a batch that was drawn just now.
 
-    def _make_loss(self) -> DistillationLoss:
-        """The loss, with a projector between the channels that both sides give for a grey image."""
+        ``multi_scale`` takes the size of a batch from Python's random when the student gets the batch. A loader without
+        workers augments from there too, and it is ahead here, by a depth that varies. The numbers for the size are
+        therefore skipped now, and used later: all batches and sizes are those of a loop that is not ahead.
+        """
+        if self._self.args.multi_scale and not self._self.args.workers:
+            batch[_CHANCE] = random.getstate()
+            super().preprocess_batch({"img": torch.zeros(1, 1, 1, 1)})  # type: ignore[misc]
+        images: Tensor = batch["img"]
+        return images
+
+    def _make_loss(self) -> LevelLoss:
+        """The loss, with projectors between the channels that both sides give for a grey image."""
         options = self.distillation
         model, size, device = unwrap_model(self._self.model), int(self._self.args.imgsz), self._self.device
-        training = model.training
+        training, head = model.training, model.model[-1]
+        strides, layers = getattr(head, "stride", ()), head.f if isinstance(head.f, list) else [head.f]
+        inputs = {float(stride): f"model.{layer}" for stride, layer in zip(strides, layers, strict=False)}
+        weights = named_levels(options.distill_layer, inputs, _PATCH_STRIDE)
         grey = torch.full((1, 3, size, size), 114, dtype=torch.uint8)
-        with torch.no_grad(), FeatureTap(model, self._layer(model)) as tap:
+        with torch.enable_grad(), FeatureTap(model, list(weights)) as tap:
             model.eval()
             model(grey.to(device) / 255)
-            channels = tap.take().shape[1]
+            outputs = tap.take_all()
         model.train(training)
-        projector = None
-        if options.distill_kind != "gram":
-            found = self._teacher().extract(grey, FeatureSpec(feature_map=True)).feature_map  # type: ignore[union-attr]
-            assert found is not None
-            projector = nn.Conv2d(channels, found.shape[1], 1)
-        return DistillationLoss(
-            options.distill_kind,
-            projector=projector,
-            object_weight=options.object_weight,
-            background_weight=options.background_weight,
-        ).to(device)
+        frozen = [name for name, output in outputs.items() if not output.requires_grad]
+        if frozen:
+            raise ConfigError(
+                f"distill_layer must name layers up to which something learns; got {', '.join(frozen)}, where nothing "
+                f"does with freeze={self._self.args.freeze} (freeze fewer layers, or name later ones)"
+            )
+        projected = options.distill_kind != "gram"
+        found = self._teacher().extract(grey, FeatureSpec(feature_map=True)).feature_map  # type: ignore[union-attr]
+        assert found is not None
+        losses = {
+            name: DistillationLoss(
+                options.distill_kind,
+                projector=nn.Conv2d(output.shape[1], found.shape[1], 1) if projected else None,
+                object_weight=options.object_weight,
+                background_weight=options.background_weight,
+            )
+            for name, output in outputs.items()
+        }
+        return LevelLoss(weights, losses).to(device)
 
-    def _share_projector(self, loss: DistillationLoss) -> None:
-        """Keep the projector the same in all ranks: it is outside the model that Ultralytics gives to DDP."""
+    def _share_projectors(self, loss: LevelLoss) -> None:
+        """Keep the projectors the same in all ranks: they are outside the model that Ultralytics gives to DDP."""
         if not (dist.is_available() and dist.is_initialized()):
             return
         for parameter in loss.parameters():
@@ -218,29 +349,103 @@ class OBBDistillationTrainer(_DistillationTrainer, OBBTrainer):  # type: ignore[
     """Ultralytics' ``OBBTrainer`` with :class:`Distillation`'s arguments; see the module."""
 
 
-class _Criterion:
-    """A detector's criterion with the distillation loss added while the student trains."""
+class SegmentationDistillationTrainer(_DistillationTrainer, SegmentationTrainer):  # type: ignore[misc] # untyped base
+    """Ultralytics' ``SegmentationTrainer`` with :class:`Distillation`'s arguments; see the module."""
 
-    def __init__(self, criterion: Any, tap: FeatureTap, loss: DistillationLoss, weight: float) -> None:
+
+class PoseDistillationTrainer(_DistillationTrainer, PoseTrainer):  # type: ignore[misc] # untyped base
+    """Ultralytics' ``PoseTrainer`` with :class:`Distillation`'s arguments; see the module."""
+
+
+class _TrainLoader(TargetLoader):
+    """Ultralytics' loader for training, with targets in its batches."""
+
+    def __init__(self, stream: Prefetch[Any, Features]) -> None:
+        super().__init__(stream, _with_targets)
+        self._passing: Iterator[Any] | None = None
+
+    def __iter__(self) -> Iterator[Any]:
+        self._passing = super().__iter__()
+        return self._passing
+
+    def give_up(self) -> None:
+        """End the pass: what was drawn for it is dropped, and nothing is in flight."""
+        if self._passing is not None:
+            self._passing.close()  # type: ignore[attr-defined] # a generator
+            self._passing = None
+
+    def close(self) -> None:
+        """End the pass and the loader's workers: Ultralytics builds another loader, of smaller batches, or is done."""
+        self.give_up()
+        self.stream.loader.close()  # type: ignore[attr-defined] # Ultralytics'
+
+
+class _Criterion:
+    """A detector's criterion, with the distillation loss added for a batch that has targets."""
+
+    def __init__(self, criterion: Any, tap: FeatureTap, loss: LevelLoss, weight: float) -> None:
         self._criterion, self._tap, self._loss, self._weight = criterion, tap, loss, weight
+        self._expected: tuple[Features, Boxes] | None = None
+
+    def expect(self, targets: Features, boxes: Boxes) -> None:
+        """Take the targets of the batch that comes next."""
+        self._expected = targets, boxes
+
+    def forget(self) -> None:
+        """Keep nothing of a batch that came no further than the forward pass."""
+        self._expected = None
+        self._tap.clear()
+
+    def detach(self) -> Any:
+        """The detector's criterion, without this one around it."""
+        self._tap.close()
+        self.forget()
+        return self._criterion
 
     def __call__(self, predictions: Any, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        outputs, expected = self._tap.take_all(), self._expected
+        self.forget()  # at once: what fails from here on leaves nothing behind
         detection, items = self._criterion(predictions, batch)
+        if expected is None:
+            return detection, items
         if not isinstance(items, dict):
             raise ConfigError("ultralytics must be at least 8.4.190, whose criteria name their losses")
-        distilled = self._weight * self._loss(self._tap.take(), batch[_TARGETS], Boxes.from_ultralytics(batch))
+        distilled = self._weight * self._loss(outputs, *expected)
         # Ultralytics sums losses over the batch.
         total = detection.sum() + distilled * len(batch["img"])
-        return total, {**items, "distill": distilled.detach()}
+        return total, {**items, _LOSS: distilled.detach()}
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
             raise AttributeError(name)
         return getattr(self._criterion, name)  # ``update`` and ``updates`` of end-to-end heads
 
+    def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
+        return operator.itemgetter(0), ((self._criterion,),)  # a copy of the model has the detector's own criterion
+
 
 def _with_targets(batch: dict[str, Any], targets: Features) -> dict[str, Any]:
-    return {**batch, _TARGETS: targets}
+    # The places of the objects hold in the picture as it is now: multi_scale stretches it, but turns no oriented box.
+    return {**batch, _TARGETS: targets, _BOXES: Boxes.from_ultralytics(batch)}
+
+
+def _saved_beside(checkpoint: Path) -> dict[str, Any]:
+    """What was saved beside a checkpoint; nothing where no distillation was."""
+    file = checkpoint.with_name(_PROJECTOR_FILE)
+    return dict(torch.load(file, map_location="cpu", weights_only=True)) if file.exists() else {}
+
+
+@contextmanager
+def _chance(state: Any) -> Generator[None, None, None]:
+    """Within it, Python's random goes on from ``state``; behind it, from where it was before. Nothing for None."""
+    before = random.getstate()
+    if state is not None:
+        random.setstate(state)
+    try:
+        yield
+    finally:
+        if state is not None:
+            random.setstate(before)
 
 
 def _average_gradient(parameter: Tensor) -> None:

@@ -1,32 +1,41 @@
-"""The Ultralytics trainers, for real where Ultralytics imports (it needs torchvision), on a tiny oriented data set.
+"""The Ultralytics trainers, for real where Ultralytics imports (it needs torchvision), on tiny data sets.
 
-Last run on 2026-11-24 with ultralytics 8.4.190, torch 2.14.1, torchvision 0.29.1, Python 3.11, on a CPU: all pass. By
-hand, with the same, Ultralytics' own launch of two ranks over a pool of Ray actors (gloo in place of NCCL, and its
-final validation, which asks for CUDA, left out): both ranks ended with the same model and projector. No GPU has
-seen it.
+No GPU has seen them. By hand, with an earlier state of them, Ultralytics' own launch of two ranks over a pool of Ray
+actors (gloo in place of NCCL, and its final validation, which asks for CUDA, left out): both ranks ended with the same
+model and projector.
 """
 
 from __future__ import annotations
 
+import gc
 import math
-import random
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageDraw
+from torch import Tensor
 
 from dinov3_ray import FeatureSpec, TeacherPool
 from dinov3_ray.errors import ConfigError
 from dinov3_ray.testing import FakeTeacher
+from dinov3_ray.training.boxes import Boxes
 
 ultralytics = pytest.importorskip("ultralytics", exc_type=ImportError)
 trainers = pytest.importorskip("dinov3_ray.integrations.ultralytics", exc_type=ImportError)
 
-HEIGHT, WIDTH, IMGSZ = 96, 160, 160
+from ultralytics.models.yolo.detect import DetectionTrainer  # noqa: E402 - there only if it was not skipped above
+from yolo_training import MODELS, Steps, options  # noqa: E402
+
+SPEC = FeatureSpec(feature_map=True)
+TRAINERS = {
+    "detect": trainers.DetectionDistillationTrainer,
+    "obb": trainers.OBBDistillationTrainer,
+    "segment": trainers.SegmentationDistillationTrainer,
+    "pose": trainers.PoseDistillationTrainer,
+}
 
 
 @pytest.fixture
@@ -35,89 +44,323 @@ def pool() -> Iterator[TeacherPool]:
         yield pool
 
 
-def dataset(root: Path, oriented: bool) -> Path:
-    """Bars on noise, wider than high, so that loaders letterbox them."""
-    chance = random.Random(0)
-    for split in ("train", "val"):
-        for kind in ("images", "labels"):
-            (root / kind / split).mkdir(parents=True)
-        for number in range(4):
-            noise = np.random.default_rng(number).integers(60, 120, (HEIGHT, WIDTH, 3), dtype=np.uint8)
-            image, lines = Image.fromarray(noise), []
-            for _ in range(2):
-                x, y = chance.uniform(30, WIDTH - 30), chance.uniform(30, HEIGHT - 30)
-                angle = chance.uniform(0, math.pi) if oriented else 0.0
-                cos, sin = math.cos(angle), math.sin(angle)
-                corners = [
-                    (x + a * 18 * cos - b * 8 * sin, y + a * 18 * sin + b * 8 * cos)
-                    for a, b in ((-1, -1), (1, -1), (1, 1), (-1, 1))
-                ]
-                ImageDraw.Draw(image).polygon(corners, fill=(230, 200, 30))
-                polygon = [value for px, py in corners for value in (px / WIDTH, py / HEIGHT)]
-                upright = [x / WIDTH, y / HEIGHT, 36 / WIDTH, 16 / HEIGHT]
-                lines.append(" ".join(f"{value:.6f}" for value in (polygon if oriented else upright)))
-            image.save(root / "images" / split / f"{number}.jpg")
-            labels = "".join(f"0 {line}\n" for line in lines)
-            (root / "labels" / split / f"{number}.txt").write_text(labels, encoding="ascii")
-    description = root / "data.yaml"
-    description.write_text(f"path: {root}\ntrain: images/train\nval: images/val\nnames: {{0: bar}}\n", encoding="utf-8")
-    return description
+class EnoughError(Exception):
+    """The end of a run that a test wants there."""
 
 
-def options(folder: Path, oriented: bool, **more: Any) -> dict[str, Any]:
-    return {
-        "data": str(dataset(folder / "data", oriented)),
-        "project": str(folder / "runs"),
-        "name": "run",
-        "exist_ok": True,
-        "epochs": 2,
-        "batch": 2,
-        "imgsz": IMGSZ,
-        "device": "cpu",
-        "workers": 0,
-        "plots": False,
-        "amp": False,
-        "teacher": "yolo",
-        **more,
-    }
+class InTheLoop(trainers.DetectionDistillationTrainer):  # type: ignore[misc]
+    """The trainer with a local teacher in its step, and nothing ahead of it: what a pool must not change."""
+
+    def get_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        return DetectionTrainer.get_dataloader(self, *args, **kwargs)
+
+    def preprocess_batch(self, batch: dict[str, Any]) -> dict[str, Any]:
+        targets = FakeTeacher().extract(batch["img"], SPEC)
+        return super().preprocess_batch({**batch, "teacher": targets, "teacher_boxes": Boxes.from_ultralytics(batch)})
 
 
-@pytest.mark.parametrize("oriented", [True, False], ids=["obb", "detect"])
-def test_one_line_distils_and_checkpoints_stay_plain(pool: TeacherPool, tmp_path: Path, oriented: bool) -> None:
-    trainer = trainers.OBBDistillationTrainer if oriented else trainers.DetectionDistillationTrainer
-    model = ultralytics.YOLO("yolo26n-obb.yaml" if oriented else "yolo26n.yaml")
-    checked: list[dict[str, float]] = []
+def detached(model: Any) -> bool:
+    """Whether nothing of ours is on ``model``."""
+    ours = type(model.criterion).__module__.startswith("dinov3_ray")
+    return not ours and not any(module._forward_hooks for module in model.modules())
 
-    def check(run: Any) -> None:
-        checked.append({name: float(value) for name, value in run.loss_items.items()})
 
-    model.add_callback("on_train_batch_end", check)
-    model.train(trainer=trainer, **options(tmp_path, oriented))
-    assert len(checked) == 4
-    assert all(math.isfinite(items["distill"]) and 0 < items["distill"] < 2 for items in checked)
-    assert checked[0].keys() > {"distill", "box_loss", "cls_loss"}
+@pytest.mark.parametrize("task", TRAINERS)
+def test_one_line_distils_and_checkpoints_stay_plain(pool: TeacherPool, tmp_path: Path, task: str) -> None:
+    model = ultralytics.YOLO(MODELS[task])
+    steps = Steps(model)
+    model.train(trainer=TRAINERS[task], **options(tmp_path, task))
+    assert len(steps.losses) == 4
+    assert all(math.isfinite(each["distill"]) and 0 < each["distill"] < 2 for each in steps.losses)
+    assert steps.losses[0].keys() > {"distill", "box_loss", "cls_loss"}
     assert model.trainer.train_loader.stream.statistics().steps == 4
+    assert detached(model.trainer.model)
     weights = model.trainer.wdir
     assert b"dinov3" not in (weights / "last.pt").read_bytes()
     assert (weights / "distill.pt").exists()
+    header = (model.trainer.save_dir / "results.csv").read_text(encoding="utf-8").splitlines()[0].split(",")
+    assert "train/distill" in header
+    assert "val/distill" not in header  # validation has no targets
+
+
+def test_several_levels_learn_each_with_its_weight(pool: TeacherPool, tmp_path: Path) -> None:
+    compared: list[tuple[float, float]] = []
+
+    class Levels(trainers.DetectionDistillationTrainer):  # type: ignore[misc]
+        def build_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+            optimizer = super().build_optimizer(*args, **kwargs)
+            each: list[float] = []
+            for loss in self._loss.losses:
+                loss.register_forward_hook(lambda _, __, value: each.append(value.item()))
+
+            def summed(_: Any, __: Any, value: Tensor) -> None:
+                compared.append((0.5 * each[-3] + each[-2] + 2 * each[-1], value.item()))
+
+            self._loss.register_forward_hook(summed)
+            return optimizer
+
+    model = ultralytics.YOLO(MODELS["detect"])
+    steps = Steps(model)
+    more = {"distill_layer": "P3:0.5,P4,P5:2", "distill_weight": 3.0}
+    model.train(trainer=Levels, **options(tmp_path, "detect", **more))
+    assert len(compared) == 4
+    assert all(math.isclose(*pair, rel_tol=1e-5) for pair in compared)
+    assert [each["distill"] for each in steps.losses] == pytest.approx([3 * got for _, got in compared])
+    saved = torch.load(model.trainer.wdir / "distill.pt")
+    assert saved["layers"] == ["model.16", "model.19", "model.22"]
+    assert [saved["loss"][f"losses.{index}.projector.weight"].shape[1] for index in range(3)] == [64, 128, 256]
+    assert all(state["exp_avg"].any() for state in saved["optimizer"])
 
 
 def test_targets_are_those_of_the_letterboxed_view(pool: TeacherPool, tmp_path: Path) -> None:
-    trainer = trainers.OBBDistillationTrainer(overrides={**options(tmp_path, True), "model": "yolo26n-obb.yaml"})
+    trainer = trainers.OBBDistillationTrainer(overrides={**options(tmp_path), "model": MODELS["obb"]})
     compared: list[int] = []
 
     def compare(run: Any) -> None:
         for batch in run.train_loader:
             assert batch["img"].dtype == torch.uint8
-            expected = FakeTeacher().extract(batch["img"], FeatureSpec(feature_map=True)).feature_map
+            expected = FakeTeacher().extract(batch["img"], SPEC).feature_map
             assert torch.equal(batch["teacher"].feature_map, expected)
             compared.append(len(batch["img"]))
-        raise LookupError("seen enough")
+        raise EnoughError
 
     trainer.add_callback("on_train_start", compare)
-    with pytest.raises(LookupError, match="seen enough"):
+    with pytest.raises(EnoughError):
         trainer.train()
     assert sum(compared) == 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"multi_scale": 0.5, "epochs": 3},
+        {"rect": True, "multi_scale": 0.5},
+        {"close_mosaic": 1, "mosaic": 1.0},
+        {"freeze": 5},
+        {"nbs": 4, "epochs": 3, "warmup_epochs": 0},
+        {"amp": "bf16"},
+        {"optimizer": "MuSGD", "distill_layer": "P3,P4:2"},
+    ],
+    ids=lambda more: "-".join(more) or "plain",
+)
+def test_the_steps_are_those_with_a_local_teacher_in_the_loop(
+    pool: TeacherPool, tmp_path: Path, more: dict[str, Any]
+) -> None:
+    runs = []
+    for trainer in (trainers.DetectionDistillationTrainer, InTheLoop):
+        model = ultralytics.YOLO(MODELS["detect"])
+        steps = Steps(model)
+        model.train(trainer=trainer, **options(tmp_path, "detect", **{"batch": 1, **more}))
+        assert (model.trainer.train_loader.__class__.__name__ == "_TrainLoader") == (trainer is not InTheLoop)
+        runs.append(steps)
+    assert len(runs[0].losses) == 4 * more.get("epochs", 2)
+    assert runs[0].losses == runs[1].losses
+    assert runs[0].rates == runs[1].rates
+
+
+def keep(alive: list[weakref.ref[Any]], *tensors: Tensor) -> None:
+    alive.extend(weakref.ref(tensor) for tensor in tensors)
+
+
+class Failing(trainers.DetectionDistillationTrainer):  # type: ignore[misc]
+    """Fails once, in the second step, at ``place``; keeps weak references to what that step made."""
+
+    place = ""
+    message = "CUDA out of memory"
+    step = 0
+    made: list[weakref.ref[Any]]
+
+    def _setup_train(self) -> None:
+        super()._setup_train()
+        self.made = []
+        for layer in (16, 19, 22):
+            self.model.model[layer].register_forward_hook(lambda _, __, output: self._made(output))
+        self.model.model[-1].register_forward_hook(lambda *_: self._fail("forward"))
+        criterion = self.model.criterion._criterion
+        if self.place == "criterion":
+            self.model.criterion._criterion = lambda *given: (self._fail("criterion"), criterion(*given))[1]
+        self._loss.register_forward_hook(lambda *_: self._fail("distillation"))
+
+    def _made(self, output: Tensor) -> None:
+        if self.step == 2:
+            keep(self.made, output)
+            output.register_hook(lambda _: self._fail("backward"))
+
+    def _fail(self, place: str) -> None:
+        if self.step == 2 and self.place == place:
+            raise RuntimeError(self.message)
+
+    def preprocess_batch(self, batch: dict[str, Any]) -> dict[str, Any]:
+        self.step += 1
+        if self.step == 2:
+            keep(self.made, batch["teacher"].feature_map, batch["teacher_boxes"].corners)
+        return super().preprocess_batch(batch)
+
+
+@pytest.mark.parametrize("place", ["forward", "criterion", "distillation", "backward"])
+def test_nothing_of_a_batch_that_was_out_of_memory_is_kept(pool: TeacherPool, tmp_path: Path, place: str) -> None:
+    looked: list[tuple[int, int, int]] = []
+
+    class Short(Failing):
+        def get_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+            if self.step:
+                # Here, before the retry, Ultralytics holds the exception still, with its frames and their tensors.
+                looked.append((0, self._client.statistics().in_flight, 0))
+            return super().get_dataloader(*args, **kwargs)
+
+    Short.place = place
+
+    def retried(trainer: Any) -> None:
+        if trainer.step == 2:
+            alive = sum(each() is not None for each in trainer.made)
+            looked.append((alive, trainer._client.statistics().in_flight, len(trainer.made)))
+
+    model = ultralytics.YOLO(MODELS["detect"])
+    model.add_callback("on_train_epoch_start", retried)
+    steps = Steps(model)
+    gc.disable()  # what only the collector would find is kept as well
+    try:
+        model.train(trainer=Short, **options(tmp_path, "detect", batch=2, distill_layer="P3,P4,P5"))
+    finally:
+        gc.enable()
+    assert looked == [(0, 0, 0), (0, 0, 0), (0, 0, 5)]
+    assert model.trainer.batch_size == 1
+    assert len(steps.losses) == 1 + 2 * 4
+    assert all(0 < each["distill"] < 6 for each in steps.losses)
+
+
+def test_an_error_leaves_the_model_as_it_was(pool: TeacherPool, tmp_path: Path) -> None:
+    class Broken(Failing):
+        place, message = "criterion", "broken"
+
+    trainer = Broken(overrides={**options(tmp_path, "detect"), "model": MODELS["detect"]})
+    with pytest.raises(RuntimeError, match="broken"):
+        trainer.train()
+    assert not type(trainer.model.criterion).__module__.startswith("dinov3_ray")
+    assert trainer._criterion is None
+    assert trainer._client is None
+    trainer.made = [each for each in trainer.made if each() is not None]
+    gc.collect()
+    assert not [each for each in trainer.made if each() is not None]
+
+
+def interrupted(folder: Path, task: str, **more: Any) -> Path:
+    """The last.pt of a run that ended behind its second epoch of three."""
+
+    def stop(trainer: Any) -> None:
+        if trainer.epoch == 1:
+            raise EnoughError
+
+    model = ultralytics.YOLO(MODELS[task])
+    model.add_callback("on_fit_epoch_end", stop)
+    with pytest.raises(EnoughError):
+        model.train(trainer=TRAINERS[task], **options(folder, task, epochs=3, **more))
+    return Path(model.trainer.last)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["auto", "SGD", "MuSGD"])
+def test_a_distilled_checkpoint_resumes_without_this_package(pool: TeacherPool, tmp_path: Path, optimizer: str) -> None:
+    last = interrupted(tmp_path, "detect", optimizer=optimizer)
+    model = ultralytics.YOLO(last)
+    steps = Steps(model)
+    model.train(resume=True)
+    assert isinstance(model.trainer, DetectionTrainer)
+    assert not isinstance(model.trainer, trainers.DetectionDistillationTrainer)
+    assert model.trainer.start_epoch == 2
+    assert len(steps.losses) == 2
+    assert "distill" not in steps.losses[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["auto", "SGD", "MuSGD"])
+def test_a_distilled_checkpoint_resumes_with_projectors_and_options(
+    pool: TeacherPool, tmp_path: Path, optimizer: str
+) -> None:
+    last = interrupted(tmp_path, "obb", optimizer=optimizer, distill_layer="P3:0.5,P5", background_weight=0.5)
+    saved = torch.load(last.with_name("distill.pt"))
+    bits = last.read_bytes(), last.with_name("distill.pt").read_bytes()
+    sequences = []
+    for teacher in ("yolo", FakeTeacher()):
+        last.write_bytes(bits[0])
+        last.with_name("distill.pt").write_bytes(bits[1])
+        model = ultralytics.YOLO(last)
+        steps = Steps(model)
+
+        def look(trainer: Any) -> None:
+            state = trainer._loss.state_dict()
+            assert all(torch.equal(state[name], saved["loss"][name]) for name in saved["loss"])
+            for own, other in zip(trainer._group.state(), saved["optimizer"], strict=True):
+                assert other
+                assert all(torch.equal(own[name], other[name]) for name in other)
+
+        model.add_callback("on_train_start", look)
+        model.train(resume=True, trainer=trainers.OBBDistillationTrainer, teacher=teacher)
+        assert model.trainer.start_epoch == 2
+        assert model.trainer.distillation.distill_layer == {"P3": 0.5, "P5": 1.0}
+        assert model.trainer.distillation.background_weight == 0.5
+        assert len(steps.losses) == 2
+        assert all(0 < each["distill"] < 3 for each in steps.losses)
+        sequences.append(steps.losses)
+    assert sequences[0] == sequences[1]
+
+
+def test_other_layers_than_those_of_the_run_are_refused(pool: TeacherPool, tmp_path: Path) -> None:
+    last = interrupted(tmp_path, "detect")
+    with pytest.raises(ConfigError, match=r"distill_layer must be that of the run which is resumed, model\.19"):
+        ultralytics.YOLO(last).train(
+            resume=True, trainer=trainers.DetectionDistillationTrainer, teacher="yolo", distill_layer="P3"
+        )
+
+
+def test_a_plain_checkpoint_resumes_with_new_projectors(
+    pool: TeacherPool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    last = interrupted(tmp_path, "detect")
+    last.with_name("distill.pt").unlink()
+    model = ultralytics.YOLO(last)
+    steps = Steps(model)
+    model.train(resume=True, trainer=trainers.DetectionDistillationTrainer, teacher="yolo")
+    assert len(steps.losses) == 2
+    assert "the projectors begin anew" in caplog.text
+
+
+def test_recovery_from_nan_goes_back_with_the_projectors(pool: TeacherPool, tmp_path: Path) -> None:
+    seen: list[dict[str, Tensor]] = []
+
+    def spoil(trainer: Any) -> None:
+        if trainer.epoch == 1 and not trainer.nan_recovery_attempts:
+            trainer.loss = torch.tensor(math.nan)
+            with torch.no_grad():
+                for parameter in trainer._loss.parameters():
+                    parameter.fill_(math.nan)
+
+    def look(trainer: Any) -> None:
+        if trainer.nan_recovery_attempts:
+            saved = torch.load(trainer.wdir / "distill.pt")["loss"]
+            assert all(torch.equal(saved[name], value) for name, value in trainer._loss.state_dict().items())
+            seen.append(saved)
+
+    model = ultralytics.YOLO(MODELS["detect"])
+    model.add_callback("on_train_batch_end", spoil)
+    model.add_callback("on_train_epoch_start", look)
+    steps = Steps(model)
+    model.train(trainer=trainers.DetectionDistillationTrainer, **options(tmp_path, "detect"))
+    assert len(seen) == 1
+    assert len(steps.losses) == 6
+    assert all(math.isfinite(each["distill"]) for each in steps.losses[4:])
+    assert b"dinov3" not in model.trainer.last.read_bytes()
+    assert detached(model.trainer.ema.ema)
+
+
+def test_layers_that_cannot_learn_are_refused(pool: TeacherPool, tmp_path: Path) -> None:
+    more = {"freeze": 17, "distill_layer": ["P3", "P4"]}
+    with pytest.raises(ConfigError, match=r"got model\.16, where nothing does with freeze=17 \(freeze fewer"):
+        ultralytics.YOLO(MODELS["detect"]).train(
+            trainer=trainers.DetectionDistillationTrainer, **options(tmp_path, "detect", **more)
+        )
 
 
 def test_a_rank_is_made_from_the_pickled_launch(pool: TeacherPool, tmp_path: Path) -> None:
@@ -125,8 +368,8 @@ def test_a_rank_is_made_from_the_pickled_launch(pool: TeacherPool, tmp_path: Pat
     from ultralytics.utils.dist import ddp_cleanup, generate_ddp_file
     from ultralytics.utils.patches import torch_load
 
-    arguments = {**options(tmp_path, True, object_weight=3.0, epochs=1), "model": "yolo26n-obb.yaml"}
-    launcher = trainers.OBBDistillationTrainer(overrides=arguments)
+    arguments = options(tmp_path, object_weight=3.0, distill_layer="P3:2,P4", epochs=1)
+    launcher = trainers.OBBDistillationTrainer(overrides={**arguments, "model": MODELS["obb"]})
     launcher.args.__dict__.update(launcher.arguments_for_ranks())
     file = generate_ddp_file(launcher)
     try:
@@ -136,12 +379,13 @@ def test_a_rank_is_made_from_the_pickled_launch(pool: TeacherPool, tmp_path: Pat
     rank = state["trainer"](cfg={**DEFAULT_CFG_DICT, "save_dir": ""}, overrides=state["args"])
     assert rank.distillation == launcher.distillation
     assert rank.distillation.object_weight == 3.0
+    assert rank.distillation.distill_layer == {"P3": 2.0, "P4": 1.0}
     rank.train()
     assert rank.train_loader.stream.statistics().steps == 2
 
 
 def test_the_teacher_must_be_named(tmp_path: Path) -> None:
-    arguments = options(tmp_path, True)
+    arguments = options(tmp_path)
     del arguments["teacher"]
     with pytest.raises(ConfigError, match="teacher must be given"):
-        ultralytics.YOLO("yolo26n-obb.yaml").train(trainer=trainers.OBBDistillationTrainer, **arguments)
+        ultralytics.YOLO(MODELS["obb"]).train(trainer=trainers.OBBDistillationTrainer, **arguments)
