@@ -176,15 +176,15 @@ def down(name: str, address: str | None, namespace: str) -> None:
         try:
             pool = RayControl.connect(check_name(name), namespace, Runtime(here, owned=False))
         except PoolNotFoundError as error:
-            click.echo(_end_orphans(name, namespace) or f"nothing to end: {error}")
+            click.echo(_end_orphans(Runtime(here, owned=False), name, namespace) or f"nothing to end: {error}")
             return
         pool.shutdown()
     click.echo(f"pool {name!r} has ended")
 
 
-def _end_orphans(name: str, namespace: str) -> str:
+def _end_orphans(runtime: Runtime, name: str, namespace: str) -> str:
     """End replicas that have lost their controller, as after an interrupted shutdown; "" if there are none."""
-    orphans = end_replicas(namespace, name)
+    orphans = end_replicas(runtime, namespace, name)
     PoolKV(namespace, name).clear()
     return f"pool {name!r} had no controller; its replicas {', '.join(orphans)} have ended" if orphans else ""
 

@@ -74,6 +74,13 @@ def _computing_options(command: Command) -> Command:
 @_root_option(required=False)
 @_computing_options
 @click.option("--replicas", type=Replicas(auto=True), default="auto", show_default=True, help="auto: one per free GPU.")
+@click.option(
+    "--leave-gpus",
+    type=float,
+    default=0,
+    show_default=True,
+    help="With --replicas auto: GPUs of the cluster that the pool leaves to others, such as trainers.",
+)
 @click.option("--num-gpus", type=float, help="GPUs per replica. [default: 1 if the cluster has any, else 0]")
 @click.option("--num-cpus", type=float, default=0, show_default=True, help="CPUs to reserve per replica.")
 @click.option("--label", "labels", multiple=True, type=Pair(), help="A label that nodes must have.")
@@ -100,6 +107,7 @@ def up(
     compile: CompileMode | None,
     attention: str,
     replicas: Any,
+    leave_gpus: float,
     num_gpus: float | None,
     num_cpus: float,
     labels: tuple[tuple[str, str], ...],
@@ -127,6 +135,8 @@ def up(
             name=name,
             namespace=namespace,
             replicas=replicas,
+            leave_gpus=leave_gpus,
+            lifetime="detached",
             num_gpus=num_gpus,
             num_cpus=num_cpus,
             label_selector=dict(labels),

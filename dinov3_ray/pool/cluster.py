@@ -2,32 +2,46 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
 import re
 import signal
-from dataclasses import dataclass
+import threading
+from collections.abc import Callable, Iterator
+from concurrent import futures
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import ray
+import ray.util.client
+from ray._raylet import Config  # type: ignore[attr-defined] # private, seen in Ray 2.60.0: re-reads the environment
 
-from dinov3_ray.errors import ConfigError, ForkedProcessError, PoolError, PoolNotFoundError
-from dinov3_ray.pool.probe import find_obstacle
+from dinov3_ray.errors import ConfigError, ForkedProcessError, PoolClosedError, PoolError, PoolNotFoundError
+from dinov3_ray.interrupts import wait
+from dinov3_ray.pool.probe import Obstacle, find_obstacle
 
 __all__ = [
     "NAMESPACE",
     "Runtime",
+    "check_address",
     "check_name",
     "connect",
     "controller_name",
     "find_controller",
     "kill_process",
     "list_actors",
+    "list_named",
     "list_pools",
+    "open_way",
     "process_start",
     "replica_name",
+    "use_token",
 ]
 
+
+log = logging.getLogger("dinov3_ray")
 
 #: The default Ray namespace of pools, whatever namespace the driver uses for itself.
 NAMESPACE = "dinov3_ray"
@@ -40,24 +54,86 @@ _AUTH_MODE = "RAY_AUTH_MODE"
 _SYSTEM_CONFIG = {"free_objects_period_milliseconds": 100}
 
 
+# ray.shutdown() holds it. Private, seen in Ray 2.60.0.
+_shutdown_lock: Any = getattr(ray._private.worker, "_connect_or_shutdown_lock", None) or threading.RLock()
+
+
 @dataclass(slots=True)
 class Runtime:
-    """This process's connection to Ray; ``owned`` if it was started or joined by :func:`connect`."""
+    """This process's connection to Ray; ``owned`` if it was started or joined by :func:`connect`.
+
+    ``ray.shutdown()``, whoever calls it, ends the connection for good: a later ``ray.init()`` makes another one. Almost
+    every call to Ray starts a new Ray if there is no connection, so a pool calls Ray within :meth:`held` only.
+    """
 
     address: str
     owned: bool
     auth_mode_before: str | None = None
+    _worker: str | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._worker = _worker_id()
+
+    @property
+    def connected(self) -> bool:
+        """Whether the connection has not been ended."""
+        with _shutdown_lock:
+            return _worker_id() == self._worker
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """A context in which the connection lasts: a ``ray.shutdown()`` in another thread waits for its end.
+
+        Raises:
+            PoolClosedError: the connection has been ended.
+        """
+        with _shutdown_lock:
+            if not self.connected:
+                raise self.was_ended()
+            yield
+
+    def fetch(self, submit: Callable[[], Any], timeout: float) -> Any:
+        """The value of the reference that ``submit()`` returns; as ``ray.get``, which may start a new Ray.
+
+        Raises:
+            PoolClosedError: the connection has been ended.
+            TimeoutError: after ``timeout`` seconds.
+            Exception: what the task raised.
+        """
+        with self.held():
+            future = submit().future()
+        done = wait(lambda seconds: bool(futures.wait([future], seconds).done) or not self.connected, timeout)
+        if done and not future.done():
+            raise self.was_ended()
+        return future.result(timeout=0)
+
+    def was_ended(self) -> PoolClosedError:
+        """The error for what is asked of a connection that has been ended."""
+        return PoolClosedError(
+            f"this process has left the pool's Ray at {self.address}: ray.shutdown() was called here. If the pool runs "
+            f"there still, make a new client with RemoteTeacher(name, address={self.address!r}) or "
+            "TeacherPool.connect; if this process had started it, it has ended with the connection: start it again"
+        )
 
     def close(self) -> None:
         """End the connection, and the Ray that came with it, if it is ours."""
-        if not self.owned or not ray.is_initialized():
+        if not self.owned or not self.connected:
             return
         ray.shutdown()
         # ray.init() turns token authentication on by setting this for the whole process, and leaves it set.
-        if self.auth_mode_before is None:
-            os.environ.pop(_AUTH_MODE, None)
-        else:
-            os.environ[_AUTH_MODE] = self.auth_mode_before
+        _restore_auth_mode(self.auth_mode_before)
+
+
+def _restore_auth_mode(before: str | None) -> None:
+    if before is None:
+        os.environ.pop(_AUTH_MODE, None)
+    else:
+        os.environ[_AUTH_MODE] = before
+
+
+def _worker_id() -> str | None:
+    """Ray's name for this process's present connection; None without one."""
+    return ray.get_runtime_context().get_worker_id() if ray.is_initialized() else None
 
 
 class _Fork:
@@ -83,13 +159,21 @@ def connect(address: str | None = None, *, may_start: bool = False, **start_opti
         start_options: further arguments of ``ray.init`` for a Ray that is started here.
 
     Raises:
+        ConfigError: the address is one of Ray Client or of the dashboard.
         PoolError: if the cluster cannot be reached, or this process is connected to another one.
     """
+    if not may_start or address != "local":
+        check_address(address)
     if _Fork.happened:
         raise ForkedProcessError(
             f"process {os.getpid()} was forked from one that is connected to Ray, where Ray would hang: keep the "
             "teacher out of forked DataLoader workers (wrap the loader in teacher.prefetch(...) in the trainer's "
             "process), or start workers with multiprocessing_context='spawn'"
+        )
+    if ray.util.client.ray.is_connected():
+        raise PoolError(
+            "this process is connected through Ray Client (ray://), over which pools do not work: connect it to the "
+            "cluster itself, with ray.init('HOST:6379') (ray start prints the port), where it reaches all nodes"
         )
     if ray.is_initialized():
         here = ray.get_runtime_context().gcs_address
@@ -100,6 +184,9 @@ def connect(address: str | None = None, *, may_start: bool = False, **start_opti
         return Runtime(here, owned=False)
     before = os.environ.get(_AUTH_MODE)
     address = address or os.environ.get("RAY_ADDRESS") or None
+    if may_start and address == "local":
+        address = None  # Ray's word for a new one
+    check_address(address, name="RAY_ADDRESS")
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "WARNING"}
     if address is None and not may_start:
         raise PoolError(
@@ -110,18 +197,75 @@ def connect(address: str | None = None, *, may_start: bool = False, **start_opti
         # "local": without an address, Ray would follow a file in /tmp to a cluster that may be long gone.
         options |= {"address": "local", "include_dashboard": False, "_system_config": _SYSTEM_CONFIG, **start_options}
     else:
-        obstacle = find_obstacle(address)
+        obstacle = open_way(address)
         if obstacle is not None:
             raise PoolError(f"{obstacle.message}. Remedy: {obstacle.remedy}")
         options["address"] = address
     try:
         ray.init(**options)
     except (ConnectionError, RuntimeError, ValueError) as error:
+        _restore_auth_mode(before)
         raise PoolError(
             f"cannot reach Ray at {address or 'a new local instance'}: {error}. Is it running, and does this process "
             "have its token (RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH)?"
         ) from error
     return Runtime(ray.get_runtime_context().gcs_address, owned=True, auth_mode_before=before)
+
+
+def check_address(address: str | None, *, name: str = "address") -> None:
+    """Refuse what is not the address of a Ray's head.
+
+    Raises:
+        ConfigError: it is that of Ray Client or of the dashboard, or would start a new Ray.
+    """
+    if address is None or (address != "local" and "://" not in address):
+        return
+    host = address.partition("://")[2].partition("/")[0].rpartition(":")[0] or "HOST"
+    why = {"ray": "over Ray Client pools do not work", "http": "the dashboard takes jobs only"}
+    raise ConfigError(
+        f"{name} must be HOST:PORT of a running Ray's head, or auto; got {address!r} "
+        f"({why.get(address.partition('://')[0].rstrip('s'), 'that names no running Ray')}): use '{host}:6379', or the "
+        "port that `ray start --head` printed, on a machine that reaches all nodes, or run the script there as a job "
+        "(`ray job submit`)"
+    )
+
+
+def open_way(address: str) -> Obstacle | None:
+    """Why this process cannot join the head at ``address``; None if no reason was found.
+
+    If the cluster asks for a token, RAY_AUTH_MODE is not set, and Ray's token is there, this process shows it from now
+    on: a head that finds one asks for it without being told, but a client that is given an address does not show it.
+    """
+    obstacle = find_obstacle(address)
+    source = _token_source()
+    if obstacle is None or not obstacle.lacks_token or source is None or os.environ.get(_AUTH_MODE):
+        return obstacle
+    before = os.environ.get(_AUTH_MODE)
+    use_token()
+    refusal = find_obstacle(address)
+    if refusal is None:
+        log.warning("the Ray at %s asks for a token: the one in %s is used", address, source)
+    else:
+        _restore_auth_mode(before)
+        Config.initialize("")
+    return refusal
+
+
+def use_token() -> None:
+    """Show Ray's token from now on."""
+    os.environ[_AUTH_MODE] = "token"
+    Config.initialize("")
+
+
+def _token_source() -> str | None:
+    """Where Ray finds a token for this process; None if it would find none."""
+    if os.environ.get("RAY_AUTH_TOKEN"):
+        return "RAY_AUTH_TOKEN"
+    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+    try:
+        return str(path) if path.read_text().strip() else None
+    except (OSError, UnicodeDecodeError):
+        return None
 
 
 def check_name(name: str) -> str:
@@ -145,8 +289,8 @@ def replica_name(pool: str, replica_id: str) -> str:
 
 def list_pools(namespace: str = NAMESPACE) -> list[str]:
     """The names of the pools in ``namespace``."""
-    names = (name.split("/") for name in _actor_names(namespace))
-    return sorted(parts[1] for parts in names if len(parts) == 2 and parts[0] == _PREFIX)
+    names = (name.split("/") for name in list_named(namespace, f"{_PREFIX}/"))
+    return sorted(parts[1] for parts in names if len(parts) == 2)
 
 
 def find_controller(name: str, namespace: str) -> Any:
@@ -170,18 +314,18 @@ def list_actors(namespace: str, pool: str) -> list[tuple[str, Any]]:
     """(replica id, actor handle) of each replica of ``pool`` that is alive or starting, as far as Ray knows."""
     prefix = replica_name(pool, "")
     found = []
-    for name in _actor_names(namespace):
-        if name.startswith(prefix):
-            try:
-                found.append((name.removeprefix(prefix), ray.get_actor(name, namespace=namespace)))
-            except ValueError:
-                continue  # it ended between the two calls
+    for name in list_named(namespace, prefix):
+        try:
+            found.append((name.removeprefix(prefix), ray.get_actor(name, namespace=namespace)))
+        except ValueError:
+            continue  # it ended between the two calls
     return found
 
 
-def _actor_names(namespace: str) -> list[str]:
+def list_named(namespace: str, prefix: str) -> list[str]:
+    """The names of the actors in ``namespace`` that begin with ``prefix``."""
     actors = ray.util.list_named_actors(all_namespaces=True)
-    return [actor["name"] for actor in actors if actor["namespace"] == namespace]
+    return [one["name"] for one in actors if one["namespace"] == namespace and one["name"].startswith(prefix)]
 
 
 def process_start(pid: int) -> str:

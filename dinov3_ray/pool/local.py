@@ -44,6 +44,7 @@ class LocalController:
         self.name = name
         self.address: str | None = None  # no other process can reach it
         self._spec = self._former = spec
+        self._holds = 1
         self._membership = Membership(spec.low, spec.high)
         self._replicas: dict[str, Replica] = {}
         self._followers: list[tuple[int, OnView]] = []
@@ -86,7 +87,34 @@ class LocalController:
             clients = len(self._clients)
             return make_status(self.name, self._membership, self._records(), self._spec.options, clients=clients)
 
+    @property
+    def spec(self) -> PoolSpec:
+        return self._spec
+
+    @property
+    def lost(self) -> bool:
+        """Nothing can come between it and its pool."""
+        return False
+
+    @property
+    def holds(self) -> bool:
+        return True
+
+    def hold(self) -> None:
+        """One more has started it, with ``exist="connect"``."""
+        with self._changed:
+            self._holds += 1
+
+    def release(self) -> None:
+        """One of them has shut it down: the last one ends it."""
+        with self._changed:
+            self._holds -= 1
+            last = not self._holds
+        if last:
+            self.shutdown()
+
     def shutdown(self) -> None:
+        unregister_local(self)
         with self._changed:
             self._closed = True
             self._membership.epoch += 1
@@ -179,6 +207,9 @@ class LocalTransport:
     def __init__(self, controller: LocalController) -> None:
         self._controller = controller
 
+    def loss(self) -> None:
+        """Nothing can come between it and its pool."""
+
     def follow(self, client_id: str, known_epoch: int, on_view: OnView) -> None:
         self._controller.follow(client_id, known_epoch, on_view)
 
@@ -239,4 +270,5 @@ def open_transport(name: str, namespace: str, address: str | None) -> tuple[Tran
     if local is not None:
         return LocalTransport(local), None
     runtime = connect(address)
-    return RayTransport(find_controller(name, namespace), namespace, name), runtime.address
+    with runtime.held():
+        return RayTransport(find_controller(name, namespace), namespace, name, runtime), runtime.address

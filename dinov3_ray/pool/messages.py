@@ -157,6 +157,8 @@ class PoolView:
     info: TeacherInfo | None
     target: int
     closed: bool = False
+    #: Why it is closed, in words; empty if somebody shut it down.
+    why_closed: str = ""
     #: Why replicas are missing, newest last, for the error that a waiting client may have to raise.
     recent_errors: tuple[str, ...] = ()
 

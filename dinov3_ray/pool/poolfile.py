@@ -5,6 +5,7 @@
     name: dinov3                    # only teacher.root has no default
     namespace: dinov3_ray
     replicas: [2, 8]                # or 4, or auto
+    leave_gpus: 0                   # with auto: GPUs of the cluster that are for others
     teacher:
       root: /models/dinov3-vitl16   # and the options of DinoV3Config
       dtype: bfloat16
@@ -21,6 +22,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Hashable
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +44,7 @@ __all__ = ["Change", "PoolFile", "changes_between", "pool_schema"]
 
 _ACCELERATOR = "ray.io/accelerator-type"
 _ABSENT = "-"
+_MEMORY = r" at 0x[0-9a-f]+"  # where one process keeps an object that others have too
 _KEY_IS = "a key of a pool's file"
 
 # YAML reads `true`, `1` and `1e3` as other things than text.
@@ -101,6 +104,10 @@ class PoolKeys(CheckedModel):
     ] = "auto"
     """The number of replicas, or [min, max], within which it moves with the load. auto: one for each free GPU, or one
     where there is none; it leaves the number of a running pool unchanged."""
+    leave_gpus: Annotated[
+        float, Field(strict=True, ge=0, allow_inf_nan=False), rule("must be a number of GPUs >= 0")
+    ] = 0
+    """With replicas auto: GPUs of the cluster that the pool leaves to others, such as trainers."""
     teacher: TeacherSection
     """What the pool serves."""
     placement: PlacementSection = PlacementSection()
@@ -162,7 +169,9 @@ class PoolFile:
         except ConfigError as error:
             raise ConfigError(f"{path}: {error}" if path else str(error)) from error
         return cls(
-            keys.name, keys.namespace, PoolSpec(teacher, keys.replicas, keys.placement.placement(), keys.options)
+            keys.name,
+            keys.namespace,
+            PoolSpec(teacher, keys.replicas, keys.placement.placement(), keys.options, keys.leave_gpus),
         )
 
 
@@ -217,7 +226,7 @@ def _entries(spec: PoolSpec) -> dict[str, str]:
         found["teacher (config.json)"] = teacher.architecture
         found["teacher (preprocessor_config.json)"] = teacher.preprocessing
     else:
-        found["teacher"] = f"a factory: {teacher!r}"
+        found["teacher"] = f"a factory: {re.sub(_MEMORY, '', repr(teacher))}"
     found |= {f"placement.labels.{key}": value for key, value in placement.label_selector.items()}
     found |= {f"options.{key}": value for key, value in spec.options.model_dump().items()}
     return {key: str(value) for key, value in found.items()}

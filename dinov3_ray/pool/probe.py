@@ -21,10 +21,11 @@ _QUESTION = "/ray.rpc.NodeInfoGcsService/GetClusterId"
 
 @dataclass(frozen=True, slots=True)
 class Obstacle:
-    """Why a cluster cannot be joined, and what to do about it."""
+    """Why a cluster cannot be joined, and what to do about it; ``lacks_token`` if this process has shown none."""
 
     message: str
     remedy: str
+    lacks_token: bool = False
 
 
 def find_obstacle(address: str) -> Obstacle | None:
@@ -55,6 +56,7 @@ def find_obstacle(address: str) -> Obstacle | None:
             return Obstacle(
                 f"the Ray at {address} refuses this process's token, or its lack",
                 "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH to a file with the cluster's token",
+                lacks_token=True,
             )
         if code is grpc.StatusCode.UNAVAILABLE:
             return Obstacle(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dinov3_ray.errors import ConfigError, PoolNotFoundError
 from dinov3_ray.pool.cluster import Runtime
@@ -43,6 +43,8 @@ class Rollout:
                 name=wanted.name,
                 namespace=wanted.namespace,
                 replicas=target.replicas,
+                leave_gpus=target.leave_gpus,
+                lifetime="detached",
                 **target.placement.model_dump(),
                 timeout=timeout,
                 on_status=on_status,
@@ -78,6 +80,6 @@ def plan_rollout(wanted: PoolFile, address: str) -> Rollout:
             "with it: end that pool, or give the file another name"
         ) from error
     if spec.replicas == "auto":
-        spec = PoolSpec(spec.teacher, running.replicas, spec.placement, spec.options)
+        spec = replace(spec, replicas=running.replicas)
     target = spec.resolved(resolve_placement(spec.placement), auto=1)
     return Rollout(wanted, changes_between(running, target), target, control)

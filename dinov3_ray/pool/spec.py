@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -20,6 +21,8 @@ from dinov3_ray.validation import CheckedModel, broken_rule, check, rule
 __all__ = [
     "Batching",
     "CheckedSource",
+    "Exist",
+    "Lifetime",
     "Placement",
     "PoolOptions",
     "PoolSpec",
@@ -28,12 +31,16 @@ __all__ = [
     "TeacherSource",
     "builder",
     "check_source",
+    "parse_leave_gpus",
     "parse_replicas",
     "pickle_source",
+    "replicas_for",
 ]
 
 
 Batching = Literal["exact", "dynamic", "deterministic"]
+Exist = Literal["error", "connect"]
+Lifetime = Literal["process", "detached"]
 ReplicaCount = int | Literal["auto"] | tuple[int, int]
 
 _Whole = Annotated[int, Field(strict=True, ge=1), rule("must be a whole number, at least 1")]
@@ -132,6 +139,35 @@ class Placement(ReplicaResources):
         return options
 
 
+def parse_leave_gpus(leave_gpus: object) -> float:
+    """``leave_gpus`` as a number.
+
+    Raises:
+        ConfigError: if it is not a number of GPUs.
+    """
+    number = isinstance(leave_gpus, (int, float)) and not isinstance(leave_gpus, bool)
+    if not number or not 0 <= leave_gpus < math.inf:  # type: ignore[operator]
+        raise ConfigError(f"leave_gpus must be a number of GPUs, at least 0; got {leave_gpus!r}")
+    return float(leave_gpus)  # type: ignore[arg-type]
+
+
+def replicas_for(*, total: float, free: float, each: float, leave: float) -> int:
+    """How many replicas of ``each`` GPUs ``"auto"`` is, in a cluster of ``total`` GPUs of which some are ``free``: as
+    many as the free ones hold, but at least one; and none on those that it must leave.
+
+    Raises:
+        ConfigError: it would leave the pool no room for one replica.
+    """
+    if not each:
+        return 1
+    if leave and total - leave < each:
+        raise ConfigError(
+            f"leave_gpus={leave:g} must leave the pool num_gpus={each:g} of the cluster's {total:g} GPUs at least; "
+            "leave fewer, give replicas a share of a GPU (num_gpus=0.5), or compute on CPUs (num_gpus=0)"
+        )
+    return max(1, int(min(free, total - leave) / each))
+
+
 def parse_replicas(replicas: object, *, auto: int) -> tuple[int, int]:
     """``replicas`` as (min, max); ``auto`` is what ``"auto"`` stands for here.
 
@@ -164,12 +200,14 @@ class PoolSpec:
         teacher: a configuration or a factory; pickled where it waits for the process that builds it. A controller
             never unpickles it: it has no torch, and perhaps not the factory's module.
         replicas: ``"auto"`` until :meth:`resolved`; then (min, max).
+        leave_gpus: GPUs of the cluster that ``"auto"`` leaves to others, such as trainers, whoever has them now.
     """
 
     teacher: CheckedSource | bytes
     replicas: ReplicaCount = "auto"
     placement: Placement = field(default_factory=lambda: Placement())
     options: PoolOptions = field(default_factory=lambda: PoolOptions())
+    leave_gpus: float = 0.0
 
     @property
     def low(self) -> int:

@@ -2,47 +2,69 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
+import time
 import weakref
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, Self, get_args
 
 import ray
 import torch
 
 from dinov3_ray.checkpoint import verify
 from dinov3_ray.config import DinoV3Config
-from dinov3_ray.errors import ConfigError, PoolClosedError
+from dinov3_ray.errors import ConfigError, PoolClosedError, PoolExistsError, PoolNotFoundError
 from dinov3_ray.pool.client.remote import RemoteTeacher
 from dinov3_ray.pool.cluster import NAMESPACE, Runtime, check_name, connect
 from dinov3_ray.pool.control.declaration import Declaration
 from dinov3_ray.pool.control.remote_control import RayControl, wait_ready
 from dinov3_ray.pool.control.status import PoolStatus
-from dinov3_ray.pool.local import LocalController, local_pool, register_local, unregister_local
+from dinov3_ray.pool.local import LocalController, local_pool, register_local
+from dinov3_ray.pool.poolfile import changes_between
 from dinov3_ray.pool.replica.actor import ReplicaActor
+from dinov3_ray.pool.shared_ray import connect_or_share
 from dinov3_ray.pool.spec import (
     CheckedSource,
+    Exist,
+    Lifetime,
     Placement,
     PoolOptions,
     PoolSpec,
     ReplicaCount,
     TeacherSource,
     check_source,
+    parse_leave_gpus,
     parse_replicas,
+    replicas_for,
 )
 from dinov3_ray.validation import check
 
 __all__ = ["TeacherPool", "resolve_placement"]
 
 
+log = logging.getLogger("dinov3_ray")
+
+_TURN_SECONDS = 0.2  # between tries to start a pool whose name is being given up
+
+
 class _Control(Protocol):
     """What a TeacherPool needs of a pool's controller, in Ray or in this process."""
 
+    name: str
+
     @property
     def address(self) -> str | None: ...
+    @property
+    def lost(self) -> bool: ...
+    @property
+    def holds(self) -> bool: ...
     def status(self) -> PoolStatus: ...
     def scale(self, low: int, high: int) -> None: ...
     def reload(self, teacher: CheckedSource) -> int: ...
+    def release(self) -> None: ...
     def shutdown(self) -> None: ...
     def disconnect(self) -> None: ...
 
@@ -50,14 +72,18 @@ class _Control(Protocol):
 class TeacherPool:
     """A pool of teacher replicas. Made by :meth:`start` or :meth:`connect`.
 
-    As a context manager, a pool that was started is shut down at the end, and one that was connected to goes on.
+    As a context manager, a pool that was started is shut down at the end; one that is detached, or that was connected
+    to, goes on.
     """
 
-    def __init__(self, name: str, namespace: str, control: _Control, *, started: bool) -> None:
+    def __init__(
+        self, name: str, namespace: str, control: _Control, *, lifetime: Lifetime = "detached", shared: bool = False
+    ) -> None:
         self.name = name
         self._namespace = namespace
         self._control = control
-        self._started = started
+        self._lifetime = lifetime
+        self._shared = shared
         self._closed = False
         self._teachers: weakref.WeakSet[RemoteTeacher] = weakref.WeakSet()
 
@@ -67,7 +93,10 @@ class TeacherPool:
         teacher: TeacherSource,
         *,
         name: str = "dinov3",
+        exist: Exist = "error",
+        lifetime: Lifetime = "process",
         replicas: ReplicaCount = "auto",
+        leave_gpus: float = 0,
         num_gpus: float | None = None,
         num_cpus: float = 0,
         label_selector: Mapping[str, str] | None = None,
@@ -87,8 +116,17 @@ class TeacherPool:
             teacher: a DinoV3Config, a checkpoint directory, or a picklable callable without arguments that returns an
                 object with ``.extract(images, spec)``. A checkpoint must be at the same path on every node.
             name: what clients call the pool.
+            exist: what to do if a pool of that name runs: raise an error, or connect to it. With ``"connect"``, whoever
+                of several processes comes first starts the pool, and the others join it; the ranks of a node, as
+                torchrun starts them, share one Ray if none is named. Each of them holds the pool, which ends when the
+                last one has shut it down or has ended. A pool that is found serves another teacher: that is an error;
+                it has other options: that is a warning. A detached pool that is found goes on.
+            lifetime: ``"process"`` ends the pool when this process ends, however that happens, or leaves Ray;
+                ``"detached"`` lets it outlive the process, until :meth:`shutdown` or ``dinov3-ray down``.
             replicas: how many; ``"auto"`` is one for each free GPU, or one where there is none; (min, max) lets the
                 pool grow and shrink with its load.
+            leave_gpus: with ``"auto"``, GPUs of the cluster that are for others, such as trainers, whether they have
+                them yet or not.
             num_gpus: GPUs per replica; None is 1 where the cluster has GPUs, else 0.
             num_cpus: CPUs that each replica reserves in Ray.
             label_selector: labels that a replica's node must have, such as ``{"ray.io/accelerator-type": "H200"}``.
@@ -102,36 +140,46 @@ class TeacherPool:
 
         Raises:
             ConfigError: an argument is wrong; nothing was started.
-            PoolExistsError: a pool of that name is running.
+            PoolExistsError: a pool of that name is running; with ``exist="connect"``, one with another teacher.
             ReplicaError: replicas fail to start; says why. Nothing is left running.
             PoolTimeoutError: they were not ready in time; says what they wait for. Nothing is left running.
         """
         check_name(name)
         # All of it is checked before Ray starts.
         parse_replicas(replicas, auto=1)
+        _require_choice("exist", exist, Exist)
+        _require_choice("lifetime", lifetime, Lifetime)
         wanted = {"num_gpus": num_gpus, "num_cpus": num_cpus, "label_selector": dict(label_selector or {})}
-        spec = PoolSpec(check_source(teacher), replicas, check(Placement, wanted), PoolOptions.of(options))
-        if local_mode:
-            if address:
-                raise ConfigError(f"local_mode=True runs in this process, without an address; got {address!r}")
-            control: _Control = _start_local(name, spec)
-        else:
-            spec = spec.pickled()  # what cannot be is said before Ray starts
-            runtime = connect(address, may_start=True)
-            try:
-                placement = resolve_placement(spec.placement)
-                spec = spec.resolved(placement, auto=_free_replicas(placement))
-                control = RayControl.start(name, namespace, runtime, Declaration(spec, target=spec.low))
-            except BaseException:
-                runtime.close()
-                raise
-        pool = cls(name, namespace, control, started=True)
+        spec = PoolSpec(
+            check_source(teacher),
+            replicas,
+            check(Placement, wanted),
+            PoolOptions.of(options),
+            parse_leave_gpus(leave_gpus),
+        )
+        if local_mode and (address or lifetime == "detached"):
+            given = f"address={address!r}" if address else "lifetime='detached'"
+            raise ConfigError(f"local_mode=True runs in this process, and ends with it; got {given}")
+        if not local_mode:
+            spec.pickled()  # what cannot be pickled is refused before Ray starts
+        deadline = time.monotonic() + timeout
+        runtime = None if local_mode else connect_or_share(address, exist)
         try:
-            pool.wait_ready(timeout, on_status=on_status)
+            while True:
+                control = _open_control(name, namespace, runtime, spec, lifetime, exist)
+                try:
+                    wait_ready(control, name, max(0.0, deadline - time.monotonic()), on_status=on_status)
+                    return cls(name, namespace, control, lifetime=lifetime, shared=exist == "connect")
+                except BaseException as error:
+                    _end(control, shared=exist == "connect")
+                    given_up = isinstance(error, (PoolNotFoundError, PoolClosedError))
+                    if exist == "error" or not given_up or time.monotonic() > deadline:
+                        raise
+                    # Whoever started it has given it up: the next try starts it here, and finds out why.
         except BaseException:
-            pool.shutdown()
+            if runtime is not None:
+                runtime.close()
             raise
-        return pool
 
     @classmethod
     def connect(cls, name: str = "dinov3", *, address: str | None = None, namespace: str = NAMESPACE) -> Self:
@@ -144,14 +192,14 @@ class TeacherPool:
         check_name(name)
         local = local_pool(name) if address is None else None
         if local is not None:
-            return cls(name, namespace, local, started=False)
+            return cls(name, namespace, local)
         runtime: Runtime = connect(address)
         try:
             control = RayControl.connect(name, namespace, runtime)
         except BaseException:
             runtime.close()
             raise
-        return cls(name, namespace, control, started=False)
+        return cls(name, namespace, control)
 
     def teacher(self, **settings: Any) -> RemoteTeacher:
         """A RemoteTeacher of this pool; ``settings`` are those of its constructor."""
@@ -238,17 +286,19 @@ class TeacherPool:
         return wait_ready(self._control, self.name, timeout, generation=generation, on_status=on_status)
 
     def shutdown(self) -> None:
-        """End the pool: its clients learn of it, and no actor is left behind. Harmless when repeated."""
+        """End the pool: its clients learn of it, and no actor is left behind. Harmless when repeated.
+
+        A pool that was started with ``exist="connect"`` ends when all that hold it have done this, or have ended.
+
+        Raises:
+            PoolClosedError: this process has left the pool's Ray, where the pool goes on.
+        """
         if self._closed:
             return
-        self._closed = True
-        for teacher in list(self._teachers):
-            teacher.close()
+        self._part()
         try:
-            self._control.shutdown()
+            _end(self._control, shared=self._shared)
         finally:
-            if isinstance(self._control, LocalController):
-                unregister_local(self._control)
             self._control.disconnect()
 
     def __enter__(self) -> Self:
@@ -257,17 +307,20 @@ class TeacherPool:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if self._started:
+        if self._lifetime == "process":
             self.shutdown()
         elif not self._closed:
-            self._closed = True
-            for teacher in list(self._teachers):
-                teacher.close()
+            self._part()
             self._control.disconnect()
 
+    def _part(self) -> None:
+        self._closed = True
+        for teacher in list(self._teachers):
+            teacher.close()
+
     def __repr__(self) -> str:
-        if self._closed:
-            return f"<TeacherPool {self.name!r}: closed>"
+        if self._closed or self._control.lost:
+            return f"<TeacherPool {self.name!r}: {'closed' if self._closed else 'its Ray was left'}>"
         status = self.status()
         return f"<TeacherPool {self.name!r}: {status.ready} of {status.target} replicas ready>"
 
@@ -276,9 +329,86 @@ class TeacherPool:
             raise PoolClosedError(f"pool {self.name!r} was shut down, or this connection to it closed")
 
 
-def _start_local(name: str, spec: PoolSpec) -> LocalController:
+def _require_choice(name: str, value: object, choices: Any) -> None:
+    if value not in get_args(choices):
+        raise ConfigError(f"{name} must be one of {', '.join(get_args(choices))}; got {value!r}")
+
+
+def _open_control(
+    name: str, namespace: str, runtime: Runtime | None, spec: PoolSpec, lifetime: Lifetime, exist: Exist
+) -> _Control:
+    """Start the pool; or join the one that runs, if there is one and ``exist`` allows it.
+
+    Raises:
+        PoolExistsError: it does not, or that one serves another teacher.
+    """
+    if runtime is None:
+        return _open_local(name, spec, exist)
+    while True:
+        try:
+            with runtime.held():
+                placement = resolve_placement(spec.placement)
+                resolved = spec.resolved(placement, auto=_free_replicas(spec, placement)).pickled()
+                declaration = Declaration(resolved, target=resolved.low, lifetime=lifetime)
+                return RayControl.start(name, namespace, runtime, declaration)
+        except PoolExistsError:
+            if exist == "error":
+                raise
+        with contextlib.suppress(PoolNotFoundError):  # it ended just now: this process's turn
+            with runtime.held():
+                control = RayControl.connect(name, namespace, runtime)
+            declared = control.declaration()
+            _require_same(name, declared.spec, spec, placement)
+            if declared.lifetime == "process":
+                control.hold()
+            if declared.lifetime != lifetime == "detached":
+                log.warning("pool %s runs with lifetime='process': it ends with the processes that hold it", name)
+            return control
+        time.sleep(_TURN_SECONDS)
+
+
+def _require_same(name: str, running: PoolSpec, wanted: PoolSpec, placement: Placement) -> None:
+    """Compare a pool that runs with the one that is asked for.
+
+    Raises:
+        PoolExistsError: it serves another teacher. Other differences are logged.
+    """
+    try:
+        running = running.unpickled() if isinstance(running.teacher, bytes) else running
+    except (ImportError, AttributeError) as error:
+        log.warning("pool %s runs; whether it serves this teacher cannot be seen here: %s", name, error)
+        return
+    if wanted.replicas == "auto":
+        wanted = replace(wanted, replicas=running.replicas)
+    changes = changes_between(running, wanted.resolved(placement, auto=1))
+    of_teacher = "; ".join(str(change) for change in changes if change.key.startswith("teacher"))
+    if of_teacher:
+        raise PoolExistsError(
+            f"a pool named {name!r} is running already, with another teacher ({of_teacher}): give this one another name, "
+            "or end or reload that one"
+        )
+    if changes:
+        log.warning("pool %s runs, and stays as it is; asked for: %s", name, "; ".join(map(str, changes)))
+
+
+def _end(control: _Control, *, shared: bool) -> None:
+    """End a pool, or this process's share of it."""
+    if control.lost and control.holds:
+        log.warning("pool %s has ended with this process's connection to Ray: ray.shutdown() was called", control.name)
+    elif shared:
+        control.release()
+    else:
+        control.shutdown()
+
+
+def _open_local(name: str, spec: PoolSpec, exist: Exist) -> LocalController:
     has_gpus = torch.cuda.is_available()
     placement = spec.placement.resolved(has_gpus=True) if has_gpus else Placement(num_gpus=0)
+    running = local_pool(name) if exist == "connect" else None
+    if running is not None:
+        _require_same(name, running.spec, spec, placement)
+        running.hold()
+        return running
     controller = LocalController(name, spec.resolved(placement, auto=1))
     try:
         register_local(controller)
@@ -305,8 +435,9 @@ def resolve_placement(placement: Placement) -> Placement:
     return resolved
 
 
-def _free_replicas(placement: Placement) -> int:
-    """How many replicas the free GPUs hold; 1 where replicas need none."""
-    if not placement.num_gpus:
+def _free_replicas(spec: PoolSpec, placement: Placement) -> int:
+    """What ``"auto"`` is in this cluster."""
+    if spec.replicas != "auto":
         return 1
-    return max(1, int(ray.available_resources().get("GPU", 0) / placement.num_gpus))
+    total, free = (resources.get("GPU", 0.0) for resources in (ray.cluster_resources(), ray.available_resources()))
+    return replicas_for(total=total, free=free, each=placement.num_gpus or 0.0, leave=spec.leave_gpus)

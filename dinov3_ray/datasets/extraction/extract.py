@@ -101,7 +101,7 @@ def extract(
     try:
         # A path without images is an error before Ray is started; a Dataset has started it already.
         blocks = open_blocks(source, options, folder, old)
-        with contextlib.closing(connect(address, may_start=True)):
+        with contextlib.closing(connect(address, may_start=pool is None)):
             nodes = sum(node["Alive"] and node["Resources"].get("CPU", 0) > 0 for node in ray.nodes())
             allocation = allocate(
                 ray.cluster_resources(),

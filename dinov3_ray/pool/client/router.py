@@ -12,6 +12,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from copy import copy
 from dataclasses import replace
 from typing import Any
 
@@ -40,6 +41,7 @@ __all__ = ["Router", "failure_of", "read_client", "why_empty"]
 
 log = logging.getLogger("dinov3_ray")
 
+_LOOK_SECONDS = 0.5  # between looks whether the connection is there still, while somebody waits
 _CONTROLLER_RETRY = 0.5  # seconds between tries to reach a controller that is away
 _REPLICA_RETRY = 1.0  # seconds until a replica whose connection broke is tried again
 _CALLERS_FAULT = (InputError, SpecError)  # no other replica would say anything else
@@ -78,7 +80,8 @@ class Router:
         self._lock = threading.Lock()
         self._buffer = RequestCutter(transport, self.client_id, self.max_bytes)
         self._batches = 0
-        self._closed = self._ended = False
+        self._closed = False
+        self._ended: PoolError | None = None
         self._thread = threading.Thread(target=self._run, name=f"dinov3-router-{pool}", daemon=True)
         self._thread.start()
         self._events.put(self._follow)
@@ -92,8 +95,7 @@ class Router:
             PoolTimeoutError: the controller did not answer within ``timeout`` seconds.
         """
         answered = wait(self._viewed.wait, timeout)
-        if self._ended:
-            raise self._was_ended()
+        self._require_open()
         if not answered or self._view is None:
             raise PoolTimeoutError(f"the controller of pool {self.pool!r} did not answer within {timeout:g} s")
         return self._view
@@ -103,10 +105,7 @@ class Router:
 
         The images are copied before it returns: the caller may change them.
         """
-        if self._closed:
-            raise self._was_closed()
-        if self._ended:
-            raise self._was_ended()
+        self._require_open()
         with self._lock:
             handle = Handle(self._batches, len(images), self._cancel)
             self._batches += 1
@@ -166,6 +165,8 @@ class Router:
     def _pause(self) -> float | None:
         """Seconds until something is due; None if only an event can change anything."""
         due = [self._table.next_deadline(), self._follow_at]
+        if self._requests or not self._viewed.is_set():
+            due.append(time.monotonic() + _LOOK_SECONDS)
         if not self._replicas and self._requests:
             due.append(self._empty_since + self.timeout)
         nearest = min((moment for moment in due if moment is not None), default=None)
@@ -173,6 +174,9 @@ class Router:
 
     def _look_at_the_clock(self) -> None:
         now = time.monotonic()
+        lost = None if self._ended else self._transport.loss()
+        if lost is not None:
+            self._end(lost)
         for request_id, attempt, replica_id in self._table.expired(now):
             log.warning("pool %s: replica %s has not answered request %s in time", self.pool, replica_id, request_id)
             self._failed(request_id, attempt, Failure.TIMEOUT, pause=self.timeout)
@@ -207,12 +211,8 @@ class Router:
             self._follow_at = time.monotonic() + _CONTROLLER_RETRY
             return
         if isinstance(view, Gone) or view.closed:
-            self._ended = True
-            self._viewed.set()
-            self._replicas = {}
-            self._table.set_replicas([])
-            for request in list(self._requests.values()):
-                self._give_up(request, self._was_ended())
+            why = "" if isinstance(view, Gone) or not view.why_closed else f": {view.why_closed}"
+            self._end(PoolClosedError(f"pool {self.pool!r} was shut down{why}"))
             return
         self._view = view
         self._viewed.set()
@@ -226,11 +226,24 @@ class Router:
         self._forget_lost()
         self._follow()
 
+    def _end(self, error: PoolError) -> None:
+        """The pool is out of reach for good: fail what is in flight, and what is still to come."""
+        self._ended = error
+        self._viewed.set()
+        self._replicas = {}
+        self._table.set_replicas([])
+        for request in list(self._requests.values()):
+            self._give_up(request, copy(error))
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise self._was_closed()
+        error = self._ended or self._transport.loss()
+        if error is not None:
+            raise copy(error)
+
     def _was_closed(self) -> PoolClosedError:
         return PoolClosedError(f"this client of pool {self.pool!r} is closed")
-
-    def _was_ended(self) -> PoolClosedError:
-        return PoolClosedError(f"pool {self.pool!r} was shut down")
 
     def _forget_lost(self) -> None:
         """Drop handles of replicas that the table no longer has."""
@@ -248,8 +261,8 @@ class Router:
         for request in requests:
             self._requests[request.request_id] = request
             self._enter(request)
-        if self._ended:
-            self._give_up(requests[0], self._was_ended())
+        if self._ended is not None:
+            self._give_up(requests[0], copy(self._ended))
 
     def _enter(self, request: Request, fingerprint: str | None = None) -> None:
         nbytes = request.nbytes + self._sizes.expect(request.header.spec, request.header.rows)

@@ -7,6 +7,7 @@ finds its pool again: the declaration in the key-value store, the replicas by th
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import time
@@ -19,9 +20,11 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from dinov3_ray.errors import ReplicaError
-from dinov3_ray.pool.cluster import kill_process, list_actors, replica_name
+from dinov3_ray.pool.cluster import controller_name, kill_process, list_actors, replica_name
 from dinov3_ray.pool.control.autoscaler import Autoscaler
 from dinov3_ray.pool.control.declaration import Declaration, PoolChange
+from dinov3_ray.pool.control.gpu_share import GpuShare, read_gpus
+from dinov3_ray.pool.control.holders import Holders, holding_process
 from dinov3_ray.pool.control.membership import Action, ActionKind, Membership
 from dinov3_ray.pool.control.status import PoolStatus, ReplicaRecord, make_status, make_view
 from dinov3_ray.pool.kv import PoolKV
@@ -35,6 +38,9 @@ __all__ = ["Controller", "read_controller", "reason_of"]
 log = logging.getLogger("dinov3_ray")
 
 _FAREWELL = 0.1  # seconds in which the last answers leave this process
+_GPU_LOOK_SECONDS = 2.0
+_KILL_SECONDS = 10.0
+_LINGER_SECONDS = 60.0
 _SICK_AFTER_ERRORS = 3  # requests in a row that raised, after which a replica is replaced
 
 
@@ -52,12 +58,17 @@ class _SupervisedReplica:
 
 
 class Controller:
-    """See the module. All of it runs in one asyncio loop, so nothing here needs a lock."""
+    """See the module. All of it runs in one asyncio loop, so nothing here needs a lock.
 
-    def __init__(self, namespace: str, name: str, declaration: Declaration) -> None:
+    Args:
+        holder: of the process that starts the pool; None for a pool that outlives it.
+    """
+
+    def __init__(self, namespace: str, name: str, declaration: Declaration, holder: str | None = None) -> None:
         self._namespace, self._name = namespace, name
         self._kv = PoolKV(namespace, name)
-        self._declaration: Declaration = self._kv.load_declaration() or declaration
+        former = self._kv.load_declaration()
+        self._declaration: Declaration = former or declaration
         declared = self._declaration
         self._membership = Membership(declared.spec.low, declared.spec.high)
         # A restarted controller's views must count as newer than the former one's.
@@ -73,9 +84,18 @@ class Controller:
         self._wake = asyncio.Event()
         self._published = asyncio.Condition()
         self._closed = False
+        self._why_closed = ""
+        self._gpus: GpuShare | None = None
+        self._gpus_before: GpuShare | None = None
+        self._look_at_gpus = 0.0
         #: Set once running replicas are known, so that no client sees an empty pool before.
         self._found = asyncio.Event()
         self._background: set[asyncio.Task[Any]] = set()
+        self._holders = Holders(namespace, name, self._spawn, self._expire)
+        if holder is not None:
+            if former is not None:
+                self._holders.find()
+            self._holders.add(holder)
         self._supervision = self._spawn(self._supervise())
 
     # What clients and pools call ------------------------------------------------------------------------------------
@@ -139,19 +159,50 @@ class Controller:
     async def status(self) -> PoolStatus:
         await self._found.wait()
         options = self._declaration.spec.options
-        return make_status(self._name, self._membership, self._records(), options, clients=len(self._clients))
+        return make_status(
+            self._name,
+            self._membership,
+            self._records(),
+            options,
+            clients=len(self._clients),
+            gpus=self._gpus,
+            lifetime=self._declaration.lifetime,
+        )
 
-    async def shutdown(self) -> list[ReplicaProcess]:
+    async def hold(self, holder: str) -> bool:
+        """One more process holds the pool. False if the pool is ending."""
+        if not self._closed:
+            self._holders.add(holder)
+        return not self._closed
+
+    async def release(self, holder: str) -> list[ReplicaProcess] | None:
+        """A process no longer holds the pool. If it was the last one, this is :meth:`shutdown`; else None."""
+        if self._holders.remove(holder) and not self._closed:
+            return await self.shutdown("the last process that held it has left it")
+        return None
+
+    async def notice(self, known: str, timeout: float) -> str:
+        """What people should know of the cluster's GPUs, as soon as it differs from ``known``, or after ``timeout``
+        seconds; "" if there is nothing.
+        """
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout), self._published:
+                await self._published.wait_for(lambda: self._closed or self._notice() != known)
+        return self._notice()
+
+    async def shutdown(self, why: str = "") -> list[ReplicaProcess]:
         """End all replicas and inform the clients. Returns the replicas' processes, for the caller to check on."""
-        self._closed = True
+        self._closed, self._why_closed = True, self._why_closed or why
         self._kv.clear()
+        self._holders.end()
         processes = [replica.process for replica in self._replicas.values() if replica.process]
         for replica_id in list(self._replicas):
             self._membership.drained(replica_id)
             self._remove(replica_id)
         async with self._published:
             self._published.notify_all()
-        # The caller ends this actor next: let the clients' answers leave first.
+        # The caller ends this actor next, unless it dies: let the clients' answers leave first.
+        self._spawn(self._leave(after=_LINGER_SECONDS))
         while self._watching.total():
             await asyncio.sleep(0)
         await asyncio.sleep(_FAREWELL)
@@ -176,6 +227,7 @@ class Controller:
             if self._membership.epoch != epoch:
                 self._save()
             self._publisher.publish(read_controller(self._membership, clients=len(self._clients)))
+            await self._see_gpus(now)
             async with self._published:
                 self._published.notify_all()
             pause = self._declaration.spec.options.health_interval
@@ -187,6 +239,52 @@ class Controller:
                 continue  # nothing woke it: time for the next look
             finally:
                 self._wake.clear()
+
+    async def _see_gpus(self, now: float) -> None:
+        """Look who has the cluster's GPUs, and who waits for them; log it if it stays so."""
+        each = self._declaration.spec.placement.num_gpus or 0.0
+        if not each or now < self._look_at_gpus:
+            return
+        self._look_at_gpus = now + _GPU_LOOK_SECONDS
+        placed = sum(replica.process is not None for replica in self._replicas.values())
+        waiting = each * (len(self._replicas) - placed)
+        before = self._notice()
+        try:
+            seen = await asyncio.to_thread(read_gpus, held=each * placed, waiting=waiting)
+        except Exception as error:  # noqa: BLE001 - it is read off Ray's own protocol, and nothing depends on it
+            log.debug("pool %s: the cluster's GPUs cannot be read: %s", self._name, error)
+            return
+        # What waits for a moment only, such as a replica that is being placed, is nobody's trouble.
+        self._gpus_before, self._gpus = self._gpus, seen
+        if self._notice() and self._notice() != before:
+            log.warning("pool %s: %s", self._name, self._notice())
+
+    def _notice(self) -> str:
+        """What people should know of the GPUs: what was so at the last two looks."""
+        now, before = self._gpus, self._gpus_before
+        return now.notice if now and before and before.notice else ""
+
+    async def _expire(self, holder: str) -> None:
+        """End the pool, since the last process that held it has ended."""
+        if self._closed:
+            return
+        why = f"{holding_process(holder)}, which held it, has ended (a pool with lifetime='detached' outlives that)"
+        log.warning("pool %s ends: %s", self._name, why)
+        processes = await self.shutdown(why)
+        # Ray asks processes to end, which one that is stopped, or hangs in a driver, does not do.
+        kills = [self._kill(process) for process in processes]
+        if kills:
+            await asyncio.wait([asyncio.ensure_future(kill) for kill in kills], timeout=_KILL_SECONDS)
+        await self._leave(after=0.0)
+
+    async def _leave(self, after: float) -> None:
+        """End this actor."""
+        await asyncio.sleep(after)
+        ray.kill(ray.get_actor(controller_name(self._name), namespace=self._namespace))
+
+    def _kill(self, process: ReplicaProcess) -> Any:
+        here = NodeAffinitySchedulingStrategy(process.node_id, soft=False)
+        return kill_process.options(scheduling_strategy=here).remote(process.pid, process.started)
 
     def _go_back(self) -> None:
         membership = self._membership
@@ -320,8 +418,7 @@ class Controller:
         ray.kill(replica.actor)
         if silent and replica.process is not None:
             # Ray asks the process to end itself, which one that is stopped, or hangs in a driver, does not do.
-            here = NodeAffinitySchedulingStrategy(replica.process.node_id, soft=False)
-            kill_process.options(scheduling_strategy=here).remote(replica.process.pid, replica.process.started)
+            self._kill(replica.process)
 
     def _drop_silent_clients(self, now: float) -> None:
         limit = self._declaration.spec.options.client_timeout
@@ -351,7 +448,8 @@ class Controller:
         return {replica_id: replica.record for replica_id, replica in self._replicas.items()}
 
     def _view(self) -> PoolView:
-        return make_view(self._membership, self._records(), self._declaration.spec.options, closed=self._closed)
+        options = self._declaration.spec.options
+        return make_view(self._membership, self._records(), options, closed=self._closed, why_closed=self._why_closed)
 
     def _save(self) -> None:
         if self._closed:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from dinov3_ray.pool.spec import Placement, PoolOptions, PoolSpec
+from dinov3_ray.pool.spec import Lifetime, Placement, PoolOptions, PoolSpec
 
 __all__ = ["Declaration", "PoolChange"]
 
@@ -21,6 +21,8 @@ class Declaration:
     spec: PoolSpec
     #: Replicas wanted now, within the range of ``spec``.
     target: int
+    #: Whether it ends with the processes that hold it.
+    lifetime: Lifetime = "detached"
     generation: int = 0
     #: The highest generation so far; above ``generation`` after a reload that was given up.
     newest: int = 0

@@ -5,19 +5,29 @@ A call to a controller that is being restarted is repeated.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 import uuid
 from collections.abc import Callable
+from concurrent import futures
 from typing import Any, Protocol
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from dinov3_ray.errors import PoolError, PoolExistsError, PoolNotFoundError, PoolTimeoutError, ReplicaError
+from dinov3_ray.errors import (
+    PoolClosedError,
+    PoolError,
+    PoolExistsError,
+    PoolNotFoundError,
+    PoolTimeoutError,
+    ReplicaError,
+)
 from dinov3_ray.pool.cluster import Runtime, controller_name, find_controller, kill_process, list_actors
 from dinov3_ray.pool.control.controller import Controller
 from dinov3_ray.pool.control.declaration import Declaration, PoolChange
+from dinov3_ray.pool.control.holders import release_hold, take_hold
 from dinov3_ray.pool.control.status import PoolStatus
 from dinov3_ray.pool.replica.actor import ReplicaProcess
 from dinov3_ray.pool.spec import CheckedSource, Placement, PoolOptions, pickle_source
@@ -29,10 +39,11 @@ log = logging.getLogger("dinov3_ray")
 
 _PATIENCE = 60.0  # seconds in which a killed controller is back, with room to spare
 _RETRY = 0.2
+_LISTEN_SECONDS = 30.0
 _WATCHERS = 10_000  # clients that may be in a call to the controller at the same time
 
 
-def end_replicas(namespace: str, pool: str, timeout: float = 20.0) -> list[str]:
+def end_replicas(runtime: Runtime, namespace: str, pool: str, timeout: float = 20.0) -> list[str]:
     """End the replicas of a pool whose controller is gone, and wait until they have ended.
 
     Returns:
@@ -43,25 +54,30 @@ def end_replicas(namespace: str, pool: str, timeout: float = 20.0) -> list[str]:
     """
     deadline = time.monotonic() + timeout
     found: set[str] = set()
-    while leftover := list_actors(namespace, pool):
-        for replica_id, actor in leftover:
-            found.add(replica_id)
-            ray.kill(actor)
+    while True:
+        with runtime.held():
+            leftover = list_actors(namespace, pool)
+            for replica_id, actor in leftover:
+                found.add(replica_id)
+                ray.kill(actor)
+        if not leftover:
+            return sorted(found)
         if time.monotonic() > deadline:
             names = ", ".join(replica_id for replica_id, _ in leftover)
             raise PoolTimeoutError(f"replicas {names} of pool {pool!r} did not end within {timeout:g} s")
         time.sleep(_RETRY)
-    return sorted(found)
 
 
 class RayControl:
     """Controls one pool through its controller actor."""
 
-    def __init__(self, name: str, namespace: str, runtime: Runtime, controller: Any) -> None:
+    def __init__(self, name: str, namespace: str, runtime: Runtime, controller: Any, holder: str | None = None) -> None:
         self.name = name
         self._namespace = namespace
         self._runtime = runtime
         self._controller = controller
+        self._holder = holder
+        self._notice = ""
 
     @classmethod
     def start(cls, name: str, namespace: str, runtime: Runtime, declaration: Declaration) -> RayControl:
@@ -71,6 +87,7 @@ class RayControl:
             PoolExistsError: a pool of that name is running.
         """
         actor_class = ray.remote(Controller)
+        holder = take_hold(namespace, name) if declaration.lifetime == "process" else None
         try:
             controller = actor_class.options(
                 name=controller_name(name),
@@ -79,13 +96,17 @@ class RayControl:
                 num_cpus=0,
                 max_restarts=-1,
                 max_concurrency=_WATCHERS,
-            ).remote(namespace, name, declaration)
+            ).remote(namespace, name, declaration, holder)
         except ValueError as error:
+            release_hold(holder)
             raise PoolExistsError(
                 f"a pool named {name!r} is running already in namespace {namespace!r}: connect to it with "
-                f"TeacherPool.connect({name!r}), or end it with `dinov3-ray down --name {name}`"
+                f"TeacherPool.connect({name!r}), join it with TeacherPool.start(..., exist='connect'), or end it with "
+                f"`dinov3-ray down --name {name}`"
             ) from error
-        return cls(name, namespace, runtime, controller)
+        control = cls(name, namespace, runtime, controller, holder)
+        control.listen()
+        return control
 
     @classmethod
     def connect(cls, name: str, namespace: str, runtime: Runtime) -> RayControl:
@@ -99,6 +120,16 @@ class RayControl:
     @property
     def address(self) -> str:
         return self._runtime.address
+
+    @property
+    def lost(self) -> bool:
+        """Whether this process has left the pool's Ray."""
+        return not self._runtime.connected
+
+    @property
+    def holds(self) -> bool:
+        """Whether the pool lives for this process."""
+        return self._holder is not None
 
     def status(self) -> PoolStatus:
         status = self._call("status")
@@ -128,6 +159,34 @@ class RayControl:
     def reload(self, teacher: CheckedSource) -> int:
         return self.change(teacher)
 
+    def hold(self) -> None:
+        """Have the pool live for this process too.
+
+        Raises:
+            PoolNotFoundError: it is ending.
+        """
+        with self._runtime.held():
+            self._holder = take_hold(self._namespace, self.name)
+        if not self._call("hold", self._holder):
+            raise PoolNotFoundError(f"pool {self.name!r} is being shut down")
+
+    def release(self) -> None:
+        """No longer hold the pool: it ends if no other process holds it.
+
+        Raises:
+            PoolTimeoutError: it should end, and does not.
+        """
+        if self._holder is None:
+            return
+        processes: list[ReplicaProcess] | None = None
+        with contextlib.suppress(PoolNotFoundError):
+            processes = self._call("release", self._holder)
+        if processes is not None:
+            self._finish(processes)
+        else:
+            with self._runtime.held():
+                release_hold(self._holder)
+
     def shutdown(self, timeout: float = 20.0) -> None:
         """End replicas and controller, and wait until they are gone.
 
@@ -140,28 +199,51 @@ class RayControl:
             if self._has_successor():
                 return  # somebody else ended it, and started another of its name
             processes = []
-        ray.kill(self._controller, no_restart=True)
-        end_replicas(self._namespace, self.name, timeout)
-        self._end_stopped_processes(processes)
+        self._finish(processes, timeout)
+
+    def _finish(self, processes: list[ReplicaProcess], timeout: float = 20.0) -> None:
+        with self._runtime.held():
+            ray.kill(self._controller, no_restart=True)
+        end_replicas(self._runtime, self._namespace, self.name, timeout)
+        with self._runtime.held():
+            kills = self._end_stopped_processes(processes)
+        futures.wait(kills, timeout=10)
+        with self._runtime.held():
+            release_hold(self._holder)
 
     def _has_successor(self) -> bool:
         """Whether another pool has this one's name by now."""
         try:
-            return bool(find_controller(self.name, self._namespace) != self._controller)
+            with self._runtime.held():
+                return bool(find_controller(self.name, self._namespace) != self._controller)
         except PoolNotFoundError:
             return False
 
-    def _end_stopped_processes(self, processes: list[ReplicaProcess]) -> None:
+    def _end_stopped_processes(self, processes: list[ReplicaProcess]) -> list[futures.Future[Any]]:
         """Kill processes that did not end when Ray asked them to: stopped ones (SIGSTOP), or stuck in a driver."""
         alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
-        calls = [
-            kill_process.options(
-                scheduling_strategy=NodeAffinitySchedulingStrategy(process.node_id, soft=False)
-            ).remote(process.pid, process.started)
+        return [
+            kill_process.options(scheduling_strategy=NodeAffinitySchedulingStrategy(process.node_id, soft=False))
+            .remote(process.pid, process.started)
+            .future()
             for process in processes
             if process.node_id in alive
         ]
-        ray.wait(calls, num_returns=len(calls), timeout=10) if calls else None
+
+    def listen(self) -> None:
+        """Log what the controller finds people should know, in this process too: Ray hides what its actors log."""
+        with self._runtime.held():
+            heard = self._controller.notice.remote(self._notice, _LISTEN_SECONDS).future()
+        heard.add_done_callback(self._heard)
+
+    def _heard(self, heard: futures.Future[str]) -> None:
+        if heard.exception() is not None:
+            return
+        before, self._notice = self._notice, heard.result()
+        if self._notice and self._notice != before:
+            log.warning("pool %s: %s", self.name, self._notice)
+        with contextlib.suppress(PoolClosedError):
+            self.listen()
 
     def disconnect(self) -> None:
         """Disconnect from Ray, if this process connected to it for this pool."""
@@ -172,7 +254,7 @@ class RayControl:
         deadline = time.monotonic() + _PATIENCE
         while True:
             try:
-                return ray.get(getattr(self._controller, method).remote(*arguments), timeout=_PATIENCE)
+                return self._runtime.fetch(lambda: getattr(self._controller, method).remote(*arguments), _PATIENCE)
             except ray.exceptions.ActorUnavailableError as error:
                 if time.monotonic() > deadline:
                     raise PoolTimeoutError(
@@ -188,7 +270,7 @@ class RayControl:
                         "dinov3_ray? `dinov3-ray doctor --address HOST:PORT` compares them"
                     ) from error
                 raise PoolNotFoundError(f"pool {self.name!r} has been shut down") from error
-            except ray.exceptions.GetTimeoutError as error:
+            except TimeoutError as error:
                 raise PoolTimeoutError(
                     f"the controller of pool {self.name!r} did not answer {method} within {_PATIENCE:g} s"
                 ) from error
@@ -266,5 +348,6 @@ def _waits_for(status: PoolStatus) -> str:
     if any(replica.pid is None for replica in status.replicas):
         have = ray.cluster_resources() if ray.is_initialized() else {}
         counts = ", ".join(f"{have.get(key, 0):g} {key}" for key in ("GPU", "CPU"))
-        return f"some wait for a place in the cluster (it has {counts} in all)"
+        shared = f"; {status.gpus.notice}" if status.gpus and status.gpus.notice else ""
+        return f"some wait for a place in the cluster (it has {counts} in all){shared}"
     return "they are loading their teacher"

@@ -10,9 +10,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from dinov3_ray.pool.control.gpu_share import GpuShare
 from dinov3_ray.pool.control.membership import Membership, serial_of
 from dinov3_ray.pool.messages import PoolView, ReplicaStatistics, ReplicaView, TeacherInfo
-from dinov3_ray.pool.spec import PoolOptions
+from dinov3_ray.pool.spec import Lifetime, PoolOptions
 
 __all__ = ["PoolStatus", "ReplicaRecord", "ReplicaStatus", "make_status", "make_view"]
 
@@ -51,6 +52,8 @@ class PoolStatus:
         fingerprint: of the teacher that the newest ready replica serves.
         restarts: replicas that were lost and replaced since the controller began.
         recent_errors: why replicas were lost or could not start, newest last.
+        gpus: how the pool and others share the cluster's GPUs; None where replicas need none.
+        lifetime: ``process`` if it ends with the processes that hold it.
     """
 
     name: str
@@ -68,6 +71,8 @@ class PoolStatus:
     clients: int
     restarts: int
     recent_errors: tuple[str, ...]
+    gpus: GpuShare | None = None
+    lifetime: Lifetime = "process"
 
     @property
     def ready(self) -> int:
@@ -107,7 +112,12 @@ def newest_info(membership: Membership, records: Mapping[str, ReplicaRecord]) ->
 
 
 def make_view(
-    membership: Membership, records: Mapping[str, ReplicaRecord], options: PoolOptions, *, closed: bool = False
+    membership: Membership,
+    records: Mapping[str, ReplicaRecord],
+    options: PoolOptions,
+    *,
+    closed: bool = False,
+    why_closed: str = "",
 ) -> PoolView:
     """The pool as clients see it: the replicas that take work."""
     return PoolView(
@@ -121,12 +131,20 @@ def make_view(
         info=newest_info(membership, records),
         target=membership.target,
         closed=closed,
+        why_closed=why_closed,
         recent_errors=tuple(membership.recent_errors),
     )
 
 
 def make_status(
-    name: str, membership: Membership, records: Mapping[str, ReplicaRecord], options: PoolOptions, *, clients: int
+    name: str,
+    membership: Membership,
+    records: Mapping[str, ReplicaRecord],
+    options: PoolOptions,
+    *,
+    clients: int,
+    gpus: GpuShare | None = None,
+    lifetime: Lifetime = "process",
 ) -> PoolStatus:
     """The pool as people see it: all replicas, oldest first."""
     info, now = newest_info(membership, records), time.monotonic()
@@ -162,4 +180,6 @@ def make_status(
         clients=clients,
         restarts=membership.restarts,
         recent_errors=tuple(membership.recent_errors),
+        gpus=gpus,
+        lifetime=lifetime,
     )

@@ -17,7 +17,10 @@ from typing import Any
 import numpy as np
 import ray
 from ray import cloudpickle
+from ray._private import worker  # its put() is ray.put() without the habit of starting a Ray where there is none
 
+from dinov3_ray.errors import PoolError
+from dinov3_ray.pool.cluster import Runtime
 from dinov3_ray.pool.kv import PoolKV
 from dinov3_ray.pool.messages import Answer, Array, Outcome, ReplicaView, RequestHeader
 from dinov3_ray.pool.metrics import Publisher, Sample
@@ -84,7 +87,8 @@ _WATCH_SECONDS = 5.0
 class RayTransport:
     """One client's way to one pool; see :class:`~dinov3_ray.pool.transport.protocol.Transport`."""
 
-    def __init__(self, controller: Any, namespace: str, pool: str) -> None:
+    def __init__(self, controller: Any, namespace: str, pool: str, runtime: Runtime) -> None:
+        self._runtime = runtime
         self.node_id = ray.get_runtime_context().get_node_id()
         stores = [node["Resources"].get("object_store_memory", 0) for node in ray.nodes() if node["Alive"]]
         self.default_max_bytes = int(min((size for size in stores if size), default=2**30) * _STORE_SHARE)
@@ -94,9 +98,13 @@ class RayTransport:
         self._kept_bytes = 0
         self._kept_lock = threading.Lock()
 
+    def loss(self) -> PoolError | None:
+        return None if self._runtime.connected else self._runtime.was_ended()
+
     def follow(self, client_id: str, known_epoch: int, on_view: OnView) -> None:
         # The call itself shows the controller that this client is alive.
-        ref = self._controller.watch.remote(client_id, known_epoch, _WATCH_SECONDS)
+        with self._runtime.held():
+            ref = self._controller.watch.remote(client_id, known_epoch, _WATCH_SECONDS)
 
         def watched(future: Any) -> None:
             error = future.exception()
@@ -111,7 +119,7 @@ class RayTransport:
 
     def stage(self, arrays: Sequence[Array], *, send_now: bool) -> list[Any]:
         if send_now and not is_small(arrays):
-            return [ray.put(array) for array in arrays]
+            return self._put(arrays)
         return [np.array(array) for array in arrays]
 
     def send(
@@ -119,8 +127,9 @@ class RayTransport:
     ) -> Callable[[], None]:
         small = isinstance(staged[0], np.ndarray) and is_small(staged)
         if not small and isinstance(staged[0], np.ndarray):
-            staged[:] = [ray.put(array) for array in staged]  # in place: a re-send finds it put already
-        ref = replica.actor.infer.remote(*frame_request(header, staged, small=small))
+            staged[:] = self._put(staged)  # in place: a re-send finds it put already
+        with self._runtime.held():
+            ref = replica.actor.infer.remote(*frame_request(header, staged, small=small))
 
         def answered(future: Any) -> None:
             error = future.exception()
@@ -137,7 +146,18 @@ class RayTransport:
                 on_answer(error)
 
         ref.future().add_done_callback(answered)
-        return lambda: ray.cancel(ref)
+
+        def cancel() -> None:
+            with self._runtime.held():
+                ray.cancel(ref)
+
+        return cancel
+
+    def _put(self, arrays: Sequence[Array]) -> list[Any]:
+        try:
+            return [worker.put(array) for array in arrays]
+        except ray.exceptions.RaySystemError as error:
+            raise self.loss() or error from error
 
     def adopt(self, arrays: list[Array]) -> list[Array]:
         """Results alias the object store as long as all that the caller keeps fits its share; beyond, they are copied.
@@ -158,17 +178,20 @@ class RayTransport:
             self._kept_bytes -= size
 
     def was_computing(self, replica_id: str, request_id: str) -> bool:
-        return self._kv.was_computing(replica_id, request_id)
+        with self._runtime.held():
+            return self._kv.was_computing(replica_id, request_id)
 
     def report_sick(self, replica_id: str, reason: str) -> None:
-        self._controller.report_sick.remote(replica_id, reason)
+        with self._runtime.held():
+            self._controller.report_sick.remote(replica_id, reason)
 
     def publish(self, samples: Iterable[Sample]) -> None:
-        self._publisher.publish(samples)
+        with self._runtime.held():
+            self._publisher.publish(samples)
 
     def leave(self, client_id: str) -> None:
-        self._publisher.close()
-        if ray.is_initialized():
+        with self._runtime.held():
+            self._publisher.close()
             self._controller.leave.remote(client_id)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
+from dinov3_ray.errors import PoolError
 from dinov3_ray.pool.messages import Answer, Array, PoolView, ReplicaView, RequestHeader
 from dinov3_ray.pool.metrics import Sample
 
@@ -35,6 +36,10 @@ class Transport(Protocol):
     node_id: str
     #: Bytes that this client may have in flight by default.
     default_max_bytes: int
+
+    def loss(self) -> PoolError | None:
+        """What tells a caller that this process can no longer reach the pool; None while it can."""
+        ...
 
     def follow(self, client_id: str, known_epoch: int, on_view: OnView) -> None:
         """Call ``on_view`` once, when there is another view than ``known_epoch``, or every few seconds."""

@@ -1,0 +1,77 @@
+"""How a pool and the rest of a cluster share its GPUs: who has them, who waits for them, and what to do about it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.core.generated.autoscaler_pb2 import GetClusterResourceStateReply  # private, seen in Ray 2.60.0
+
+__all__ = ["GpuShare", "read_gpus"]
+
+
+@dataclass(frozen=True, slots=True)
+class GpuShare:
+    """GPUs of a cluster.
+
+    Attributes:
+        total: that it has.
+        free: that nobody has.
+        held: that the pool's replicas have.
+        waiting: that the pool's replicas wait for.
+        others_waiting: that others wait for, such as a trainer's placement group.
+    """
+
+    total: float = 0.0
+    free: float = 0.0
+    held: float = 0.0
+    waiting: float = 0.0
+    others_waiting: float = 0.0
+
+    @property
+    def notice(self) -> str:
+        """What people should know, with the remedy; "" if nobody waits."""
+        of_all = f"of the cluster's {self.total:g} GPUs this pool holds {self.held:g}, others {self._others:g}"
+        if self.waiting:
+            return (
+                f"replicas wait for {self.waiting:g} GPUs: {of_all}, and {self.free:g} are free. End what holds them, "
+                "make the pool smaller (scale), or start it with fewer replicas or a smaller num_gpus"
+            )
+        if self.others_waiting and self.held:
+            return (
+                f"others wait for {self.others_waiting:g} GPUs, such as a trainer: {of_all}, and {self.free:g} are "
+                "free. Make the pool smaller (scale), or start it with leave_gpus=N, which leaves N GPUs to them"
+            )
+        return ""
+
+    @property
+    def _others(self) -> float:
+        return max(0.0, self.total - self.free - self.held)
+
+
+def read_gpus(*, held: float, waiting: float) -> GpuShare:
+    """The cluster's GPUs now, for a pool whose replicas have ``held`` and wait for ``waiting``.
+
+    It asks Ray's head, and waits for the answer: not for an event loop.
+    """
+    total, free = ray.cluster_resources().get("GPU", 0.0), ray.available_resources().get("GPU", 0.0)
+    # Those of the pool's own replicas are among them.
+    others = max(0.0, _pending_gpus() - waiting)
+    return GpuShare(total=total, free=free, held=held, waiting=waiting, others_waiting=others)
+
+
+def _pending_gpus() -> float:
+    """GPUs that tasks, actors and placement groups wait for."""
+    reply = GetClusterResourceStateReply()
+    reply.ParseFromString(ray._private.worker.global_worker.gcs_client.get_cluster_resource_state())
+    state = reply.cluster_resource_state
+    alone: float = sum(_gpus(one.request.resources_bundle) * one.count for one in state.pending_resource_requests)
+    return alone + sum(
+        _gpus(one.resources_bundle) for gang in state.pending_gang_resource_requests for one in gang.requests
+    )
+
+
+def _gpus(bundle: Mapping[str, Any]) -> float:
+    return float(bundle.get("GPU", 0.0))
