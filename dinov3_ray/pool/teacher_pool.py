@@ -384,8 +384,8 @@ def _require_same(name: str, running: PoolSpec, wanted: PoolSpec, placement: Pla
     of_teacher = "; ".join(str(change) for change in changes if change.key.startswith("teacher"))
     if of_teacher:
         raise PoolExistsError(
-            f"a pool named {name!r} is running already, with another teacher ({of_teacher}): give this one another name, "
-            "or end or reload that one"
+            f"a pool named {name!r} is running already, with another teacher ({of_teacher}): give this one another "
+            "name, or end or reload that one"
         )
     if changes:
         log.warning("pool %s runs, and stays as it is; asked for: %s", name, "; ".join(map(str, changes)))

@@ -111,7 +111,8 @@ gpus: 2
         "  - placement.labels.zone must be text (put it in quotes); got 1",
         "  - options.max_batch must be a whole number, at least 1; got 0",
         "  - options.max_wait must be at least 0 seconds, and finite; got True",
-        "  - 'gpus' is not a key of a pool's file (keys: name, namespace, replicas, leave_gpus, teacher, placement, options)",
+        "  - 'gpus' is not a key of a pool's file "
+        "(keys: name, namespace, replicas, leave_gpus, teacher, placement, options)",
     ]
 
 
