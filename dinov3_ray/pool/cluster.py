@@ -74,11 +74,16 @@ class Runtime:
     def __post_init__(self) -> None:
         self._worker = _worker_id()
 
-    @property
-    def connected(self) -> bool:
-        """Whether the connection has not been ended."""
+    def loss(self) -> PoolClosedError | None:
+        """What tells a caller that the connection has been ended; None if it has not."""
         with _shutdown_lock:
-            return _worker_id() == self._worker
+            if _worker_id() == self._worker:
+                return None
+        return PoolClosedError(
+            f"this process has left the pool's Ray at {self.address}: ray.shutdown() was called here. If the pool runs "
+            f"there still, make a new client with RemoteTeacher(name, address={self.address!r}) or "
+            "TeacherPool.connect; if this process had started it, it has ended with the connection: start it again"
+        )
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
@@ -88,8 +93,9 @@ class Runtime:
             PoolClosedError: the connection has been ended.
         """
         with _shutdown_lock:
-            if not self.connected:
-                raise self.was_ended()
+            loss = self.loss()
+            if loss is not None:
+                raise loss
             yield
 
     def fetch(self, submit: Callable[[], Any], timeout: float) -> Any:
@@ -102,22 +108,17 @@ class Runtime:
         """
         with self.held():
             future = submit().future()
-        done = wait(lambda seconds: bool(futures.wait([future], seconds).done) or not self.connected, timeout)
-        if done and not future.done():
-            raise self.was_ended()
+        if (
+            wait(lambda seconds: bool(futures.wait([future], seconds).done or self.loss()), timeout)
+            and not future.done()
+        ):
+            with self.held():  # raises, since the connection has been ended
+                pass
         return future.result(timeout=0)
-
-    def was_ended(self) -> PoolClosedError:
-        """The error for what is asked of a connection that has been ended."""
-        return PoolClosedError(
-            f"this process has left the pool's Ray at {self.address}: ray.shutdown() was called here. If the pool runs "
-            f"there still, make a new client with RemoteTeacher(name, address={self.address!r}) or "
-            "TeacherPool.connect; if this process had started it, it has ended with the connection: start it again"
-        )
 
     def close(self) -> None:
         """End the connection, and the Ray that came with it, if it is ours."""
-        if not self.owned or not self.connected:
+        if not self.owned or self.loss():
             return
         ray.shutdown()
         # ray.init() turns token authentication on by setting this for the whole process, and leaves it set.

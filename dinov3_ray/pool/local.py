@@ -92,13 +92,12 @@ class LocalController:
         return self._spec
 
     @property
-    def lost(self) -> bool:
-        """Nothing can come between it and its pool."""
-        return False
-
-    @property
     def holds(self) -> bool:
+        """Whether the pool lives for this process."""
         return True
+
+    def loss(self) -> None:
+        """Nothing can come between the pool and this process."""
 
     def hold(self) -> None:
         """One more has started it, with ``exist="connect"``."""

@@ -16,7 +16,7 @@ import torch
 
 from dinov3_ray.checkpoint import verify
 from dinov3_ray.config import DinoV3Config
-from dinov3_ray.errors import ConfigError, PoolClosedError, PoolExistsError, PoolNotFoundError
+from dinov3_ray.errors import ConfigError, PoolClosedError, PoolError, PoolExistsError, PoolNotFoundError
 from dinov3_ray.pool.client.remote import RemoteTeacher
 from dinov3_ray.pool.cluster import NAMESPACE, Runtime, check_name, connect
 from dinov3_ray.pool.control.declaration import Declaration
@@ -58,9 +58,8 @@ class _Control(Protocol):
     @property
     def address(self) -> str | None: ...
     @property
-    def lost(self) -> bool: ...
-    @property
     def holds(self) -> bool: ...
+    def loss(self) -> PoolError | None: ...
     def status(self) -> PoolStatus: ...
     def scale(self, low: int, high: int) -> None: ...
     def reload(self, teacher: CheckedSource) -> int: ...
@@ -319,7 +318,7 @@ class TeacherPool:
             teacher.close()
 
     def __repr__(self) -> str:
-        if self._closed or self._control.lost:
+        if self._closed or self._control.loss():
             return f"<TeacherPool {self.name!r}: {'closed' if self._closed else 'its Ray was left'}>"
         status = self.status()
         return f"<TeacherPool {self.name!r}: {status.ready} of {status.target} replicas ready>"
@@ -327,6 +326,9 @@ class TeacherPool:
     def _require_open(self) -> None:
         if self._closed:
             raise PoolClosedError(f"pool {self.name!r} was shut down, or this connection to it closed")
+        loss = self._control.loss()
+        if loss is not None:
+            raise loss
 
 
 def _require_choice(name: str, value: object, choices: Any) -> None:
@@ -393,7 +395,7 @@ def _require_same(name: str, running: PoolSpec, wanted: PoolSpec, placement: Pla
 
 def _end(control: _Control, *, shared: bool) -> None:
     """End a pool, or this process's share of it."""
-    if control.lost and control.holds:
+    if control.holds and control.loss():
         log.warning("pool %s has ended with this process's connection to Ray: ray.shutdown() was called", control.name)
     elif shared:
         control.release()

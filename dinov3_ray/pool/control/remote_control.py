@@ -122,14 +122,13 @@ class RayControl:
         return self._runtime.address
 
     @property
-    def lost(self) -> bool:
-        """Whether this process has left the pool's Ray."""
-        return not self._runtime.connected
-
-    @property
     def holds(self) -> bool:
         """Whether the pool lives for this process."""
         return self._holder is not None
+
+    def loss(self) -> PoolError | None:
+        """What tells a caller that this process has left the pool's Ray; None if it has not."""
+        return self._runtime.loss()
 
     def status(self) -> PoolStatus:
         status = self._call("status")

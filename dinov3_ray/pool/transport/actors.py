@@ -99,7 +99,7 @@ class RayTransport:
         self._kept_lock = threading.Lock()
 
     def loss(self) -> PoolError | None:
-        return None if self._runtime.connected else self._runtime.was_ended()
+        return self._runtime.loss()
 
     def follow(self, client_id: str, known_epoch: int, on_view: OnView) -> None:
         # The call itself shows the controller that this client is alive.
