@@ -83,8 +83,8 @@ def summary(status: PoolStatus) -> str:
 
 
 def render(status: PoolStatus, rate: Mapping[str, ReplicaRate]) -> RenderableType:
-    """The whole of it: a headline, a row for each replica, totals, and the last errors."""
-    return Group(_headline(status), _ReplicaRows(status, rate), _recent_errors(status))
+    """The whole of it: a headline, a row for each replica, totals, who waits for GPUs, and the last errors."""
+    return Group(_headline(status), _ReplicaRows(status, rate), _troubles(status))
 
 
 class _ReplicaRows:
@@ -167,8 +167,10 @@ def _totals(status: PoolStatus, rate: Mapping[str, ReplicaRate]) -> dict[str, st
     }
 
 
-def _recent_errors(status: PoolStatus) -> Table:
+def _troubles(status: PoolStatus) -> Table:
     table = Table.grid("", "", padding=(0, 2))  # long ones wrap next to their headline, not below it
+    if status.gpus and status.gpus.notice:
+        table.add_row(Text("GPUs", "bold yellow", no_wrap=True), Text(status.gpus.notice))
     for index, error in enumerate(status.recent_errors[-_SHOWN_ERRORS:]):
         table.add_row("" if index else Text("last errors", "bold red", no_wrap=True), Text(error))
     return table

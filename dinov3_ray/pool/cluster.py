@@ -108,13 +108,10 @@ class Runtime:
         """
         with self.held():
             future = submit().future()
-        if (
-            wait(lambda seconds: bool(futures.wait([future], seconds).done or self.loss()), timeout)
-            and not future.done()
-        ):
-            with self.held():  # raises, since the connection has been ended
-                pass
-        return future.result(timeout=0)
+        wait(lambda seconds: bool(futures.wait([future], seconds).done or self.loss()), timeout)
+        if not future.done():
+            raise self.loss() or TimeoutError(f"no answer within {timeout:g} s")
+        return future.result()
 
     def close(self) -> None:
         """End the connection, and the Ray that came with it, if it is ours."""
