@@ -98,8 +98,9 @@ class MembershipMachine(RuleBasedStateMachine):
 
     @rule(count=st.integers(-1, 10))
     def resize(self, count: int) -> None:
-        before = self.members.target
-        assert self.members.resize(count) == (self.members.target != before)
+        before, epoch = self.members.target, self.members.epoch
+        self.members.resize(count)
+        assert self.members.epoch == epoch + (self.members.target != before)
         assert self.members.target == min(max(count, self.low), self.high)
 
     @rule()

@@ -21,7 +21,7 @@ _MOST_DOUBLINGS = 8  # more than the longest takes; 2**1024 is not a float
 _KEPT_ERRORS = 8
 _PLACE_PATIENCE = 20.0  # seconds that a successor waits to be placed before an old replica makes room for it
 _CROWDED_PATIENCE = 5.0  # the same, once the cluster has turned out to be full
-_HOPELESS_STARTS = 3  # waves of failed starts, none between them having succeeded, after which a reload is given up
+_HOPELESS_WAVES = 3  # waves of failed starts, none between them having succeeded, after which a reload is given up
 
 
 class ActionKind(StrEnum):
@@ -127,12 +127,11 @@ class Membership:
         self.target = min(max(self.target, low), high)
         self.epoch += 1
 
-    def resize(self, target: int) -> bool:
-        """Move the target within the bounds. Returns whether it changed."""
+    def resize(self, target: int) -> None:
+        """Move the target within the bounds."""
         target = min(max(target, self.low), self.high)
         changed, self.target = target != self.target, target
         self.epoch += changed
-        return changed
 
     def reload(self) -> bool:
         """Begin the next generation. Returns whether the last one had settled, and so is the one to go back to."""
@@ -145,7 +144,7 @@ class Membership:
     @property
     def is_hopeless(self) -> bool:
         """Whether the current generation does not start, while there is one to go back to."""
-        return self.settled not in (None, self.generation) and self._failures >= _HOPELESS_STARTS
+        return self.settled not in (None, self.generation) and self._failures >= _HOPELESS_WAVES
 
     def go_back(self) -> None:
         """Give up a hopeless generation: the settled one is current again."""

@@ -29,6 +29,7 @@ from dinov3_ray.pool.control.controller import Controller
 from dinov3_ray.pool.control.declaration import Declaration, PoolChange
 from dinov3_ray.pool.control.holders import release_hold, take_hold
 from dinov3_ray.pool.control.status import PoolStatus
+from dinov3_ray.pool.messages import MemberState
 from dinov3_ray.pool.replica.actor import ReplicaProcess
 from dinov3_ray.pool.spec import CheckedSource, Placement, PoolOptions, pickle_source
 
@@ -312,7 +313,7 @@ def wait_ready(
         if generation is not None and status.generation != generation:
             raise _turned(name, generation, status)
         current = [replica for replica in status.replicas if replica.generation == status.generation]
-        ready = sum(replica.state == "ready" for replica in current)
+        ready = sum(replica.state is MemberState.READY for replica in current)
         if ready >= status.low and len(status.replicas) <= status.high and len(current) == len(status.replicas):
             return status
         restarts = status.restarts if restarts is None else restarts

@@ -23,7 +23,7 @@ class ReplicaStatus:
     """One replica: its state (``starting``, ``ready`` or ``draining``), where it runs, and its counters."""
 
     replica_id: str
-    state: str
+    state: MemberState
     generation: int
     seconds_in_state: float
     node_id: str | None = None
@@ -77,7 +77,7 @@ class PoolStatus:
     @property
     def ready(self) -> int:
         """Replicas that take work."""
-        return sum(replica.state == "ready" for replica in self.replicas)
+        return sum(replica.state is MemberState.READY for replica in self.replicas)
 
     @property
     def images(self) -> int:
@@ -161,7 +161,7 @@ def make_status(
         replicas=tuple(
             ReplicaStatus(
                 replica_id=member.replica_id,
-                state=str(member.state),
+                state=member.state,
                 generation=member.generation,
                 seconds_in_state=now - member.since,
                 node_id=record.node_id,
