@@ -1,4 +1,4 @@
-"""Which replica gets a request: what one client knows of each replica, and its choice between them. Pure.
+"""Chooses the replica for a request, from what one client has heard of each. Pure.
 
 The choice is the best of a few replicas with a free place ("power of two choices", Mitzenmacher 2001): the one that
 will be through with its rows first, counting what this client has there, the load that replicas report with their
@@ -53,6 +53,14 @@ _SPEED_LIFE = 60.0  # the same for a measured speed: one slow start must not kee
 _REMEMBERED = range(2, 9)  # winners: as many as the client has requests in flight, within these bounds
 _MOST_OTHERS = 7  # looked at besides a winner: a client with much in flight would look at the whole pool
 _NEAR = 0.95  # a replica on this node wins against one that would be done this much sooner: its bytes travel less
+
+
+class KnownReplica(NamedTuple):
+    """A replica as the pool's view lists it."""
+
+    name: str
+    is_near: bool  # on this client's node
+    fingerprint: str | None  # its teacher's
 
 
 @dataclass(slots=True)

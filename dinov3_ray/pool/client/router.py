@@ -109,13 +109,13 @@ class Router:
         with self._lock:
             handle = Handle(self._batches, len(images), self._cancel)
             self._batches += 1
-        requests = self._buffer.cut(handle, images, spec, max_batch)
+        requests = self._cutter.cut(handle, images, spec, max_batch)
         with self._lock:
             # Under the lock, so that close() comes before or after it: an event behind its end would be lost.
             if not self._closed:
                 self._events.put(lambda: self._accept(requests))
                 return handle
-        self._buffer.release(requests)
+        self._cutter.release(requests)
         handle.finish(self._was_closed())
         return handle
 
@@ -384,7 +384,7 @@ class Router:
     def _release(self, request_id: str) -> None:
         request = self._requests.pop(request_id, None)
         if request is not None:
-            self._buffer.release([request])
+            self._cutter.release([request])
 
     def _cancel(self, handle: Handle) -> None:
         def cancel() -> None:

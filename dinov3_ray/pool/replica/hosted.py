@@ -1,4 +1,4 @@
-"""A replica inside the process that uses it: what an extraction's actors host, with no router and no wire between."""
+"""A replica inside the process that uses it: what an extraction's actors host, without router and transport."""
 
 from __future__ import annotations
 

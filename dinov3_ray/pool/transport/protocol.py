@@ -13,7 +13,7 @@ __all__ = ["Gone", "OnAnswer", "OnView", "Transport", "Unreachable"]
 
 
 class Gone(Exception):  # noqa: N818 - not a user's error: it reports to the router that the other side is gone
-    """A replica or the controller is dead or cannot be reached; the message says how that showed."""
+    """A replica or the controller is dead for good; the message says how that showed."""
 
 
 class Unreachable(Exception):  # noqa: N818 - not a user's error either
