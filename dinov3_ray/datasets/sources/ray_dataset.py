@@ -1,4 +1,4 @@
-"""Images that come as rows of a Ray Dataset, and the settings with which Ray Data runs the extractors."""
+"""Images that come as rows of a Ray Dataset, and the settings with which Ray Data runs the workers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The listing of a run's images, kept in its output folder, from which workers read their blocks."""
+"""Keeps the listing of a run's images in its output folder, from which workers read their blocks."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ Arrow and Parquet have no bfloat16. Values of that dtype are stored as float32, 
 twice the size, and come back as bfloat16; ``dtype="float16"`` stores them at their own size instead (more mantissa,
 less range: a value beyond 65504 is an error, not an infinity).
 
-Values of a column are one contiguous array in the file (see :mod:`pages`), whose offset the ledger notes, and which
+Values of a column are one contiguous array in the file (see ``pages``), whose offset the ledger notes, and which
 readers map instead of decoding. int8 columns of fewer than 256 values have no offset, and are decoded.
 """
 
@@ -49,7 +49,7 @@ SCALE = ".scale"
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """One tensor column of a part: NumPy ``dtype``, ``shape`` a row, and where its values lie (None: to be decoded)."""
+    """A tensor column of a part: NumPy ``dtype``, ``shape`` per row, and where its values lie (None: to be decoded)."""
 
     dtype: str
     shape: tuple[int, ...]
