@@ -26,10 +26,10 @@ class RestartedPool:
 def test_a_reload_that_was_given_up_before_the_restart_is_reported_without_its_reason():
     pool = RestartedPool()
     pool.members.newest = 1
-    with pytest.raises(ReplicaError, match="gone back to the former teacher .* reason was lost"):
+    with pytest.raises(ReplicaError, match=r"gone back to the former teacher .* reason was lost"):
         wait_ready(pool, "test", 5, generation=1)
 
 
 def test_replicas_that_do_not_start_after_the_restart_are_reported_without_a_reason():
-    with pytest.raises(ReplicaError, match="do not start. The reason was lost"):
+    with pytest.raises(ReplicaError, match=r"do not start\. The reason was lost"):
         wait_ready(RestartedPool(), "test", 5)
