@@ -55,14 +55,6 @@ _MOST_OTHERS = 7  # looked at besides a winner: a client with much in flight wou
 _NEAR = 0.95  # a replica on this node wins against one that would be done this much sooner: its bytes travel less
 
 
-class KnownReplica(NamedTuple):
-    """A replica as the pool's view lists it."""
-
-    name: str
-    is_near: bool  # on this client's node
-    fingerprint: str | None  # its teacher's
-
-
 @dataclass(slots=True)
 class _Record:
     """What this client has at one replica, and what it has learned of it."""

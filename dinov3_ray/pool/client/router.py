@@ -78,7 +78,7 @@ class Router:
         self._follow_at: float | None = None
         self._empty_since = time.monotonic()
         self._lock = threading.Lock()
-        self._buffer = RequestCutter(transport, self.client_id, self.max_bytes)
+        self._cutter = RequestCutter(transport, self.client_id, self.max_bytes)
         self._batches = 0
         self._closed = False
         self._ended: PoolError | None = None

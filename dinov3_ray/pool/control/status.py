@@ -12,7 +12,7 @@ from typing import Any
 
 from dinov3_ray.pool.control.gpu_share import GpuShare
 from dinov3_ray.pool.control.membership import Membership, serial_of
-from dinov3_ray.pool.messages import PoolView, ReplicaStatistics, ReplicaView, TeacherInfo
+from dinov3_ray.pool.messages import MemberState, PoolView, ReplicaStatistics, ReplicaView, TeacherInfo
 from dinov3_ray.pool.spec import Lifetime, PoolOptions
 
 __all__ = ["PoolStatus", "ReplicaRecord", "ReplicaStatus", "make_status", "make_view"]
