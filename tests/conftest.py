@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import no_datasets  # noqa: F401 - for transformers, which others import
 import pytest
 import ray
 import torch

@@ -39,7 +39,11 @@ RAY_FREE_FLOORS = 6  # up to training
 ONLY_IN = {"click": "cli"}
 
 # Modules that stand on a package which is not everywhere.
-OPTIONAL = {"integrations.lightning": "lightning", "integrations.ultralytics": "ultralytics"}
+OPTIONAL = {
+    "integrations.lightning": "lightning",
+    "integrations.transformers": "accelerate",
+    "integrations.ultralytics": "ultralytics",
+}
 
 
 def module_name(path: Path) -> str:

@@ -40,7 +40,7 @@ class Distilled(nn.Module):
         self.tap = FeatureTap(self.student, "2").attach()
 
     def forward(self, images: Tensor, targets: Features) -> Tensor:
-        self.student(images.float() / 255)
+        self.student(images.to(self.student[0].weight.dtype) / 255)
         loss: Tensor = self.loss(self.tap.take(), targets)
         return loss
 
