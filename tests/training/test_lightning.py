@@ -6,7 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from lightning_training import COUNT, SPEC, Student, loader, train_and_check, trainer_with
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning_training import COUNT, SPEC, Scenes, Student, loader, train_and_check, trainer_with
 from torch import Tensor
 
 from dinov3_ray import TeacherPool
@@ -42,3 +45,36 @@ def test_several_teachers(tmp_path: Path) -> None:
     student = Both()
     trainer_with(TeacherTargets(teachers, SPEC), tmp_path, limit_train_batches=3, max_epochs=2).fit(student, loader())
     assert student.seen == 2 * list(range(12))
+
+
+@pytest.mark.parametrize("distils", [False, True])
+def test_a_checkpoint_within_an_epoch_resumes_behind_the_last_step(distils: bool, tmp_path: Path) -> None:
+    stateful = pytest.importorskip("torchdata.stateful_dataloader")
+
+    class Plain(Student):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            if distils:
+                return super().training_step(batch, batch_idx)
+            self.seen += batch["index"].tolist()
+            return self.net(batch["img"].float()).mean()
+
+    def fit(folder: Path, checkpoint: Path | None = None) -> list[int]:
+        torch.manual_seed(1)
+        student = Plain()
+        targets = [TeacherTargets(FakeTeacher(), SPEC, depth=4)] if distils else []
+        trainer = Trainer(
+            accelerator="cpu",
+            max_epochs=2,
+            callbacks=[ModelCheckpoint(folder, "{step}", every_n_train_steps=4, save_top_k=-1), *targets],
+            default_root_dir=folder,
+            logger=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        batches = stateful.StatefulDataLoader(Scenes(), batch_size=4, shuffle=True)
+        trainer.fit(student, batches, ckpt_path=None if checkpoint is None else str(checkpoint))
+        return student.seen
+
+    seen = fit(tmp_path / "first")
+    assert sorted(seen) == sorted(2 * list(range(COUNT)))
+    assert fit(tmp_path / "second", tmp_path / "first" / "step=4.ckpt") == seen[16:]
