@@ -71,29 +71,27 @@ def _layer_name(level: object) -> str | None:
     return f"model.{name}" if name.isdecimal() else name or None
 
 
-def named_levels(
-    weights: Mapping[str, float] | None, inputs: Mapping[float, str], default_stride: int
-) -> dict[str, float]:
-    """``weights`` with the names of a model's layers in place of P3, P4, ...
+def named_levels(levels: Levels | None, inputs: Mapping[float, str], default_stride: int) -> dict[str, float]:
+    """The weight of each layer, with the names of a model's layers in place of P3, P4, ...
 
     Args:
-        weights: as :func:`level_weights` gives them; None is the input whose stride is nearest to ``default_stride``.
+        levels: None is the input whose stride is nearest to ``default_stride``.
         inputs: the layers that a model's head takes, by their strides.
 
     Raises:
-        ConfigError: for a level that the model's head does not take, or a layer that is named twice.
+        ConfigError: as for :func:`level_weights`, and for a level that the model's head does not take.
     """
-    if weights is None:
+    if levels is None:
         if not inputs:
             raise ConfigError("distill_layer must be given for this model: its head does not show its inputs' strides")
         return {inputs[min(inputs, key=lambda stride: abs(stride - default_stride))]: 1.0}
-    levels = {f"P{round(math.log2(stride))}": layer for stride, layer in inputs.items()}
+    weights, known = level_weights(levels), {f"P{round(math.log2(stride))}": layer for stride, layer in inputs.items()}
     named: dict[str, float] = {}
     for level, weight in weights.items():
-        name = levels.get(level, level)
+        name = known.get(level, level)
         if name in named or (name is level and re.fullmatch(r"P\d+", level)):
-            known = ", ".join(f"{level} ({layer})" for level, layer in levels.items())
-            raise ConfigError(f"distill_layer must name levels of the model, each once: {known}; got {list(weights)}")
+            there = ", ".join(f"{each} ({layer})" for each, layer in known.items())
+            raise ConfigError(f"distill_layer must name levels of the model, each once: {there}; got {list(weights)}")
         named[name] = weight
     return named
 
