@@ -13,8 +13,8 @@
     │   └── MissingViewError (KeyError)       a stored teacher was asked for a view that it does not hold
     └── PoolError (RuntimeError)              the pool cannot do what was asked
         ├── PoolNotFoundError (LookupError)   no pool of that name
-        ├── PoolExistsError                   a pool of that name is running already
-        ├── PoolClosedError                   used after shutdown() or close()
+        ├── PoolExistsError                   a pool of that name is running already, perhaps with another teacher
+        ├── PoolClosedError                   used after shutdown() or close(), or after its Ray was left
         ├── PoolTimeoutError (TimeoutError)   a deadline passed; says what was waited for
         ├── ForkedProcessError                used in a process forked after connecting
         ├── ReplicaError                      a replica failed and no other could take its work
@@ -101,7 +101,7 @@ class PoolExistsError(PoolError):
 
 
 class PoolClosedError(PoolError):
-    """Used after ``shutdown()`` or ``close()``."""
+    """Used after ``shutdown()`` or ``close()``, or after this process has left the pool's Ray."""
 
 
 class PoolTimeoutError(PoolError, TimeoutError):

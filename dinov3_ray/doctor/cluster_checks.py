@@ -31,8 +31,8 @@ from dinov3_ray.doctor.machine_checks import (
 )
 from dinov3_ray.errors import DinoV3Error, PoolError
 from dinov3_ray.features import FeatureSpec
-from dinov3_ray.pool.cluster import Runtime, connect
-from dinov3_ray.pool.probe import answers, find_obstacle
+from dinov3_ray.pool.cluster import Runtime, connect, open_way
+from dinov3_ray.pool.probe import answers
 from dinov3_ray.pool.spec import TeacherSource
 from dinov3_ray.pool.teacher_pool import TeacherPool
 from dinov3_ray.testing import FakeTeacher
@@ -48,7 +48,7 @@ _PORTS = {"NodeManagerPort": "node manager", "ObjectManagerPort": "object manage
 
 def check_reach(address: str) -> Finding:
     """Check that the head at ``address`` answers, and accepts this machine's token and certificate."""
-    obstacle = find_obstacle(address)
+    obstacle = open_way(address)
     if obstacle is not None:
         return problem("cluster", obstacle.message, obstacle.remedy)
     return fine("cluster", f"{address} answers")

@@ -196,7 +196,10 @@ def check_token(environment: Mapping[str, str], address: str | None) -> Finding:
     if address is None:
         return skipped("token", "no cluster is named (--address, RAY_ADDRESS)")
     mode = environment.get("RAY_AUTH_MODE", "")
-    if mode != "token":
+    named = environment.get("RAY_AUTH_TOKEN_PATH")
+    path = Path(named) if named else Path(environment.get("HOME", "/")) / ".ray" / "auth_token"
+    # Where it is not set, this package's clients show a token that is there to a cluster that asks for one.
+    if mode != "token" and (mode or not (environment.get("RAY_AUTH_TOKEN") or os.access(path, os.R_OK))):
         return problem(
             "token",
             f"RAY_AUTH_MODE is {mode or 'not set'}: a client that joins {address} shows no token",
@@ -205,8 +208,6 @@ def check_token(environment: Mapping[str, str], address: str | None) -> Finding:
     if environment.get("RAY_AUTH_TOKEN"):
         remedy = "put it in a file of mode 0600 and name that in RAY_AUTH_TOKEN_PATH"
         return warning("token", "it is in RAY_AUTH_TOKEN, which /proc and logs may show", remedy)
-    named = environment.get("RAY_AUTH_TOKEN_PATH")
-    path = Path(named) if named else Path(environment.get("HOME", "/")) / ".ray" / "auth_token"
     try:
         text, permissions = path.read_text().strip(), stat.S_IMODE(path.stat().st_mode)
     except OSError as error:

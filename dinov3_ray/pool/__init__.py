@@ -13,7 +13,8 @@ The folder, from what users hold down to what everything stands on::
     messages.py       what client, replica and controller send each other
     metrics.py        Prometheus samples, through Ray's metrics
     kv.py             facts about a pool that outlive its processes, in Ray's key-value store
-    cluster.py        connect to Ray; names of a pool's actors
+    shared_ray.py     one Ray for the ranks that a launcher starts on a node
+    cluster.py        connect to Ray, and notice that it was left; names of a pool's actors
     probe.py          why a Ray cannot be joined: unreachable, token, TLS
     spec.py           PoolSpec, and the options of a pool
 

@@ -11,6 +11,7 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import re
 import subprocess
@@ -31,6 +32,8 @@ from dinov3_ray.pool.spec import Exist
 
 __all__ = ["Rank", "connect_or_share"]
 
+
+log = logging.getLogger("dinov3_ray")
 
 _PATIENCE = 120.0  # seconds in which the keeper's Ray is up
 _RETRY = 0.05
@@ -73,6 +76,14 @@ def connect_or_share(address: str | None, exist: Exist) -> Runtime:
         PoolError: each rank would start a Ray, and a pool.
     """
     rank = Rank.of(os.environ)
+    # Private, seen in Ray 2.60.0: the node that ray.init() has started here, or joined.
+    node = ray._private.worker._global_node if ray.is_initialized() else None
+    if rank is not None and node is not None and node.is_head():
+        log.warning(
+            "rank %d has started a Ray for itself, and so has a pool for itself: leave that to TeacherPool.start(..., "
+            "exist='connect'), or connect all ranks to one Ray",
+            rank.local_rank,
+        )
     if rank is None or address or os.environ.get("RAY_ADDRESS") or ray.is_initialized():
         return connect(address, may_start=True)
     if exist == "connect":

@@ -287,7 +287,8 @@ class TeacherPool:
     def shutdown(self) -> None:
         """End the pool: its clients learn of it, and no actor is left behind. Harmless when repeated.
 
-        A pool that was started with ``exist="connect"`` ends when all that hold it have done this, or have ended.
+        A pool that was started with ``exist="connect"`` ends when all that hold it have done this, or have ended. If it
+        is detached it goes on: ``TeacherPool.connect(name).shutdown()`` ends it.
 
         Raises:
             PoolClosedError: this process has left the pool's Ray, where the pool goes on.

@@ -70,6 +70,9 @@ def test_tokens_that_will_not_do(tmp_path: Path) -> None:
     assert verdict() == (Severity.WARNING, f"others may read {path} (mode 644)")
     path.chmod(0o600)
     assert verdict() == (Severity.FINE, f"in {path}")
+    assert verdict(RAY_AUTH_MODE="") == (Severity.FINE, f"in {path}"), "clients show it where they are asked for one"
+    assert verdict(RAY_AUTH_MODE="disabled")[0] is Severity.PROBLEM
+    assert verdict(RAY_AUTH_MODE="", HOME="/nowhere")[0] is Severity.PROBLEM
     assert verdict(RAY_AUTH_TOKEN="secret")[0] is Severity.WARNING
     assert check_token({}, None).verdict is Severity.SKIPPED
 

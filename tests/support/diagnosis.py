@@ -16,8 +16,9 @@ def doctor(*arguments: object, prefix: tuple[str, ...] = (), token: str | None =
     """The command in a process of its own: (exit status, findings by subject)."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     environment["OMP_NUM_THREADS"] = "1"
+    environment["RAY_AUTH_TOKEN_PATH"] = token or "/nowhere"  # and not this user's own
     if token is not None:
-        environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": token}
+        environment["RAY_AUTH_MODE"] = "token"
     command = [*prefix, sys.executable, "-m", "dinov3_ray", "doctor", "--json", *map(str, arguments)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
     assert "Traceback" not in done.stderr, done.stderr

@@ -246,11 +246,10 @@ class Controller:
         if not each or now < self._look_at_gpus:
             return
         self._look_at_gpus = now + _GPU_LOOK_SECONDS
-        placed = sum(replica.process is not None for replica in self._replicas.values())
-        waiting = each * (len(self._replicas) - placed)
+        unplaced = each * sum(replica.process is None for replica in self._replicas.values())
         before = self._notice()
         try:
-            seen = await asyncio.to_thread(read_gpus, held=each * placed, waiting=waiting)
+            seen = await asyncio.to_thread(read_gpus, wanted=each * len(self._replicas), unplaced=unplaced)
         except Exception as error:  # noqa: BLE001 - it is read off Ray's own protocol, and nothing depends on it
             log.debug("pool %s: the cluster's GPUs cannot be read: %s", self._name, error)
             return

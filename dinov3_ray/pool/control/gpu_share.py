@@ -51,15 +51,16 @@ class GpuShare:
         return max(0.0, self.total - self.free - self.held)
 
 
-def read_gpus(*, held: float, waiting: float) -> GpuShare:
-    """The cluster's GPUs now, for a pool whose replicas have ``held`` and wait for ``waiting``.
+def read_gpus(*, wanted: float, unplaced: float) -> GpuShare:
+    """The cluster's GPUs now, for a pool that wants some for its replicas, of which some have not reported their place.
 
     It asks Ray's head, and waits for the answer: not for an event loop.
     """
     total, free = ray.cluster_resources().get("GPU", 0.0), ray.available_resources().get("GPU", 0.0)
-    # Those of the pool's own replicas are among them.
-    others = max(0.0, _pending_gpus() - waiting)
-    return GpuShare(total=total, free=free, held=held, waiting=waiting, others_waiting=others)
+    # A replica that has a place, and whose process is starting, waits for none.
+    pending = _pending_gpus()
+    waiting = min(unplaced, pending)
+    return GpuShare(total=total, free=free, held=wanted - waiting, waiting=waiting, others_waiting=pending - waiting)
 
 
 def _pending_gpus() -> float:

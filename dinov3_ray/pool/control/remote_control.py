@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import threading
 import time
 import uuid
 from collections.abc import Callable
 from concurrent import futures
+from functools import partial
 from typing import Any, Protocol
 
 import ray
@@ -78,7 +80,6 @@ class RayControl:
         self._runtime = runtime
         self._controller = controller
         self._holder = holder
-        self._notice = ""
 
     @classmethod
     def start(cls, name: str, namespace: str, runtime: Runtime, declaration: Declaration) -> RayControl:
@@ -106,7 +107,7 @@ class RayControl:
                 f"`dinov3-ray down --name {name}`"
             ) from error
         control = cls(name, namespace, runtime, controller, holder)
-        control.listen()
+        threading.Thread(target=control._listen, name=f"dinov3-notices-{name}", daemon=True).start()
         return control
 
     @classmethod
@@ -230,20 +231,19 @@ class RayControl:
             if process.node_id in alive
         ]
 
-    def listen(self) -> None:
+    def _listen(self) -> None:
         """Log what the controller finds people should know, in this process too: Ray hides what its actors log."""
-        with self._runtime.held():
-            heard = self._controller.notice.remote(self._notice, _LISTEN_SECONDS).future()
-        heard.add_done_callback(self._heard)
-
-    def _heard(self, heard: futures.Future[str]) -> None:
-        if heard.exception() is not None:
-            return
-        before, self._notice = self._notice, heard.result()
-        if self._notice and self._notice != before:
-            log.warning("pool %s: %s", self.name, self._notice)
-        with contextlib.suppress(PoolClosedError):
-            self.listen()
+        known = ""
+        while True:
+            before = known
+            try:
+                known = self._runtime.fetch(partial(self._controller.notice.remote, before, _LISTEN_SECONDS), _PATIENCE)
+            except ray.exceptions.ActorUnavailableError:
+                time.sleep(_RETRY)
+            except (PoolClosedError, TimeoutError, ray.exceptions.RayError):
+                return  # the pool has ended, or cannot be heard
+            if known and known != before:
+                log.warning("pool %s: %s", self.name, known)
 
     def disconnect(self) -> None:
         """Disconnect from Ray, if this process connected to it for this pool."""

@@ -86,7 +86,8 @@ class PoolStatus:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain dictionaries and lists, for JSON."""
-        return {**asdict(self), "ready": self.ready, "images": self.images}
+        notice = self.gpus.notice if self.gpus else ""
+        return {**asdict(self), "ready": self.ready, "images": self.images, "gpu_notice": notice}
 
 
 @dataclass(slots=True)
