@@ -161,18 +161,19 @@ class TeacherPool:
             raise ConfigError(f"local_mode=True runs in this process, and ends with it; got {given}")
         if not local_mode:
             spec.pickled()  # what cannot be pickled is refused before Ray starts
-        deadline = time.monotonic() + timeout
+        left, deadline = timeout, time.monotonic() + timeout
         runtime = None if local_mode else connect_or_share(address, exist)
         try:
             while True:
                 control = _open_control(name, namespace, runtime, spec, lifetime, exist)
                 try:
-                    wait_ready(control, name, max(0.0, deadline - time.monotonic()), on_status=on_status)
+                    wait_ready(control, name, left, on_status=on_status)
                     return cls(name, namespace, control, lifetime=lifetime, shared=exist == "connect")
                 except BaseException as error:
                     _end(control, shared=exist == "connect")
                     given_up = isinstance(error, (PoolNotFoundError, PoolClosedError))
-                    if exist == "error" or not given_up or time.monotonic() > deadline:
+                    left = deadline - time.monotonic()
+                    if exist == "error" or not given_up or left < 0:
                         raise
                     # Whoever started it has given it up: the next try starts it here, and finds out why.
         except BaseException:

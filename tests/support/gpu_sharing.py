@@ -55,7 +55,7 @@ def main() -> None:
     with start(replicas="auto") as pool:
         seen["taken"] = pool.status().target
         trainer = placement_group([{"GPU": 1, "CPU": 1}])
-        until(lambda: "sharing: others wait for 1 GPUs" in "\n".join(heard.lines), "this process is told")
+        until(lambda: "sharing: others wait for 1 GPU" in "\n".join(heard.lines), "this process is told")
         seen["trainer waits"] = notice(pool)
         seen["status"] = CliRunner().invoke(command_line, ["status", "--name", "sharing"]).output
         pool.scale(1)

@@ -33,15 +33,15 @@ class GpuShare:
     @property
     def notice(self) -> str:
         """What people should know, with the remedy; "" if nobody waits."""
-        of_all = f"of the cluster's {self.total:g} GPUs this pool holds {self.held:g}, others {self._others:g}"
+        of_all = f"of the cluster's {_in_words(self.total)} this pool holds {self.held:g}, others {self._others:g}"
         if self.waiting:
             return (
-                f"replicas wait for {self.waiting:g} GPUs: {of_all}, and {self.free:g} are free. End what holds them, "
+                f"replicas wait for {_in_words(self.waiting)}: {of_all}; {self.free:g} are free. End what holds them, "
                 "make the pool smaller (scale), or start it with fewer replicas or a smaller num_gpus"
             )
         if self.others_waiting and self.held:
             return (
-                f"others wait for {self.others_waiting:g} GPUs, such as a trainer: {of_all}, and {self.free:g} are "
+                f"others wait for {_in_words(self.others_waiting)}, such as a trainer: {of_all}; {self.free:g} are "
                 "free. Make the pool smaller (scale), or start it with leave_gpus=N, which leaves N GPUs to them"
             )
         return ""
@@ -61,6 +61,10 @@ def read_gpus(*, wanted: float, unplaced: float) -> GpuShare:
     pending = _pending_gpus()
     waiting = min(unplaced, pending)
     return GpuShare(total=total, free=free, held=wanted - waiting, waiting=waiting, others_waiting=pending - waiting)
+
+
+def _in_words(gpus: float) -> str:
+    return f"{gpus:g} GPU{'' if gpus == 1 else 's'}"
 
 
 def _pending_gpus() -> float:

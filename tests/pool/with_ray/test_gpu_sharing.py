@@ -32,9 +32,9 @@ def test_pool_and_trainer_share_two_gpus() -> None:
     assert (seen["left"], seen["taken"]) == (1, 2)
     assert seen["nobody waits"] == ""
     assert "leave_gpus=2 must leave the pool num_gpus=1 of the cluster's 2 GPUs at least" in seen["leave too many"]
-    assert "others wait for 1 GPUs" in seen["trainer waits"]
+    assert "others wait for 1 GPU" in seen["trainer waits"]
     assert "of the cluster's 2 GPUs this pool holds 2, others 0" in seen["trainer waits"]
     assert "leave_gpus=N" in seen["trainer waits"]
-    assert "others wait for 1 GPUs" in " ".join(seen["status"].split())
+    assert "others wait for 1 GPU" in " ".join(seen["status"].split())
     assert "0 of 1 replicas ready" in seen["pool waits"]
-    assert "replicas wait for 1 GPUs: of the cluster's 2 GPUs this pool holds 0, others 2" in seen["pool waits"]
+    assert "replicas wait for 1 GPU: of the cluster's 2 GPUs this pool holds 0, others 2" in seen["pool waits"]
