@@ -313,7 +313,7 @@ def wait_ready(
         if generation is not None and status.generation != generation:
             raise _turned(name, generation, status)
         current = [replica for replica in status.replicas if replica.generation == status.generation]
-        ready = sum(replica.state is MemberState.READY for replica in current)
+        ready = sum(replica.state == MemberState.READY for replica in current)
         if ready >= status.low and len(status.replicas) <= status.high and len(current) == len(status.replicas):
             return status
         restarts = status.restarts if restarts is None else restarts
@@ -339,7 +339,7 @@ def _turned(name: str, generation: int, status: PoolStatus) -> PoolError:
 
 def _last_error(status: PoolStatus) -> str:
     # A controller that was started again does not have the errors of the one before.
-    return status.recent_errors[-1] if status.recent_errors else "the reason is in the log of the pool's controller"
+    return status.recent_errors[-1] if status.recent_errors else "The reason was lost when the controller was started again; its log has it."
 
 
 def _waits_for(status: PoolStatus) -> str:

@@ -77,7 +77,7 @@ class PoolStatus:
     @property
     def ready(self) -> int:
         """Replicas that take work."""
-        return sum(replica.state is MemberState.READY for replica in self.replicas)
+        return sum(replica.state == MemberState.READY for replica in self.replicas)
 
     @property
     def images(self) -> int:
