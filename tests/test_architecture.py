@@ -18,22 +18,44 @@ PACKAGE = Path(dinov3_ray.__file__).parent
 TESTS = Path(__file__).parent
 LONGEST = 500  # lines; cutting a noun in halves is no way to get under it
 
-# The floors, from the ground up. A name is a folder, with all in it, or a file of the package itself. Imports only go
-# down: what is named twice, or imports from a floor above its own, stands on two floors, and is two folders.
-FLOORS = [
-    ["errors"],
-    ["features", "images", "interrupts", "pictures", "pixels", "teacher", "validation", "watch"],
-    ["config"],
-    ["testing", "checkpoint"],
-    ["model"],
-    ["training"],
-    ["pool"],
-    ["integrations", "datasets"],
-    ["bench", "demo", "doctor"],
-    ["cli"],
-    ["__main__"],
-]
-RAY_FREE_FLOORS = 6  # up to training
+MOST_FILES = 12  # in a folder, its __init__.py left out
+
+# The floors of the package and of the folders that have folders in them, from the ground up. A name is a folder, with
+# all in it, or a file. Imports only go down: what is named twice, or imports from a floor above its own, stands on two
+# floors, and is two folders.
+FLOORS = {
+    "": [
+        ["errors"],
+        ["features", "images", "interrupts", "pictures", "pixels", "teacher", "validation"],
+        ["watch"],
+        ["config"],
+        ["testing", "checkpoint"],
+        ["model"],
+        ["training"],
+        ["pool"],
+        ["integrations", "datasets"],
+        ["bench", "demo", "doctor"],
+        ["cli"],
+        ["__main__"],
+    ],
+    "pool": [
+        ["kv", "metrics", "probe", "spec"],
+        ["cluster", "messages"],
+        ["poolfile", "shared_ray", "transport"],
+        ["replica"],
+        ["control"],
+        ["local"],
+        ["client"],
+        ["teacher_pool"],
+        ["rollout"],
+    ],
+    "datasets": [
+        ["cache_db", "decode", "folder"],
+        ["cache", "sources"],
+        ["store"],
+        ["extraction", "stored"],
+    ],
+}
 
 # What only one folder imports.
 ONLY_IN = {"click": "cli"}
@@ -80,11 +102,11 @@ def own_imports(name: str) -> set[str]:
     return {full.removeprefix("dinov3_ray.") for full in found if full.startswith("dinov3_ray.")} - {name}
 
 
-def floor_of(name: str) -> int:
-    """The floor of the file or folder of the package that module ``name`` is, or is in."""
-    place = name.split(".")[0]
-    floors = [level for level, names in enumerate(FLOORS) if place in names]
-    assert len(floors) == 1, f"{place} stands on {len(floors)} floors, not on one: see {Path(__file__).name}"
+def floor_of(name: str, folder: str = "") -> int:
+    """The floor, in ``folder``, of the file or folder there that module ``name`` is, or is in."""
+    place = name.removeprefix(f"{folder}." if folder else "").split(".")[0]
+    floors = [level for level, names in enumerate(FLOORS[folder]) if place in names]
+    assert len(floors) == 1, f"{name} stands on {len(floors)} floors, not on one: see {Path(__file__).name}"
     return floors[0]
 
 
@@ -114,11 +136,21 @@ def dunder_all(tree: ast.Module) -> list[str] | None:
 FOLDERS = ["", *(name for name, path in MODULES.items() if name and path.name == "__init__.py")]
 
 
-@pytest.mark.parametrize("name", [name for name in MODULES if name])
-def test_imports_only_go_down(name: str) -> None:
-    for imported in own_imports(name) - {""}:
-        assert imported in MODULES, f"{name} imports {imported}, which is no module"
-        assert floor_of(imported) <= floor_of(name), f"{name} imports {imported}, which stands above it"
+@pytest.mark.parametrize("folder", FLOORS)
+def test_imports_only_go_down(folder: str) -> None:
+    rooms = rooms_of(folder)
+    for room, beside in rooms.items():
+        for other in beside:
+            assert other in rooms, f"{folder}.{room} imports {other}, which is no module"
+            assert floor_of(f"{folder}.{other}".lstrip("."), folder) <= floor_of(
+                f"{folder}.{room}".lstrip("."), folder
+            ), f"{folder}.{room} imports {other}, which stands above it"
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_a_folder_is_one_machine(folder: str) -> None:
+    files = [name for name in MODULES if name.rpartition(".")[0] == folder and name not in FOLDERS]
+    assert len(files) <= MOST_FILES, f"{folder} has {len(files)} files: look for a second machine in it"
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
@@ -137,7 +169,7 @@ def test_some_packages_are_imported_in_one_folder_only(package: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in MODULES if name])
 def test_the_lower_floors_know_no_ray(name: str) -> None:
-    if floor_of(name) < RAY_FREE_FLOORS:
+    if floor_of(name) <= floor_of("training"):
         assert not [full for full in imports(MODULES[name]) if full.split(".")[0] == "ray"]
 
 
