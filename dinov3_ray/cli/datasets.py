@@ -25,6 +25,8 @@ from dinov3_ray.errors import InputError, StoreError
 from dinov3_ray.features import RESULT_DTYPES, Features, FeatureSpec
 from dinov3_ray.model import DinoV3Teacher
 from dinov3_ray.pictures import PcaBasis, save_grid
+from dinov3_ray.pool.client.remote import RemoteTeacher
+from dinov3_ray.pool.cluster import NAMESPACE
 
 __all__ = ["extract_command", "show_command"]
 
@@ -37,6 +39,7 @@ _INTERRUPTED = 130  # the exit status by convention: 128 plus the signal's numbe
 @click.argument("out")
 @click.option("--root", type=click.Path(path_type=Path), help="The teacher's model directory.")
 @click.option("--pool", help="The name of a running pool, instead of --root.")
+@click.option("--namespace", default=NAMESPACE, show_default=True, help="The pool's Ray namespace.")
 @click.option(
     "--outputs",
     default="cls,map",
@@ -91,6 +94,7 @@ def extract_command(
     out: str,
     root: Path | None,
     pool: str | None,
+    namespace: str,
     outputs: dict[str, bool],
     layers: tuple[int, ...],
     no_norm: bool,
@@ -132,7 +136,7 @@ def extract_command(
             out,
             config,
             spec,
-            pool=pool,
+            pool=None if pool is None else RemoteTeacher(pool, namespace=namespace),
             batch_size=batch_size,
             block_size=block_size,
             options=options,

@@ -20,7 +20,8 @@ from dinov3_ray.datasets.folder import PLAN, Folder
 from dinov3_ray.datasets.sources.open import SourceOptions
 from dinov3_ray.errors import ConfigError, DinoV3Error, SpecError, StoreError
 from dinov3_ray.features import FeatureSpec
-from dinov3_ray.pool.cluster import check_name, connect
+from dinov3_ray.pool.client.remote import RemoteTeacher
+from dinov3_ray.pool.cluster import connect
 from dinov3_ray.pool.spec import check_source, pickle_source
 from dinov3_ray.teacher import Extractor
 
@@ -33,7 +34,7 @@ def extract(
     config: DinoV3Config | str | os.PathLike[str] | Callable[[], Extractor] | None = None,
     spec: FeatureSpec = FeatureSpec(cls=True, feature_map=True),  # noqa: B008 - frozen
     *,
-    pool: str | None = None,
+    pool: str | RemoteTeacher | None = None,
     batch_size: int | None = None,
     block_size: int | None = None,
     options: SourceOptions = SourceOptions(),  # noqa: B008 - frozen
@@ -64,7 +65,7 @@ def extract(
         config: the teacher: a configuration, the path of a model directory, or a picklable factory.
         spec: what to extract. Its ``dtype`` is the stored one: float32, float16, int8, or native (the compute dtype;
             bfloat16 is stored as float32, without loss).
-        pool: the name of a running pool, in place of ``config``.
+        pool: the name of a running pool, in place of ``config``; or its client, for a pool in another namespace.
         batch_size: images per forward pass; 32.
         block_size: images per block, the unit that is committed and resumed. By default whole batches (at least one,
             512 images at most) whose features take about 32 MB.
@@ -89,13 +90,12 @@ def extract(
     if (config is None) == (pool is None):
         raise ConfigError("exactly one of config and pool must be given: they say who computes")
     for name, value in (("batch_size", batch_size), ("block_size", block_size)):
-        if value is not None and (not isinstance(value, int) or value < 1):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             raise ConfigError(f"{name} must be an integer, at least 1; got {value!r}")
     teacher = None if config is None else check_source(config)
     if teacher is not None:
         pickle_source(teacher)  # Ray would complain later, in words of its own
-    if pool is not None:
-        check_name(pool)
+    client = RemoteTeacher(pool) if isinstance(pool, str) else pool
     folder = Folder.at(out, out_filesystem)
     old = folder.read_json(PLAN, "source", "batch_size", "block_size", "outputs") if folder.exists(PLAN) else None
     try:
@@ -116,7 +116,7 @@ def extract(
             run = Run(
                 folder,
                 blocks,
-                TeacherChoice(teacher, pool, device, allocation.threads, allocation.passes),
+                TeacherChoice(teacher, client, device, allocation.threads, allocation.passes),
                 spec,
                 options.decoder(),
                 allocation,

@@ -39,14 +39,15 @@ class TeacherChoice:
     """Which teacher computes, and how it is opened in the process that uses it.
 
     Attributes:
-        source: a configuration or a factory, for a replica that is hosted here; None where ``pool`` names a pool.
+        source: a configuration or a factory, for a replica that is hosted here; None where a ``pool`` computes.
+        pool: the client of a pool.
         device: the replica's device.
         threads: CPU threads per forward pass; None leaves torch's setting as it is.
         passes: forward passes in flight; 1 unless the teacher is reentrant and computes on the CPU.
     """
 
     source: CheckedSource | None
-    pool: str | None
+    pool: RemoteTeacher | None
     device: str
     threads: int | None
     passes: int
@@ -59,7 +60,7 @@ class TeacherChoice:
         """
         if self.source is None:
             assert self.pool is not None
-            return RemoteTeacher(self.pool)
+            return self.pool
         # Ray sets one thread for each CPU that an actor reserves; decoding takes the cores only now and then.
         threads = None if self.threads is None else min(self.threads, _cores())
         build = builder(self.source, self.device)

@@ -339,7 +339,11 @@ def _turned(name: str, generation: int, status: PoolStatus) -> PoolError:
 
 def _last_error(status: PoolStatus) -> str:
     # A controller that was started again does not have the errors of the one before.
-    return status.recent_errors[-1] if status.recent_errors else "The reason was lost when the controller was started again; its log has it."
+    return (
+        status.recent_errors[-1]
+        if status.recent_errors
+        else "The reason was lost when the controller was started again; its log has it."
+    )
 
 
 def _waits_for(status: PoolStatus) -> str:

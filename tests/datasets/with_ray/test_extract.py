@@ -324,8 +324,8 @@ def test_a_resumed_run_does_not_list_its_source_again(
 
 def test_through_a_pool_that_is_running(few: Path, fake_store: FeatureStore, tmp_path: Path) -> None:
     # Its replica reserves all CPUs that Ray has: decoding goes on beside it, and does not wait for one to be free.
-    with TeacherPool.start(FakeTeacher.factory(), name="extracting", replicas=1, num_cpus=4):
-        extract(few, tmp_path / "out", None, SPEC, pool="extracting", block_size=16)
+    with TeacherPool.start(FakeTeacher.factory(), name="extracting", replicas=1, num_cpus=4, namespace="apart") as pool:
+        extract(few, tmp_path / "out", None, SPEC, pool=pool.teacher(), block_size=16)
     assert_equal(FeatureStore(tmp_path / "out"), fake_store)
 
 
