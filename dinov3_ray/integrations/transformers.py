@@ -116,7 +116,8 @@ class DistillingTrainer(Trainer):  # type: ignore[misc] # transformers is treate
         self._stream: Prefetch[Any, Features] | None = None
         self._batches: Any = None
         self._statistics = PrefetchStatistics()
-        self._sum, self._count = 0.0, 0
+        self._sum: float | Tensor = 0.0
+        self._count = 0
         super().__init__(*arguments, **keywords)
         if self.args.n_gpu > 1:
             raise ConfigError(
@@ -211,6 +212,9 @@ class DistillingTrainer(Trainer):  # type: ignore[misc] # transformers is treate
         assert self._losses is not None
         try:
             loss: Tensor = super().training_step(*arguments, **keywords)
+        except BaseException:
+            self._end_epoch()
+            raise
         finally:
             self._tap.clear()
         if self.accelerator.num_processes > 1 and self.accelerator.sync_gradients:
@@ -332,7 +336,7 @@ class DistillingTrainer(Trainer):  # type: ignore[misc] # transformers is treate
 
     def _find_images(self, batch: Any) -> Images:
         images = find_images(batch)
-        processor = getattr(self.processing_class, "image_processor", self.processing_class)
+        processor: Any = getattr(self.processing_class, "image_processor", self.processing_class)
         if not isinstance(images, Tensor) or not getattr(processor, "do_normalize", False):
             return images
         mean, deviation = (

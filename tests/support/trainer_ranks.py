@@ -55,6 +55,7 @@ def train(rank: int, world: int, port: int, folder: Path, pool: str | None, addr
         address=address,
         taps="resnet.encoder.stages.1",
     )
+    torch.rand(rank)  # other random numbers in each rank: all must begin with the first one's projector
     trainer.train()
     losses = [(entry["loss"], entry["distillation_loss"]) for entry in trainer.state.log_history if "loss" in entry]
     projector = trainer.distillation

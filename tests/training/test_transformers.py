@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dinov3_ray import TeacherPool
@@ -141,27 +142,28 @@ def test_a_distilled_run_resumes_without_a_teacher_and_a_plain_run_with_one(
 
 @pytest.mark.usefixtures("wide_pool")
 def test_after_an_out_of_memory_error_that_trainer_catches_nothing_of_the_batch_is_kept(tmp_path: Path) -> None:
-    kept: list[weakref.ref[Tensor]] = []
+    failed: list[weakref.ref[Tensor]] = []
     alive: list[bool] = []
 
     class Failing(DistillingTrainer):
+        def get_train_dataloader(self) -> Any:
+            if failed:  # before anything is made for the next attempt
+                gc.collect()
+                alive.extend(each() is not None for each in failed)
+            return super().get_train_dataloader()
+
         def compute_loss(self, model: nn.Module, inputs: Any, *arguments: Any, **keywords: Any) -> Any:
-            if kept:
-                if not alive:
-                    gc.collect()
-                alive.append(kept[0]() is not None)
+            if failed:
                 return super().compute_loss(model, inputs, *arguments, **keywords)
             super().compute_loss(model, inputs, *arguments, **keywords)
-            model(**{name: inputs[name] for name in ("pixel_values", "labels")})  # the tap holds an output now
-            kept.append(weakref.ref(self._tap[TAP]))
+            model(**{name: inputs[name] for name in ("pixel_values", "labels")})
+            failed.extend([weakref.ref(self._tap[TAP]), weakref.ref(inputs["teacher_targets"].feature_map)])
             raise RuntimeError("CUDA out of memory. Tried to allocate a test")
 
     arguments = options(rt_detr(), tmp_path, auto_find_batch_size=True, per_device_train_batch_size=4)
     trainer = Failing(teacher="wide", taps=TAP, **arguments)
     trainer.train()
-    assert len(kept) == 1
-    assert alive
-    assert not any(alive)
+    assert alive == [False, False]
     assert trainer.state.train_batch_size < 4
     assert trainer.state.epoch == 2
 
@@ -188,6 +190,61 @@ def test_many_batches_per_step_are_all_ahead(tmp_path: Path) -> None:
     trainer.train()
     assert trainer.statistics().depth == 8
     assert trainer.state.global_step == 2
+
+
+class Plain(nn.Module):
+    """Any module that ``Trainer`` takes, none of transformers' own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 8, 16, 16), nn.Linear(8, 3)
+
+    def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        outputs = {"logits": self.head(self.stem(pixel_values).mean((2, 3)))}
+        return outputs if labels is None else {"loss": F.cross_entropy(outputs["logits"], labels), **outputs}
+
+
+def by_items(outputs: dict[str, Tensor], labels: Tensor, num_items_in_batch: Tensor) -> Tensor:
+    return F.cross_entropy(outputs["logits"], labels, reduction="sum") / num_items_in_batch
+
+
+@pytest.mark.usefixtures("wide_pool")
+@pytest.mark.parametrize("loss", [None, by_items])
+def test_accumulated_batches_count_as_one_large_batch(loss: Any, tmp_path: Path) -> None:
+    # Trainer divides a model's loss by the number of batches, but not one that counts the items of all of them.
+    samples = [{"pixel_values": Scenes()[index]["pixel_values"], "labels": index % 3} for index in range(12)]
+    runs = []
+    for batch, steps in ((4, 1), (2, 2), (1, 4)):
+        torch.manual_seed(0)
+        arguments = options(
+            Plain(),
+            tmp_path,
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=steps,
+            optim="sgd",
+            learning_rate=0.1,
+            num_train_epochs=1,
+        )
+        arguments |= {"train_dataset": samples, "data_collator": None, "compute_loss_func": loss}
+        trainer = DistillingTrainer(teacher="wide", taps="stem", loss="mse", **arguments)
+        trainer.train()
+        trainer.train()  # goes on with the same model, projector and optimizer
+        runs.append({**dict(trainer.model.named_parameters()), **dict(trainer.distillation.named_parameters())})
+    for name, expected in runs[0].items():
+        torch.testing.assert_close(runs[1][name], expected)
+        torch.testing.assert_close(runs[2][name], expected)
+
+
+@pytest.mark.usefixtures("wide_pool")
+def test_the_projectors_gradients_are_clipped_too(tmp_path: Path) -> None:
+    samples = [{"pixel_values": Scenes()[index]["pixel_values"], "labels": index % 3} for index in range(4)]
+    arguments = options(Plain(), tmp_path, max_grad_norm=1e-3, learning_rate=1.0, optim="sgd", max_steps=1)
+    arguments |= {"train_dataset": samples, "data_collator": None}
+    loss = DistillationLoss("mse", projector=nn.Conv2d(8, 24, 1))
+    trainer = DistillingTrainer(teacher="wide", taps="stem", loss=loss, weight=100, **arguments)
+    trainer.train()
+    before, after = (torch.cat([p.flatten() for p in each.parameters()]) for each in (loss, trainer.distillation))
+    assert torch.linalg.vector_norm(after - before).item() == pytest.approx(1e-3, rel=0.01)
 
 
 def test_the_teacher_sees_normalized_images_as_they_were(tmp_path: Path) -> None:
