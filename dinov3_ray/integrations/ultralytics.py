@@ -138,6 +138,11 @@ class _DistillationTrainer:
         self._group: SideGroup | None = None
         self._criterion: _Criterion | None = None
         super().__init__(cfg, overrides, _callbacks)  # type: ignore[call-arg] # the trainer's, next in line
+        if self._self.args.distill_model is not None:
+            raise ConfigError(
+                f"distill_model must be None where a pool is the teacher; got {self._self.args.distill_model!r} "
+                "(Ultralytics' own trainer takes a YOLO model as teacher)"
+            )
         if self._self.resume:
             options = _saved_beside(Path(self._self.args.model)).get("options", {})
             self.distillation = Distillation(**{**options, **given})
@@ -221,6 +226,20 @@ class _DistillationTrainer:
         if isinstance(labels, dict):
             return {name: value for name, value in labels.items() if name != absent}
         return [name for name in labels if name != absent]
+
+    def save_metrics(self, metrics: dict[str, Any]) -> None:
+        """Ultralytics' row of ``results.csv``, with what is ours last: rows without it stand under the right names.
+
+        Nothing is ours in a file that was begun without it.
+        """
+        names = [f"train/{_LOSS}"]
+        if self._group is not None:
+            names.append(f"lr/pg{len(self._self.optimizer.param_groups) - 1}")
+        own = {name: metrics.pop(name) for name in names if name in metrics}
+        file: Path = self._self.csv
+        if not file.exists() or names[0] in file.read_text(encoding="utf-8").partition("\n")[0].split(","):
+            metrics.update(own)
+        super().save_metrics(metrics)  # type: ignore[misc]
 
     def save_model(self) -> Any:
         """Ultralytics' checkpoints, and the projectors beside them."""

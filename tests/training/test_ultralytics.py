@@ -1,8 +1,8 @@
 """The Ultralytics trainers, for real where Ultralytics imports (it needs torchvision), on tiny data sets.
 
-No GPU has seen them. By hand, with an earlier state of them, Ultralytics' own launch of two ranks over a pool of Ray
-actors (gloo in place of NCCL, and its final validation, which asks for CUDA, left out): both ranks ended with the same
-model and projector.
+Last run on 2026-11-26 with ultralytics 8.4.190, torch 2.13.0 (CPU), Python 3.11, and torchvision 0.28.0 with its ``nms``
+in Python, since the wheel's needs CUDA. By hand, with the same, two ranks (gloo in place of NCCL, and Ultralytics' final
+validation, which asks for CUDA, left out): both ended with the same model and projectors. No GPU has seen them.
 """
 
 from __future__ import annotations
@@ -254,13 +254,14 @@ def test_an_error_leaves_the_model_as_it_was(pool: TeacherPool, tmp_path: Path) 
     assert not [each for each in trainer.made if each() is not None]
 
 
+def stop(trainer: Any) -> None:
+    """A callback that ends a run behind its second epoch."""
+    if trainer.epoch == 1:
+        raise EnoughError
+
+
 def interrupted(folder: Path, task: str, **more: Any) -> Path:
     """The last.pt of a run that ended behind its second epoch of three."""
-
-    def stop(trainer: Any) -> None:
-        if trainer.epoch == 1:
-            raise EnoughError
-
     model = ultralytics.YOLO(MODELS[task])
     model.add_callback("on_fit_epoch_end", stop)
     with pytest.raises(EnoughError):
@@ -280,6 +281,10 @@ def test_a_distilled_checkpoint_resumes_without_this_package(pool: TeacherPool, 
     assert model.trainer.start_epoch == 2
     assert len(steps.losses) == 2
     assert "distill" not in steps.losses[0]
+    header, *rows = [line.split(",") for line in model.trainer.csv.read_text(encoding="utf-8").splitlines()]
+    ours = ["train/distill", f"lr/pg{len(model.trainer.optimizer.param_groups)}"]
+    assert header[-2:] == ours
+    assert [len(row) for row in rows] == [len(header)] * 2 + [len(header) - 2]  # no value stands under another's name
 
 
 @pytest.mark.slow
@@ -326,13 +331,20 @@ def test_other_layers_than_those_of_the_run_are_refused(pool: TeacherPool, tmp_p
 def test_a_plain_checkpoint_resumes_with_new_projectors(
     pool: TeacherPool, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    last = interrupted(tmp_path, "detect")
-    last.with_name("distill.pt").unlink()
-    model = ultralytics.YOLO(last)
+    plain = ultralytics.YOLO(MODELS["detect"])
+    plain.add_callback("on_fit_epoch_end", stop)
+    arguments = options(tmp_path, "detect", epochs=3)
+    del arguments["teacher"]
+    with pytest.raises(EnoughError):
+        plain.train(**arguments)
+    model = ultralytics.YOLO(plain.trainer.last)
     steps = Steps(model)
     model.train(resume=True, trainer=trainers.DetectionDistillationTrainer, teacher="yolo")
     assert len(steps.losses) == 2
+    assert all(0 < each["distill"] < 2 for each in steps.losses)
     assert "the projectors begin anew" in caplog.text
+    lengths = {line.count(",") for line in model.trainer.csv.read_text(encoding="utf-8").splitlines()}
+    assert len(lengths) == 1
 
 
 def test_recovery_from_nan_goes_back_with_the_projectors(pool: TeacherPool, tmp_path: Path) -> None:
@@ -390,6 +402,13 @@ def test_a_rank_is_made_from_the_pickled_launch(pool: TeacherPool, tmp_path: Pat
     assert rank.distillation.distill_layer == {"P3": 2.0, "P4": 1.0}
     rank.train()
     assert rank.train_loader.stream.statistics().steps == 2
+
+
+def test_two_kinds_of_teachers_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"distill_model must be None .* got 'yolo26s\.pt'"):
+        ultralytics.YOLO(MODELS["detect"]).train(
+            trainer=trainers.DetectionDistillationTrainer, **options(tmp_path, "detect", distill_model="yolo26s.pt")
+        )
 
 
 def test_the_teacher_must_be_named(tmp_path: Path) -> None:
