@@ -1,8 +1,9 @@
 """The Ultralytics trainers, for real where Ultralytics imports (it needs torchvision), on tiny data sets.
 
-Last run on 2026-11-26 with ultralytics 8.4.190, torch 2.13.0 (CPU), Python 3.11, and torchvision 0.28.0 with its ``nms``
-in Python, since the wheel's needs CUDA. By hand, with the same, two ranks (gloo in place of NCCL, and Ultralytics' final
-validation, which asks for CUDA, left out): both ended with the same model and projectors. No GPU has seen them.
+Last run on 2026-11-26 with ultralytics 8.4.190, torch 2.13.0 (CPU), Python 3.11, and torchvision 0.28.0 with its
+``nms`` in Python, since the wheel's needs CUDA. By hand, with the same, two ranks (gloo in place of NCCL, and
+Ultralytics' final validation, which asks for CUDA, left out): both ended with the same model and projectors. No GPU
+has seen them.
 """
 
 from __future__ import annotations
