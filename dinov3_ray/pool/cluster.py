@@ -327,7 +327,8 @@ def list_named(namespace: str, prefix: str) -> list[str]:
 
 
 def process_start(pid: int) -> str:
-    """When process ``pid`` of this machine began, in clock ticks since boot (field 22 of its stat file); "" if unknown.
+    """When process ``pid`` of this machine began, in clock ticks since boot (field 22 of its stat file); "" if unknown,
+    or if it has ended and only its parent has not asked how (a zombie).
 
     A process number may be given to another process later; number and start together name one process for good.
     """
@@ -335,7 +336,8 @@ def process_start(pid: int) -> str:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
         return ""
-    return stat.rpartition(")")[2].split()[19]
+    fields = stat.rpartition(")")[2].split()
+    return "" if fields[0] in "ZX" else fields[19]
 
 
 @ray.remote(num_cpus=0, max_retries=0)

@@ -6,6 +6,7 @@ import functools
 import os
 import sys
 import threading
+import time
 from typing import Any
 
 import ray
@@ -51,6 +52,9 @@ def main(name: str, who: str) -> None:
         thread.join()
     else:
         pid = start(name, lifetime="detached" if who == "detached" else "process")
+    if who == "parent" and not os.fork():
+        time.sleep(300)  # as a DataLoader's worker that is busy: it has the connections of its parent
+        os._exit(0)
     print(pid, flush=True)
     ENDS[sys.stdin.readline().strip()]()
 

@@ -50,8 +50,9 @@ def started(address: str, who: str) -> Iterator[tuple[subprocess.Popen[str], int
             process.kill()
 
 
-def test_killed_with_a_stopped_replica_a_restarted_controller_and_a_client(ray_cluster: str) -> None:
-    with started(ray_cluster, "driver") as (process, pid), RemoteTeacher(NAME) as client:
+def test_killed_with_a_fork_a_stopped_replica_a_restarted_controller_and_a_client(ray_cluster: str) -> None:
+    with started(ray_cluster, "parent") as (process, pid), RemoteTeacher(NAME) as client:
+        forks = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
         assert client.extract(IMAGES, SPEC).cls is not None
         status = TeacherPool.connect(NAME).status()
         (replica,) = status.replicas
@@ -66,6 +67,8 @@ def test_killed_with_a_stopped_replica_a_restarted_controller_and_a_client(ray_c
         until(lambda: _error_of(client) != "", "the client has heard of it")
         assert f"process {pid} on" in _error_of(client)
         assert "lifetime='detached' outlives that" in _error_of(client)
+        (fork,) = [int(one) for one in forks if Path(f"/proc/{one}").exists()]
+        os.kill(fork, signal.SIGKILL)  # it was there all the time
 
 
 def _error_of(client: RemoteTeacher) -> str:
