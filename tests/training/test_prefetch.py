@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from failing_loops import MistakeError, batches, fail_in_body, fail_in_images, fail_in_loader, idle
 from sample_features import same
 from stores import build, views
-from streams import picture
 from torch import Tensor
 
 from dinov3_ray import Features, FeatureSpec, RemoteTeacher, TeacherPool
@@ -30,10 +30,6 @@ from dinov3_ray.training.prefetch import AnyTeacher, find_images, prefetch
 SPEC = FeatureSpec(cls=True, feature_map=True)
 
 
-def batches(count: int = 20) -> list[Tensor]:
-    return [torch.stack([picture(2 * number + row, (48, 80)) for row in range(2)]) for number in range(count)]
-
-
 def expected(images: Images, spec: FeatureSpec = SPEC) -> Features:
     return FakeTeacher().extract(images, spec)
 
@@ -41,11 +37,6 @@ def expected(images: Images, spec: FeatureSpec = SPEC) -> Features:
 @pytest.fixture
 def remote(local_pool: TeacherPool) -> RemoteTeacher:
     return local_pool.teacher()
-
-
-def idle(remote: RemoteTeacher) -> bool:
-    statistics = remote.statistics()
-    return statistics.in_flight == statistics.waiting == statistics.in_flight_bytes == 0
 
 
 def threads() -> list[str]:
@@ -116,37 +107,6 @@ def test_memory_is_bounded_by_the_depth(remote: RemoteTeacher, depth: Any) -> No
     assert delivered == 60
     assert stream.statistics().depth <= 2 * remote.parallelism
     assert remote.statistics().peak_in_flight <= 2 * remote.parallelism
-
-
-class MistakeError(Exception):
-    pass
-
-
-def fail_in_loader(remote: RemoteTeacher, error: Exception) -> None:
-    def loader() -> Iterator[Tensor]:
-        yield from batches(8)
-        raise error
-
-    for _ in remote.prefetch(loader(), SPEC):
-        pass
-
-
-def fail_in_body(remote: RemoteTeacher, error: Exception) -> None:
-    for number, _ in enumerate(remote.prefetch(batches(), SPEC)):
-        if number == 3:
-            raise error
-
-
-def fail_in_images(remote: RemoteTeacher, error: Exception) -> None:
-    left = iter(range(5))
-
-    def images(batch: Tensor) -> Tensor:
-        if next(left, None) is None:
-            raise error
-        return batch
-
-    for _ in remote.prefetch(batches(), SPEC, images=images):
-        pass
 
 
 @pytest.mark.parametrize("fail", [fail_in_loader, fail_in_body, fail_in_images])

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from failing_loops import MistakeError, fail_in_body, fail_in_images, fail_in_loader, idle
 from streams import Pictures, VariedBatches, picture
-from test_prefetch import MistakeError, fail_in_body, fail_in_images, fail_in_loader, idle
 from torch.utils.data import DataLoader
 
 from dinov3_ray import FeatureSpec, RemoteTeacher, TeacherPool
