@@ -17,6 +17,7 @@ from PIL import Image
 
 from dinov3_ray import FeatureSpec, RemoteTeacher, TeacherPool
 from dinov3_ray.datasets import extract
+from dinov3_ray.pool.cluster import connect
 from dinov3_ray.testing import FakeTeacher
 
 IMAGES = torch.arange(2 * 3 * 32 * 32).reshape(2, 3, 32, 32).remainder(256).to(torch.uint8)
@@ -32,7 +33,7 @@ def say(entrance: str, call: Callable[[], object]) -> None:
         seen[entrance] = "nothing"
     except Exception as error:  # noqa: BLE001 - it is what is looked for
         seen[entrance] = f"{type(error).__name__}: {error}"
-    if ray.is_initialized() and entrance != "a new client":
+    if ray.is_initialized() and "new" not in entrance and "another" not in entrance:
         seen["Ray after each"] = entrance
 
 
@@ -73,7 +74,23 @@ def main(images: Path) -> None:
     say("exit of a context", lambda: leave(TeacherPool.start(FakeTeacher.factory(), name="left-too", **OPTIONS)))
     if os.environ.get("RAY_ADDRESS"):
         say("a new client", lambda: RemoteTeacher("elsewhere").extract(IMAGES, SPEC))
+    in_another_ray()
     print(json.dumps(seen))
+
+
+def in_another_ray() -> None:
+    """Somebody has not only left Ray, but joined it again, or another one: that connection is not the pool's."""
+    ray.shutdown()
+    pool = TeacherPool.start(FakeTeacher.factory(), name="left-again", **OPTIONS)
+    remote = pool.teacher()
+    remote.extract(IMAGES, SPEC)
+    ray.shutdown()
+    connect(may_start=True)
+    say("extract in another Ray", lambda: remote.extract(IMAGES, SPEC))
+    say("status in another Ray", pool.status)
+    remote.close()
+    pool.shutdown()
+    seen["the other Ray"] = "is there" if ray.is_initialized() else "was shut down"
 
 
 if __name__ == "__main__":

@@ -70,6 +70,14 @@ def test_ends_are_quiet_and_nothing_starts_a_second_ray(outcomes: dict[str, dict
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("case", ["own", "joined"])
+def test_a_connection_that_somebody_made_since_is_not_the_pools(outcomes: dict[str, dict[str, str]], case: str) -> None:
+    for entrance in ("extract in another Ray", "status in another Ray"):
+        assert outcomes[case][entrance].startswith("PoolClosedError: this process has left the pool's Ray at ")
+    assert outcomes[case]["the other Ray"] == "is there"
+
+
+@pytest.mark.slow
 def test_what_runs_elsewhere_is_still_there(outcomes: dict[str, dict[str, str]]) -> None:
     for end in ("shutdown of a connected pool", "datasets' extract"):
         assert "Error: " in outcomes["own"][end]
