@@ -69,15 +69,15 @@ class Runtime:
     address: str
     owned: bool
     auth_mode_before: str | None = None
-    _worker: str | None = field(init=False)
+    _connection: str | None = field(init=False)
 
     def __post_init__(self) -> None:
-        self._worker = _worker_id()
+        self._connection = _connection()
 
     def loss(self) -> PoolClosedError | None:
         """What tells a caller that the connection has been ended; None if it has not."""
         with _shutdown_lock:
-            if _worker_id() == self._worker:
+            if _connection() == self._connection:
                 return None
         return PoolClosedError(
             f"this process has left the pool's Ray at {self.address}: ray.shutdown() was called here. If the pool runs "
@@ -129,9 +129,13 @@ def _restore_auth_mode(before: str | None) -> None:
         os.environ[_AUTH_MODE] = before
 
 
-def _worker_id() -> str | None:
-    """Ray's name for this process's present connection; None without one."""
-    return ray.get_runtime_context().get_worker_id() if ray.is_initialized() else None
+def _connection() -> str | None:
+    """What names this process's present connection, and no other; None without one."""
+    if not ray.is_initialized():
+        return None
+    # A driver's worker id counts the jobs of its Ray: the first driver of each Ray has the same. The session is the
+    # Ray's own name; private, seen in Ray 2.60.0.
+    return f"{ray._private.worker._global_node.session_name} {ray.get_runtime_context().get_worker_id()}"
 
 
 class _Fork:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import time
 import weakref
@@ -165,15 +164,15 @@ class TeacherPool:
         runtime = None if local_mode else connect_or_share(address, exist)
         try:
             while True:
-                control = _open_control(name, namespace, runtime, spec, lifetime, exist)
+                control, started = _open_control(name, namespace, runtime, spec, lifetime, exist, deadline)
                 try:
                     wait_ready(control, name, left, on_status=on_status)
                     return cls(name, namespace, control, lifetime=lifetime, shared=exist == "connect")
                 except BaseException as error:
-                    _end(control, shared=exist == "connect")
+                    _end(control, shared=not started)
                     given_up = isinstance(error, (PoolNotFoundError, PoolClosedError))
                     left = deadline - time.monotonic()
-                    if exist == "error" or not given_up or left < 0:
+                    if started or not given_up or left < 0:
                         raise
                     # Whoever started it has given it up: the next try starts it here, and finds out why.
         except BaseException:
@@ -339,12 +338,19 @@ def _require_choice(name: str, value: object, choices: Any) -> None:
 
 
 def _open_control(
-    name: str, namespace: str, runtime: Runtime | None, spec: PoolSpec, lifetime: Lifetime, exist: Exist
-) -> _Control:
-    """Start the pool; or join the one that runs, if there is one and ``exist`` allows it.
+    name: str,
+    namespace: str,
+    runtime: Runtime | None,
+    spec: PoolSpec,
+    lifetime: Lifetime,
+    exist: Exist,
+    deadline: float,
+) -> tuple[_Control, bool]:
+    """Start the pool; or join the one that runs, if there is one and ``exist`` allows it. Whether it was started.
 
     Raises:
         PoolExistsError: it does not, or that one serves another teacher.
+        PoolNotFoundError: the name is taken until ``deadline``, by a pool that cannot be joined.
     """
     if runtime is None:
         return _open_local(name, spec, exist)
@@ -354,21 +360,30 @@ def _open_control(
                 placement = resolve_placement(spec.placement)
                 resolved = spec.resolved(placement, auto=_free_replicas(spec, placement)).pickled()
                 declaration = Declaration(resolved, target=resolved.low, lifetime=lifetime)
-                return RayControl.start(name, namespace, runtime, declaration)
+                return RayControl.start(name, namespace, runtime, declaration), True
         except PoolExistsError:
             if exist == "error":
                 raise
-        with contextlib.suppress(PoolNotFoundError):  # it ended just now: this process's turn
-            with runtime.held():
-                control = RayControl.connect(name, namespace, runtime)
-            declared = control.declaration()
-            _require_same(name, declared.spec, spec, placement)
-            if declared.lifetime == "process":
-                control.hold()
-            if declared.lifetime != lifetime == "detached":
-                log.warning("pool %s runs with lifetime='process': it ends with the processes that hold it", name)
-            return control
-        time.sleep(_TURN_SECONDS)
+        try:
+            return _join(name, namespace, runtime, spec, lifetime, placement), False
+        except PoolNotFoundError:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(_TURN_SECONDS)  # it has ended just now: this process's turn
+
+
+def _join(
+    name: str, namespace: str, runtime: Runtime, spec: PoolSpec, lifetime: Lifetime, placement: Placement
+) -> RayControl:
+    with runtime.held():
+        control = RayControl.connect(name, namespace, runtime)
+    declared = control.declaration()
+    _require_same(name, declared.spec, spec, placement)
+    if declared.lifetime == "process":
+        control.hold()
+        if lifetime == "detached":
+            log.warning("pool %s runs with lifetime='process': it ends with the processes that hold it", name)
+    return control
 
 
 def _require_same(name: str, running: PoolSpec, wanted: PoolSpec, placement: Placement) -> None:
@@ -405,21 +420,21 @@ def _end(control: _Control, *, shared: bool) -> None:
         control.shutdown()
 
 
-def _open_local(name: str, spec: PoolSpec, exist: Exist) -> LocalController:
+def _open_local(name: str, spec: PoolSpec, exist: Exist) -> tuple[LocalController, bool]:
     has_gpus = torch.cuda.is_available()
     placement = spec.placement.resolved(has_gpus=True) if has_gpus else Placement(num_gpus=0)
     running = local_pool(name) if exist == "connect" else None
     if running is not None:
         _require_same(name, running.spec, spec, placement)
         running.hold()
-        return running
+        return running, False
     controller = LocalController(name, spec.resolved(placement, auto=1))
     try:
         register_local(controller)
     except BaseException:
         controller.shutdown()
         raise
-    return controller
+    return controller, True
 
 
 def resolve_placement(placement: Placement) -> Placement:

@@ -168,8 +168,13 @@ class RayControl:
         """
         with self._runtime.held():
             self._holder = take_hold(self._namespace, self.name)
-        if not self._call("hold", self._holder):
-            raise PoolNotFoundError(f"pool {self.name!r} is being shut down")
+        try:
+            if not self._call("hold", self._holder):
+                raise PoolNotFoundError(f"pool {self.name!r} is being shut down")
+        except PoolNotFoundError:
+            with self._runtime.held():
+                release_hold(self._holder)
+            raise
 
     def release(self) -> None:
         """No longer hold the pool: it ends if no other process holds it.
