@@ -160,7 +160,9 @@ def test_after_an_out_of_memory_error_that_trainer_catches_nothing_of_the_batch_
             failed.extend([weakref.ref(self._tap[TAP]), weakref.ref(inputs["teacher_targets"].feature_map)])
             raise RuntimeError("CUDA out of memory. Tried to allocate a test")
 
-    arguments = options(rt_detr(), tmp_path, auto_find_batch_size=True, per_device_train_batch_size=4)
+    arguments = options(
+        rt_detr(), tmp_path, auto_find_batch_size=True, per_device_train_batch_size=4, gradient_accumulation_steps=1
+    )
     trainer = Failing(teacher="wide", taps=TAP, **arguments)
     trainer.train()
     assert alive == [False, False]

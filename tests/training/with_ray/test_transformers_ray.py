@@ -31,6 +31,7 @@ def test_two_ranks_train_as_one_that_accumulates_two_batches(ray_cluster: str, t
     mp.start_processes(trainer_ranks.train, args=alone, nprocs=1, start_method="spawn")
     first, second = (torch.load(tmp_path / f"{WORLD}-{rank}.pt") for rank in range(WORLD))
     expected = torch.load(tmp_path / "1-0.pt")
+    assert first["streamed"] == second["streamed"] == 7
     assert len(expected["losses"]) == 2 * trainer_ranks.SAMPLES // (WORLD * trainer_ranks.BATCH)
     for kind in ("parameters", "projector"):
         for name, value in first[kind].items():
