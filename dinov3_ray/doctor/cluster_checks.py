@@ -33,7 +33,7 @@ from dinov3_ray.errors import DinoV3Error, PoolError
 from dinov3_ray.features import FeatureSpec
 from dinov3_ray.pool.cluster import Runtime, connect, open_way
 from dinov3_ray.pool.probe import answers
-from dinov3_ray.pool.spec import TeacherSource
+from dinov3_ray.pool.spec import TeacherGiven
 from dinov3_ray.pool.teacher_pool import TeacherPool
 from dinov3_ray.testing import FakeTeacher
 
@@ -150,7 +150,7 @@ def check_round_trip(root: Path | None, *, in_cluster: bool, timeout: float) -> 
         in_cluster: whether to use the joined cluster.
         timeout: seconds for the start, and for each answer.
     """
-    source: TeacherSource = root or FakeTeacher.factory()
+    source: TeacherGiven = root or FakeTeacher.factory()
     images = torch.randint(0, 256, (_BATCH, 3, 224, 224), dtype=torch.uint8)
     began = time.monotonic()
     try:

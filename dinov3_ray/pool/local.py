@@ -21,7 +21,7 @@ from dinov3_ray.pool.control.status import PoolStatus, ReplicaRecord, make_statu
 from dinov3_ray.pool.messages import Array, MemberState, PoolView, ReplicaView, RequestHeader
 from dinov3_ray.pool.metrics import Sample
 from dinov3_ray.pool.replica.replica import Replica
-from dinov3_ray.pool.spec import CheckedSource, PoolSpec, builder
+from dinov3_ray.pool.spec import CheckedTeacher, PoolSpec, builder
 from dinov3_ray.pool.transport.actors import RayTransport
 from dinov3_ray.pool.transport.protocol import OnAnswer, OnView, Transport
 
@@ -74,7 +74,7 @@ class LocalController:
             self._membership.scale(low, high)
             self._changed.notify_all()
 
-    def reload(self, teacher: CheckedSource) -> int:
+    def reload(self, teacher: CheckedTeacher) -> int:
         with self._changed:
             if self._membership.reload():
                 self._former = self._spec
@@ -150,7 +150,7 @@ class LocalController:
         spec = self._spec
         replica = Replica(
             replica_id,
-            builder(spec.source, spec.placement.device),
+            builder(spec.given, spec.placement.device),
             # No thread count: it would be this whole process's.
             spec.options.model_copy(update={"threads": None}),
             unnamed=f"generation-{self._membership.generation}",

@@ -213,7 +213,7 @@ def changes_between(before: PoolSpec, after: PoolSpec) -> tuple[Change, ...]:
 
 def _entries(spec: PoolSpec) -> dict[str, str]:
     """Every key of the file that describes a pool, with its value as text."""
-    teacher, placement = spec.source, spec.placement
+    teacher, placement = spec.given, spec.placement
     found: dict[str, object] = {
         "replicas": spec.low if spec.low == spec.high else f"[{spec.low}, {spec.high}]",
         "placement.num_gpus": f"{placement.num_gpus:g}",

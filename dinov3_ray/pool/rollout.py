@@ -39,7 +39,7 @@ class Rollout:
         wanted, target = self.wanted, self._target
         if self._control is None:
             pool = TeacherPool.start(
-                target.source,
+                target.given,
                 name=wanted.name,
                 namespace=wanted.namespace,
                 replicas=target.replicas,
@@ -54,7 +54,7 @@ class Rollout:
         generation = None
         # The number last: while replicas are replaced, there are to be as many as before.
         if any(change.rolling for change in self.changes or ()):
-            generation = self._control.change(target.source, placement=target.placement, options=target.options)
+            generation = self._control.change(target.given, placement=target.placement, options=target.options)
         if any(not change.rolling for change in self.changes or ()):
             self._control.scale(target.low, target.high)
         pool = TeacherPool.connect(wanted.name, namespace=wanted.namespace)

@@ -20,7 +20,7 @@ from dinov3_ray.validation import CheckedModel, broken_rule, check, rule
 
 __all__ = [
     "Batching",
-    "CheckedSource",
+    "CheckedTeacher",
     "Exist",
     "Lifetime",
     "Placement",
@@ -28,12 +28,12 @@ __all__ = [
     "PoolSpec",
     "ReplicaCount",
     "ReplicaResources",
-    "TeacherSource",
+    "TeacherGiven",
     "builder",
-    "check_source",
+    "check_teacher",
     "parse_leave_gpus",
     "parse_replicas",
-    "pickle_source",
+    "pickle_teacher",
     "replicas_for",
 ]
 
@@ -188,8 +188,8 @@ def parse_replicas(replicas: object, *, auto: int) -> tuple[int, int]:
     raise ConfigError(f'replicas must be a whole number >= 1, "auto", or (min, max) with min >= 1; got {replicas!r}')
 
 
-CheckedSource = DinoV3Config | Callable[[], Extractor]
-TeacherSource = CheckedSource | str | os.PathLike[str]
+CheckedTeacher = DinoV3Config | Callable[[], Extractor]
+TeacherGiven = CheckedTeacher | str | os.PathLike[str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,7 +203,7 @@ class PoolSpec:
         leave_gpus: GPUs of the cluster that ``"auto"`` leaves to others, such as trainers, whoever has them now.
     """
 
-    teacher: CheckedSource | bytes
+    teacher: CheckedTeacher | bytes
     replicas: ReplicaCount = "auto"
     placement: Placement = field(default_factory=lambda: Placement())
     options: PoolOptions = field(default_factory=lambda: PoolOptions())
@@ -218,7 +218,7 @@ class PoolSpec:
         return parse_replicas(self.replicas, auto=1)[1]
 
     @property
-    def source(self) -> CheckedSource:
+    def given(self) -> CheckedTeacher:
         """The teacher, which must not be pickled."""
         assert not isinstance(self.teacher, bytes)
         return self.teacher
@@ -232,7 +232,7 @@ class PoolSpec:
         Raises:
             ConfigError: the teacher cannot be pickled.
         """
-        return replace(self, teacher=pickle_source(self.source))
+        return replace(self, teacher=pickle_teacher(self.given))
 
     def unpickled(self) -> PoolSpec:
         """
@@ -244,51 +244,51 @@ class PoolSpec:
         return replace(self, teacher=cloudpickle.loads(self.teacher))
 
 
-def check_source(source: TeacherSource) -> CheckedSource:
-    """``source`` as a configuration (read and validated here and now) or a factory.
+def check_teacher(teacher: TeacherGiven) -> CheckedTeacher:
+    """``teacher`` as a configuration (read and validated here and now) or a factory.
 
     Raises:
         ConfigError: if it is neither; a teacher that is made already, too.
     """
-    if isinstance(source, DinoV3Config):
-        return source
-    if isinstance(source, (str, os.PathLike)):
-        return DinoV3Config(root=Path(source))
+    if isinstance(teacher, DinoV3Config):
+        return teacher
+    if isinstance(teacher, (str, os.PathLike)):
+        return DinoV3Config(root=Path(teacher))
     # A torch module, whose class is not imported here, and whose repr is long.
-    is_module = callable(getattr(source, "forward", None)) and not isinstance(source, type)
+    is_module = callable(getattr(teacher, "forward", None)) and not isinstance(teacher, type)
     wanted = (
         "teacher must be a DinoV3Config, a checkpoint directory, or a callable without arguments that returns an "
-        f"object with .extract(images, spec); got {describe(source) if is_module else repr(source)}"
+        f"object with .extract(images, spec); got {describe(teacher) if is_module else repr(teacher)}"
     )
-    if is_module or (isinstance(source, Extractor) and not isinstance(source, type)):
+    if is_module or (isinstance(teacher, Extractor) and not isinstance(teacher, type)):
         raise ConfigError(f"{wanted}, which is made already (pass what it is made of, such as teacher.config)")
-    if not callable(source):
+    if not callable(teacher):
         raise ConfigError(wanted)
     try:
-        inspect.signature(source).bind()
+        inspect.signature(teacher).bind()
     except ValueError:  # a builtin does not say what it takes
         pass
     except TypeError as error:
         raise ConfigError(f"{wanted}, which needs arguments: {error} (use functools.partial)") from error
-    return source
+    return teacher
 
 
-def pickle_source(source: CheckedSource) -> bytes:
-    """``source`` for other processes.
+def pickle_teacher(teacher: CheckedTeacher) -> bytes:
+    """``teacher`` for other processes.
 
     Raises:
         ConfigError: it cannot be pickled.
     """
     try:
-        return cloudpickle.dumps(source)  # type: ignore[no-any-return]
+        return cloudpickle.dumps(teacher)  # type: ignore[no-any-return]
     except Exception as error:
         raise ConfigError(
-            f"teacher must be picklable, since other processes make it; got {source!r}, and {type(error).__name__}: "
+            f"teacher must be picklable, since other processes make it; got {teacher!r}, and {type(error).__name__}: "
             f"{error} (a factory that opens its files, locks and models itself can be pickled)"
         ) from error
 
 
-def builder(source: CheckedSource, device: str) -> Callable[[], Extractor]:
+def builder(source: CheckedTeacher, device: str) -> Callable[[], Extractor]:
     """What makes the teacher on ``device`` (a factory chooses its device itself)."""
 
     def build() -> Extractor:

@@ -26,15 +26,15 @@ from dinov3_ray.pool.poolfile import changes_between
 from dinov3_ray.pool.replica.actor import ReplicaActor
 from dinov3_ray.pool.shared_ray import connect_or_share
 from dinov3_ray.pool.spec import (
-    CheckedSource,
+    CheckedTeacher,
     Exist,
     Lifetime,
     Placement,
     PoolOptions,
     PoolSpec,
     ReplicaCount,
-    TeacherSource,
-    check_source,
+    TeacherGiven,
+    check_teacher,
     parse_leave_gpus,
     parse_replicas,
     replicas_for,
@@ -61,7 +61,7 @@ class _Control(Protocol):
     def loss(self) -> PoolError | None: ...
     def status(self) -> PoolStatus: ...
     def scale(self, low: int, high: int) -> None: ...
-    def reload(self, teacher: CheckedSource) -> int: ...
+    def reload(self, teacher: CheckedTeacher) -> int: ...
     def release(self) -> None: ...
     def shutdown(self) -> None: ...
     def disconnect(self) -> None: ...
@@ -88,7 +88,7 @@ class TeacherPool:
     @classmethod
     def start(
         cls,
-        teacher: TeacherSource,
+        teacher: TeacherGiven,
         *,
         name: str = "dinov3",
         exist: Exist = "error",
@@ -149,7 +149,7 @@ class TeacherPool:
         _require_choice("lifetime", lifetime, Lifetime)
         wanted = {"num_gpus": num_gpus, "num_cpus": num_cpus, "label_selector": dict(label_selector or {})}
         spec = PoolSpec(
-            check_source(teacher),
+            check_teacher(teacher),
             replicas,
             check(Placement, wanted),
             PoolOptions.of(options),
@@ -233,7 +233,7 @@ class TeacherPool:
 
     def reload(
         self,
-        teacher: TeacherSource,
+        teacher: TeacherGiven,
         *,
         wait: bool = True,
         timeout: float = 600.0,
@@ -255,7 +255,7 @@ class TeacherPool:
             PoolTimeoutError: with ``wait``, the old replicas were not all replaced in time; that goes on meanwhile.
         """
         self._require_open()
-        source = check_source(teacher)
+        source = check_teacher(teacher)
         if isinstance(source, DinoV3Config):
             verify(source)  # a damaged file shows here, and not in replica after replica
         generation = self._control.reload(source)

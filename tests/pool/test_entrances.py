@@ -17,7 +17,7 @@ from dinov3_ray import DinoV3Config, DinoV3Teacher, RemoteTeacher, TeacherPool
 from dinov3_ray.datasets import CachedTeacher, StoredTeacher, TargetDataset, extract
 from dinov3_ray.errors import ConfigError
 from dinov3_ray.features import FeatureSpec
-from dinov3_ray.pool.spec import check_source, pickle_source
+from dinov3_ray.pool.spec import check_teacher, pickle_teacher
 from dinov3_ray.testing import FakeTeacher
 from dinov3_ray.training.prefetch import prefetch
 
@@ -91,9 +91,9 @@ def test_what_makes_one_passes(tiny_checkpoint: Path) -> None:
         lambda device="cpu": DinoV3Teacher(config, device),
         int,  # a builtin may not say what it takes: whoever calls it looks at what it gives
     ):
-        assert check_source(source) is source  # type: ignore[arg-type]
-        assert pickle_source(source)  # type: ignore[arg-type]
-    assert check_source(str(tiny_checkpoint)) == config
+        assert check_teacher(source) is source  # type: ignore[arg-type]
+        assert pickle_teacher(source)  # type: ignore[arg-type]
+    assert check_teacher(str(tiny_checkpoint)) == config
 
 
 def test_a_factory_that_cannot_be_pickled_is_refused_before_ray_starts(tmp_path: Path) -> None:

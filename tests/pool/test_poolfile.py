@@ -25,7 +25,7 @@ options: {{batching: dynamic, max_batch: 64}}
 """)
     read = PoolFile.read(path)
     assert (read.name, read.namespace, read.spec.replicas) == ("big", "teachers", (2, 8))
-    teacher, placement = read.spec.source, read.spec.placement
+    teacher, placement = read.spec.given, read.spec.placement
     assert isinstance(teacher, DinoV3Config)
     assert (teacher.root, teacher.dtype, teacher.image_size) == (tiny_checkpoint, "bfloat16", (64, 96))
     assert (placement.num_gpus, placement.num_cpus) == (0.5, 2)

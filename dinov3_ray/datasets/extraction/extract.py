@@ -22,7 +22,7 @@ from dinov3_ray.errors import ConfigError, DinoV3Error, SpecError, StoreError
 from dinov3_ray.features import FeatureSpec
 from dinov3_ray.pool.client.remote import RemoteTeacher
 from dinov3_ray.pool.cluster import connect
-from dinov3_ray.pool.spec import check_source, pickle_source
+from dinov3_ray.pool.spec import check_teacher, pickle_teacher
 from dinov3_ray.teacher import Extractor
 
 __all__ = ["Extraction", "extract"]
@@ -92,10 +92,10 @@ def extract(
     for name, value in (("batch_size", batch_size), ("block_size", block_size)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             raise ConfigError(f"{name} must be an integer, at least 1; got {value!r}")
-    teacher = None if config is None else check_source(config)
+    teacher = None if config is None else check_teacher(config)
     if teacher is not None:
-        pickle_source(teacher)  # Ray would complain later, in words of its own
-    client = RemoteTeacher(pool) if isinstance(pool, str) else pool
+        pickle_teacher(teacher)  # Ray would complain later, in words of its own
+    client = pool if pool is None or isinstance(pool, RemoteTeacher) else RemoteTeacher(pool)
     folder = Folder.at(out, out_filesystem)
     old = folder.read_json(PLAN, "source", "batch_size", "block_size", "outputs") if folder.exists(PLAN) else None
     try:

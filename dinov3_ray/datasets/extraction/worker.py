@@ -25,7 +25,7 @@ from dinov3_ray.pool.client.remote import RemoteTeacher
 from dinov3_ray.pool.client.request import Handle
 from dinov3_ray.pool.replica.device_pipeline import ConcurrentPipeline
 from dinov3_ray.pool.replica.hosted import HostedReplica
-from dinov3_ray.pool.spec import CheckedSource, builder
+from dinov3_ray.pool.spec import CheckedTeacher, builder
 from dinov3_ray.teacher import computed_in
 
 __all__ = ["BlockWorker", "ExtractionJob", "TeacherChoice"]
@@ -39,14 +39,14 @@ class TeacherChoice:
     """Which teacher computes, and how it is opened in the process that uses it.
 
     Attributes:
-        source: a configuration or a factory, for a replica that is hosted here; None where a ``pool`` computes.
+        teacher: a configuration or a factory, for a replica that is hosted here; None where a ``pool`` computes.
         pool: the client of a pool.
         device: the replica's device.
         threads: CPU threads per forward pass; None leaves torch's setting as it is.
         passes: forward passes in flight; 1 unless the teacher is reentrant and computes on the CPU.
     """
 
-    source: CheckedSource | None
+    teacher: CheckedTeacher | None
     pool: RemoteTeacher | None
     device: str
     threads: int | None
@@ -58,12 +58,12 @@ class TeacherChoice:
         Raises:
             Exception: whatever the factory raises, or a pool that cannot be reached.
         """
-        if self.source is None:
+        if self.teacher is None:
             assert self.pool is not None
             return self.pool
         # Ray sets one thread for each CPU that an actor reserves; decoding takes the cores only now and then.
         threads = None if self.threads is None else min(self.threads, _cores())
-        build = builder(self.source, self.device)
+        build = builder(self.teacher, self.device)
         if self.passes == 1:
             return HostedReplica(build, max_batch=max_batch, threads=threads)
         pipeline = partial(ConcurrentPipeline, passes=self.passes, threads=threads)

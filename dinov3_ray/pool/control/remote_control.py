@@ -33,7 +33,7 @@ from dinov3_ray.pool.control.holders import release_hold, take_hold
 from dinov3_ray.pool.control.status import PoolStatus
 from dinov3_ray.pool.messages import MemberState
 from dinov3_ray.pool.replica.actor import ReplicaProcess
-from dinov3_ray.pool.spec import CheckedSource, Placement, PoolOptions, pickle_source
+from dinov3_ray.pool.spec import CheckedTeacher, Placement, PoolOptions, pickle_teacher
 
 __all__ = ["RayControl", "end_replicas", "wait_ready"]
 
@@ -147,17 +147,17 @@ class RayControl:
         return declared
 
     def change(
-        self, teacher: CheckedSource, *, placement: Placement | None = None, options: PoolOptions | None = None
+        self, teacher: CheckedTeacher, *, placement: Placement | None = None, options: PoolOptions | None = None
     ) -> int:
         """Begin to replace the replicas by such with another teacher, placement or options; None leaves them unchanged.
 
         Returns:
             The number of their generation.
         """
-        change = PoolChange(uuid.uuid4().hex, pickle_source(teacher), placement, options)
+        change = PoolChange(uuid.uuid4().hex, pickle_teacher(teacher), placement, options)
         return int(self._call("change", change))
 
-    def reload(self, teacher: CheckedSource) -> int:
+    def reload(self, teacher: CheckedTeacher) -> int:
         return self.change(teacher)
 
     def hold(self) -> None:

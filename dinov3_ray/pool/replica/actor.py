@@ -86,7 +86,7 @@ class ReplicaActor:
         self._replica = Replica(
             setup.replica_id,
             # Unpickled when it is built: a class that is missing on this node is a reason to report like any other.
-            lambda: builder(setup.spec.unpickled().source, setup.spec.placement.device)(),
+            lambda: builder(setup.spec.unpickled().given, setup.spec.placement.device)(),
             setup.spec.options,
             unnamed=f"generation-{setup.generation}",
             threads=setup.threads,
