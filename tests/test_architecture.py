@@ -61,11 +61,7 @@ FLOORS = {
 ONLY_IN = {"click": "cli"}
 
 # Modules that stand on a package which is not everywhere.
-OPTIONAL = {
-    "integrations.lightning": "lightning",
-    "integrations.transformers": "accelerate",
-    "integrations.ultralytics": "ultralytics",
-}
+OPTIONAL = {"integrations.lightning": "lightning", "integrations.ultralytics": "ultralytics"}
 
 
 def module_name(path: Path) -> str:

@@ -23,6 +23,7 @@ for module in (loops, ranks, ray_training, streams):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 @pytest.mark.usefixtures("ray_cluster")
 def test_its_workers_train_with_a_pool_as_with_a_teacher_each_though_one_fails(tmp_path: Path) -> None:
     with TeacherPool.start(FakeTeacher.factory(), name="beside", replicas=1) as pool:
