@@ -25,6 +25,7 @@ from dinov3_ray.datasets.store.schema import Row, encode_columns, spec_to_json
 from dinov3_ray.datasets.store.writer import BlockWriter, finish
 from dinov3_ray.errors import MissingViewError, NumericsError, SpecError, StoreError
 from dinov3_ray.features import Features, FeatureSpec
+from dinov3_ray.images import Images
 from dinov3_ray.model import DinoV3Teacher
 from dinov3_ray.testing import FakeTeacher
 
@@ -112,6 +113,20 @@ def test_a_value_that_float16_cannot_hold_is_an_error() -> None:
     features = Features(cls=torch.tensor([[1.0, 70_000.0]]))
     with pytest.raises(NumericsError, match="holds values up to 65504; output cls reaches 7e"):
         encode_columns(features, FeatureSpec(cls=True, dtype="float16"))
+
+
+def test_what_is_stored_is_not_narrowed_to_infinity(tmp_path: Path) -> None:
+    class Large(FakeTeacher):
+        def extract(self, images: Images, spec: FeatureSpec) -> Features:
+            return super().extract(images, spec).map(lambda _, tensor: tensor.abs() + 70_000)
+
+    build(tmp_path, FeatureSpec(cls=True), Large())
+    teacher = StoredTeacher(FeatureStore(tmp_path))
+    with pytest.raises(NumericsError, match="exceed float16, which ends at 65504"):
+        teacher.extract(views(), FeatureSpec(cls=True, dtype="float16"))
+    features = teacher.extract(views(), FeatureSpec(cls=True, dtype="bfloat16"))
+    assert features.cls is not None
+    assert features.cls.isfinite().all()
 
 
 def test_remote_file_systems_read_what_they_need(tmp_path: Path) -> None:
