@@ -63,6 +63,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path not in slow)
 
 
+@pytest.fixture(autouse=True)
+def interrupts_as_before() -> Iterator[None]:
+    """Some libraries, such as Ray Train, leave a handler of SIGINT behind, which the next test's Ctrl-C would meet."""
+    before = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 # Those whose files stand in scikit-image's wheel: nothing is downloaded. Two are of one size, the rest of their own.
 PHOTOGRAPHS = ("astronaut", "coffee", "chelsea", "rocket", "hubble_deep_field", "immunohistochemistry")
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import ray
 from commandline import run_command
 
 from dinov3_ray import RemoteTeacher, TeacherPool
@@ -31,6 +32,7 @@ def test_another_kind_of_address(entrance: str, address: str) -> None:
 
 def test_one_in_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "ray://head:10001")
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)  # other tests of this process may be connected
     with pytest.raises(ConfigError, match="RAY_ADDRESS must be HOST:PORT"):
         RemoteTeacher().info  # noqa: B018 - it connects
     assert "RAY_ADDRESS must be HOST:PORT" in run_command("status").output

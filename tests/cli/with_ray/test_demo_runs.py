@@ -142,7 +142,7 @@ class InterruptingDisplay(Display):
     @contextmanager
     def training(self, steps: int) -> Iterator[StepReport]:
         def interrupt(*_: object) -> None:
-            assert len(demo_actors()) == 2  # the pool's controller and its replica
+            assert len(demo_actors()) == 3  # the pool's controller, its replica, and what holds it for this process
             os.kill(os.getpid(), signal.SIGINT)
 
         yield interrupt
