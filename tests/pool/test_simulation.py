@@ -30,6 +30,7 @@ def simulate(replicas: int, clients: int, requests: int, load: float) -> dict[st
     }
 
 
+@pytest.mark.slow
 def test_a_thousand_replicas_and_ten_thousand_clients_who_know_little() -> None:
     """Six requests a client: it has heard of at most six replicas of a thousand."""
     by = simulate(1000, 10_000, 60_000, load=0.8)

@@ -15,6 +15,8 @@ from ranks import SPEC
 from dinov3_ray import Features, RemoteTeacher, TeacherPool
 from dinov3_ray.testing import FakeTeacher
 
+pytestmark = pytest.mark.slow  # another trainer's loop, many times over
+
 ACCUMULATE = 3
 
 

@@ -17,6 +17,8 @@ from dinov3_ray import TeacherPool
 from dinov3_ray.integrations.lightning import TeacherTargets
 from dinov3_ray.testing import FakeTeacher
 
+pytestmark = pytest.mark.slow  # another trainer's loop, many times over
+
 
 class Everyday(LightningModule):
     """Records each batch with its loss, and after how many batches the optimizer stepped."""

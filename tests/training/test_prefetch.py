@@ -281,6 +281,7 @@ def resident_bytes() -> int:
     return pages * resource.getpagesize()
 
 
+@pytest.mark.slow
 def test_host_memory_does_not_grow(remote: RemoteTeacher) -> None:
     image = torch.zeros(2, 3, 64, 64, dtype=torch.uint8)
     stream = remote.prefetch((image.clone() for _ in range(2300)), SPEC)

@@ -40,6 +40,8 @@ from transformers import RTDetrForObjectDetection, Trainer
 
 from dinov3_ray.integrations.transformers import DistillingTrainer
 
+pytestmark = pytest.mark.slow  # another trainer's loop, many times over
+
 STEPS = 2 * 3  # optimizer steps of two epochs: see detectors.options
 
 
