@@ -23,6 +23,7 @@ Batch = TypeVar("Batch")
 
 _WATCHED = 8  # parts of a batch that are compared if it is not copied
 _SAMPLE = 4096  # values of a tensor that are compared
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes per value
 _OPAQUE = (str, bytes, int, float, complex, type(None), type, ModuleType, FunctionType, nn.Module, Dataset, DataLoader)
 
 
@@ -103,15 +104,14 @@ def _parts(value: Any, seen: set[int]) -> Iterator[Any]:
 
 def _signature(part: Any) -> object:
     """Changes if the part does; of a large tensor, if a sample of its values does."""
+    if isinstance(part, Tensor):
+        if part.device.type != "cpu" or part.layout is not torch.strided:  # reading a GPU's values would wait for it
+            return None if part.is_inference() else part._version
+        # NumPy does not have all of torch's dtypes, but samples any layout without a copy of the whole.
+        part = part.detach().view(_INTEGERS.get(part.itemsize, part.dtype)).numpy()
     if isinstance(part, np.ndarray):
-        part = torch.from_numpy(part) if part.dtype.kind in "biuf" and part.flags.writeable else torch.empty(0)
-    if not isinstance(part, Tensor):
-        return tuple(map(id, _children(part) or ()))
-    if part.device.type != "cpu" or part.layout is not torch.strided:  # reading a GPU's values would wait for it
-        return part._version
-    with torch.no_grad():
-        values = part.detach().flatten()
-        return values[:: max(1, values.numel() // _SAMPLE)].contiguous().view(torch.uint8).numpy().tobytes()
+        return part.flat[:: max(1, part.size // _SAMPLE)].tobytes()
+    return tuple(map(id, _children(part) or ()))
 
 
 def _copied(value: Any, memo: dict[int, Any]) -> Any:

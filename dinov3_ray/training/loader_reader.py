@@ -62,6 +62,7 @@ class LoaderReader(Generic[Batch]):
         self._trial = _TRIAL
         self._changes = False
         self._exhausted = False
+        self._has_ended = False  # before this pass
 
     @property
     def has_state(self) -> bool:
@@ -91,13 +92,17 @@ class LoaderReader(Generic[Batch]):
 
     def begin(self) -> None:
         """Begin a pass."""
+        before = _attributes_of(self.loader)
         iterator = iter(self.loader)
-        # A DataLoader with persistent workers returns the iterator of the last pass, but has reset it.
-        continues = iterator is self._last_iterator() and not isinstance(self.loader, DataLoader)
-        if iterator is not self.loader and not continues:
+        if iterator is self.loader:
+            # Some loaders are their own iterator, and __iter__ sets them back to their beginning.
+            continues = _attributes_of(self.loader) == before
+        else:
+            # A DataLoader with persistent workers returns the iterator of the last pass, but has reset it.
+            continues = iterator is self._last_iterator() and not isinstance(self.loader, DataLoader)
+        if not continues:
             self._left.clear()
-        elif self._exhausted and not self._left:
-            log.warning("this pass has no batches: the loader is an iterator that has ended (pass a loader instead)")
+        self._has_ended = continues and self._exhausted
         self._iterator, self._exhausted, self._delivered, self._last_drawn = iterator, False, None, None
 
     def draw(self) -> Images | None:
@@ -111,6 +116,8 @@ class LoaderReader(Generic[Batch]):
             batch = next(self._iterator, _END)
             if isinstance(batch, _End):
                 self._exhausted = True
+                if self._has_ended and self._last_drawn is None:
+                    log.warning("this pass has no batches: the loader is an iterator that has ended (pass a loader)")
                 return None
             self._left.append((batch, self._state_after_draw()))
         batch, state = self._left[0]  # it stays there if images() raises
@@ -178,6 +185,11 @@ class LoaderReader(Generic[Batch]):
         for name, value in shown.items():
             setattr(self.loader, name, value)
         return _LoaderState(flags=flags)
+
+
+def _attributes_of(loader: object) -> dict[str, int]:
+    """Which objects the attributes of ``loader`` are."""
+    return {name: id(value) for name, value in getattr(loader, "__dict__", {}).items()}
 
 
 class _End:

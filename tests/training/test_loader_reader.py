@@ -29,7 +29,8 @@ Pair = namedtuple("Pair", ["img", "number"])
 
 
 def number_of(images: Any) -> int:
-    return int(torch.as_tensor(images[0]).flatten()[0])
+    first = images[0]
+    return int(first.flatten()[0])
 
 
 def stream_of(loader: Iterable[Any], depth: Any = 4, images: Callable[[Any], Any] | None = None) -> Prefetch[Any, Any]:
@@ -133,6 +134,24 @@ def test_an_error_loses_no_batch_of_an_iterator(where: str) -> None:
     assert seen == list(range(10))
 
 
+@pytest.mark.parametrize("depth", DEPTHS)
+def test_a_loader_that_is_its_own_iterator_and_sets_itself_back_begins_anew(
+    depth: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Loader:
+        def __iter__(self) -> Loader:
+            self.numbers = iter(range(12))
+            return self
+
+        def __next__(self) -> Tensor:
+            return numbered(next(self.numbers))
+
+    stream = stream_of(Loader(), depth)
+    passes = [take(stream, 5), take(stream, 5), take(stream), take(stream)]
+    assert passes == [[0, 1, 2, 3, 4]] * 2 + [list(range(12))] * 2
+    assert "has ended" not in caplog.text
+
+
 def test_a_loader_that_can_be_repeated_begins_anew_and_ends_with_its_pass() -> None:
     ended = []
 
@@ -191,6 +210,7 @@ class Ring:
             yield self._wrap(buffer)
 
 
+HALF = numbered(0).bfloat16()
 REUSED_DICT: dict[str, Any] = {}
 
 
@@ -204,6 +224,9 @@ FILLED_AGAIN: dict[str, tuple[Iterable[Any], Callable[[Any], Any]]] = {
     "two buffers": (Ring(lambda buffer: buffer, buffers=2), lambda batch: batch),
     "three buffers": (Ring(lambda buffer: {"img": buffer}, buffers=3), lambda batch: batch["img"]),
     "array": (Ring(lambda buffer: buffer.numpy()), lambda batch: batch),
+    "flipped array": (Ring(lambda buffer: buffer.numpy()[:, ::-1]), lambda batch: batch),
+    "channels last": (Ring(lambda buffer: buffer.permute(0, 2, 3, 1)), lambda batch: batch.permute(0, 3, 1, 2)),
+    "bfloat16": (Ring(lambda buffer: HALF.copy_(buffer)), lambda batch: batch),
     "list of images": (Ring(lambda buffer: list(buffer)), lambda batch: batch),
     "pair": (Ring(lambda buffer: (buffer, torch.ones(2))), lambda batch: batch[0]),
     "named tuple": (Ring(lambda buffer: Pair(buffer, 3)), lambda batch: batch.img),
