@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import click
 
-from dinov3_ray.cli.values import Command, ImageSize
+from dinov3_ray.cli.values import Command, ImageSize, address_option
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -45,11 +45,6 @@ def _quick(what: str) -> Callable[[Command], Command]:
     return click.option("--quick", is_flag=True, help=f"{what}, to see that it works.")
 
 
-_address = click.option(
-    "--address",
-    metavar="HOST:PORT",
-    help="The Ray to join. [default: RAY_ADDRESS, or a Ray that is started for this run]",
-)
 _as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
 _positive = click.FloatRange(0, min_open=True)
 
@@ -67,7 +62,7 @@ def bench() -> None:
 @click.option("--batches", default=100, show_default=True, type=click.IntRange(1), help="Batches in each run.")
 @_repeats(3)
 @_quick("A fifth of the batches, one run")
-@_address
+@address_option
 @_as_json
 def pool(replicas: int, batches: int, repeats: int, quick: bool, address: str | None, as_json: bool) -> None:
     """What share of its accelerators' speed a pool delivers, compared with ActorPool, Serve and Ray Data.
@@ -167,7 +162,7 @@ def teacher(
     help="The rate of the whole pool, as a multiple of what the student needs.",
 )
 @_quick("A fourth of the steps, one pass")
-@_address
+@address_option
 @_as_json
 def training(
     replicas: tuple[int, ...],
@@ -212,7 +207,7 @@ def training(
 )
 @_repeats(3)
 @_quick("64 images, one run, a tiny teacher")
-@_address
+@address_option
 @_as_json
 def dataset(
     images: int, variant: str, compute_dtype: str, repeats: int, quick: bool, address: str | None, as_json: bool
@@ -240,7 +235,7 @@ def dataset(
     help="Gbit/s of a client on another node.",
 )
 @_quick("Few points, up to 4 replicas and 2 clients")
-@_address
+@address_option
 @_as_json
 def scaling(seconds: float | None, network: float, quick: bool, address: str | None, as_json: bool) -> None:
     """What a pool costs as replicas, images per batch, sizes of maps and clients grow, and which part limits it.
@@ -270,7 +265,7 @@ def scaling(seconds: float | None, network: float, quick: bool, address: str | N
 @bench.command(short_help="One result's way to the client, compared with plain actors.")
 @_repeats(50, "Results that count.")
 @_quick("A tenth of the results")
-@_address
+@address_option
 @_as_json
 def transport(repeats: int, quick: bool, address: str | None, as_json: bool) -> None:
     """How fast one result reaches the client.

@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from dinov3_ray.cli.values import Colour, ImageSize, Integers, Outputs
+from dinov3_ray.cli.values import Colour, ImageSize, Integers, Outputs, address_option
 from dinov3_ray.config import DinoV3Config
 from dinov3_ray.datasets.decode import MAX_PIXELS, Decoder
 from dinov3_ray.datasets.extraction.extract import extract
@@ -81,11 +81,7 @@ _INTERRUPTED = 130  # the exit status by convention: 128 plus the signal's numbe
     type=Colour(),
     help="The colour behind transparent pixels.",
 )
-@click.option(
-    "--address",
-    metavar="HOST:PORT",
-    help="The Ray to join. [default: RAY_ADDRESS, or a Ray that is started for this run]",
-)
+@address_option
 @click.option("--dry-run", is_flag=True, help="Show what would be written, and stop.")
 @click.option("--force", is_flag=True, help="Start even if the result does not fit the disk.")
 @click.option("--quiet", is_flag=True, help="Show no progress bar.")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from dinov3_ray.cli.values import address_option
 from dinov3_ray.interrupts import Interrupts
 
 __all__ = ["demo"]
@@ -37,11 +38,7 @@ __all__ = ["demo"]
 )
 @click.option("--replicas", type=click.IntRange(min=1), default=2, show_default=True, help="Teachers in the pool.")
 @click.option("--batch", type=click.IntRange(min=1), default=8, show_default=True, help="Images per step.")
-@click.option(
-    "--address",
-    metavar="HOST:PORT",
-    help="The Ray to join. [default: RAY_ADDRESS, or a Ray that is started for this run]",
-)
+@address_option
 @click.pass_context
 def demo(
     context: click.Context,

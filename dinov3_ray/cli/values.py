@@ -1,4 +1,4 @@
-"""The values that the command line's options take, as click parameter types."""
+"""The values that the command line's options take, as click parameter types, and the option that several share."""
 
 from __future__ import annotations
 
@@ -7,10 +7,27 @@ from typing import Any, TypeVar
 
 import click
 
-__all__ = ["Bytes", "Colour", "Command", "ImageSize", "Integers", "Outputs", "Pair", "PoolOption", "Replicas"]
+__all__ = [
+    "Bytes",
+    "Colour",
+    "Command",
+    "ImageSize",
+    "Integers",
+    "Outputs",
+    "Pair",
+    "PoolOption",
+    "Replicas",
+    "address_option",
+]
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 """What an option decorates."""
+
+address_option = click.option(
+    "--address",
+    metavar="HOST:PORT",
+    help="The Ray to join. [default: RAY_ADDRESS, or a Ray that is started for this run]",
+)
 
 
 class _Value(click.ParamType):  # type: ignore[type-arg]  # no generic class at run time before click 8.2

@@ -27,8 +27,14 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from dinov3_ray.errors import ConfigError, InputError
 
-__all__ = ["DIGEST_SIZE", "MAX_PIXELS", "Decoder", "Unreadable", "UnreadableKind", "view_digest"]
+__all__ = ["DIGEST_SIZE", "IMAGE_EXTENSIONS", "MAX_PIXELS", "Decoder", "Unreadable", "UnreadableKind", "view_digest"]
 
+
+IMAGE_EXTENSIONS = frozenset(
+    {"avif", "bmp", "dib", "gif", "heic", "jfif", "jp2", "jpe", "jpeg", "jpg"}
+    | {"pbm", "pgm", "png", "pnm", "ppm", "tga", "tif", "tiff", "webp"}
+)
+"""Extensions of names that are taken for images where other files are expected too."""
 
 MAX_PIXELS = 89_478_485
 """Pillow's own threshold (a quarter of a gigabyte of RGB): beyond it, an image is taken for a decompression bomb."""

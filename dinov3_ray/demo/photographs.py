@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from dinov3_ray.datasets.decode import Decoder, Unreadable
+from dinov3_ray.datasets.decode import IMAGE_EXTENSIONS, Decoder, Unreadable
 from dinov3_ray.errors import ConfigError, InputError
 
 __all__ = ["Photographs", "draw_scene", "read_photographs"]
@@ -74,9 +74,6 @@ def _rectangle(centre: Point, length: float, breadth: float, angle: float) -> li
     return [_along(end, angle + math.pi / 2, way / 2) for end, way in sides]
 
 
-_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class Photographs:
     """The pictures of a folder, uint8 RGB [3,H_i,W_i], and one line for each file that could not be read."""
@@ -102,7 +99,7 @@ def read_photographs(folder: Path, *, at_most: int, shorter_side: int) -> Photog
         raise ConfigError(f"--images must be a folder of photographs; {folder} is {what}")
     paths = list(islice(_image_paths(folder), at_most))
     if not paths:
-        raise ConfigError(f"--images must hold image files ({', '.join(sorted(_SUFFIXES))}); {folder} has none")
+        raise ConfigError(f"--images must hold image files ({', '.join(sorted(IMAGE_EXTENSIONS))}); {folder} has none")
     decoder = Decoder()
     pictures, skipped = [], []
     for path in paths:
@@ -122,7 +119,7 @@ def read_photographs(folder: Path, *, at_most: int, shorter_side: int) -> Photog
 def _image_paths(folder: Path) -> Iterator[Path]:
     for root, folders, names in os.walk(folder):
         folders.sort()
-        yield from (Path(root, name) for name in sorted(names) if Path(name).suffix.lower() in _SUFFIXES)
+        yield from (Path(root, name) for name in sorted(names) if name.rpartition(".")[2].lower() in IMAGE_EXTENSIONS)
 
 
 def _reduced(picture_3HW: Tensor, shorter_side: int) -> Tensor:

@@ -12,11 +12,11 @@ from typing import Any
 import pyarrow as pa
 from pyarrow import fs as pafs
 
-from dinov3_ray.datasets.decode import MAX_PIXELS, Decoder
+from dinov3_ray.datasets.decode import IMAGE_EXTENSIONS, MAX_PIXELS, Decoder
 from dinov3_ray.datasets.folder import open_path
 from dinov3_ray.datasets.sources.parquet import ParquetSource
 from dinov3_ray.datasets.sources.source import IRREGULAR, FileSource, Source
-from dinov3_ray.datasets.sources.tar import IMAGE_EXTENSIONS, TarSource
+from dinov3_ray.datasets.sources.tar import TarSource
 from dinov3_ray.errors import ConfigError, StoreError
 
 __all__ = ["SourceOptions", "check_there", "matches", "open_source", "reopen_source"]

@@ -10,16 +10,10 @@ from typing import Any
 
 import pyarrow as pa
 
-from dinov3_ray.datasets.decode import Unreadable
+from dinov3_ray.datasets.decode import IMAGE_EXTENSIONS, Unreadable
 from dinov3_ray.datasets.sources.source import Content, check_unique, listing, read_whole
 
-__all__ = ["IMAGE_EXTENSIONS", "TarSource"]
-
-IMAGE_EXTENSIONS = frozenset(
-    {"avif", "bmp", "dib", "gif", "heic", "jfif", "jp2", "jpe", "jpeg", "jpg"}
-    | {"pbm", "pgm", "png", "pnm", "ppm", "tga", "tif", "tiff", "webp"}
-)
-"""Extensions of names that are taken for images where other files are expected too."""
+__all__ = ["TarSource"]
 
 _NO_IMAGE, _DAMAGED, _DANGLING = -1, -2, -3  # in place of a size
 _SLICE = 32
