@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
 import resource
 import shutil
 import subprocess
+import tomllib
 from pathlib import Path
 
 import pytest
 from commandline import run_command
 from diagnosis import Findings, by_subject, doctor, problems
+from paths import REPOSITORY
 
 from dinov3_ray.doctor.cluster_checks import check_token
 from dinov3_ray.doctor.machine_checks import Severity, check_descriptors, check_versions, installed_versions
@@ -52,6 +55,14 @@ def test_old_versions() -> None:
     found = check_versions({**installed_versions(), "ray": "2.53.1"})
     assert (found.verdict, found.message) == (Severity.PROBLEM, "ray is 2.53.1, older than 2.54")
     assert "pip install 'ray>=2.54'" in found.remedy
+
+
+def test_the_least_versions_are_those_of_the_package() -> None:
+    needed = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["dependencies"]
+    bounds = dict(re.fullmatch(r"([\w-]+)(?:\[.*\])?>=([\d.]+)", one).groups() for one in needed)  # type: ignore[union-attr]
+    for name in ("ray", "torch", "transformers"):
+        assert check_versions({**installed_versions(), name: bounds[name]}).verdict is Severity.FINE
+        assert f"older than {bounds[name]}" in check_versions({**installed_versions(), name: "0.1"}).message
 
 
 def test_tokens_that_will_not_do(tmp_path: Path) -> None:
