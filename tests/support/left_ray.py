@@ -37,14 +37,10 @@ def say(entrance: str, call: Callable[[], object]) -> None:
         seen["Ray after each"] = entrance
 
 
-def leave(pool: TeacherPool) -> None:
-    with pool:
-        ray.shutdown()
-
-
 def main(images: Path) -> None:
     Image.fromarray(np.zeros((32, 32, 3), np.uint8)).save(images / "black.png")
     pool = TeacherPool.start(FakeTeacher.factory(delay=0.2), name="left", **OPTIONS)
+    context = pool.__enter__()
     remote = pool.teacher(attempt_timeout=8.0)
     kept = remote.extract(IMAGES, SPEC)
     connected = TeacherPool.connect("left")
@@ -65,13 +61,13 @@ def main(images: Path) -> None:
     say("datasets' extract", lambda: extract(images, images / "out", pool="left", spec=SPEC))
     say("shutdown of a connected pool", connected.shutdown)
     say("close", remote.close)
+    say("exit of a context", lambda: context.__exit__(None, None, None))
     say("shutdown", pool.shutdown)
     say("second shutdown", pool.shutdown)
     expected = FakeTeacher().extract(IMAGES, SPEC).cls
     assert kept.cls is not None
     assert expected is not None
     seen["a result that was there"] = "equal" if torch.equal(kept.cls, expected) else "another"
-    say("exit of a context", lambda: leave(TeacherPool.start(FakeTeacher.factory(), name="left-too", **OPTIONS)))
     if os.environ.get("RAY_ADDRESS"):
         say("a new client", lambda: RemoteTeacher("elsewhere").extract(IMAGES, SPEC))
     in_another_ray()

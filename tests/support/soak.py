@@ -1,6 +1,7 @@
-"""A pool under fire: replicas killed every two seconds, the controller twice, one client once.
+"""A pool under fire: replicas killed every few seconds, the controller twice, one client once.
 
-Run longer by hand: ``python tests/support/soak.py --seconds 1800``. The test in test_soak.py runs it for two minutes.
+Run longer by hand: ``python tests/support/soak.py --seconds 1800``. The test in test_soak.py runs it for two minutes,
+and kills half as often: a new replica every two seconds takes all of two cores.
 """
 
 from __future__ import annotations
@@ -73,9 +74,17 @@ def client(address: str, number: int, batches: int, seconds: float, out: Path) -
 
 
 def soak(
-    address: str, folder: Path, *, batches: int, seconds: float, delay: float, clients: int = 3, replicas: int = 4
+    address: str,
+    folder: Path,
+    *,
+    batches: int,
+    seconds: float,
+    every: float,
+    delay: float = 0.1,
+    clients: int = 3,
+    replicas: int = 4,
 ) -> Outcome:
-    """Run it. The last client is the one that is killed."""
+    """Run it, and kill a replica ``every`` so many seconds. The last client is the one that is killed."""
     chance = random.Random(0)
     outs = [folder / f"client{index}" for index in range(clients)]
     begun = time.monotonic()
@@ -88,7 +97,7 @@ def soak(
             for index, out in enumerate(outs)
         ]
         try:
-            for tick in _every(2.0, while_running=processes[:-1]):
+            for tick in _ticks(every, while_running=processes[:-1]):
                 ready = [one.pid for one in pool.status().replicas if one.state == "ready" and one.pid]
                 victims = [pid for pid in ready if Path(f"/proc/{pid}").exists()]  # the last one may not be missed yet
                 if victims:
@@ -121,7 +130,7 @@ def soak(
     )
 
 
-def _every(seconds: float, while_running: list[subprocess.Popen[bytes]]) -> Iterator[int]:
+def _ticks(seconds: float, while_running: list[subprocess.Popen[bytes]]) -> Iterator[int]:
     tick = 0
     while any(process.poll() is None for process in while_running):
         yield tick
@@ -136,6 +145,7 @@ def _every(seconds: float, while_running: list[subprocess.Popen[bytes]]) -> Iter
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=120)
+    parser.add_argument("--every", type=float, default=2.0)
     parser.add_argument("--client", nargs=5, metavar=("NUMBER", "BATCHES", "SECONDS", "OUT", "ADDRESS"))
     options = parser.parse_args()
     if options.client:
@@ -145,7 +155,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="dr-") as folder:
         ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, _temp_dir=f"{folder}/ray")
         outcome = soak(
-            ray.get_runtime_context().gcs_address, Path(folder), batches=500, seconds=options.seconds, delay=0.1
+            ray.get_runtime_context().gcs_address,
+            Path(folder),
+            batches=500,
+            seconds=options.seconds,
+            every=options.every,
         )
         ray.shutdown()
     print(

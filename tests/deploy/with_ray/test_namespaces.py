@@ -31,17 +31,15 @@ pytestmark = [
 
 
 class Cluster:
-    """Nodes run by the scripts; ``hosts[0]`` is the head's."""
+    """Nodes run by the scripts, with a token and TLS; ``hosts[0]`` is the head's."""
 
-    def __init__(self, hosts: list[Host], folder: Path, *, tls: bool) -> None:
-        self.hosts, self.folder, self.tls = hosts, folder, tls
+    def __init__(self, hosts: list[Host], folder: Path) -> None:
+        self.hosts, self.folder = hosts, folder
         self.address = f"{hosts[0].address}:6379"
         self.token = folder / "token"
         subprocess.run([RAY / "make-token.sh", self.token], check=True, timeout=60)
-        if tls:
-            for host in hosts:
-                command = [RAY / "make-certificates.sh", folder / "tls", host.address]
-                subprocess.run(command, check=True, timeout=60)
+        for host in hosts:
+            subprocess.run([RAY / "make-certificates.sh", folder / "tls", host.address], check=True, timeout=60)
         self.nodes: dict[Host, subprocess.Popen[str]] = {}
 
     def env(self, *, host: Host | None = None, token: bool = True) -> dict[str, str]:
@@ -51,7 +49,7 @@ class Cluster:
         env["PYTHONPATH"] = os.environ.get("PYTHONPATH", "")  # for those who test a checkout that is not installed
         if token:
             env |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(self.token)}
-        if host is not None and self.tls:
+        if host is not None:
             files = self.folder / "tls" / host.address
             env |= {"RAY_USE_TLS": "1", "RAY_TLS_CA_CERT": str(files / "ca.crt")}
             env |= {"RAY_TLS_SERVER_CERT": str(files / "node.crt"), "RAY_TLS_SERVER_KEY": str(files / "node.key")}
@@ -63,7 +61,7 @@ class Cluster:
         # Paths of Ray's sockets must stay under about 100 characters.
         options = ["--ip", host.address, "--token", self.token, "--object-store", "128M", "--cpus", "1"]
         options += ["--temp-dir", self.folder / str(number), "--label", f"role={'teacher' if number else 'trainer'}"]
-        options += ["--tls", self.folder / "tls" / host.address] if self.tls else []
+        options += ["--tls", self.folder / "tls" / host.address]
         # The dashboard takes seconds of a core to start, and nothing here looks at it.
         script = ["worker.sh", "--head", self.address] if number else ["head.sh"]
         rest = [] if number else ["--", "--include-dashboard", "false"]
@@ -95,13 +93,13 @@ class Cluster:
 
 
 @contextmanager
-def running(hosts: int, *, nodes: int, tls: bool = False) -> Iterator[Cluster]:
+def running(hosts: int, *, nodes: int) -> Iterator[Cluster]:
     """A cluster of ``nodes`` nodes in a network of ``hosts``."""
     with (
         tempfile.TemporaryDirectory(prefix="dn-", ignore_cleanup_errors=True) as folder,
-        Network(f"dn{os.getpid()}{'t' if tls else ''}", hosts) as network,
+        Network(f"dn{os.getpid()}", hosts) as network,
     ):
-        cluster = Cluster(network.hosts, Path(folder), tls=tls)
+        cluster = Cluster(network.hosts, Path(folder))
         cluster.start(0)
         cluster.joined(0)
         for number in range(1, nodes):
@@ -138,10 +136,13 @@ def finish(trainer: subprocess.Popen[str], stderr: Path) -> dict[str, Any]:
     return ended
 
 
-def test_three_nodes_one_lost_one_joined(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_three_nodes_with_tls_one_lost_one_joined(tiny_checkpoint: Path, tmp_path: Path) -> None:
     with running(4, nodes=3) as cluster:
         head, lost, stays, new = cluster.hosts
-        stranger = head.start(["dinov3-ray", "status"], env=cluster.env(token=False), log=tmp_path / "stranger")
+        # One has no token; the other has it, and talks in plain text.
+        status = ["dinov3-ray", "status"]
+        stranger = head.start(status, env=cluster.env(host=head, token=False), log=tmp_path / "stranger")
+        plain = head.start(status, env=cluster.env(), log=tmp_path / "plain")
 
         options = ["--replicas", 2, "--num-gpus", 0, "--num-cpus", 1, "--label", "role=teacher", "--threads", 1]
         assert "2 of 2 ready" in cluster.run("up", "--root", tiny_checkpoint, *options)
@@ -179,25 +180,12 @@ def test_three_nodes_one_lost_one_joined(tiny_checkpoint: Path, tmp_path: Path) 
         until(lambda: not {*gone} & {*stays.pids(), *new.pids()}, "no replica outlives its pool", PATIENCE)
 
         assert stranger.wait(PATIENCE) == 1
-        refusal = (tmp_path / "stranger").read_text()
-        assert "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH" in refusal
+        assert "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH" in (tmp_path / "stranger").read_text()
+        assert plain.wait(PATIENCE) == 1
+        assert "RAY_USE_TLS=1" in (tmp_path / "plain").read_text()
 
         for host in (stays, new, head):
             cluster.nodes[host].send_signal(signal.SIGTERM)
         for host in (stays, new, head):
             cluster.nodes[host].wait(60)
             until(lambda host=host: not host.pids(), lambda host=host: f"nothing is left of {host.pids()}", PATIENCE)
-
-
-def test_tls(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    with running(2, nodes=2, tls=True) as cluster:
-        head = cluster.hosts[0]
-        # It has the token, and talks in plain text.
-        plain = head.start(["dinov3-ray", "status"], env=cluster.env(), log=tmp_path / "plain")
-        options = ["--replicas", 1, "--num-gpus", 0, "--num-cpus", 1, "--label", "role=teacher", "--threads", 1]
-        assert "1 of 1 ready" in cluster.run("up", "--root", tiny_checkpoint, *options)
-        trainer = train(cluster, tiny_checkpoint, tmp_path / "trainer")
-        steps_beyond(trainer, tmp_path / "trainer", 0)
-        assert finish(trainer, tmp_path / "trainer")["resends"] == 0
-        assert plain.wait(PATIENCE) == 1
-        assert "RAY_USE_TLS=1" in (tmp_path / "plain").read_text()

@@ -90,7 +90,7 @@ def test_started_by_an_actor_or_a_task_it_ends_with_that(ray_cluster: str, who: 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("end", ["return", "raise", "exit", "os._exit", "ray.shutdown"])
+@pytest.mark.parametrize("end", ["return", "os._exit", "ray.shutdown"])
 def test_the_other_ways_to_end(ray_cluster: str, end: str) -> None:
     with started(ray_cluster, "thread" if end == "return" else "driver") as (process, _):
         print(end, file=process.stdin, flush=True)

@@ -11,7 +11,7 @@ from soak import soak
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_pool_under_fire(ray_cluster: str, tmp_path: Path) -> None:
-    outcome = soak(ray_cluster, tmp_path, batches=500, seconds=120, delay=0.1)
+    outcome = soak(ray_cluster, tmp_path, batches=500, seconds=120, every=4)
     print(
         f"{outcome.seconds:.0f} s: {outcome.replica_kills} replicas killed, {outcome.controller_kills} controllers, "
         f"1 client after {len(outcome.lines[-1])} batches"
