@@ -93,11 +93,12 @@ class _Look:
     @classmethod
     def begin(cls, features: Features) -> _Look:
         finite = sums_are_finite(features)
-        host = torch.empty(finite.shape, dtype=finite.dtype, pin_memory=True)
-        host.copy_(finite, non_blocking=True)
-        event: Any = torch.cuda.Event  # its annotations are partial
-        done = event()
-        done.record(torch.cuda.current_stream(finite.device))
+        with torch.cuda.device(finite.device):  # pinned memory belongs to the current device
+            host = torch.empty(finite.shape, dtype=finite.dtype, pin_memory=True)
+            host.copy_(finite, non_blocking=True)
+            event: Any = torch.cuda.Event  # its annotations are partial
+            done = event()
+            done.record()
         return cls(tuple(name for name, _ in features.named()), host, done)
 
     @property

@@ -1,4 +1,4 @@
-"""The device that a teacher computes on: its dtype, its attention kernels, and a stopwatch that does not block it."""
+"""The device that a teacher computes on: its name, its dtype, and a stopwatch that does not block it."""
 
 from __future__ import annotations
 
@@ -8,15 +8,13 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dinov3_ray.config import ComputeDtype
 from dinov3_ray.errors import ConfigError
 
-__all__ = ["Stopwatch", "Stretch", "as_device", "attention_kernels", "choose_dtype"]
+__all__ = ["Stopwatch", "Stretch", "as_device", "choose_dtype", "computing_on", "settle_thread"]
 
 
-_HOPPER = 9  # major compute capability
 _DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -25,8 +23,11 @@ _DTYPES = {
 }
 
 
-def as_device(device: torch.device | str) -> torch.device:
-    """``device`` as a torch.device that is there.
+def as_device(device: torch.device | str | int) -> torch.device:
+    """``device`` as a torch.device that is there, with its index: ``cuda`` is this thread's current device.
+
+    The current device is the thread's own, and 0 in a new one. So ``cuda`` is given its index once, in the thread of
+    the caller who means it, and handed to other threads with it.
 
     Raises:
         ConfigError: it is not a device, or this process does not have it.
@@ -66,6 +67,12 @@ def choose_dtype(dtype: ComputeDtype, device: torch.device) -> tuple[torch.dtype
         fast, name = False, device.type
     if fast:
         return torch.bfloat16, f"{name} multiplies bfloat16 in hardware"
+    if device.type == "cuda":
+        return torch.float32, (
+            f"{name} does not multiply bfloat16 in hardware, and some checkpoints overflow float16; if yours does not, "
+            "dtype='float16' is much faster (a pool serves with it only if it passes the golden check, which is "
+            "teacher.prove() here)"
+        )
     return torch.float32, f"{name} is not known to multiply bfloat16 in hardware"
 
 
@@ -79,22 +86,19 @@ def _cpu_multiplies_bfloat16() -> bool:
     return any(getattr(torch.cpu, probe, bool)() for probe in probes)
 
 
-def attention_kernels(device: torch.device) -> AbstractContextManager[None]:
-    """A context in which scaled_dot_product_attention takes the best kernel for ``device``.
+def computing_on(device: torch.device) -> AbstractContextManager[object]:
+    """A context whose current CUDA device is ``device``, if it is one.
 
-    On Hopper cuDNN's is 1.7 to 2.3 times as fast as the flash kernel that torch prefers (transformers pull request
-    48163); it is slower on Ampere, so everywhere else torch's own order stands.
+    Kernels follow their tensors, but pinned memory, events and streams belong to the current device: on another one
+    they would cost that one a CUDA context, half a gigabyte.
     """
-    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != _HOPPER:
-        return nullcontext()
-    order = [
-        SDPBackend.CUDNN_ATTENTION,
-        SDPBackend.FLASH_ATTENTION,
-        SDPBackend.EFFICIENT_ATTENTION,
-        SDPBackend.MATH,
-    ]
-    kernels: AbstractContextManager[None] = sdpa_kernel(order, set_priority=True)
-    return kernels
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def settle_thread(device: object) -> None:
+    """Make ``device``, if it is a CUDA device, the current one of this thread for as long as that lives."""
+    if isinstance(device, torch.device) and device.type == "cuda":
+        torch.cuda.set_device(as_device(device))
 
 
 class Stretch:

@@ -24,12 +24,14 @@ from dinov3_ray.config.preprocessing import Preprocessing, Size
 from dinov3_ray.errors import FrozenError, SpecError
 from dinov3_ray.features import Features, FeatureSpec, deliver
 from dinov3_ray.images import ImageBatch, Images
+from dinov3_ray.model.attention import choose_attention
 from dinov3_ray.model.backbone import blocks_of, run_backbone
-from dinov3_ray.model.device import Stopwatch, as_device, attention_kernels, choose_dtype
+from dinov3_ray.model.device import Stopwatch, as_device, choose_dtype, computing_on
 from dinov3_ray.model.float8 import multiply_in_float8
 from dinov3_ray.model.golden import agreement, golden_images
 from dinov3_ray.model.preprocess import preprocess
 from dinov3_ray.model.seal import SealedModel
+from dinov3_ray.model.upload import Upload
 from dinov3_ray.teacher import TeacherMixin
 from dinov3_ray.watch import TeacherWatch
 
@@ -94,6 +96,7 @@ class DinoV3Teacher(TeacherMixin[Images | ImageBatch]):
         self.device = device
         self.dtype = choose_dtype(config.dtype, device)[0]
         self.preprocess_watch = Stopwatch()
+        self._upload = Upload(device)
         self._watch = TeacherWatch()
 
     @cached_property
@@ -107,8 +110,9 @@ class DinoV3Teacher(TeacherMixin[Images | ImageBatch]):
     def _load(self) -> SealedModel:
         device = as_device(self.device)  # after unpickling, it may be missing here
         # Weights loaded inside a caller's inference_mode could not be used outside it.
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad(), computing_on(device):
             model = load_model(self.config, device, self.dtype)
+            self._choose_attention(model, device)
             blocks = blocks_of(model, self.config.family)
             if self.config.dtype == "float8":
                 multiply_in_float8(blocks, device)
@@ -119,6 +123,10 @@ class DinoV3Teacher(TeacherMixin[Images | ImageBatch]):
             for block in blocks:
                 block.compile(mode=mode)
         return SealedModel(model)
+
+    def _choose_attention(self, model: nn.Module, device: torch.device) -> None:
+        if self.config.attention == "auto" and self.config.family == "vit":
+            choose_attention(model, device, self.dtype)
 
     @property
     def model(self) -> Any:
@@ -154,7 +162,7 @@ class DinoV3Teacher(TeacherMixin[Images | ImageBatch]):
         self._sealed.settle()
         with self._frozen_pass():
             with self.preprocess_watch.measure(self.device):
-                pixels_B3HW = preprocess(batch, self.config.preprocessing, self.device)
+                pixels_B3HW = preprocess(self._upload(batch), self.config.preprocessing, self.device)
             return deliver(self._forward(pixels_B3HW, spec.native()), spec)
 
     def _forward(self, pixels_B3HW: Tensor, spec: FeatureSpec) -> Features:
@@ -305,8 +313,10 @@ class DinoV3Teacher(TeacherMixin[Images | ImageBatch]):
         elif place != self.device:
             if self._is_loaded:
                 self._sealed.check()
-                self._sealed = SealedModel(self.model.to(place))
-            self.device = place
+                model = self.model.to(place)
+                self._choose_attention(model, place)
+                self._sealed = SealedModel(model)
+            self.device, self._upload = place, Upload(place)
         return self
 
     def parameters(self) -> Iterator[nn.Parameter]:
@@ -353,12 +363,12 @@ class DinoV3Teacher(TeacherMixin[Images | ImageBatch]):
 
     @contextmanager
     def _frozen_pass(self) -> Iterator[None]:
-        """No gradients, yet ordinary tensors; no autocast of the caller's; the best attention kernel."""
+        """No gradients, yet ordinary tensors; no autocast of the caller's; the teacher's device is the current one."""
         device = self.device
         with (
             torch.inference_mode(False),
             torch.no_grad(),
             torch.autocast(device.type, enabled=False),
-            attention_kernels(device),
+            computing_on(device),
         ):
             yield

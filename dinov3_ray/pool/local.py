@@ -34,16 +34,17 @@ _MAX_BYTES = 2**30
 
 
 class LocalController:
-    """Starts, scales and reloads replicas that are threads. Its thread ends with :meth:`shutdown`."""
+    """Starts, scales and reloads replicas that are threads. Its thread ends with :meth:`shutdown`.
 
-    def __init__(
-        self,
-        name: str,
-        spec: PoolSpec,
-    ) -> None:
+    Args:
+        device: on which all replicas compute, with its index: the current device of their threads is another.
+    """
+
+    def __init__(self, name: str, spec: PoolSpec, device: str) -> None:
         self.name = name
         self.address: str | None = None  # no other process can reach it
         self._spec = self._former = spec
+        self._device = device
         self._holds = 1
         self._membership = Membership(spec.low, spec.high)
         self._replicas: dict[str, Replica] = {}
@@ -150,7 +151,7 @@ class LocalController:
         spec = self._spec
         replica = Replica(
             replica_id,
-            builder(spec.given, spec.placement.device),
+            builder(spec.given, self._device),
             # No thread count: it would be this whole process's.
             spec.options.model_copy(update={"threads": None}),
             unnamed=f"generation-{self._membership.generation}",

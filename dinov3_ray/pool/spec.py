@@ -289,9 +289,17 @@ def pickle_teacher(teacher: CheckedTeacher) -> bytes:
 
 
 def builder(source: CheckedTeacher, device: str) -> Callable[[], Extractor]:
-    """What makes the teacher on ``device`` (a factory chooses its device itself)."""
+    """What makes the teacher on ``device``. A factory chooses its device itself; it finds ``device`` as the current
+    CUDA device."""
 
     def build() -> Extractor:
+        if device != "cpu":
+            # Only here: a controller does without torch.
+            import torch
+
+            from dinov3_ray.model.device import settle_thread
+
+            settle_thread(torch.device(device))
         if isinstance(source, DinoV3Config):
             # Only here: transformers takes seconds to import, and neither a client nor a factory needs it.
             from dinov3_ray.model import DinoV3Teacher

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 import weakref
 from collections.abc import Callable, Mapping
@@ -16,6 +17,7 @@ import torch
 from dinov3_ray.checkpoint import verify
 from dinov3_ray.config import DinoV3Config
 from dinov3_ray.errors import ConfigError, PoolClosedError, PoolError, PoolExistsError, PoolNotFoundError
+from dinov3_ray.model.device import as_device
 from dinov3_ray.pool.client.remote import RemoteTeacher
 from dinov3_ray.pool.cluster import NAMESPACE, Runtime, check_name, connect
 from dinov3_ray.pool.control.declaration import Declaration
@@ -24,7 +26,7 @@ from dinov3_ray.pool.control.status import PoolStatus
 from dinov3_ray.pool.local import LocalController, local_pool, register_local
 from dinov3_ray.pool.poolfile import changes_between
 from dinov3_ray.pool.replica.actor import ReplicaActor
-from dinov3_ray.pool.shared_ray import connect_or_share
+from dinov3_ray.pool.shared_ray import Rank, connect_or_share
 from dinov3_ray.pool.spec import (
     CheckedTeacher,
     Exist,
@@ -128,8 +130,9 @@ class TeacherPool:
             num_gpus: GPUs per replica; None is 1 where the cluster has GPUs, else 0.
             num_cpus: CPUs that each replica reserves in Ray.
             label_selector: labels that a replica's node must have, such as ``{"ray.io/accelerator-type": "H200"}``.
-            local_mode: no Ray at all: replicas are threads of this process, on its GPU if it has one, unless
-                ``num_gpus=0``.
+            local_mode: no Ray at all: replicas are threads of this process. They all compute on its GPU, if it has
+                one and unless ``num_gpus=0``: on the caller's current device, whatever other GPUs the process sees; in
+                a rank that has not called ``torch.cuda.set_device``, on the one that LOCAL_RANK numbers.
             address: ``host:port`` of a running Ray.
             namespace: the Ray namespace of the pool's actors.
             timeout: seconds until which the replicas must be ready.
@@ -428,13 +431,26 @@ def _open_local(name: str, spec: PoolSpec, exist: Exist) -> tuple[LocalControlle
         _require_same(name, running.spec, spec, placement)
         running.hold()
         return running, False
-    controller = LocalController(name, spec.resolved(placement, auto=1))
+    controller = LocalController(name, spec.resolved(placement, auto=1), _own_device(placement))
     try:
         register_local(controller)
     except BaseException:
         controller.shutdown()
         raise
     return controller, True
+
+
+def _own_device(placement: Placement) -> str:
+    """Where the replicas of a local pool compute: on this process's GPU, if they are to have one.
+
+    That is the caller's current device. A rank that has not chosen one yet will take that of its number.
+    """
+    if placement.device != "cuda":
+        return placement.device
+    rank = Rank.of(os.environ)
+    if rank is not None and torch.cuda.current_device() == 0 and rank.local_rank < torch.cuda.device_count():
+        return f"cuda:{rank.local_rank}"
+    return str(as_device("cuda"))
 
 
 def resolve_placement(placement: Placement) -> Placement:

@@ -22,6 +22,8 @@ from dinov3_ray.errors import ConfigError, PoolClosedError
 from dinov3_ray.features import Features, FeatureSpec
 from dinov3_ray.images import Images
 from dinov3_ray.interrupts import wait
+from dinov3_ray.model.device import as_device, settle_thread
+from dinov3_ray.model.upload import Pending, Upload
 from dinov3_ray.teacher import Extractor
 from dinov3_ray.watch import TeacherWatch
 
@@ -94,7 +96,9 @@ class Pipeline:
         self._delivery = Delivery(device)
         inline = runs_inline(sources, device)
         self._sender: Executor = _Here() if inline else ThreadPoolExecutor(1, "dinov3-prefetch-send")
-        self._receiver: Executor = _Here() if inline else ThreadPoolExecutor(1, "dinov3-prefetch-receive")
+        self._receiver: Executor = (
+            _Here() if inline else ThreadPoolExecutor(1, "dinov3-prefetch-receive", settle_thread, (_current_device(),))
+        )
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -167,6 +171,13 @@ class _Here(Executor):
         return future
 
 
+def _current_device() -> torch.device | None:
+    """The caller's, on which a teacher of the user's would compute here; None if it has none, or the first one, which
+    every thread has."""
+    index = torch.cuda.current_device() if torch.cuda.is_initialized() else 0
+    return torch.device("cuda", index) if index else None
+
+
 def _on_accelerator(images: Any) -> bool:
     first = images[0] if isinstance(images, (list, tuple)) and images else images
     return isinstance(first, Tensor) and first.device.type != "cpu"
@@ -202,7 +213,7 @@ class LocalSource:
         own = getattr(self.teacher, "device", None)
         if own is None or torch.device(own).type == "cpu":
             return False
-        return device is None or _indexed(torch.device(own)) == _indexed(device)
+        return device is None or as_device(own) == device
 
 
 class LocalBatch:
@@ -246,72 +257,46 @@ def as_source(teacher: Submitter | Extractor) -> Submitter:
     )
 
 
-def _indexed(device: torch.device) -> torch.device:
-    """``cuda`` with the index of the current device."""
-    if device.type != "cuda" or device.index is not None:
-        return device
-    return torch.device("cuda", torch.cuda.current_device())
-
-
 @dataclass(frozen=True, slots=True)
 class Delivered:
-    """Features by teacher. They are on the device, or are being copied there until ``event``."""
+    """Features by teacher. They are on the device, or on their way there as long as ``pending`` says."""
 
     features: Mapping[str, Features]
-    event: torch.cuda.Event | None = None
+    pending: tuple[Pending, ...]
 
 
 class Delivery:
     """Copies features to a device ahead of their use.
 
-    To CUDA, it copies from pinned memory on a separate stream, so that the copy overlaps the student's kernels. The
-    consumer's stream waits for the copy; the consumer's thread does not. torch's caching allocator does not reuse a
-    pinned block before the copy from it is finished.
+    To CUDA, the copy overlaps the student's kernels (see :class:`~dinov3_ray.model.upload.Upload`). The consumer's
+    stream waits for the copy; the consumer's thread does not.
 
     :meth:`send` and :meth:`receive` may be called by different threads.
 
     Args:
-        device: None leaves everything where it is.
+        device: as :func:`~dinov3_ray.model.device.as_device` gives it; None leaves everything where it is.
     """
 
     def __init__(self, device: torch.device | None) -> None:
         self._device = device
-        on_cuda = device is not None and device.type == "cuda"
-        self._stream = torch.cuda.Stream(device) if on_cuda else None  # type: ignore[no-untyped-call]
+        self._upload = Upload(device) if device is not None and device.type == "cuda" else None
 
     def send(self, features: Mapping[str, Features]) -> Delivered:
         """Begin the copy."""
-        if self._device is None or self._stream is None:
-            return self._send_plainly(features)
-        device, stream = self._device, self._stream
-        if any(tensor.device.type == "cuda" for each in features.values() for _, tensor in each.named()):
-            # This thread computed them on a GPU: the copies below, and so the consumer, wait until they are computed.
-            stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(stream):
-            moved = {name: each.map(lambda _, tensor: _pinned(tensor)) for name, each in features.items()}
-            moved = {name: each.to(device, non_blocking=True) for name, each in moved.items()}
-            return Delivered(moved, stream.record_event())
+        if self._upload is None:
+            device = self._device
+            moved = features if device is None else {name: each.to(device) for name, each in features.items()}
+            return Delivered(moved, Pending.here(_tensors(moved)))  # a local teacher's outputs may be on a GPU
+        pending = self._upload.begin(_tensors(features))
+        copies = iter(pending.tensors)
+        return Delivered({name: each.map(lambda *_: next(copies)) for name, each in features.items()}, (pending,))
 
     def receive(self, delivered: Delivered) -> dict[str, Features]:
         """The features, safe to use on the caller's current stream."""
-        if delivered.event is not None:
-            current = torch.cuda.current_stream(self._device)
-            current.wait_event(delivered.event)
-            for features in delivered.features.values():
-                for _, tensor in features.named():
-                    if tensor.is_cuda:
-                        # The allocator would reuse its memory on the stream that made it; not before the caller's
-                        # kernels have read it.
-                        tensor.record_stream(current)
+        for pending in delivered.pending:
+            pending.receive()
         return dict(delivered.features)
 
-    def _send_plainly(self, features: Mapping[str, Features]) -> Delivered:
-        moved = features if self._device is None else {name: each.to(self._device) for name, each in features.items()}
-        cuda = [tensor for each in moved.values() for _, tensor in each.named() if tensor.is_cuda]
-        # A local teacher's outputs, which stay where they are: the caller's stream waits for this thread's stream.
-        event = torch.cuda.current_stream(cuda[0].device).record_event() if cuda else None
-        return Delivered(moved, event)
 
-
-def _pinned(tensor: Tensor) -> Tensor:
-    return tensor.pin_memory() if tensor.device.type == "cpu" else tensor
+def _tensors(features: Mapping[str, Features]) -> list[Tensor]:
+    return [tensor for each in features.values() for _, tensor in each.named()]

@@ -15,6 +15,7 @@ from torch import Tensor
 from dinov3_ray.errors import ConfigError, PoolError, describe
 from dinov3_ray.features import Features, FeatureSpec
 from dinov3_ray.images import Images
+from dinov3_ray.model.device import as_device
 from dinov3_ray.teacher import Extractor
 from dinov3_ray.training.depth import Depth
 from dinov3_ray.training.loader_reader import LoaderReader
@@ -118,7 +119,7 @@ class Prefetch(Generic[Batch, Targets]):
         self._sources = {name: as_source(teacher) for name, teacher in self._teachers.items()}
         self._specs = _by_teacher(spec, list(self._teachers))
         self._reader = LoaderReader(loader, images or find_images)
-        self._device = None if device is None else torch.device(device)
+        self._device = None if device is None else as_device(device)
         self._raise_on_reload = on_reload == "raise"
         self._depth = Depth(_DEPTH_TOGETHER if depth == "auto" and self._reader.draws_together else depth)
         if self._reader.has_state:  # set here and not in the class: trainers look whether a loader has them

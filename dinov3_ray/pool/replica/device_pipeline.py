@@ -22,6 +22,7 @@ from dinov3_ray.errors import DinoV3Error
 from dinov3_ray.features import Features, FeatureSpec, deliver
 from dinov3_ray.images import ImageBatch
 from dinov3_ray.model.device import Stopwatch, Stretch
+from dinov3_ray.model.upload import Upload
 from dinov3_ray.pool.messages import Array, FeatureLayout, TeacherInfo
 from dinov3_ray.pool.transport.wire import pack_features
 from dinov3_ray.teacher import Extractor
@@ -155,7 +156,7 @@ class CudaPipeline:
     """Enqueues passes: copies in and out overlap the computation, from and to pinned memory.
 
     Pinned memory is torch's own cache of it, which hands a block out again once the copies that use it are over.
-    Device memory that crosses streams is held by its pass until that has ended: only then may another use it.
+    Device memory that is copied out is held by its pass until that has ended: only then may another use it.
     """
 
     #: One is copied in, one computed, one copied out.
@@ -165,12 +166,11 @@ class CudaPipeline:
         self._teacher = teacher
         self._device = device
         stream: Any = torch.cuda.Stream  # its annotations are partial
-        self._copy_in, self._copy_out = stream(device), stream(device)
+        self._upload, self._copy_out = Upload(device), stream(device)
 
     def begin(self, batch: ImageBatch, rows: int, spec: FeatureSpec) -> DevicePass:
         with torch.cuda.device(self._device):
-            images = self._upload(batch)
-            features = forward(self._teacher, images, spec)
+            features = forward(self._teacher, self._upload(batch), spec)
             preprocess = getattr(self._teacher, "preprocess_watch", Stopwatch()).last
             # Looked at when the pass has ended: a look now would wait for it.
             finite = sums_are_finite(features)
@@ -181,20 +181,7 @@ class CudaPipeline:
             done = event(blocking=True)  # a wait that leaves the core to others
             done.record(self._copy_out)
         results = Results(layout, arrays, features.fingerprint, 0.0, 0.0)
-        return _CudaPass(results, done, batch, features, finite_host, preprocess, (images, *download.held))
-
-    def _upload(self, batch: ImageBatch) -> ImageBatch:
-        """``batch`` on the device; the computation's stream waits for it, this thread does not."""
-        with torch.cuda.stream(self._copy_in):
-            uploaded = [
-                # What crosses is what the teacher would copy: everything as it is, but float64, which it narrows.
-                (tensor.float() if tensor.dtype == torch.float64 else tensor)
-                .pin_memory()
-                .to(self._device, non_blocking=True)
-                for tensor in batch.tensors
-            ]
-        torch.cuda.current_stream().wait_stream(self._copy_in)
-        return ImageBatch(uploaded[0]) if batch.stacked is not None else ImageBatch(None, tuple(uploaded))
+        return _CudaPass(results, done, batch, features, finite_host, preprocess, tuple(download.held))
 
 
 @dataclass(slots=True)

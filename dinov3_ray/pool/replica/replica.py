@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from dinov3_ray.errors import InputError, PoolClosedError, SpecError
+from dinov3_ray.model.device import settle_thread
 from dinov3_ray.pool.messages import (
     Answer,
     Array,
@@ -221,6 +222,8 @@ class Replica:
                 # OpenMP keeps this number by thread: it must be set on the one that computes.
                 torch.set_num_threads(self._threads)
             teacher = self._build()
+            self._device = getattr(teacher, "device", None)
+            settle_thread(self._device)
             info = inspect_teacher(teacher)
             warm_up = getattr(teacher, "warm_up", None)
             if callable(warm_up):
@@ -289,6 +292,7 @@ class Replica:
     def _finish_passes(self) -> None:
         if self._threads is not None:
             torch.set_num_threads(self._threads)
+        settle_thread(self._device)
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._in_flight or (self._stopped and not self._running))

@@ -1,0 +1,347 @@
+"""Fake CUDA devices for a torch without CUDA: tensors have shapes and devices, but no values.
+
+torch's FakeTensorMode computes shapes and refuses to mix devices. This module adds what the CPU build lacks: streams,
+events, pinned memory, a current device in each thread, and indexing, which wants a device guard. A ``StreamWatch`` sees
+every operation, so that a test can assert that nothing would race, wait, or touch another GPU::
+
+    with FakeCuda() as cuda:
+        teacher.to("cuda:1")
+        cuda.forget()  # what was slow and is allowed to be
+        teacher.extract(images, spec)
+        assert not cuda.found()
+
+Values read from a device are ones, and the read counts as a wait. It is no model of speed, nor of what a kernel
+computes: the tests marked gpu are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, Self
+from unittest import mock
+
+import numpy as np
+import torch
+from stream_watch import StreamWatch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dinov3_ray.model.preprocess import _statistics
+
+__all__ = ["FakeCuda"]
+
+_OURS = "dinov3"  # the names of threads that compute begin with it
+
+
+class FakeCuda:
+    """Fake GPUs in this thread, and in the threads of this package that start meanwhile.
+
+    Args:
+        devices: how many.
+        capability: of each; Hopper's by default.
+        name: of each.
+
+    Attributes:
+        watch: what was given to the devices.
+        contexts: indices of the devices that were used in any way. A process pays half a gigabyte for each.
+    """
+
+    def __init__(self, devices: int = 2, capability: tuple[int, int] = (9, 0), name: str = "Fake H100") -> None:
+        self.devices, self.capability, self.name = devices, capability, name
+        self.watch = StreamWatch()
+        self.contexts: set[int] = set()
+        self.ids = itertools.count(1)
+        self.defaults = [FakeStream(self, index) for index in range(devices)]
+        self._mode = _SharedFakeMode(allow_non_fake_inputs=True)
+        self._local = threading.local()
+        self._exit = contextlib.ExitStack()
+
+    def __enter__(self) -> Self:
+        _statistics.cache_clear()  # it keeps tensors by device
+        self._exit.callback(_statistics.cache_clear)
+        for name, fake in self._replacements().items():
+            self._exit.enter_context(mock.patch.object(torch.cuda, name, fake))
+        self._exit.enter_context(mock.patch.object(Tensor, "record_stream", self._record_stream()))
+        run = threading.Thread.run
+
+        def run_on_fakes(thread: threading.Thread) -> None:
+            with self.here() if thread.name.startswith(_OURS) else contextlib.nullcontext():
+                run(thread)
+
+        self._exit.enter_context(mock.patch.object(threading.Thread, "run", run_on_fakes))
+        self._exit.enter_context(self.here())
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.watch.look_for_freed()
+        self._exit.close()
+
+    def here(self) -> contextlib.ExitStack:
+        """The modes that act in one thread."""
+        modes = contextlib.ExitStack()
+        for mode in (self._mode, _CudaFunctions(self), _Seen(self)):
+            modes.enter_context(mode)
+        return modes
+
+    def forget(self) -> None:
+        """Begin to look: what was found so far was allowed, such as the waits of loading."""
+        self.watch.look_for_freed()
+        self.watch.waits.clear()
+        self.watch.faults.clear()
+        self.watch.launches.clear()
+
+    def found(self) -> list[str]:
+        """All that would be wrong, or wait, each once."""
+        self.watch.look_for_freed()
+        waits = [f"wait: {wait.what} in {wait.thread}" for wait in self.watch.waits]
+        return sorted(set(self.watch.faults + waits))
+
+    def _record_stream(self) -> Callable[[Tensor, FakeStream], None]:
+        def record_stream(tensor: Tensor, stream: FakeStream) -> None:
+            with self.watch.lock:
+                self.watch.record_stream(tensor, stream.stream_id)
+
+        return record_stream
+
+    # torch.cuda -----------------------------------------------------------------------------------------------------
+
+    def _replacements(self) -> dict[str, Any]:
+        return {
+            "is_available": lambda: True,
+            "is_initialized": lambda: True,
+            "is_bf16_supported": lambda including_emulation=True: including_emulation or self.capability >= (8, 0),
+            "device_count": lambda: self.devices,
+            "current_device": lambda: self.current,
+            "set_device": lambda device: self.set_device(self.index(device)),
+            "device": lambda device: self._on(self.index(device)),
+            "get_device_name": lambda device=None: self.name,
+            "get_device_capability": lambda device=None: self.capability,
+            "Stream": lambda device=None, priority=0: self._new_stream(self.index(device)),
+            "Event": lambda **options: FakeEvent(self),
+            "current_stream": lambda device=None: self.stream_of(self.index(device)),
+            "default_stream": lambda device=None: self.defaults[self.index(device)],
+            "stream": self._in_stream,
+            "set_stream": self.set_stream,
+            "synchronize": lambda device=None: self.watch.wait_on_host("torch.cuda.synchronize"),
+            "empty_cache": lambda: None,
+        }
+
+    @property
+    def current(self) -> int:
+        """The current device of this thread."""
+        return getattr(self._local, "device", 0)
+
+    def index(self, device: Any) -> int:
+        device = torch.device(device) if isinstance(device, str) else device
+        index = device.index if isinstance(device, torch.device) else device
+        index = self.current if index is None else index
+        if not 0 <= index < self.devices:
+            raise RuntimeError(f"CUDA error: invalid device ordinal {index}")
+        return index
+
+    def set_device(self, index: int) -> None:
+        self._local.device = index
+        self.contexts.add(index)  # since CUDA 12
+
+    @contextlib.contextmanager
+    def _on(self, index: int) -> Iterator[None]:
+        before = self.current
+        self.set_device(index)
+        try:
+            yield
+        finally:
+            self._local.device = before  # torch goes back to a device without using it
+
+    def _new_stream(self, index: int) -> FakeStream:
+        self.contexts.add(index)
+        return FakeStream(self, index)
+
+    def stream_of(self, index: int) -> FakeStream:
+        streams: dict[int, FakeStream] = self._local.__dict__.setdefault("streams", {})
+        return streams.get(index, self.defaults[index])
+
+    def set_stream(self, stream: FakeStream) -> None:
+        self.set_device(stream.device.index)
+        self._local.__dict__.setdefault("streams", {})[stream.device.index] = stream
+
+    @contextlib.contextmanager
+    def _in_stream(self, stream: FakeStream) -> Iterator[None]:
+        # As torch's StreamContext: it goes back to the device before by using it.
+        before, there = self.stream_of(self.current), self.stream_of(stream.device.index)
+        self.set_stream(stream)
+        try:
+            yield
+        finally:
+            self.set_stream(there)
+            if before.device != stream.device:
+                self.set_stream(before)
+
+
+class FakeStream:
+    """A stream of a fake device."""
+
+    def __init__(self, cuda: FakeCuda, index: int) -> None:
+        self._cuda = cuda
+        self.device = torch.device("cuda", index)
+        self.stream_id = next(cuda.ids)
+        with cuda.watch.lock:
+            cuda.watch.stream(self.stream_id)
+
+    def record_event(self, event: FakeEvent | None = None) -> FakeEvent:
+        event = event or FakeEvent(self._cuda)
+        event.record(self)
+        return event
+
+    def wait_event(self, event: FakeEvent) -> None:
+        event.wait(self)
+
+    def wait_stream(self, other: FakeStream) -> None:
+        self.wait_event(other.record_event())
+
+    def synchronize(self) -> None:
+        with self._cuda.watch.lock:
+            self._cuda.watch.wait_on_host("Stream.synchronize", stream=self.stream_id)
+
+
+class FakeEvent:
+    """An event. ``query`` says that it has been reached, without a wait; nothing is ordered by that."""
+
+    def __init__(self, cuda: FakeCuda) -> None:
+        self._cuda = cuda
+        self._id = next(cuda.ids)
+        self._recorded = False
+        with cuda.watch.lock:
+            cuda.watch.event(self._id)
+
+    def record(self, stream: FakeStream | None = None) -> None:
+        stream = stream or self._cuda.stream_of(self._cuda.current)
+        self._cuda.contexts.add(stream.device.index)
+        with self._cuda.watch.lock:
+            self._cuda.watch.record(self._id, stream.stream_id)
+        self._recorded = True
+
+    def wait(self, stream: FakeStream | None = None) -> None:
+        if self._recorded:
+            stream = stream or self._cuda.stream_of(self._cuda.current)
+            with self._cuda.watch.lock:
+                self._cuda.watch.wait_in_stream(self._id, stream.stream_id)
+
+    def synchronize(self) -> None:
+        if self._recorded:
+            with self._cuda.watch.lock:
+                self._cuda.watch.wait_on_host("Event.synchronize", event=self._id)
+
+    def query(self) -> bool:
+        if self._recorded:
+            with self._cuda.watch.lock:
+                self._cuda.watch.reached(self._id)
+        return True
+
+    def elapsed_time(self, end: FakeEvent) -> float:
+        return 1.0
+
+
+class _SharedFakeMode(FakeTensorMode):
+    """One mode for several threads: whether a kernel runs is true of a thread, not of all."""
+
+    _running = threading.local()
+
+    @property
+    def in_kernel_invocation(self) -> bool:  # type: ignore[override]
+        return getattr(self._running, "flag", False)
+
+    @in_kernel_invocation.setter
+    def in_kernel_invocation(self, flag: bool) -> None:
+        self._running.flag = flag
+
+    @property
+    def avoid_device_init(self) -> bool:
+        return True  # although torch.cuda.is_available() says so here, there is none
+
+
+class _Seen(TorchDispatchMode):
+    """Shows each operation to the watch. One thread at a time: a FakeTensorMode is not made for several."""
+
+    def __init__(self, cuda: FakeCuda) -> None:
+        super().__init__()
+        self._cuda = cuda
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        cuda = self._cuda
+
+        def stream_of(device: torch.device) -> int:
+            cuda.contexts.add(device.index)
+            return cuda.stream_of(device.index).stream_id
+
+        with cuda.watch.lock:
+            return cuda.watch.see(func, args, kwargs, stream_of, lambda: func(*args, **kwargs))
+
+
+class _CudaFunctions(TorchFunctionMode):
+    """What a torch without CUDA cannot do, although a fake tensor needs no CUDA for it."""
+
+    def __init__(self, cuda: FakeCuda) -> None:
+        super().__init__()
+        self._cuda = cuda
+        self._instead: dict[Any, Callable[..., Any]] = {
+            Tensor.__getitem__: _index,
+            Tensor.__setitem__: lambda tensor, key, value: _index(tensor, key).copy_(value),
+            Tensor.contiguous: _contiguous,
+            Tensor.data_ptr: lambda tensor: tensor.untyped_storage()._cdata,
+            Tensor.numpy: _numpy,
+            Tensor.pin_memory: lambda tensor, device=None: self._pin(tensor.clone()),
+            Tensor.is_pinned: lambda tensor, device=None: cuda.watch.is_pinned(tensor),
+        }
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in self._instead and isinstance(args[0], FakeTensor):
+            return self._instead[func](*args, **kwargs)
+        if kwargs.get("pin_memory"):
+            return self._pin(func(*args, **{**kwargs, "pin_memory": False}))
+        return func(*args, **kwargs)
+
+    def _pin(self, tensor: Tensor) -> Tensor:
+        assert tensor.device.type == "cpu", "only memory of the host can be pinned"
+        self._cuda.contexts.add(self._cuda.current)
+        with self._cuda.watch.lock:
+            return self._cuda.watch.pin(tensor)
+
+
+def _index(tensor: Tensor, key: Any) -> Tensor:
+    key = key if isinstance(key, tuple) else (key,)
+    if any(part is Ellipsis for part in key):
+        at = next(place for place, part in enumerate(key) if part is Ellipsis)
+        missing = tensor.ndim - sum(part is not None and part is not Ellipsis for part in key)
+        key = (*key[:at], *[slice(None)] * missing, *key[at + 1 :])
+    dim = 0
+    for part in key:
+        if isinstance(part, slice):
+            if part != slice(None):
+                tensor = torch.ops.aten.slice.Tensor(tensor, dim, part.start, part.stop, part.step or 1)
+            dim += 1
+        elif isinstance(part, int):
+            tensor = tensor.select(dim, part)
+        elif part is None:
+            tensor, dim = tensor.unsqueeze(dim), dim + 1
+        else:
+            raise NotImplementedError(f"indexing by {type(part).__name__}, which waits for the device on a real one")
+    return tensor
+
+
+def _contiguous(tensor: Tensor, memory_format: torch.memory_format = torch.contiguous_format) -> Tensor:
+    if tensor.is_contiguous(memory_format=memory_format):
+        return tensor
+    return torch.ops.aten.clone(tensor, memory_format=memory_format)
+
+
+def _numpy(tensor: Tensor, *, force: bool = False) -> np.ndarray:
+    if tensor.device.type != "cpu":
+        raise TypeError(f"can't convert {tensor.device} device type tensor to numpy")
+    return np.ones(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
