@@ -118,11 +118,12 @@ class FakeCuda:
             "device_count": lambda: self.devices,
             "current_device": lambda: self.current,
             "set_device": lambda device: self.set_device(self.index(device)),
-            "device": lambda device: self._on(self.index(device)),
+            "_exchange_device": self._exchange,  # with which torch.cuda.device goes to a device, and back
+            "_maybe_exchange_device": self._go_back,
             "get_device_name": lambda device=None: self.name,
             "get_device_capability": lambda device=None: self.capability,
-            "Stream": lambda device=None, priority=0: self._new_stream(self.index(device)),
-            "Event": lambda **options: FakeEvent(self),
+            "Stream": self._stream_class(),
+            "Event": self._event_class(),
             "current_stream": lambda device=None: self.stream_of(self.index(device)),
             "default_stream": lambda device=None: self.defaults[self.index(device)],
             "stream": self._in_stream,
@@ -148,18 +149,35 @@ class FakeCuda:
         self._local.device = index
         self.contexts.add(index)  # since CUDA 12
 
-    @contextlib.contextmanager
-    def _on(self, index: int) -> Iterator[None]:
+    def _exchange(self, index: int) -> int:
         before = self.current
         self.set_device(index)
-        try:
-            yield
-        finally:
-            self._local.device = before  # torch goes back to a device without using it
+        return before
 
-    def _new_stream(self, index: int) -> FakeStream:
-        self.contexts.add(index)
-        return FakeStream(self, index)
+    def _go_back(self, index: int) -> int:
+        before, self._local.device = self.current, index  # without using it, as torch does
+        return before
+
+    # Classes, since they stand in annotations that are evaluated.
+
+    def _stream_class(self) -> type[FakeStream]:
+        cuda = self
+
+        class Stream(FakeStream):
+            def __init__(self, device: Any = None, priority: int = 0) -> None:
+                super().__init__(cuda, cuda.index(device))
+                cuda.contexts.add(self.device.index)
+
+        return Stream
+
+    def _event_class(self) -> type[FakeEvent]:
+        cuda = self
+
+        class Event(FakeEvent):
+            def __init__(self, **options: Any) -> None:
+                super().__init__(cuda)
+
+        return Event
 
     def stream_of(self, index: int) -> FakeStream:
         streams: dict[int, FakeStream] = self._local.__dict__.setdefault("streams", {})
@@ -291,8 +309,9 @@ class _CudaFunctions(TorchFunctionMode):
         self._cuda = cuda
         self._instead: dict[Any, Callable[..., Any]] = {
             Tensor.__getitem__: _index,
-            Tensor.__setitem__: lambda tensor, key, value: _index(tensor, key).copy_(value),
+            Tensor.__setitem__: _assign,
             Tensor.contiguous: _contiguous,
+            Tensor.copy_: _copy,
             Tensor.data_ptr: lambda tensor: tensor.untyped_storage()._cdata,
             Tensor.numpy: _numpy,
             Tensor.pin_memory: lambda tensor, device=None: self._pin(tensor.clone()),
@@ -301,7 +320,7 @@ class _CudaFunctions(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in self._instead and isinstance(args[0], FakeTensor):
+        if func in self._instead and (isinstance(args[0], FakeTensor) or func in (Tensor.pin_memory, Tensor.is_pinned)):
             return self._instead[func](*args, **kwargs)
         if kwargs.get("pin_memory"):
             return self._pin(func(*args, **{**kwargs, "pin_memory": False}))
@@ -333,6 +352,16 @@ def _index(tensor: Tensor, key: Any) -> Tensor:
         else:
             raise NotImplementedError(f"indexing by {type(part).__name__}, which waits for the device on a real one")
     return tensor
+
+
+def _assign(tensor: Tensor, key: Any, value: Any) -> None:
+    place = _index(tensor, key)
+    _copy(place, value) if isinstance(value, Tensor) else place.fill_(value)
+
+
+def _copy(tensor: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
+    with torch._C._AutoDispatchBelowAutograd():  # whose kernel wants a device guard
+        return torch.ops.aten.copy_.default(tensor, source, non_blocking)
 
 
 def _contiguous(tensor: Tensor, memory_format: torch.memory_format = torch.contiguous_format) -> Tensor:

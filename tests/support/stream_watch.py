@@ -12,10 +12,13 @@ import threading
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
+from torch.cuda import _sanitizer
 from torch.cuda._sanitizer import EventHandler, UnsynchronizedAccessError
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _pytree as pytree
@@ -30,6 +33,12 @@ _READS = {  # what the host cannot go on without, and what it is told
     torch.ops.aten.equal.default: lambda tensor: True,
     torch.ops.aten.allclose.default: lambda tensor: True,
 }
+
+
+# The sanitizer keeps a traceback of each access, which takes longer than all else.
+_NO_TRACES = SimpleNamespace(
+    StackSummary=SimpleNamespace(extract=lambda frames, lookup_lines: []), walk_stack=lambda frame: []
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,7 +200,8 @@ class StreamWatch:
         if stream != HOST:
             # A launch follows all that the host has done by then.
             handler.syncs.current_sync_states[stream][HOST] = handler.syncs.current_sync_states[HOST].get(HOST, -1)
-        errors = handler._handle_kernel_launch(stream, read, written, set(), name, defaultdict(list))
+        with mock.patch.object(_sanitizer, "traceback", _NO_TRACES):
+            errors = handler._handle_kernel_launch(stream, read, written, set(), name, defaultdict(list))
         for key in read | written:
             self._blocks[key].uses[stream] = (handler.seq_num, name)
         for error in errors:

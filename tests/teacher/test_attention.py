@@ -1,0 +1,143 @@
+"""The attention kernel: which one a device gets, and that it is a teacher's own affair."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from fake_cuda import FakeCuda
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from dinov3_ray import DinoV3Config, DinoV3Teacher, FeatureSpec
+from dinov3_ray.model import attention
+
+SPEC = FeatureSpec(cls=True, feature_map=True)
+IMAGES = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+
+
+def flags() -> tuple[bool, ...]:
+    return (
+        torch.backends.cuda.cudnn_sdp_enabled(),
+        torch.backends.cuda.flash_sdp_enabled(),
+        torch.backends.cuda.mem_efficient_sdp_enabled(),
+        torch.backends.cuda.math_sdp_enabled(),
+    )
+
+
+def in_a_thread(work: Callable[[], Any]) -> Any:
+    """What ``work`` gives in a thread of its own."""
+    results: list[Any] = []
+    thread = threading.Thread(target=lambda: results.append(work()), name="dinov3-test")
+    thread.start()
+    thread.join()
+    return results[0]
+
+
+def kernels(cuda: FakeCuda) -> set[str]:
+    """Of the attention that was launched on a GPU; empty where torch chose one that is no single kernel."""
+    names = [name for _, _, name in cuda.watch.launches if "attention" in name]
+    return {name.removeprefix("aten._scaled_dot_product_").removesuffix("_attention.default") for name in names}
+
+
+@pytest.fixture
+def hopper() -> Iterator[FakeCuda]:
+    with FakeCuda() as cuda:
+        yield cuda
+
+
+@pytest.mark.parametrize(("capability", "kernel"), [((9, 0), "cudnn"), ((8, 0), "flash"), ((10, 0), "flash")])
+def test_hopper_gets_cudnns_kernel_and_others_torchs_order(
+    tiny_checkpoint: Path, capability: tuple[int, int], kernel: str
+) -> None:
+    with FakeCuda(capability=capability) as cuda:
+        teacher = DinoV3Teacher(DinoV3Config(tiny_checkpoint, dtype="bfloat16", image_size=64), "cuda:0")
+        cuda.forget()
+        teacher.extract(IMAGES, SPEC)
+        assert kernels(cuda) == {kernel}
+
+
+@pytest.mark.parametrize(("broken", "kernel"), [(["cudnn"], "flash"), (["cudnn", "flash"], "efficient")])
+def test_a_kernel_that_does_not_run_is_passed_over(
+    tiny_checkpoint: Path, hopper: FakeCuda, monkeypatch: pytest.MonkeyPatch, broken: list[str], kernel: str
+) -> None:
+    def refuses(*_: object) -> Tensor:
+        raise RuntimeError("No available kernel. Aborting execution.")
+
+    for name in broken:
+        monkeypatch.setitem(attention._KERNELS, name, refuses)
+    teacher = DinoV3Teacher(DinoV3Config(tiny_checkpoint, dtype="bfloat16", image_size=64), "cuda:0")
+    teacher.extract(IMAGES, SPEC)
+    assert kernels(hopper) - {"cudnn"} == {kernel}
+    for name in attention._KERNELS:
+        monkeypatch.setitem(attention._KERNELS, name, refuses)
+    plain = DinoV3Teacher(DinoV3Config(tiny_checkpoint, dtype="bfloat16", image_size=64), "cuda:0")
+    assert plain.model.config._attn_implementation == "sdpa"
+
+
+def test_what_was_asked_for_is_left_to_transformers(tiny_checkpoint: Path) -> None:
+    for name in ("sdpa", "eager"):
+        teacher = DinoV3Teacher(DinoV3Config(tiny_checkpoint, attention=name))
+        assert teacher.model.config._attn_implementation == name
+
+
+def test_a_teacher_and_a_student_in_two_threads_choose_for_themselves(tiny_checkpoint: Path, hopper: FakeCuda) -> None:
+    teacher = DinoV3Teacher(DinoV3Config(tiny_checkpoint, dtype="bfloat16", image_size=64), "cuda:0")
+    before = flags()
+    during: list[tuple[bool, ...]] = []
+    # The student enters its context while a pass is running, and leaves it after the pass: with one set of flags,
+    # whoever leaves last puts back what it found.
+    student = sdpa_kernel([SDPBackend.MATH])
+    entered: list[bool] = []
+
+    def enter(*_: object) -> None:
+        if not entered:
+            entered.append(True)
+            in_a_thread(student.__enter__)
+
+    hook = teacher.model.embeddings.register_forward_hook(enter)
+    hopper.forget()
+    teacher.extract(IMAGES, SPEC)
+    during.append(flags())
+    hook.remove()
+    teacher.extract(IMAGES, SPEC)
+    during.append(flags())
+    student.__exit__(None, None, None)
+    assert kernels(hopper) == {"cudnn"}
+    assert during == [(False, False, False, True)] * 2
+    assert flags() == before
+
+
+def test_a_students_choice_leaves_the_teachers_bits(tiny_checkpoint: Path) -> None:
+    teacher = DinoV3Teacher(DinoV3Config(tiny_checkpoint, dtype="float32", image_size=64))
+    expected = teacher.extract(IMAGES, SPEC)
+    with sdpa_kernel([SDPBackend.MATH]):
+        before = flags()
+        found = in_a_thread(lambda: teacher.extract(IMAGES, SPEC))
+        assert flags() == before
+        made_meanwhile = in_a_thread(lambda: DinoV3Teacher(teacher.config).extract(IMAGES, SPEC))
+    for features in (found, made_meanwhile):
+        for (name, ours), (_, theirs) in zip(features.named(), expected.named(), strict=True):
+            assert torch.equal(ours, theirs), name
+
+
+@pytest.mark.parametrize("kernel", attention._KERNELS)
+def test_compiled_it_is_the_same_kernel(kernel: str) -> None:
+    query = torch.randn(2, 3, 41, 64)
+    graphs = []
+
+    def on_a_cpu(graph: torch.fx.GraphModule, _: object) -> Callable[..., Any]:
+        graphs.append(graph.code)
+        return lambda *given: (F.scaled_dot_product_attention(query, query, query).transpose(1, 2).contiguous(),)
+
+    attend = attention._as_transformers_call_it(attention._KERNELS[kernel])
+    compiled = torch.compile(lambda q: attend(None, q, q, q, None, scaling=0.125)[0], fullgraph=True, backend=on_a_cpu)
+    torch._dynamo.reset()
+    compiled(query)
+    (code,) = graphs
+    assert f"torch.ops.aten._scaled_dot_product_{'flash_attention_for_cpu' if kernel == 'cpu' else kernel}" in code

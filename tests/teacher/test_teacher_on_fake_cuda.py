@@ -1,0 +1,165 @@
+"""The local teacher on fake GPUs: it mixes no devices, races with nobody, waits for nothing, and stays on its GPU."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fake_cuda import FakeCuda
+from planted import planted
+
+from dinov3_ray import DinoV3Config, DinoV3Teacher, Features, FeatureSpec
+from dinov3_ray.checkpoint import init_checkpoint
+from dinov3_ray.images import Images
+from dinov3_ray.model import backbone, preprocess
+from dinov3_ray.model.device import Stopwatch
+from dinov3_ray.model.float8 import Float8Linear
+from dinov3_ray.model.upload import Pending, Upload, _staged
+from dinov3_ray.watch import TeacherWatch, _Look
+
+ONE = torch.device("cuda:1")
+EVERYTHING = FeatureSpec(cls=True, feature_map=True, registers=True, layers=(0, -1), map_size=(7, 9))
+STACKED = torch.full((4, 3, 300, 400), 100, dtype=torch.uint8)
+RAGGED = [STACKED[0], STACKED[1], STACKED[2, :, :64, :80]]
+
+
+@pytest.fixture
+def cuda() -> Iterator[FakeCuda]:
+    with FakeCuda() as cuda:
+        yield cuda
+
+
+@pytest.fixture
+def teacher(tiny_checkpoint: Path, cuda: FakeCuda) -> DinoV3Teacher:
+    return ready(cuda, DinoV3Config(tiny_checkpoint, dtype="bfloat16"))
+
+
+def ready(cuda: FakeCuda, config: DinoV3Config) -> DinoV3Teacher:
+    """A teacher on the second GPU that has loaded and computed once: it may wait for that."""
+    teacher = DinoV3Teacher(config, ONE)
+    teacher.extract(STACKED, FeatureSpec(cls=True))
+    cuda.forget()
+    return teacher
+
+
+IMAGES = (STACKED, RAGGED, STACKED.double() / 255, STACKED.permute(0, 1, 3, 2), STACKED[0].numpy())
+
+
+def drive(teacher: DinoV3Teacher, spec: FeatureSpec = EVERYTHING, inputs: Sequence[Images] = IMAGES) -> list[Features]:
+    """Passes of every kind of images, whose results a student reads."""
+    results = []
+    for images in inputs:
+        features = teacher.extract(images, spec)
+        results.append(features.map(lambda _, tensor: tensor * 2))
+    return results
+
+
+@pytest.mark.parametrize("dtype", ["native", "float32", "float16", "int8"])
+def test_it_waits_for_nothing_and_touches_its_own_gpu_only(
+    cuda: FakeCuda, teacher: DinoV3Teacher, dtype: str
+) -> None:
+    results = drive(teacher, FeatureSpec(cls=True, feature_map=True, registers=True, layers=(0, -1), dtype=dtype))  # type: ignore[arg-type]
+    assert {tensor.device for features in results for _, tensor in features.named()} == {ONE}
+    assert results[0].feature_map.shape == (4, 128, 14, 14)  # type: ignore[union-attr]
+    assert (cuda.found(), cuda.contexts) == ([], {1})
+    streams = {stream for _, stream, _ in cuda.watch.launches}
+    assert len(streams) == 2, "copies have a stream of their own"
+
+
+def test_a_convnext_too(tmp_path: Path, cuda: FakeCuda) -> None:
+    teacher = ready(cuda, DinoV3Config(init_checkpoint("convnext-test", tmp_path / "convnext"), dtype="float16"))
+    drive(teacher, FeatureSpec(cls=True, feature_map=True, layers=(0, 3), map_size=(7, 9)))
+    assert (cuda.found(), cuda.contexts) == ([], {1})
+
+
+def test_float8_layers_too(tiny_checkpoint: Path, cuda: FakeCuda) -> None:
+    teacher = ready(cuda, DinoV3Config(tiny_checkpoint, dtype="float8"))
+    assert any(isinstance(module, Float8Linear) for module in teacher.modules())
+    drive(teacher)
+    assert (cuda.found(), cuda.contexts) == ([], {1})
+    assert any("_scaled_mm" in name for _, _, name in cuda.watch.launches)
+
+
+def test_cut_and_resampled_input_too(tiny_checkpoint: Path, cuda: FakeCuda) -> None:
+    teacher = ready(cuda, DinoV3Config(tiny_checkpoint, dtype="bfloat16", image_size=(70, 90)))
+    assert teacher.extract(STACKED, EVERYTHING).feature_map.shape == (4, 128, 7, 9)  # type: ignore[union-attr]
+    assert (cuda.found(), cuda.contexts) == ([], {1})
+
+
+def test_images_on_its_gpu_stay_where_they_are(cuda: FakeCuda, teacher: DinoV3Teacher) -> None:
+    images = STACKED.pin_memory().to(ONE, non_blocking=True)
+    teacher.extract(images, EVERYTHING)  # the one look at images on a GPU waits
+    cuda.forget()
+    teacher.extract(images, EVERYTHING)
+    teacher.extract(list(images), EVERYTHING)
+    assert (cuda.found(), cuda.contexts) == ([], {0, 1})  # the test pinned them on the first
+    assert len({stream for _, stream, _ in cuda.watch.launches}) == 1
+
+
+def test_images_on_another_gpu_or_on_both_reach_it(cuda: FakeCuda, teacher: DinoV3Teacher) -> None:
+    elsewhere = STACKED.pin_memory().to("cuda:0", non_blocking=True)
+    teacher.extract(elsewhere, EVERYTHING)
+    cuda.forget()
+    teacher.extract(elsewhere, EVERYTHING)
+    teacher.extract([elsewhere[0], STACKED[0]], EVERYTHING)
+    assert cuda.found() == []
+
+
+def test_a_teacher_that_is_moved_uploads_to_its_new_gpu(tiny_checkpoint: Path) -> None:
+    teacher = DinoV3Teacher(DinoV3Config(tiny_checkpoint, dtype="bfloat16"))
+    teacher.extract(STACKED, EVERYTHING)
+    assert teacher.model.config._attn_implementation == "sdpa-cpu"
+    with FakeCuda() as cuda:
+        teacher.to("cuda:1").extract(STACKED, EVERYTHING)
+        cuda.forget()
+        drive(teacher)
+        assert (cuda.found(), cuda.contexts) == ([], {1})
+        assert teacher.model.config._attn_implementation == "sdpa-cudnn"
+
+
+def test_cuda_without_an_index_is_the_current_device_of_its_caller(tiny_checkpoint: Path, cuda: FakeCuda) -> None:
+    torch.cuda.set_device(1)
+    teacher = DinoV3Teacher(tiny_checkpoint, "cuda")
+    assert teacher.device == ONE
+    thread = threading.Thread(target=drive, args=(teacher,), name="dinov3-test")
+    thread.start()
+    thread.join()
+    assert cuda.contexts == {1}
+
+
+# Faults that must be found ------------------------------------------------------------------------------------------
+
+FAULTS = {
+    "the stream does not wait for the copy": (Pending.receive, "stream.wait_event(self.ready)", "pass", "race"),
+    "memory is not kept for the stream": (Pending.receive, "tensor.record_stream(stream)", "pass", "freed"),
+    "the copy waits for the host": (Upload.begin, ", non_blocking=True)", ")", "wait"),
+    "memory is not pinned": (_staged, ", pin_memory=True", "", "unpinned"),
+    "no stream of its own": (Upload.__call__, "self.begin(tensors).receive()", "tuple(t.to(self.device) for t in tensors)", "wait"),
+    "a read in the backbone": (backbone._finish, "tokens_BND = norm(hidden_BND)", "tokens_BND = norm(hidden_BND); tokens_BND.sum().item()", "wait"),
+    "a mean on the CPU": (preprocess._transform, "_statistics(rule.mean, rule.std, device)", "_statistics(rule.mean, rule.std, torch.device('cpu'))", "error"),
+    "a mean copied for each batch": (preprocess._transform, "_statistics(rule.mean, rule.std, device)", "_statistics.__wrapped__(rule.mean, rule.std, device)", "wait"),
+    "indexing by a list": (preprocess.preprocess, "for index, pixels_3hw in zip(members, part, strict=True):", "for index, pixels_3hw in [(members, part)]:", "error"),
+    "the look at results waits": (_Look.begin, ", non_blocking=True", "", "wait"),
+    "the look at results is not pinned": (_Look.begin, ", pin_memory=True", "", "unpinned"),
+    "the look on another current device": (_Look.begin, "torch.cuda.device(finite.device)", "torch.cuda.device(0)", "device"),
+    "results are looked at at once": (TeacherWatch.results, "self._on_their_way.append(_Look.begin(features))", "check_finite(features, images)", "wait"),
+    "the stopwatch waits": (Stopwatch.measure, "end.record(stream)", "end.record(stream); end.synchronize()", "wait"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("function", "old", "new", "kind"), FAULTS.values(), ids=FAULTS)
+def test_a_fault_is_found(
+    cuda: FakeCuda, teacher: DinoV3Teacher, function: Any, old: str, new: str, kind: str
+) -> None:
+    with planted(function, old, new):
+        try:
+            drive(teacher, FeatureSpec(cls=True), [STACKED, RAGGED])
+        except (RuntimeError, NotImplementedError) as error:
+            assert kind == "error", error
+            return
+    found = cuda.found() + [f"device: {index}" for index in cuda.contexts - {1}]
+    assert any(fault.startswith(f"{kind}:") for fault in found), found
