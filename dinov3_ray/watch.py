@@ -92,8 +92,9 @@ class _Look:
 
     @classmethod
     def begin(cls, features: Features) -> _Look:
-        finite = sums_are_finite(features)
-        with torch.cuda.device(finite.device):  # pinned memory belongs to the current device
+        device = next(tensor.device for _, tensor in features.named())
+        with torch.cuda.device(device):  # pinned memory and events belong to the current one
+            finite = sums_are_finite(features)
             host = torch.empty(finite.shape, dtype=finite.dtype, pin_memory=True)
             host.copy_(finite, non_blocking=True)
             event: Any = torch.cuda.Event  # its annotations are partial

@@ -69,9 +69,9 @@ def choose_dtype(dtype: ComputeDtype, device: torch.device) -> tuple[torch.dtype
         return torch.bfloat16, f"{name} multiplies bfloat16 in hardware"
     if device.type == "cuda":
         return torch.float32, (
-            f"{name} does not multiply bfloat16 in hardware, and some checkpoints overflow float16; if yours does not, "
-            "dtype='float16' is much faster (a pool serves with it only if it passes the golden check, which is "
-            "teacher.prove() here)"
+            f"{name} does not multiply bfloat16 in hardware, and DINOv3 may overflow float16. dtype='float16' is much "
+            "faster there; whether your checkpoint allows it is what the golden check finds out, which a pool runs "
+            "before it serves, and teacher.prove() here"
         )
     return torch.float32, f"{name} is not known to multiply bfloat16 in hardware"
 

@@ -17,6 +17,7 @@ computes: the tests marked gpu are.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import itertools
 import threading
 from collections.abc import Callable, Iterator
@@ -30,6 +31,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.models.dinov3_vit import modeling_dinov3_vit
 
 from dinov3_ray.model.preprocess import _statistics
 
@@ -49,12 +51,15 @@ class FakeCuda:
     Attributes:
         watch: what was given to the devices.
         contexts: indices of the devices that were used in any way. A process pays half a gigabyte for each.
+        astray: what was done on a device while another was its thread's current one. Kernels and copies come out right
+            all the same; pinned memory, and whatever names no device, would not.
     """
 
     def __init__(self, devices: int = 2, capability: tuple[int, int] = (9, 0), name: str = "Fake H100") -> None:
         self.devices, self.capability, self.name = devices, capability, name
         self.watch = StreamWatch()
         self.contexts: set[int] = set()
+        self.astray: list[str] = []
         self.ids = itertools.count(1)
         self.defaults = [FakeStream(self, index) for index in range(devices)]
         self._mode = _SharedFakeMode(allow_non_fake_inputs=True)
@@ -62,8 +67,8 @@ class FakeCuda:
         self._exit = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
-        _statistics.cache_clear()  # it keeps tensors by device
-        self._exit.callback(_statistics.cache_clear)
+        _empty_caches()
+        self._exit.callback(_empty_caches)
         for name, fake in self._replacements().items():
             self._exit.enter_context(mock.patch.object(torch.cuda, name, fake))
         self._exit.enter_context(mock.patch.object(Tensor, "record_stream", self._record_stream()))
@@ -94,6 +99,7 @@ class FakeCuda:
         self.watch.waits.clear()
         self.watch.faults.clear()
         self.watch.launches.clear()
+        self.astray.clear()
 
     def found(self) -> list[str]:
         """All that would be wrong, or wait, each once."""
@@ -132,6 +138,13 @@ class FakeCuda:
             "empty_cache": lambda: None,
         }
 
+    def use(self, index: int, what: str) -> None:
+        """A device is used, by this thread."""
+        self.contexts.add(index)
+        if index != self.current:
+            thread = threading.current_thread().name
+            self.astray.append(f"{what} on cuda:{index} while cuda:{self.current} is current in {thread}")
+
     @property
     def current(self) -> int:
         """The current device of this thread."""
@@ -166,7 +179,7 @@ class FakeCuda:
         class Stream(FakeStream):
             def __init__(self, device: Any = None, priority: int = 0) -> None:
                 super().__init__(cuda, cuda.index(device))
-                cuda.contexts.add(self.device.index)
+                cuda.use(self.device.index, "Stream")
 
         return Stream
 
@@ -232,30 +245,31 @@ class FakeEvent:
     def __init__(self, cuda: FakeCuda) -> None:
         self._cuda = cuda
         self._id = next(cuda.ids)
-        self._recorded = False
+        self._recorded: int | None = None  # on which device
         with cuda.watch.lock:
             cuda.watch.event(self._id)
 
     def record(self, stream: FakeStream | None = None) -> None:
         stream = stream or self._cuda.stream_of(self._cuda.current)
-        self._cuda.contexts.add(stream.device.index)
+        self._recorded = stream.device.index
+        self._cuda.use(self._recorded, "Event.record")
         with self._cuda.watch.lock:
             self._cuda.watch.record(self._id, stream.stream_id)
-        self._recorded = True
 
     def wait(self, stream: FakeStream | None = None) -> None:
-        if self._recorded:
+        if self._recorded is not None:
             stream = stream or self._cuda.stream_of(self._cuda.current)
             with self._cuda.watch.lock:
                 self._cuda.watch.wait_in_stream(self._id, stream.stream_id)
 
     def synchronize(self) -> None:
-        if self._recorded:
+        if self._recorded is not None:
+            self._cuda.use(self._recorded, "Event.synchronize")
             with self._cuda.watch.lock:
                 self._cuda.watch.wait_on_host("Event.synchronize", event=self._id)
 
     def query(self) -> bool:
-        if self._recorded:
+        if self._recorded is not None:
             with self._cuda.watch.lock:
                 self._cuda.watch.reached(self._id)
         return True
@@ -293,12 +307,15 @@ class _Seen(TorchDispatchMode):
         kwargs = kwargs or {}
         cuda = self._cuda
 
-        def stream_of(device: torch.device) -> int:
-            cuda.contexts.add(device.index)
-            return cuda.stream_of(device.index).stream_id
-
         with cuda.watch.lock:
-            return cuda.watch.see(func, args, kwargs, stream_of, lambda: func(*args, **kwargs))
+            return cuda.watch.see(
+                func,
+                args,
+                kwargs,
+                run=lambda: func(*args, **kwargs),
+                stream_of=lambda device: cuda.stream_of(device.index).stream_id,
+                use=lambda device, what: cuda.use(device.index, what),
+            )
 
 
 class _CudaFunctions(TorchFunctionMode):
@@ -320,17 +337,34 @@ class _CudaFunctions(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func is not torch.device:
+            args, kwargs = self._indexed(args), {name: self._indexed(value) for name, value in kwargs.items()}
         if func in self._instead and (isinstance(args[0], FakeTensor) or func in (Tensor.pin_memory, Tensor.is_pinned)):
             return self._instead[func](*args, **kwargs)
         if kwargs.get("pin_memory"):
             return self._pin(func(*args, **{**kwargs, "pin_memory": False}))
         return func(*args, **kwargs)
 
+    def _indexed(self, value: Any) -> Any:
+        """``cuda`` with the current device's index, as torch itself would have it."""
+        if type(value) is tuple:
+            return tuple(map(self._indexed, value))
+        is_cuda = isinstance(value, (str, torch.device)) and str(value) == "cuda"
+        return torch.device("cuda", self._cuda.current) if is_cuda else value
+
     def _pin(self, tensor: Tensor) -> Tensor:
         assert tensor.device.type == "cpu", "only memory of the host can be pinned"
         self._cuda.contexts.add(self._cuda.current)
         with self._cuda.watch.lock:
             return self._cuda.watch.pin(tensor)
+
+
+def _empty_caches() -> None:
+    """Those that keep tensors for all who come later: with values and without must not meet."""
+    _statistics.cache_clear()
+    cached = inspect.getclosurevars(modeling_dinov3_vit.get_patches_center_coordinates).nonlocals
+    for function in cached.values():
+        getattr(function, "cache_clear", lambda: None)()
 
 
 def _index(tensor: Tensor, key: Any) -> Tensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -135,13 +135,24 @@ class StreamWatch:
 
     # Kernels --------------------------------------------------------------------------------------------------------
 
-    def see(self, func: Any, args: Any, kwargs: Any, stream_of: Any, run: Any) -> Any:
+    def see(
+        self,
+        func: Any,
+        args: Any,
+        kwargs: Any,
+        run: Callable[[], Any],
+        stream_of: Callable[[torch.device], int],
+        use: Callable[[torch.device, str], None],
+    ) -> Any:
         """Run ``func``, and write down what a device would be given.
 
         Args:
-            stream_of: the current stream of a device in this thread.
             run: computes it, on tensors without values.
+            stream_of: the current stream of a device in this thread.
+            use: is called with the device of what is launched.
         """
+        if func.namespace == "prim":  # a question to a tensor, such as its device
+            return run()
         self.look_for_freed()
         given = _tensors((args, kwargs))
         if func in _READS:
@@ -149,21 +160,29 @@ class StreamWatch:
             return _READS[func](given[0])
         out = run()
         made = _tensors(out)
-        devices = {tensor.device for tensor in [*given, *made] if tensor.device.type == "cuda"}
-        if not devices:
+        on_devices = [tensor.device for tensor in [*given, *made] if tensor.device.type == "cuda"]
+        if not on_devices:
             self._on_host(func, args, kwargs, given, made)
             return out
-        device = next(iter(tensor.device for tensor in [*made, *given] if tensor.device.type == "cuda"))
-        stream = stream_of(device)
         for tensor in made:
             self._own(tensor, stream_of(tensor.device) if tensor.device.type == "cuda" else HOST)
-        if _is_view(func) or func.namespace == "prim":
+        if _is_view(func):
             return out
-        if any(tensor.device.type == "cpu" and tensor.ndim for tensor in [*given, *made]):
-            self._crosses(func, args, kwargs, given, made, stream)
+        # A copy between devices runs in a stream of its source, between barriers with the other one's.
+        device, other = on_devices[0], on_devices[-1]
+        stream = stream_of(device)
+        use(device, str(func))
+        self._follow(stream, stream_of(other))
         self.launches.append((device.index, stream, str(func)))
         self._access(stream, func, args, kwargs, made)
+        self._follow(stream_of(other), stream)
+        if any(tensor.device.type == "cpu" and tensor.ndim for tensor in [*given, *made]):
+            self._crosses(func, args, kwargs, given, made, stream)
         return out
+
+    def _follow(self, stream: int, other: int) -> None:
+        states = self._handler.syncs.current_sync_states
+        self._handler.syncs._state_wait_for_other(states[stream], states[other])
 
     def _crosses(self, func: Any, args: Any, kwargs: Any, given: list[Tensor], made: list[Tensor], stream: int) -> None:
         """A copy between the host and a device."""

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from fake_cuda import FakeCuda
 from planted import planted
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from dinov3_ray import DinoV3Config, DinoV3Teacher, FeatureSpec
 
 ONE, OTHER = torch.device("cuda:1"), torch.device("cuda:0")
 
@@ -176,6 +180,19 @@ def test_a_device_that_is_touched_is_paid_for(
     assert cuda.contexts == devices
 
 
+def test_what_is_done_while_another_device_is_current_is_noted(cuda: FakeCuda) -> None:
+    x = on_device(3)
+    event = torch.cuda.current_stream(ONE).record_event()
+    event.synchronize()
+    assert [note.split(" on ")[0] for note in cuda.astray] == ["aten.zeros.default", "Event.record", "Event.synchronize"]
+    assert cuda.astray[0].endswith("on cuda:1 while cuda:0 is current in MainThread")
+    cuda.forget()
+    with torch.cuda.device(ONE):
+        x.add_(1)
+        torch.cuda.Stream().record_event().synchronize()
+    assert cuda.astray == []
+
+
 def test_a_stream_of_another_device_touches_the_current_one(cuda: FakeCuda) -> None:
     stream = torch.cuda.Stream(ONE)
     with torch.cuda.device(ONE), torch.cuda.stream(stream):
@@ -207,6 +224,19 @@ def test_it_leaves_torch_as_it_was() -> None:
         assert torch.cuda.is_available()
     assert before == (torch.cuda.Stream, torch.cuda.is_available(), threading.Thread.run, Tensor.record_stream)
     assert type(torch.zeros(3)) is Tensor
+
+
+def test_nothing_without_values_stays_behind(tiny_checkpoint: Path) -> None:
+    teacher = DinoV3Teacher(DinoV3Config(tiny_checkpoint, dtype="float32", image_size=64))
+    images, spec = torch.rand(2, 3, 64, 64), FeatureSpec(cls=True)
+    expected = teacher.extract(images, spec).cls
+    with FakeCuda():
+        assert isinstance(teacher.extract(images, spec).cls, FakeTensor)
+    found = teacher.extract(images, spec).cls
+    assert expected is not None
+    assert found is not None
+    assert type(found) is Tensor
+    assert torch.equal(found, expected)
 
 
 def test_a_fault_whose_place_is_gone_is_not_planted() -> None:

@@ -54,7 +54,8 @@ def drive(teacher: DinoV3Teacher, spec: FeatureSpec = EVERYTHING, inputs: Sequen
     results = []
     for images in inputs:
         features = teacher.extract(images, spec)
-        results.append(features.map(lambda _, tensor: tensor * 2))
+        with torch.cuda.device(teacher.device):
+            results.append(features.map(lambda _, tensor: tensor * 2))
     return results
 
 
@@ -65,7 +66,7 @@ def test_it_waits_for_nothing_and_touches_its_own_gpu_only(
     results = drive(teacher, FeatureSpec(cls=True, feature_map=True, registers=True, layers=(0, -1), dtype=dtype))  # type: ignore[arg-type]
     assert {tensor.device for features in results for _, tensor in features.named()} == {ONE}
     assert results[0].feature_map.shape == (4, 128, 14, 14)  # type: ignore[union-attr]
-    assert (cuda.found(), cuda.contexts) == ([], {1})
+    assert (cuda.found(), cuda.astray, cuda.contexts) == ([], [], {1})
     streams = {stream for _, stream, _ in cuda.watch.launches}
     assert len(streams) == 2, "copies have a stream of their own"
 
@@ -145,7 +146,7 @@ FAULTS = {
     "indexing by a list": (preprocess.preprocess, "for index, pixels_3hw in zip(members, part, strict=True):", "for index, pixels_3hw in [(members, part)]:", "error"),
     "the look at results waits": (_Look.begin, ", non_blocking=True", "", "wait"),
     "the look at results is not pinned": (_Look.begin, ", pin_memory=True", "", "unpinned"),
-    "the look on another current device": (_Look.begin, "torch.cuda.device(finite.device)", "torch.cuda.device(0)", "device"),
+    "the look on another current device": (_Look.begin, "torch.cuda.device(device)", "torch.cuda.device(0)", "device"),
     "results are looked at at once": (TeacherWatch.results, "self._on_their_way.append(_Look.begin(features))", "check_finite(features, images)", "wait"),
     "the stopwatch waits": (Stopwatch.measure, "end.record(stream)", "end.record(stream); end.synchronize()", "wait"),
 }  # fmt: skip

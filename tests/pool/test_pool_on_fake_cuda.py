@@ -1,0 +1,193 @@
+"""A replica's device pipeline on fake GPUs: ordered streams, no waits on the device thread, and one GPU for all threads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fake_cuda import FakeCuda
+from planted import planted
+from torch import Tensor
+
+from dinov3_ray import DinoV3Config, DinoV3Teacher, Features, FeatureSpec, TeacherPool
+from dinov3_ray.images import ImageBatch, Images
+from dinov3_ray.model.upload import Pending, Upload, _staged
+from dinov3_ray.pool.replica import device_pipeline
+from dinov3_ray.pool.replica.device_pipeline import CudaPipeline, DevicePass, _CudaPass, _Download
+from dinov3_ray.pool.replica.hosted import HostedReplica
+from dinov3_ray.pool.replica.replica import Replica
+
+ONE = torch.device("cuda:1")
+SPECS = [
+    FeatureSpec(cls=True, feature_map=True, registers=True, layers=(0, -1), map_size=(7, 9), dtype=dtype)
+    for dtype in ("native", "float32", "float16", "int8")
+]
+IMAGES = [torch.full((4, 3, 300, 400), 100, dtype=torch.uint8), torch.full((4, 3, 48, 64), 0.5, dtype=torch.float64)]
+RAGGED = [IMAGES[0][0], IMAGES[0][1], torch.full((3, 64, 80), 100, dtype=torch.uint8)]
+
+
+@pytest.fixture
+def cuda() -> Iterator[FakeCuda]:
+    with FakeCuda() as cuda:
+        yield cuda
+
+
+@pytest.fixture
+def pipeline(tiny_checkpoint: Path, cuda: FakeCuda) -> CudaPipeline:
+    """Of a teacher on the second GPU that has loaded and computed once: it may wait for that."""
+    pipeline = device_pipeline.pipeline_for(DinoV3Teacher(DinoV3Config(tiny_checkpoint, dtype="bfloat16"), ONE))
+    assert isinstance(pipeline, CudaPipeline)
+    drive(pipeline, FeatureSpec(cls=True), [IMAGES[0]])
+    cuda.forget()
+    return pipeline
+
+
+def drive(pipeline: CudaPipeline, spec: FeatureSpec, inputs: Sequence[Images]) -> list[str]:
+    """Passes as a replica makes them, as many in flight as the pipeline takes; the names of what they gave."""
+    flying: list[DevicePass] = []
+    names = []
+    for images in inputs:
+        batch = ImageBatch.of(images)
+        flying.append(pipeline.begin(batch, len(batch), spec))
+        if len(flying) == pipeline.depth:
+            names = [name for name, *_ in flying.pop(0).result().layout]
+    while flying:
+        flying.pop(0).result()
+    return names
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.dtype)
+def test_only_the_wait_for_results_waits(cuda: FakeCuda, pipeline: CudaPipeline, spec: FeatureSpec) -> None:
+    inputs = [*IMAGES, RAGGED, *IMAGES]
+    names = drive(pipeline, spec, inputs)
+    assert names == ["cls", "feature_map", "registers", "layers.0", "layers.-1"]
+    assert cuda.found() == ["wait: Event.synchronize in MainThread"]
+    assert len(cuda.watch.waits) == len(inputs)
+    assert cuda.contexts == {1}
+    assert len({stream for _, stream, _ in cuda.watch.launches}) == 3, "in, through and out overlap"
+
+
+# (function, text, fault, what is found)
+FAULTS = {
+    "no wait in the upload": (Pending.receive, "stream.wait_event(self.ready)", "pass", "race"),
+    "images not kept": (Pending.receive, "tensor.record_stream(stream)", "pass", "freed"),
+    "the upload blocks": (Upload.begin, ", non_blocking=True)", ")", "wait: aten._to_copy"),
+    "the upload is not pinned": (_staged, ", pin_memory=True", "", "unpinned"),
+    "the upload in the stream that computes": (Upload.begin, "torch.cuda.stream(self._stream)", "torch.cuda.stream(torch.cuda.current_stream())", "streams: 2"),
+    "no wait in the download": (_Download.__call__, "self.stream.wait_stream(torch.cuda.current_stream())", "pass", "race"),
+    "downloads not held": (CudaPipeline.begin, "tuple(download.held)", "()", "freed"),
+    "the download blocks": (_Download.__call__, ", non_blocking=True", "", "wait: aten.copy_"),
+    "the host is not pinned": (_Download.__call__, ", pin_memory=True", "", "unpinned"),
+    "results read before they have arrived": (_CudaPass.result, "self.event.synchronize()", "pass", "race"),
+    "the event of another stream": (CudaPipeline.begin, "done.record(self._copy_out)", "done.record()", "race"),
+    "results looked at at once": (CudaPipeline.begin, "finite = sums_are_finite(features)", "finite = sums_are_finite(features); bool(finite.all())", "wait: aten._local"),
+    "another current device": (CudaPipeline.begin, "torch.cuda.device(self._device)", "torch.cuda.device(0)", "device: 0"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("function", "old", "new", "kind"), FAULTS.values(), ids=FAULTS)
+def test_a_fault_is_found(
+    cuda: FakeCuda, pipeline: CudaPipeline, function: Any, old: str, new: str, kind: str
+) -> None:
+    with planted(function, old, new):
+        drive(pipeline, FeatureSpec(cls=True, feature_map=True, map_size=(7, 9), dtype="int8"), [IMAGES[0], RAGGED] * 2)
+    streams = {stream for _, stream, _ in cuda.watch.launches}
+    found = [*cuda.found(), f"streams: {len(streams)}", *(f"device: {index}" for index in cuda.contexts - {1})]
+    assert any(fault.startswith(kind) for fault in found), found
+
+
+# Threads ------------------------------------------------------------------------------------------------------------
+
+
+class OnTheCurrentDevice:
+    """A teacher of the user's, which goes where torch's ``cuda`` goes; warming up, it pins memory there."""
+
+    def __init__(self, device: str = "cuda") -> None:
+        with torch.cuda.device(torch.device(device)):
+            self._weight = torch.ones(3, device=device)
+        self.device = self._weight.device
+
+    def warm_up(self, rows: int) -> None:
+        torch.empty(rows, pin_memory=True)
+
+    def extract(self, images: Images, spec: FeatureSpec) -> Features:
+        assert isinstance(images, Tensor)
+        return Features(cls=images.float().mean(dim=(2, 3)) * self._weight)
+
+
+def submit_some(hosted: HostedReplica) -> list[Features]:
+    futures = [hosted.submit(images, spec) for images in (*IMAGES, RAGGED) for spec in SPECS[::3]]
+    return [future.result(60) for future in futures]
+
+
+def test_an_extraction_computes_on_one_gpu_and_waits_in_one_thread(tiny_checkpoint: Path, cuda: FakeCuda) -> None:
+    config = DinoV3Config(tiny_checkpoint, dtype="bfloat16")
+    hosted = HostedReplica(lambda: DinoV3Teacher(config, ONE), max_batch=4)
+    cuda.forget()
+    results = submit_some(hosted)
+    hosted.close()
+    assert results[0].feature_map.shape == (4, 128, 7, 9)  # type: ignore[union-attr]
+    assert cuda.found() == ["wait: Event.synchronize in dinov3-hosted-results"]
+    assert (cuda.contexts, astray(cuda)) == ({1}, [])
+
+
+def astray(cuda: FakeCuda) -> list[str]:
+    """What this package's threads did on another device than their current one."""
+    return [note for note in cuda.astray if "dinov3-" in note]
+
+
+THREADS = {
+    "the device thread is not settled": (Replica._run, "settle_thread(self._device)", "pass"),
+    "the results thread is not settled": (Replica._finish_passes, "settle_thread(self._device)", "pass"),
+}
+
+
+@pytest.mark.parametrize(("function", "old", "new"), [(None, '', ''), *THREADS.values()], ids=["as it is", *THREADS])
+def test_each_thread_of_a_replica_is_settled(cuda: FakeCuda, function: Any, old: str, new: str) -> None:
+    with planted(function, old, new) if function else nullcontext():
+        hosted = HostedReplica(lambda: OnTheCurrentDevice("cuda:1"), max_batch=4)
+        hosted.submit(IMAGES[0], FeatureSpec(cls=True)).result(60)
+        hosted.close()
+    assert ((cuda.contexts, astray(cuda)) == ({1}, [])) is (function is None)
+
+
+@pytest.mark.parametrize(
+    ("environment", "current", "expected"),
+    [
+        ({}, 0, 0),
+        ({}, 1, 1),
+        ({"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": "2", "RANK": "1"}, 0, 1),  # torchrun, not set yet
+        ({"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "3", "WORLD_SIZE": "3", "RANK": "1"}, 2, 2),  # the caller has chosen
+        ({"LOCAL_RANK": "5", "LOCAL_WORLD_SIZE": "8", "WORLD_SIZE": "8", "RANK": "5"}, 0, 0),  # sees its own GPU only
+    ],
+    ids=["one-process", "its-current-device", "rank", "rank-that-chose", "rank-with-its-own-gpus"],
+)
+def test_a_local_pool_computes_on_its_ranks_gpu(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], current: int, expected: int
+) -> None:
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with FakeCuda(devices=3) as cuda:
+        if current:
+            torch.cuda.set_device(current)
+        with TeacherPool.start(OnTheCurrentDevice, local_mode=True, replicas=2) as pool:
+            assert pool.teacher().extract_features(IMAGES[0]).shape == (4, 3)
+            pool.scale(3, wait=True)  # whoever starts it
+        assert cuda.contexts == {expected}
+        assert astray(cuda) == []
+        assert {device for device, _, _ in cuda.watch.launches} == {expected}
+
+
+def test_its_own_teachers_too(tiny_checkpoint: Path, cuda: FakeCuda) -> None:
+    torch.cuda.set_device(1)
+    config = DinoV3Config(tiny_checkpoint, dtype="bfloat16")
+    with TeacherPool.start(config, local_mode=True) as pool:
+        pool.teacher().extract(IMAGES[0], SPECS[0])
+        assert [replica.device for replica in pool.status().replicas] == ["cuda:1"]
+    assert (cuda.contexts, astray(cuda)) == ({1}, [])
