@@ -8,6 +8,7 @@ when they are set. So it calls one kernel by name: the first in order of prefere
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,19 +16,16 @@ from torch import Tensor
 
 __all__ = ["choose_attention"]
 
-_Kernel = Callable[[Tensor, Tensor, Tensor, float | None], Tensor]
 _HOPPER = 9  # major compute capability
 _TRIAL_TOKENS = 41  # no multiple of what a kernel may want: images give any number of tokens
 _aten = torch.ops.aten
 
-# Each takes query, key and value [B, heads, N, channels] and the scale of their product.
-_KERNELS: dict[str, _Kernel] = {
-    "cudnn": lambda q, k, v, scale: _aten._scaled_dot_product_cudnn_attention(q, k, v, None, False, scale=scale)[0],
-    "flash": lambda q, k, v, scale: _aten._scaled_dot_product_flash_attention(q, k, v, scale=scale)[0],
-    "efficient": lambda q, k, v, scale: _aten._scaled_dot_product_efficient_attention(q, k, v, None, False, scale=scale)[
-        0
-    ],
-    "cpu": lambda q, k, v, scale: _aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, scale=scale)[0],
+# Each takes query, key and value [B, heads, N, channels]; the first of its results is theirs.
+_KERNELS: dict[str, Callable[..., Any]] = {
+    "cudnn": partial(_aten._scaled_dot_product_cudnn_attention, attn_bias=None, compute_log_sumexp=False),
+    "flash": _aten._scaled_dot_product_flash_attention,
+    "efficient": partial(_aten._scaled_dot_product_efficient_attention, attn_bias=None, compute_log_sumexp=False),
+    "cpu": _aten._scaled_dot_product_flash_attention_for_cpu,
 }
 
 
@@ -56,11 +54,11 @@ def _preferred(device: torch.device) -> tuple[str, ...]:
     return ("cpu",) if device.type == "cpu" else ()
 
 
-def _runs(kernel: _Kernel, trial: Tensor) -> bool:
+def _runs(kernel: Callable[..., Any], trial: Tensor) -> bool:
     try:
         # In the layout that a model gives: heads side by side in a token.
         heads = trial.transpose(1, 2).contiguous().transpose(1, 2)
-        kernel(heads, heads, heads, None)
+        kernel(heads, heads, heads)
         if trial.device.type == "cuda":
             torch.cuda.synchronize(trial.device)
     except (RuntimeError, NotImplementedError):  # torch has no narrower error for a kernel that does not fit
@@ -68,7 +66,7 @@ def _runs(kernel: _Kernel, trial: Tensor) -> bool:
     return True
 
 
-def _as_transformers_call_it(kernel: _Kernel) -> Callable[..., tuple[Tensor, None]]:
+def _as_transformers_call_it(kernel: Callable[..., Any]) -> Callable[..., tuple[Tensor, None]]:
     def attend(
         module: Any,  # noqa: ARG001 - the signature is transformers'
         query: Tensor,
@@ -79,6 +77,7 @@ def _as_transformers_call_it(kernel: _Kernel) -> Callable[..., tuple[Tensor, Non
         **others: Any,  # noqa: ARG001 - dropout, which is 0 in eval mode
     ) -> tuple[Tensor, None]:
         assert attention_mask is None
-        return kernel(query, key, value, scaling).transpose(1, 2).contiguous(), None
+        attended_BHND: Tensor = kernel(query, key, value, scale=scaling)[0]
+        return attended_BHND.transpose(1, 2).contiguous(), None
 
     return attend

@@ -1,4 +1,4 @@
-"""A replica's device pipeline on fake GPUs: ordered streams, no waits on the device thread, and one GPU for all threads."""
+"""A replica on fake GPUs: streams in order, no wait on the device thread, and one GPU for all threads."""
 
 from __future__ import annotations
 
@@ -77,22 +77,40 @@ FAULTS = {
     "images not kept": (Pending.receive, "tensor.record_stream(stream)", "pass", "freed"),
     "the upload blocks": (Upload.begin, ", non_blocking=True)", ")", "wait: aten._to_copy"),
     "the upload is not pinned": (_staged, ", pin_memory=True", "", "unpinned"),
-    "the upload in the stream that computes": (Upload.begin, "torch.cuda.stream(self._stream)", "torch.cuda.stream(torch.cuda.current_stream())", "streams: 2"),
-    "no wait in the download": (_Download.__call__, "self.stream.wait_stream(torch.cuda.current_stream())", "pass", "race"),
+    "the upload in the stream that computes": (
+        Upload.begin,
+        "torch.cuda.stream(self._stream)",
+        "torch.cuda.stream(torch.cuda.current_stream())",
+        "streams: 2",
+    ),
+    "no wait in the download": (
+        _Download.__call__,
+        "self.stream.wait_stream(torch.cuda.current_stream())",
+        "pass",
+        "race",
+    ),
     "downloads not held": (CudaPipeline.begin, "tuple(download.held)", "()", "freed"),
     "the download blocks": (_Download.__call__, ", non_blocking=True", "", "wait: aten.copy_"),
     "the host is not pinned": (_Download.__call__, ", pin_memory=True", "", "unpinned"),
     "results read before they have arrived": (_CudaPass.result, "self.event.synchronize()", "pass", "race"),
     "the event of another stream": (CudaPipeline.begin, "done.record(self._copy_out)", "done.record()", "race"),
-    "results looked at at once": (CudaPipeline.begin, "finite = sums_are_finite(features)", "finite = sums_are_finite(features); bool(finite.all())", "wait: aten._local"),
-    "another current device": (CudaPipeline.begin, "torch.cuda.device(self._device)", "torch.cuda.device(0)", "device: 0"),
-}  # fmt: skip
+    "results looked at at once": (
+        CudaPipeline.begin,
+        "finite = sums_are_finite(features)",
+        "finite = sums_are_finite(features); bool(finite.all())",
+        "wait: aten._local",
+    ),
+    "another current device": (
+        CudaPipeline.begin,
+        "torch.cuda.device(self._device)",
+        "torch.cuda.device(0)",
+        "device: 0",
+    ),
+}
 
 
 @pytest.mark.parametrize(("function", "old", "new", "kind"), FAULTS.values(), ids=FAULTS)
-def test_a_fault_is_found(
-    cuda: FakeCuda, pipeline: CudaPipeline, function: Any, old: str, new: str, kind: str
-) -> None:
+def test_a_fault_is_found(cuda: FakeCuda, pipeline: CudaPipeline, function: Any, old: str, new: str, kind: str) -> None:
     with planted(function, old, new):
         drive(pipeline, FeatureSpec(cls=True, feature_map=True, map_size=(7, 9), dtype="int8"), [IMAGES[0], RAGGED] * 2)
     streams = {stream for _, stream, _ in cuda.watch.launches}
@@ -146,7 +164,7 @@ THREADS = {
 }
 
 
-@pytest.mark.parametrize(("function", "old", "new"), [(None, '', ''), *THREADS.values()], ids=["as it is", *THREADS])
+@pytest.mark.parametrize(("function", "old", "new"), [(None, "", ""), *THREADS.values()], ids=["as it is", *THREADS])
 def test_each_thread_of_a_replica_is_settled(cuda: FakeCuda, function: Any, old: str, new: str) -> None:
     with planted(function, old, new) if function else nullcontext():
         hosted = HostedReplica(lambda: OnTheCurrentDevice("cuda:1"), max_batch=4)

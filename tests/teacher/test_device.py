@@ -1,4 +1,4 @@
-"""A teacher's device: its index, its dtype, its thread; and the stopwatch: what it says, when, and that it can be copied."""
+"""A teacher's device: its index, its dtype, its thread; and the stopwatch, which says how long it took."""
 
 from __future__ import annotations
 

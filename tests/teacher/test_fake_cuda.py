@@ -173,9 +173,7 @@ def test_the_host_must_not_write_what_is_being_copied(cuda: FakeCuda) -> None:
     ],
     ids=["memory", "kernel", "pinned", "no-index", "stream", "event", "set", "question"],
 )
-def test_a_device_that_is_touched_is_paid_for(
-    cuda: FakeCuda, touch: Callable[[], object], devices: set[int]
-) -> None:
+def test_a_device_that_is_touched_is_paid_for(cuda: FakeCuda, touch: Callable[[], object], devices: set[int]) -> None:
     touch()
     assert cuda.contexts == devices
 
@@ -184,7 +182,11 @@ def test_what_is_done_while_another_device_is_current_is_noted(cuda: FakeCuda) -
     x = on_device(3)
     event = torch.cuda.current_stream(ONE).record_event()
     event.synchronize()
-    assert [note.split(" on ")[0] for note in cuda.astray] == ["aten.zeros.default", "Event.record", "Event.synchronize"]
+    assert [note.split(" on ")[0] for note in cuda.astray] == [
+        "aten.zeros.default",
+        "Event.record",
+        "Event.synchronize",
+    ]
     assert cuda.astray[0].endswith("on cuda:1 while cuda:0 is current in MainThread")
     cuda.forget()
     with torch.cuda.device(ONE):

@@ -47,13 +47,12 @@ class OnTheCurrentDevice:
 
 def train(cuda: FakeCuda, teacher: Any, device: str | None, current: int = 1) -> None:
     """A student on the second GPU that reads its targets in its own stream, and drops them at once."""
-    with torch.cuda.device(current):
-        with torch.cuda.stream(torch.cuda.Stream("cuda:1")):
-            torch.cuda.set_device(current)
-            weight = torch.zeros(3, device="cuda:1")
-            for _, targets in prefetch(teacher, LOADER, SPEC, device=device):
-                weight.add_((targets.feature_map.mean() + targets.cls.mean()).sum())
-                del targets
+    with torch.cuda.device(current), torch.cuda.stream(torch.cuda.Stream("cuda:1")):
+        torch.cuda.set_device(current)
+        weight = torch.zeros(3, device="cuda:1")
+        for _, targets in prefetch(teacher, LOADER, SPEC, device=device):
+            weight.add_((targets.feature_map.mean() + targets.cls.mean()).sum())
+            del targets
     assert len(cuda.watch.launches) > len(LOADER)
 
 
@@ -73,9 +72,7 @@ def test_a_teacher_of_the_users_computes_on_its_callers_device(cuda: FakeCuda) -
 
 
 @pytest.mark.parametrize(("where", "device"), [("cuda:1", "cuda"), ("cuda:1", None), ("cuda:0", "cuda:1")])
-def test_a_local_teachers_targets_too(
-    tiny_checkpoint: Path, cuda: FakeCuda, where: str, device: str | None
-) -> None:
+def test_a_local_teachers_targets_too(tiny_checkpoint: Path, cuda: FakeCuda, where: str, device: str | None) -> None:
     teacher = DinoV3Teacher(DinoV3Config(tiny_checkpoint, dtype="bfloat16", image_size=64), where)
     teacher.extract(LOADER[0], SPEC)
     torch.cuda.synchronize()  # transformers keeps RoPE's coordinates, for whatever stream comes next
@@ -91,8 +88,13 @@ FAULTS = {
     "the copy blocks": (Upload.begin, ", non_blocking=True)", ")", "wait"),
     "targets are not pinned": (_staged, ", pin_memory=True", "", "unpinned"),
     "delivered as they are": (Delivery.receive, "pending.receive()", "pass", "race"),
-    "another current device": (Upload.begin, "computing_on(self.device)", "computing_on(torch.device('cpu'))", "astray"),
-}  # fmt: skip
+    "another current device": (
+        Upload.begin,
+        "computing_on(self.device)",
+        "computing_on(torch.device('cpu'))",
+        "astray",
+    ),
+}
 
 
 @pytest.mark.parametrize(("function", "old", "new", "kind"), FAULTS.values(), ids=FAULTS)
