@@ -45,8 +45,9 @@ class ModelOptions(CheckedModel):
     attention: Annotated[
         str, Field(strict=True, min_length=1), rule("must be the name of an implementation, such as 'sdpa'")
     ] = "auto"
-    """The attention implementation of transformers, such as sdpa, eager or flash_attention_2. auto is sdpa with a kernel
-    chosen for the device (cuDNN's on Hopper), which torch's global flags do not change. A ConvNeXt ignores it."""
+    """The attention implementation of transformers, such as sdpa, eager or flash_attention_2. auto is sdpa with a
+    kernel chosen for the device (cuDNN's on Hopper), which torch's global flags do not change. A ConvNeXt, which has no
+    attention, ignores it."""
 
 
 @dataclass(frozen=True, init=False, repr=False)

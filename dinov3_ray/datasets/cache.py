@@ -18,6 +18,8 @@ from dinov3_ray.datasets.decode import view_digest
 from dinov3_ray.errors import InputError, StoreError
 from dinov3_ray.features import Features, FeatureSpec
 from dinov3_ray.images import ImageBatch, Images
+from dinov3_ray.model.device import as_device
+from dinov3_ray.model.upload import Upload
 from dinov3_ray.teacher import Extractor, TeacherMixin, check_extractor, computed_in
 from dinov3_ray.watch import TeacherWatch
 
@@ -66,6 +68,7 @@ class CachedTeacher(TeacherMixin[Images]):
         # So that a trainer which just ends keeps its last batches.
         self._finalizer = weakref.finalize(self, FeatureCache.close, self._cache, 10.0)
         self._device: torch.device | None = None
+        self._upload = Upload(torch.device("cpu"))
         self._watch = TeacherWatch()
 
     @property
@@ -92,8 +95,8 @@ class CachedTeacher(TeacherMixin[Images]):
         found = [self._cache.get(key) for key in keys]
         missing = [index for index, features in enumerate(found) if features is None]
         if not missing:
-            device = self._result_device(batch)
-            return _join([features.to(device) for features in found if features is not None])
+            self._upload = self._upload_to(self._result_device(batch))
+            return self._upload.features(_join([features for features in found if features is not None]))
         live = self.teacher.extract(images if len(missing) == len(batch) else _take(batch, missing), spec)
         if live.fingerprint not in (None, self.fingerprint) and self._fingerprint is None:
             # The pool was reloaded meanwhile, and `found` may be the former teacher's: no batch is of two teachers.
@@ -107,7 +110,8 @@ class CachedTeacher(TeacherMixin[Images]):
         if len(missing) == len(batch):
             return live
         rows = {index: live.rows(row, row + 1) for row, index in enumerate(missing)}
-        return _join([rows[index] if part is None else part.to(self._device) for index, part in enumerate(found)])
+        self._upload = self._upload_to(self._device)
+        return _join([rows[i] if part is None else self._upload.features(part) for i, part in enumerate(found)])
 
     def statistics(self) -> CacheStatistics:
         """A snapshot: hits, misses, drops, MB/s, size."""
@@ -143,7 +147,10 @@ class CachedTeacher(TeacherMixin[Images]):
         """Where the teacher gives its results: as it last did, as it says, or where the images are."""
         if self._device is not None:
             return self._device
-        return torch.device(getattr(self.teacher, "device", None) or batch.tensors[0].device)
+        return as_device(getattr(self.teacher, "device", None) or batch.tensors[0].device)
+
+    def _upload_to(self, device: torch.device) -> Upload:
+        return self._upload if self._upload.device == device else Upload(device)
 
     def _keys(
         self, batch: ImageBatch, spec: FeatureSpec, fingerprint: str | None, known: list[bytes] | None = None

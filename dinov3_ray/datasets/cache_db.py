@@ -36,6 +36,7 @@ from safetensors.torch import load, save
 
 from dinov3_ray.errors import StoreError
 from dinov3_ray.features import Features
+from dinov3_ray.model.upload import Pending
 from dinov3_ray.watch import has_only_finite
 
 __all__ = ["CacheStatistics", "FeatureCache", "pack", "unpack"]
@@ -57,6 +58,22 @@ CREATE TABLE IF NOT EXISTS entries (id INTEGER PRIMARY KEY, key BLOB UNIQUE NOT 
 CREATE INDEX IF NOT EXISTS entries_used ON entries (used);
 CREATE TABLE IF NOT EXISTS contents (id INTEGER PRIMARY KEY, value BLOB NOT NULL);
 """  # apart, since SQLite would rewrite a value of megabytes with each change of `used`
+
+
+@dataclass(frozen=True, slots=True)
+class _Queued:
+    """Features that wait to be written, ``size`` bytes; a GPU may still be computing them."""
+
+    key: bytes
+    features: Features
+    size: int
+    pending: tuple[Pending, ...]
+
+    def on_host(self) -> Features:
+        """They are copied in this thread's stream, which must wait for the one that computes them."""
+        for pending in self.pending:
+            pending.receive()
+        return self.features.to("cpu")
 
 
 class FeatureCache:
@@ -122,7 +139,8 @@ class FeatureCache:
                 return False
             self._queued += size
             # The caller may change its tensors in place before the thread gets to them.
-            self._queue.append((key, features.map(lambda _, tensor: tensor.detach().clone()), size))
+            copies = features.map(lambda _, tensor: tensor.detach().clone())
+            self._queue.append(_Queued(key, copies, size, Pending.here([tensor for _, tensor in copies.named()])))
             self._start_thread()
             self._wake.notify_all()
         return True
@@ -174,7 +192,7 @@ class FeatureCache:
         self._connections: list[sqlite3.Connection] = []
         self._lock = threading.Lock()
         self._wake = threading.Condition(self._lock)
-        self._queue: deque[tuple[bytes, Features, int]] = deque()
+        self._queue: deque[_Queued] = deque()
         self._queued = 0
         self._touched: dict[bytes, int] = {}
         self._thread = None
@@ -277,12 +295,12 @@ class FeatureCache:
         while True:
             with self._lock:
                 self._wake.wait_for(lambda: self._queue or self._closed, _TOUCH_SECONDS)
-                batch: list[tuple[bytes, Features, int]] = []
+                batch: list[_Queued] = []
                 taken = 0
                 # A small part of the cache, since room is made for all of it at once.
                 while self._queue and taken < min(_BATCH_BYTES, self.max_bytes // 8):
                     batch.append(self._queue.popleft())
-                    taken += batch[-1][2]
+                    taken += batch[-1].size
                 stop = self._closed and not self._queue
                 idle = not batch and not self._touched
             try:
@@ -290,18 +308,18 @@ class FeatureCache:
                     self._transact(batch)
             finally:
                 with self._lock:
-                    self._queued -= sum(size for _, _, size in batch)
+                    self._queued -= sum(queued.size for queued in batch)
                     self._wake.notify_all()
             if stop:
                 return
 
-    def _transact(self, batch: Sequence[tuple[bytes, Features, int]]) -> None:
+    def _transact(self, batch: Sequence[_Queued]) -> None:
         """One transaction: note what was used, make room, insert."""
         started = time.perf_counter()
         with self._lock:
             touched, self._touched = self._touched, {}
         try:
-            on_host = [(key, features.to("cpu")) for key, features, _ in batch]
+            on_host = [(queued.key, queued.on_host()) for queued in batch]
             # Results on a GPU could not be looked at before without waiting for it.
             values = [(key, pack(features)) for key, features in on_host if has_only_finite(features)]
             with self._database() as connection:

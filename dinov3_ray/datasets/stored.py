@@ -17,6 +17,8 @@ from dinov3_ray.datasets.store.reader import FeatureStore
 from dinov3_ray.errors import ConfigError, InputError, MissingViewError, NumericsError, SpecError, StoreError
 from dinov3_ray.features import Features, FeatureSpec, deliver
 from dinov3_ray.images import ImageBatch, Images
+from dinov3_ray.model.device import as_device
+from dinov3_ray.model.upload import Upload
 from dinov3_ray.teacher import TeacherMixin
 from dinov3_ray.watch import has_only_finite
 
@@ -38,7 +40,8 @@ class StoredTeacher(TeacherMixin[Images | str | Sequence[str]]):
 
     def __init__(self, store: FeatureStore, *, device: torch.device | str = "cpu") -> None:
         self.store = _check_store(store)
-        self.device = torch.device(device)
+        self.device = as_device(device)
+        self._upload = Upload(self.device)
         self._ids_by_view = store.views()
 
     @property
@@ -136,7 +139,7 @@ class StoredTeacher(TeacherMixin[Images | str | Sequence[str]]):
                 f"FeatureSpec.dtype must hold what {self.store!r} has; its values exceed float16, which ends at 65504 "
                 "(ask for float32, bfloat16 or native)"
             )
-        return delivered.to(self.device)
+        return self._upload.features(delivered)
 
     def _check(self, spec: FeatureSpec) -> None:
         spec.require_outputs()

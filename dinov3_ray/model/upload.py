@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dinov3_ray.features import Features
 from dinov3_ray.images import ImageBatch
 from dinov3_ray.model.device import computing_on
 
@@ -54,7 +55,8 @@ class Upload:
     original at once. torch keeps pinned memory, and hands it out again once the copies from it are over.
 
     Args:
-        device: a CUDA device with its index. On any other device, images stay where they are.
+        device: a CUDA device with its index. For any other device, features are copied plainly, and images stay where
+            they are.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -83,6 +85,13 @@ class Upload:
         tensors = [tensor.float() if tensor.dtype == torch.float64 else tensor for tensor in batch.tensors]
         uploaded = self.begin(tensors).receive()
         return ImageBatch(uploaded[0]) if batch.stacked is not None else ImageBatch(None, uploaded)
+
+    def features(self, features: Features) -> Features:
+        """``features`` on the device, for the caller's current stream."""
+        if self.device.type != "cuda":
+            return features.to(self.device)
+        copies = iter(self.begin([tensor for _, tensor in features.named()]).receive())
+        return features.map(lambda *_: next(copies))
 
     def __reduce__(self) -> tuple[type[Upload], tuple[torch.device]]:
         return Upload, (self.device,)  # a copy starts anew: a stream belongs to its process

@@ -172,9 +172,8 @@ class _Here(Executor):
 
 
 def _current_device() -> torch.device | None:
-    """The caller's, on which a teacher of the user's would compute here; None if it has none, or the first one, which
-    every thread has."""
-    index = torch.cuda.current_device() if torch.cuda.is_initialized() else 0
+    """The caller's, where a teacher of the user's would compute; None if it is the first, which every thread has."""
+    index = torch.cuda.current_device() if torch.cuda.is_initialized() else 0  # type: ignore[no-untyped-call]
     return torch.device("cuda", index) if index else None
 
 

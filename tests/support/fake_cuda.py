@@ -37,7 +37,7 @@ from dinov3_ray.model.preprocess import _statistics
 
 __all__ = ["FakeCuda"]
 
-_OURS = "dinov3"  # the names of threads that compute begin with it
+_OURS = ("dinov3", "feature-cache")  # so the names of threads that have tensors begin
 
 
 class FakeCuda:
