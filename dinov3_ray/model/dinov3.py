@@ -140,7 +140,7 @@ class DinoV3Teacher(TeacherMixin[Images | ImageBatch]):
         at without a wait: if they are not finite, a later call raises NumericsError.
 
         Args:
-            images: see :data:`dinov3_ray.images.Images`; on any device.
+            images: see :data:`dinov3_ray.images.Images`; on any device. They may be changed once this returns.
             spec: what to give. ``native`` results have the teacher's :attr:`dtype`. A ConvNeXt's layers are its stages.
 
         Raises:
