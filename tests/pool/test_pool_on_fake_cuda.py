@@ -16,10 +16,13 @@ from torch import Tensor
 from dinov3_ray import DinoV3Config, DinoV3Teacher, Features, FeatureSpec, TeacherPool
 from dinov3_ray.images import ImageBatch, Images
 from dinov3_ray.model.upload import Pending, Upload, _staged
+from dinov3_ray.pool import teacher_pool
+from dinov3_ray.pool.local import LocalController
 from dinov3_ray.pool.replica import device_pipeline
 from dinov3_ray.pool.replica.device_pipeline import CudaPipeline, DevicePass, _CudaPass, _Download
 from dinov3_ray.pool.replica.hosted import HostedReplica
 from dinov3_ray.pool.replica.replica import Replica
+from dinov3_ray.pool.spec import builder
 
 ONE = torch.device("cuda:1")
 SPECS = [
@@ -200,6 +203,22 @@ def test_a_local_pool_computes_on_its_ranks_gpu(
         assert cuda.contexts == {expected}
         assert astray(cuda) == []
         assert {device for device, _, _ in cuda.watch.launches} == {expected}
+
+
+@pytest.mark.parametrize(
+    ("function", "old", "new"),
+    [
+        (builder, "settle_thread(torch.device(device))", "pass"),
+        (LocalController._start, "self._device", "spec.placement.device"),
+        (teacher_pool._own_device, 'str(as_device("cuda"))', '"cuda"'),
+    ],
+    ids=["the factory's thread is not settled", "the replica's thread gives the index", "nobody gives the index"],
+)
+def test_a_fault_of_a_local_pool_is_found(cuda: FakeCuda, function: Any, old: str, new: str) -> None:
+    torch.cuda.set_device(1)
+    with planted(function, old, new), TeacherPool.start(OnTheCurrentDevice, local_mode=True) as pool:
+        pool.teacher().extract_features(IMAGES[0])
+    assert cuda.contexts == {0, 1}
 
 
 def test_its_own_teachers_too(tiny_checkpoint: Path, cuda: FakeCuda) -> None:

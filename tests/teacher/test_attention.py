@@ -141,3 +141,19 @@ def test_compiled_it_is_the_same_kernel(kernel: str) -> None:
     compiled(query)
     (code,) = graphs
     assert f"torch.ops.aten._scaled_dot_product_{'flash_attention_for_cpu' if kernel == 'cpu' else kernel}" in code
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("compile", [False, True])
+def test_on_a_gpu_the_chosen_kernel_is_right(tiny_checkpoint: Path, compile: bool) -> None:
+    teacher = DinoV3Teacher(DinoV3Config(tiny_checkpoint, dtype="bfloat16", compile=compile), "cuda")
+    hopper = torch.cuda.get_device_capability()[0] == 9
+    assert teacher.model.config._attn_implementation == ("sdpa-cudnn" if hopper else "sdpa-flash")
+    before = flags()
+    expected = teacher.extract(IMAGES, SPEC)
+    with sdpa_kernel([SDPBackend.MATH]):
+        found = in_a_thread(lambda: teacher.extract(IMAGES, SPEC))
+    assert flags() == before
+    assert all(torch.equal(a, b) for (_, a), (_, b) in zip(found.named(), expected.named(), strict=True))
+    assert teacher.prove() > 0.999
