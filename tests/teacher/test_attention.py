@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -51,33 +52,28 @@ def hopper() -> Iterator[FakeCuda]:
         yield cuda
 
 
+def chosen(dtype: torch.dtype = torch.bfloat16) -> str:
+    """The implementation that a model on the first fake GPU gets."""
+    config = SimpleNamespace(num_attention_heads=2, hidden_size=128, _attn_implementation="sdpa")
+    attention.choose_attention(SimpleNamespace(config=config), torch.device("cuda:0"), dtype)
+    return config._attn_implementation
+
+
 @pytest.mark.parametrize(("capability", "kernel"), [((9, 0), "cudnn"), ((8, 0), "flash"), ((10, 0), "flash")])
-def test_hopper_gets_cudnns_kernel_and_others_torchs_order(
-    tiny_checkpoint: Path, capability: tuple[int, int], kernel: str
-) -> None:
-    with FakeCuda(capability=capability) as cuda:
-        teacher = DinoV3Teacher(DinoV3Config(tiny_checkpoint, dtype="bfloat16", image_size=64), "cuda:0")
-        cuda.forget()
-        teacher.extract(IMAGES, SPEC)
-        assert kernels(cuda) == {kernel}
+def test_hopper_gets_cudnns_kernel_and_others_torchs_order(capability: tuple[int, int], kernel: str) -> None:
+    with FakeCuda(capability=capability):
+        assert chosen() == f"sdpa-{kernel}"
 
 
-@pytest.mark.parametrize(("broken", "kernel"), [(["cudnn"], "flash"), (["cudnn", "flash"], "efficient")])
-def test_a_kernel_that_does_not_run_is_passed_over(
-    tiny_checkpoint: Path, hopper: FakeCuda, monkeypatch: pytest.MonkeyPatch, broken: list[str], kernel: str
-) -> None:
-    def refuses(*_: object) -> Tensor:
+def test_a_kernel_that_does_not_run_is_passed_over(hopper: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuses(*_: object, **__: object) -> tuple[Tensor]:
         raise RuntimeError("No available kernel. Aborting execution.")
 
-    for name in broken:
+    found = [chosen()]
+    for name in ("cudnn", "flash", "efficient"):
         monkeypatch.setitem(attention._KERNELS, name, refuses)
-    teacher = DinoV3Teacher(DinoV3Config(tiny_checkpoint, dtype="bfloat16", image_size=64), "cuda:0")
-    teacher.extract(IMAGES, SPEC)
-    assert kernels(hopper) - {"cudnn"} == {kernel}
-    for name in attention._KERNELS:
-        monkeypatch.setitem(attention._KERNELS, name, refuses)
-    plain = DinoV3Teacher(DinoV3Config(tiny_checkpoint, dtype="bfloat16", image_size=64), "cuda:0")
-    assert plain.model.config._attn_implementation == "sdpa"
+        found.append(chosen())
+    assert found == ["sdpa-cudnn", "sdpa-flash", "sdpa-efficient", "sdpa"]
 
 
 def test_what_was_asked_for_is_left_to_transformers(tiny_checkpoint: Path) -> None:

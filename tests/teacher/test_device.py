@@ -35,9 +35,7 @@ def test_a_thread_is_settled_on_cuda_devices_only(device: object) -> None:
     ("capability", "name", "dtype"),
     [
         ((9, 0), "NVIDIA H100", torch.bfloat16),
-        ((8, 0), "NVIDIA A10", torch.bfloat16),
         ((7, 5), "Tesla T4", torch.float32),
-        ((7, 0), "Tesla V100", torch.float32),
     ],
 )
 def test_auto_says_why_and_what_a_gpu_without_bfloat16_could_do(

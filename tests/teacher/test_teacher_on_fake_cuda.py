@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -60,9 +61,11 @@ def drive(teacher: DinoV3Teacher, spec: FeatureSpec = EVERYTHING, inputs: Sequen
     return results
 
 
-@pytest.mark.parametrize("dtype", ["native", "float32", "float16", "int8"])
-def test_it_waits_for_nothing_and_touches_its_own_gpu_only(cuda: FakeCuda, teacher: DinoV3Teacher, dtype: str) -> None:
-    results = drive(teacher, FeatureSpec(cls=True, feature_map=True, registers=True, layers=(0, -1), dtype=dtype))  # type: ignore[arg-type]
+def test_it_waits_for_nothing_and_touches_its_own_gpu_only(cuda: FakeCuda, teacher: DinoV3Teacher) -> None:
+    spec = FeatureSpec(cls=True, feature_map=True, registers=True, layers=(0, -1))
+    results = drive(teacher, spec)
+    for dtype in ("float32", "float16", "int8"):
+        results += drive(teacher, replace(spec, dtype=dtype), [STACKED])
     assert {tensor.device for features in results for _, tensor in features.named()} == {ONE}
     assert results[0].feature_map.shape == (4, 128, 14, 14)  # type: ignore[union-attr]
     assert (cuda.found(), cuda.astray, cuda.contexts) == ([], [], {1})
@@ -72,14 +75,14 @@ def test_it_waits_for_nothing_and_touches_its_own_gpu_only(cuda: FakeCuda, teach
 
 def test_a_convnext_too(tmp_path: Path, cuda: FakeCuda) -> None:
     teacher = ready(cuda, DinoV3Config(init_checkpoint("convnext-test", tmp_path / "convnext"), dtype="float16"))
-    drive(teacher, FeatureSpec(cls=True, feature_map=True, layers=(0, 3), map_size=(7, 9)))
+    drive(teacher, FeatureSpec(cls=True, feature_map=True, layers=(0, 3), map_size=(7, 9)), [STACKED, RAGGED])
     assert (cuda.found(), cuda.contexts) == ([], {1})
 
 
 def test_float8_layers_too(tiny_checkpoint: Path, cuda: FakeCuda) -> None:
     teacher = ready(cuda, DinoV3Config(tiny_checkpoint, dtype="float8"))
     assert any(isinstance(module, Float8Linear) for module in teacher.modules())
-    drive(teacher)
+    drive(teacher, EVERYTHING, [STACKED, RAGGED])
     assert (cuda.found(), cuda.contexts) == ([], {1})
     assert any("_scaled_mm" in name for _, _, name in cuda.watch.launches)
 
@@ -181,10 +184,22 @@ FAULTS = {
 }
 
 
+@pytest.fixture(scope="module")
+def loaded(tiny_checkpoint: Path) -> tuple[FakeCuda, DinoV3Teacher]:
+    """For all faults: loading takes longer than a pass."""
+    with FakeCuda() as cuda:
+        return cuda, ready(cuda, DinoV3Config(tiny_checkpoint, dtype="bfloat16", image_size=64))
+
+
 @pytest.mark.parametrize(("function", "old", "new", "kind"), FAULTS.values(), ids=FAULTS)
-def test_a_fault_is_found(cuda: FakeCuda, teacher: DinoV3Teacher, function: Any, old: str, new: str, kind: str) -> None:
-    refused = pytest.raises((RuntimeError, NotImplementedError)) if kind == "error" else nullcontext()
-    with planted(function, old, new), refused:
-        drive(teacher, FeatureSpec(cls=True), [STACKED, RAGGED])
-    found = cuda.found() + [f"device: {index}" for index in cuda.contexts - {1}]
+def test_a_fault_is_found(loaded: tuple[FakeCuda, DinoV3Teacher], function: Any, old: str, new: str, kind: str) -> None:
+    cuda, teacher = loaded
+    with cuda:
+        teacher.extract(STACKED, FeatureSpec(cls=True))
+        cuda.forget()
+        refused = pytest.raises((RuntimeError, NotImplementedError)) if kind == "error" else nullcontext()
+        with planted(function, old, new), refused:
+            drive(teacher, FeatureSpec(cls=True), [STACKED, RAGGED])
+        found = cuda.found() + [f"device: {index}" for index in cuda.contexts - {1}]
+        cuda.contexts.clear()
     assert kind == "error" or any(fault.startswith(f"{kind}:") for fault in found), found
