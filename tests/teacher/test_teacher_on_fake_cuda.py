@@ -25,6 +25,7 @@ from dinov3_ray.watch import TeacherWatch, _Look
 
 ONE = torch.device("cuda:1")
 EVERYTHING = FeatureSpec(cls=True, feature_map=True, registers=True, layers=(0, -1), map_size=(7, 9))
+FIRST_BLOCK = FeatureSpec(layers=(0,))  # whose passes are short
 STACKED = torch.full((4, 3, 300, 400), 100, dtype=torch.uint8)
 RAGGED = [STACKED[0], STACKED[1], STACKED[2, :, :64, :80]]
 
@@ -148,9 +149,9 @@ FAULTS = {
         "wait",
     ),
     "a read in the backbone": (
-        backbone._finish,
-        "tokens_BND = norm(hidden_BND)",
-        "tokens_BND = norm(hidden_BND); tokens_BND.sum().item()",
+        backbone._run_blocks,
+        "hidden = step(block, hidden)",
+        "hidden = step(block, hidden); hidden.sum().item()",
         "wait",
     ),
     "a mean on the CPU": (
@@ -195,11 +196,11 @@ def loaded(tiny_checkpoint: Path) -> tuple[FakeCuda, DinoV3Teacher]:
 def test_a_fault_is_found(loaded: tuple[FakeCuda, DinoV3Teacher], function: Any, old: str, new: str, kind: str) -> None:
     cuda, teacher = loaded
     with cuda:
-        teacher.extract(STACKED, FeatureSpec(cls=True))
+        teacher.extract(STACKED, FIRST_BLOCK)
         cuda.forget()
         refused = pytest.raises((RuntimeError, NotImplementedError)) if kind == "error" else nullcontext()
         with planted(function, old, new), refused:
-            drive(teacher, FeatureSpec(cls=True), [STACKED, RAGGED])
+            drive(teacher, FIRST_BLOCK, [STACKED, RAGGED])
         found = cuda.found() + [f"device: {index}" for index in cuda.contexts - {1}]
         cuda.contexts.clear()
     assert kind == "error" or any(fault.startswith(f"{kind}:") for fault in found), found
