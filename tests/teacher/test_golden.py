@@ -53,7 +53,8 @@ def test_a_compiled_teacher_passes_and_gives_any_layers_and_batch_sizes(tmp_path
     plain = DinoV3Teacher(DinoV3Config(path, dtype="float32"))
     assert compiled.prove() > 0.999999
     images = golden_images(64, 64)
-    compiled.warm_up(4)
+    for batch, spec in compiled.warm_up_passes(4):
+        compiled.extract(batch, spec)
     with torch.compiler.set_stance("fail_on_recompile"):
         for rows in (1, 2, 3, 4):
             batch = images[:1].expand(rows, -1, -1, -1)

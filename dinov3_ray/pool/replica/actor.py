@@ -28,11 +28,12 @@ from dinov3_ray.pool.transport.actors import Reply, frame_answer, open_request
 if TYPE_CHECKING:
     from dinov3_ray.pool.messages import Array
 
-__all__ = ["ReplicaActor", "ReplicaProcess", "ReplicaSetup", "read_replica", "thread_groups"]
+__all__ = ["ReplicaActor", "ReplicaProcess", "ReplicaSetup", "end_process", "read_replica", "thread_groups"]
 
 
 _CONTROL_THREADS = 16
 _REFUSING_THREADS = 16  # beyond those of a full queue: a request that is refused needs an answer too
+_DEVICE_LOST = 70  # the exit code: an internal error, as in sysexits.h
 _ANSWER_SECONDS = 0.05  # in which an answer leaves this process
 
 
@@ -66,6 +67,15 @@ def thread_groups(options: PoolOptions) -> dict[str, int]:
     return {"infer": options.max_queued + _REFUSING_THREADS, "control": _CONTROL_THREADS}
 
 
+def end_process() -> None:
+    """End this process at once, since it can use its device no more.
+
+    Whoever waits for it notices its death, and has its work done elsewhere. Nothing is cleaned up: that would ask the
+    device again.
+    """
+    os._exit(_DEVICE_LOST)
+
+
 class ReplicaActor:
     """A replica as a Ray actor, for ``ray.remote(concurrency_groups=thread_groups(options))``.
 
@@ -91,6 +101,7 @@ class ReplicaActor:
             unnamed=f"generation-{setup.generation}",
             threads=setup.threads,
             on_suspect=lambda request_id: kv.begin_suspect(setup.replica_id, request_id),
+            on_device_lost=end_process,
         )
         self._lock = threading.Lock()
         self._loading = False
@@ -168,6 +179,8 @@ def read_replica(statistics: ReplicaStatistics) -> Iterator[Sample]:
     yield Sample("dinov3_batches", statistics.batches)
     yield Sample("dinov3_errors", statistics.errors)
     yield Sample("dinov3_rejected", statistics.rejected)
+    yield Sample("dinov3_out_of_memory", statistics.out_of_memory)
+    yield Sample("dinov3_fitting_batch", statistics.fitting_batch)
     yield Sample("dinov3_stage_seconds", statistics.queue_seconds, "queue")
     yield Sample("dinov3_stage_seconds", statistics.preprocess_seconds, "preprocess")
     yield Sample("dinov3_stage_seconds", statistics.forward_seconds, "forward")
