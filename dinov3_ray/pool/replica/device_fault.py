@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import re
+import traceback
 from collections.abc import Iterator
 from enum import StrEnum
 
@@ -17,7 +18,7 @@ import torch
 
 from dinov3_ray.errors import DinoV3Error
 
-__all__ = ["DeviceFault", "chain_of", "device_fault", "first_line"]
+__all__ = ["DeviceFault", "chain_of", "device_fault", "drop_frames", "first_line"]
 
 
 class DeviceFault(StrEnum):
@@ -78,6 +79,13 @@ def first_line(error: BaseException) -> str:
     """``error`` in one line for people: its type, and the first line of its message."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def drop_frames(error: BaseException) -> None:
+    """Let go of what the frames of ``error`` hold, such as the tensors of a batch: they are often parts of a cycle."""
+    for one in chain_of(error):
+        traceback.clear_frames(one.__traceback__)
+        one.__traceback__ = None
 
 
 def _fault_of(error: BaseException) -> DeviceFault | None:

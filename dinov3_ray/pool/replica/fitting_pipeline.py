@@ -7,7 +7,6 @@ the other, since only that is known to fit.
 
 from __future__ import annotations
 
-import gc
 import logging
 from dataclasses import dataclass, replace
 
@@ -17,7 +16,7 @@ import torch
 from dinov3_ray.errors import DeviceMemoryError
 from dinov3_ray.features import FeatureSpec
 from dinov3_ray.images import ImageBatch
-from dinov3_ray.pool.replica.device_fault import DeviceFault, device_fault, first_line
+from dinov3_ray.pool.replica.device_fault import DeviceFault, device_fault, drop_frames, first_line
 from dinov3_ray.pool.replica.device_pipeline import DevicePass, DevicePipeline, Results, pad_batch
 from dinov3_ray.pool.replica.fitting_sizes import FittingSizes, ImageKind
 
@@ -85,25 +84,26 @@ class FittingPipeline:
             DeviceMemoryError: one image does not fit.
             Exception: as :meth:`DevicePass.result`, and whatever the teacher raises.
         """
+        # The cache is emptied so that a large block can be had in one piece; without CUDA, that does nothing.
         kind = ImageKind.of(batch, spec)
         size = min(self._whole(batch), self._sizes.limit(kind) or self._whole(batch))
         parts: list[Results] = []
         start = shortages = 0
         if after_shortage:
-            give_back_memory()
+            torch.cuda.empty_cache()
         while start < len(batch):
             part = batch.rows(start, start + size)
             results = self._try(part, spec, size)
             if results is not None:
                 parts.append(results)
                 start += len(part)
-            else:  # only here, where the error is gone, and with it the memory that its frames held
-                give_back_memory()
+            else:
+                torch.cuda.empty_cache()
                 shortages += 1
                 size = (size + 1) // 2
         if self._sizes.learn(kind, size):
             self._report(kind, self._whole(batch), size)
-        self._sizes.use(kind)
+        self._sizes.use(kind, self._whole(batch))
         return Parts(_join(parts), len(parts), shortages)
 
     def warm_up(self, batch: ImageBatch, spec: FeatureSpec) -> int:
@@ -138,6 +138,7 @@ class FittingPipeline:
         for error in failures:
             if device_fault(error) is not DeviceFault.MEMORY:
                 raise error
+            drop_frames(error)
         return not failures
 
     def _try(self, part: ImageBatch, spec: FeatureSpec, size: int) -> Results | None:
@@ -148,6 +149,7 @@ class FittingPipeline:
             if device_fault(error) is not DeviceFault.MEMORY:
                 raise
             if size > 1:
+                drop_frames(error)
                 return None
             height, width = part.tensors[0].shape[-2:]
             raise DeviceMemoryError(
@@ -174,12 +176,6 @@ class FittingPipeline:
             "" if size < tried else ", with others in flight",
             size,
         )
-
-
-def give_back_memory() -> None:
-    """Have torch give its unused memory back to the device, so that a large block can be had in one piece."""
-    gc.collect()  # an error's frames, and the tensors in them, are often parts of a cycle
-    torch.cuda.empty_cache()  # does nothing where CUDA is not in use
 
 
 def _join(parts: list[Results]) -> Results:

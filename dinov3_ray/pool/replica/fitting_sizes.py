@@ -51,16 +51,21 @@ class FittingSizes:
 
     def limit(self, kind: ImageKind) -> int | None:
         """Images of ``kind`` in one pass at most; None if no batch of such images was too large so far."""
-        found = self._for(kind)
-        return found.size if found else None
+        holding = self._holding(kind)
+        return holding[1].size if holding else None
 
-    def use(self, kind: ImageKind) -> None:
-        """Count a batch that was computed within the limit. After many, the limit is doubled."""
-        found = self._for(kind)
-        if found is not None:
-            found.uses += 1
-            if found.uses >= _PATIENCE:
-                found.size, found.uses = 2 * found.size, 0
+    def use(self, kind: ImageKind, wanted: int) -> None:
+        """Count a batch of ``wanted`` images that was computed within the limit. After many, the limit is doubled."""
+        holding = self._holding(kind)
+        if holding is None:
+            return
+        pixels, found = holding
+        found.uses += 1
+        if found.uses >= _PATIENCE:
+            found.size, found.uses = 2 * found.size, 0
+            if found.size > wanted:
+                # Whole, and with others in flight: as if nothing had happened.
+                del self._found[kind.spec, kind.dtype][pixels]
 
     def learn(self, kind: ImageKind, size: int) -> bool:
         """Note that ``size`` images fit and more may not; returns whether that lowers the limit."""
@@ -76,10 +81,11 @@ class FittingSizes:
         """The lowest limit of all."""
         return min((found.size for known in self._found.values() for found in known.values()), default=None)
 
-    def _for(self, kind: ImageKind) -> _Found | None:
+    def _holding(self, kind: ImageKind) -> tuple[int, _Found] | None:
+        """Of the limits that hold for ``kind``, the lowest, with its pixels."""
         known = self._found.get((kind.spec, kind.dtype), {})
-        holding = [found for pixels, found in known.items() if pixels <= kind.pixels]
-        return min(holding, key=lambda found: found.size, default=None)
+        holding = [(pixels, found) for pixels, found in known.items() if pixels <= kind.pixels]
+        return min(holding, key=lambda one: one[1].size, default=None)
 
     def __repr__(self) -> str:
         return f"<FittingSizes: {sum(map(len, self._found.values()))} limits, the lowest {self.smallest()}>"

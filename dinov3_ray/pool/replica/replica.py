@@ -36,7 +36,7 @@ from dinov3_ray.pool.messages import (
     StageSeconds,
     TeacherInfo,
 )
-from dinov3_ray.pool.replica.device_fault import DeviceFault, chain_of, device_fault, first_line
+from dinov3_ray.pool.replica.device_fault import DeviceFault, device_fault, drop_frames, first_line
 from dinov3_ray.pool.replica.device_pipeline import (
     DevicePass,
     DevicePipeline,
@@ -411,6 +411,7 @@ class Replica:
         if fault is DeviceFault.LOST:
             error = self._lose_device(error)
         elif fault is DeviceFault.MEMORY and not work.scarce and not isinstance(error, DeviceMemoryError):
+            drop_frames(error)
             self._repeat([_Work([request], scarce=True) for request in work.requests])
             return
         elif len(work.requests) > 1:
@@ -418,8 +419,7 @@ class Replica:
             self._repeat([_Work([request]) for request in work.requests])
             return
         trace = "".join(traceback.format_exception(error))
-        for one in chain_of(error):
-            one.__traceback__ = None  # its frames would keep the batch's tensors alive; nor can they be pickled
+        drop_frames(error)
         for request in work.requests:
             with self._changed:
                 self._count(errors=1)
