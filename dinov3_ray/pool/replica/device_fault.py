@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import errno
 import re
-import traceback
 from collections.abc import Iterator
 from enum import StrEnum
 
@@ -84,7 +83,6 @@ def first_line(error: BaseException) -> str:
 def drop_frames(error: BaseException) -> None:
     """Let go of what the frames of ``error`` hold, such as the tensors of a batch: they are often parts of a cycle."""
     for one in chain_of(error):
-        traceback.clear_frames(one.__traceback__)
         one.__traceback__ = None
 
 
