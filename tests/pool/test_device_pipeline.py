@@ -227,21 +227,6 @@ def test_the_next_pass_begins_while_results_are_packed() -> None:
     bench.replica.stop()
 
 
-def test_a_teacher_is_warmed_up_before_it_serves() -> None:
-    class Warmed(FakeTeacher):
-        rows = 0
-
-        def warm_up(self, rows: int) -> None:
-            assert not replica.loaded.done()
-            self.rows = rows
-
-    teacher = Warmed()
-    replica = Replica("warm", lambda: teacher, PoolOptions(max_batch=7))
-    replica.start().result(WAIT)
-    assert teacher.rows == 7
-    replica.stop()
-
-
 class Plain:
     """A teacher that says nothing of itself."""
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
+from concurrent.futures import Future
 
 import pytest
 import torch
@@ -83,19 +83,19 @@ def test_whoever_finds_out_ends_the_process_after_a_line_in_the_log(
     place: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     teacher, pipeline = PLACES[place]
-    ended, lines = threading.Event(), []
+    ended: Future[tuple[str, list[str]]] = Future()
 
-    def end() -> None:
-        lines.extend(caplog.messages)
-        ended.set()
+    def end(reason: str) -> None:
+        if not ended.done():
+            ended.set_result((reason, list(caplog.messages)))
 
     hosted = HostedReplica(teacher, max_batch=2, pipeline=pipeline, on_device_lost=end)
     with caplog.at_level(logging.CRITICAL, "dinov3_ray"):
         futures = [hosted.submit(images_of(number), CLS) for number in range(3)]
         assert len(futures[1].result(WAIT)) == 2
-        assert ended.wait(WAIT)
-    (line,) = lines
-    assert "AcceleratorError: CUDA error: an illegal memory access was encountered" in line
+        reason, lines = ended.result(WAIT)
+    assert reason == "AcceleratorError: CUDA error: an illegal memory access was encountered"
+    assert lines == [f"replica hosted has lost its device: {reason}"]
     hosted.close()
 
 
@@ -113,7 +113,7 @@ def test_without_a_process_to_end_every_later_request_is_an_error_that_says_so(p
     assert [len(future.result(WAIT)) for future in futures[:2]] == [2, 2]
     for future in futures[2:]:
         with pytest.raises(
-            DeviceLostError, match="must end with its process.*illegal memory access.*start the process"
+            DeviceLostError, match=r"must end with its process.*illegal memory access.*start the process"
         ):
             future.result(WAIT)
     calls = made[0].calls
@@ -162,9 +162,9 @@ class LostInBuild(FakeTeacher):
 
 @pytest.mark.parametrize("teacher", [LostInBuild, LostInProof, LostInWarmUp])
 def test_a_teacher_that_loses_its_device_while_it_is_loaded_says_so(teacher: type[FakeTeacher]) -> None:
-    ended: list[None] = []
+    ended: list[str] = []
     with pytest.raises(DeviceLostError, match=r"illegal memory access.*start the process again"):
-        HostedReplica(teacher, max_batch=2, on_device_lost=lambda: ended.append(None))
+        HostedReplica(teacher, max_batch=2, on_device_lost=ended.append)
     assert not ended, "whoever waits for it gets the reason, and ends the process"
 
 

@@ -31,8 +31,8 @@ class HostedReplica:
         max_batch: images in the largest batch, for which the teacher is warmed up.
         threads: CPU threads to compute with; None leaves torch's setting alone.
         pipeline: makes what runs the teacher's passes.
-        on_device_lost: called as soon as this process can use the device no more; it ends the process. None lets each
-            batch from then on fail with DeviceLostError.
+        on_device_lost: called with the reason as soon as this process can use the device no more; it ends the process.
+            None lets each batch from then on fail with DeviceLostError.
 
     Raises:
         NumericsError: the teacher's fast path does not agree with plain float32.
@@ -46,7 +46,7 @@ class HostedReplica:
         max_batch: int,
         threads: int | None = None,
         pipeline: Callable[[Extractor], DevicePipeline] = pipeline_for,
-        on_device_lost: Callable[[], None] | None = None,
+        on_device_lost: Callable[[str], None] | None = None,
     ) -> None:
         # Whoever hosts it bounds what it submits: the queue turns nothing away.
         options = PoolOptions(max_batch=max_batch, max_queued=2**31, max_queued_bytes=2**62)

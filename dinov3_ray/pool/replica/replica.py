@@ -89,8 +89,8 @@ class Replica:
         unnamed: the fingerprint that a teacher without one gets, or a reload could mix two teachers unnoticed.
         threads: CPU threads to compute with; None leaves torch's setting alone (it is the whole process's).
         on_suspect: called on the device thread just before a request runs that earlier replicas died with.
-        on_device_lost: called as soon as this process can use the device no more, on the thread that finds out; it ends
-            the process. None lets a replica live on that answers every request with DeviceLostError.
+        on_device_lost: called with the reason as soon as this process can use the device no more, on the thread that
+            finds out; it ends the process. None lets a replica live on that answers all with DeviceLostError.
         pipeline: makes what runs the teacher's passes; called once, on the device thread.
 
     It knows nothing of Ray, of other replicas, or of who its clients are beyond their names.
@@ -105,7 +105,7 @@ class Replica:
         unnamed: str | None = None,
         threads: int | None = None,
         on_suspect: Callable[[str], None] | None = None,
-        on_device_lost: Callable[[], None] | None = None,
+        on_device_lost: Callable[[str], None] | None = None,
         pipeline: Callable[[Extractor], DevicePipeline] = pipeline_for,
     ) -> None:
         self.replica_id = replica_id
@@ -448,7 +448,7 @@ class Replica:
         if first:
             log.critical("replica %s has lost its device: %s", self.replica_id, self._lost)
         if self._on_device_lost is not None:
-            self._on_device_lost()
+            self._on_device_lost(self._lost)
         return self._device_lost(error)
 
     def _require_device(self) -> None:
