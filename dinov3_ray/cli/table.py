@@ -171,9 +171,9 @@ def _troubles(status: PoolStatus) -> Table:
     table = Table.grid("", "", padding=(0, 2))  # long ones wrap next to their headline, not below it
     if status.gpus and status.gpus.notice:
         table.add_row(Text("GPUs", "bold yellow", no_wrap=True), Text(status.gpus.notice))
-    for size, names in _memory_limits(status).items():
+    for index, (size, names) in enumerate(sorted(_memory_limits(status).items())):
         text = f"{', '.join(names)}: batches are computed in parts of {size}, since more did not fit the device"
-        table.add_row(Text("memory", "bold yellow", no_wrap=True), Text(text))
+        table.add_row("" if index else Text("memory", "bold yellow", no_wrap=True), Text(text))
     for index, error in enumerate(status.recent_errors[-_SHOWN_ERRORS:]):
         table.add_row("" if index else Text("last errors", "bold red", no_wrap=True), Text(error))
     return table

@@ -104,10 +104,11 @@ def test_replicas_whose_device_is_too_small_are_named_by_size() -> None:
     small = [
         later(replace(READY, replica_id=f"r{number}"), fitting_batch=size) for number, size in enumerate((8, 0, 8, 1))
     ]
-    lines = [line.strip() for line in text(status(*small), {}).splitlines()]
-    assert "memory r0, r2: batches are computed in parts of 8, since more did not fit the device" in " ".join(lines)
-    assert "r3: batches are computed in parts of 1, since more did not fit the device" in " ".join(lines)
-    assert "r1:" not in " ".join(lines)
+    lines = [" ".join(line.split()) for line in text(status(*small), {}).splitlines()]
+    assert lines[-2:] == [
+        "memory r3: batches are computed in parts of 1, since more did not fit the device",
+        "r0, r2: batches are computed in parts of 8, since more did not fit the device",
+    ]
 
 
 def test_an_empty_pool_can_be_shown() -> None:

@@ -255,7 +255,7 @@ class Replica:
         except BaseException as error:  # noqa: BLE001 - whatever a user's factory raises is the reason to report
             if device_fault(error) is DeviceFault.LOST:
                 # Whoever asked for this replica ends its process, once it has the reason.
-                error = self._device_lost(error)
+                error = self._device_lost(first_line(error), error)
             self.loaded.set_exception(error)
             return
         self._finisher.start()
@@ -309,28 +309,23 @@ class Replica:
                     self._on_suspect(request.header.request_id)
             batch = join_batches([unpack_images(request.header.images, request.arrays) for request in work.requests])
             spec = work.requests[0].header.spec
-            if work.scarce or not self._pipeline.fits(batch, spec):
-                self._compute(work, batch, spec)
+            if not work.scarce and self._pipeline.fits(batch, spec):
+                run = self._pipeline.begin(batch, spec)
+                with self._changed:
+                    self._in_flight.append(_PassInFlight(work, run, begun))
+                    self._changed.notify_all()
                 return
-            run = self._pipeline.begin(batch, spec)
+            with self._changed:
+                self._changed.wait_for(lambda: self._running == [work])
+            self._require_device()  # what was in flight may have lost it
+            begun = time.monotonic()
+            parts = self._pipeline.compute(batch, spec, after_shortage=work.scarce)
         except Exception as error:  # noqa: BLE001 - a teacher may raise anything, and the replica lives on
             self._fail(work, error)
-            self._end(work)
-            return
-        with self._changed:
-            self._in_flight.append(_PassInFlight(work, run, begun))
-            self._changed.notify_all()
-
-    def _compute(self, work: _Work, batch: ImageBatch, spec: FeatureSpec) -> None:
-        """Compute ``work`` in parts that fit, once nothing else is in flight."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._running == [work])
-        self._require_device()  # what was in flight may have lost it
-        begun = time.monotonic()
-        parts = self._pipeline.compute(batch, spec, after_shortage=work.scarce)
-        with self._changed:
-            self._count_shortages(parts.shortages)
-        self._answer(work, parts.results, begun, parts.passes)
+        else:
+            with self._changed:
+                self._count_shortages(parts.shortages)
+            self._answer(work, parts.results, begun, parts.passes)
         self._end(work)
 
     # The thread for results -----------------------------------------------------------------------------------------
@@ -449,19 +444,19 @@ class Replica:
             log.critical("replica %s has lost its device: %s", self.replica_id, self._lost)
         if self._on_device_lost is not None:
             self._on_device_lost(self._lost)
-        return self._device_lost(error)
+        return self._device_lost(self._lost, error)
 
     def _require_device(self) -> None:
         if self._lost:
-            raise self._device_lost(None)
+            raise self._device_lost(self._lost)
 
-    def _device_lost(self, error: BaseException | None) -> DeviceLostError:
-        lost = DeviceLostError(
-            f"replica {self.replica_id} must end with its process, which can use its device no more: "
-            f"{self._lost or first_line(error)} (start the process again; a pool in Ray does that by itself)"
+    def _device_lost(self, reason: str, cause: BaseException | None = None) -> DeviceLostError:
+        error = DeviceLostError(
+            f"replica {self.replica_id} must end with its process, which can use its device no more: {reason} (start "
+            "the process again; a pool in Ray does that by itself)"
         )
-        lost.__cause__ = error
-        return lost
+        error.__cause__ = cause
+        return error
 
     def _count_shortages(self, number: int) -> None:
         """Count passes that ran out of memory; holding the lock is the caller's part."""
