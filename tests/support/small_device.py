@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -26,6 +27,7 @@ class SmallDevice:
 
     Attributes:
         tried: images of each pass that was begun.
+        alive: passes that somebody still held, with what they hold on the device, when each was begun.
     """
 
     depth = 3
@@ -33,7 +35,9 @@ class SmallDevice:
     def __init__(self, room: float, *, late: bool = False) -> None:
         self.room = room
         self.tried: list[int] = []
+        self.alive: list[int] = []
         self._late = late
+        self._passes: weakref.WeakSet[_SmallPass] = weakref.WeakSet()
         self._real = SynchronousPipeline(FakeTeacher())
         self._taken = 0.0
         self._lock = threading.Lock()
@@ -53,11 +57,14 @@ class SmallDevice:
         needs = sum(image.shape[-2] * image.shape[-1] for image in batch) / PIXELS
         with self._lock:
             self.tried.append(len(batch))
+            self.alive.append(len(self._passes))
             fits = self._taken + needs <= self.room
             if not fits and not self._late:
                 raise out_of_memory()
             self._taken += needs
-        return _SmallPass(self, self._real.begin(batch, rows, spec), needs, fits)
+        begun = _SmallPass(self, self._real.begin(batch, rows, spec), needs, fits)
+        self._passes.add(begun)
+        return begun
 
     def end(self, needs: float) -> None:
         assert self._open.wait(30)
@@ -65,7 +72,7 @@ class SmallDevice:
             self._taken -= needs
 
 
-@dataclass
+@dataclass(eq=False)
 class _SmallPass:
     device: SmallDevice
     real: DevicePass

@@ -24,7 +24,6 @@ from dataclasses import dataclass, replace
 import torch
 
 from dinov3_ray.errors import DeviceLostError, DeviceMemoryError, InputError, PoolClosedError, SpecError
-from dinov3_ray.features import FeatureSpec
 from dinov3_ray.images import ImageBatch
 from dinov3_ray.pool.messages import (
     Answer,
@@ -339,8 +338,10 @@ class Replica:
                 if not self._in_flight:
                     return
                 ahead = self._in_flight.popleft()
+            work = ahead.work
             self._finish(ahead)
-            self._end(ahead.work)
+            del ahead  # with what it held on the device, which others may wait for
+            self._end(work)
 
     def _finish(self, ahead: _PassInFlight) -> None:
         """Wait for a pass, and answer its requests."""
