@@ -22,8 +22,8 @@ from dinov3_ray.errors import DeviceMemoryError
 from dinov3_ray.images import ImageBatch, Images
 from dinov3_ray.pool.messages import Answer, Array, Outcome, RequestHeader
 from dinov3_ray.pool.replica.device_pipeline import ConcurrentPipeline, SynchronousPipeline
-from dinov3_ray.pool.replica.fitting_sizes import FittingSizes, ImageKind
 from dinov3_ray.pool.replica.hosted import HostedReplica
+from dinov3_ray.pool.replica.kind_limits import ImageKind, KindLimits
 from dinov3_ray.pool.replica.replica import Replica
 from dinov3_ray.pool.spec import PoolOptions
 from dinov3_ray.pool.transport.wire import pack_images, unpack_features
@@ -98,13 +98,23 @@ def test_batches_that_do_not_fit_side_by_side_are_computed_one_after_the_other(l
             until(lambda: len(one.device.tried) > 1, "two are in flight")
         for answered, batch in zip(answers, images, strict=True):
             check(answered, batch)
-        assert one.replica.statistics().fitting_batch == 8
+        assert one.replica.statistics().fitting_batch == 0, "each fits whole"
         assert late or one.device.alive[:3] == [0, 1, 0], "nothing is held when it is tried again"
         assert one.replica.wait_idle(WAIT)
         before = len(one.device.tried)
         for answered, batch in [(one.offer(batch), batch) for batch in images]:
             check(answered, batch)
         assert one.device.tried[before:] == [8] * 12, "none failed first"
+
+
+def test_a_small_batch_that_does_not_fit_beside_a_large_one_does_not_make_that_small() -> None:
+    with served(SmallDevice(8)) as one:
+        with one.device.held():
+            answers = [one.offer(images_of(0, 8)), one.offer(images_of(1, 1))]
+            until(lambda: len(one.device.tried) > 1, "both were begun")
+        for number, (answered, rows) in enumerate(zip(answers, (8, 1), strict=True)):
+            check(answered, images_of(number, rows))
+        assert one.compute(images_of(2, 8)) == [8]
 
 
 @pytest.mark.parametrize("late", [False, True])
@@ -291,29 +301,29 @@ def kind(pixels: int, spec: FeatureSpec = SPEC, dtype: str = "uint8") -> ImageKi
 
 
 def test_sizes_hold_for_images_of_as_many_pixels_or_more() -> None:
-    sizes = FittingSizes()
-    assert sizes.limit(kind(100)) is sizes.smallest() is None
-    assert sizes.learn(kind(100), 8)
-    assert [sizes.limit(kind(pixels)) for pixels in (99, 100, 101)] == [None, 8, 8]
-    assert sizes.limit(kind(100, FeatureSpec(cls=True))) is sizes.limit(kind(100, dtype="float32")) is None
-    assert sizes.learn(kind(200), 2)
-    assert not sizes.learn(kind(300), 4), "fewer are known not to fit"
-    assert [sizes.limit(kind(pixels)) for pixels in (100, 199, 200, 300)] == [8, 8, 2, 2]
-    assert sizes.learn(kind(50), 1)
-    assert repr(sizes) == "<FittingSizes: 1 limits, the lowest 1>", "it makes the others needless"
+    limits = KindLimits()
+    assert limits.of(kind(100)) is limits.lowest() is None
+    assert limits.learn(kind(100), 8)
+    assert [limits.of(kind(pixels)) for pixels in (99, 100, 101)] == [None, 8, 8]
+    assert limits.of(kind(100, FeatureSpec(cls=True))) is limits.of(kind(100, dtype="float32")) is None
+    assert limits.learn(kind(200), 2)
+    assert not limits.learn(kind(300), 4), "fewer are known not to fit"
+    assert [limits.of(kind(pixels)) for pixels in (100, 199, 200, 300)] == [8, 8, 2, 2]
+    assert limits.learn(kind(50), 1)
+    assert repr(limits) == "<KindLimits: 1 limits, the lowest 1>", "it makes the others needless"
 
 
 def test_after_many_batches_a_larger_size_is_tried() -> None:
-    sizes = FittingSizes()
-    sizes.learn(kind(PIXELS), 4)
+    limits = KindLimits()
+    limits.learn(kind(PIXELS), 4)
     for _ in range(1000):
-        assert sizes.limit(kind(PIXELS)) == 4
-        sizes.use(kind(PIXELS), 12)
-    assert sizes.limit(kind(PIXELS)) == 8
-    assert sizes.learn(kind(PIXELS), 4), "it does not fit still"
+        assert limits.of(kind(PIXELS)) == 4
+        limits.use(kind(PIXELS), 12)
+    assert limits.of(kind(PIXELS)) == 8
+    assert limits.learn(kind(PIXELS), 4), "it does not fit still"
     for _ in range(2000):
-        sizes.use(kind(PIXELS), 12)
-    assert sizes.limit(kind(PIXELS)) is sizes.smallest() is None, "it may be tried whole"
+        limits.use(kind(PIXELS), 12)
+    assert limits.of(kind(PIXELS)) is limits.lowest() is None, "it may be tried whole"
 
 
 def test_images_of_several_sizes_count_as_the_largest() -> None:

@@ -1,8 +1,8 @@
 """Batches on a device whose memory may not suffice for them: computed in parts that fit, and joined again.
 
 A batch that ran out of memory is computed with nothing else in flight: whole once more, then in halves, down to one
-image. The size that fits is remembered, and later batches of that kind are computed in such parts at once, one after
-the other, since only that is known to fit.
+image. What fits is remembered: later batches of that kind are computed at once in parts of that size, one after the
+other, since only that is known to fit; or whole and one after the other, if that is enough.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dinov3_ray.features import FeatureSpec
 from dinov3_ray.images import ImageBatch
 from dinov3_ray.pool.replica.device_fault import DeviceFault, device_fault, drop_frames, first_line
 from dinov3_ray.pool.replica.device_pipeline import DevicePass, DevicePipeline, Results, pad_batch
-from dinov3_ray.pool.replica.fitting_sizes import FittingSizes, ImageKind
+from dinov3_ray.pool.replica.kind_limits import ImageKind, KindLimits
 
 __all__ = ["FittingPipeline", "Parts"]
 
@@ -53,7 +53,8 @@ class FittingPipeline:
         self._name = name
         self._pipeline = pipeline
         self._pad_to = pad_to
-        self._sizes = FittingSizes()
+        self._most = KindLimits()  # images that fit with nothing else in flight
+        self._alone = KindLimits()  # images from which on a batch fits with nothing else in flight only
 
     @property
     def depth(self) -> int:
@@ -63,12 +64,12 @@ class FittingPipeline:
     @property
     def fitting_batch(self) -> int:
         """Images in the smallest parts that batches are computed in; 0 if all batches so far fit whole."""
-        return self._sizes.smallest() or 0
+        return self._most.lowest() or 0
 
     def fits(self, batch: ImageBatch, spec: FeatureSpec) -> bool:
         """Whether ``batch`` may be computed whole, with others in flight."""
-        limit = self._sizes.limit(ImageKind.of(batch, spec))
-        return limit is None or self._whole(batch) < limit
+        alone = self._alone.of(ImageKind.of(batch, spec))
+        return alone is None or self._whole(batch) < alone
 
     def begin(self, batch: ImageBatch, spec: FeatureSpec) -> DevicePass:
         """Begin the one pass of a batch that fits; errors as in :meth:`DevicePipeline.begin`."""
@@ -85,8 +86,8 @@ class FittingPipeline:
             Exception: as :meth:`DevicePass.result`, and whatever the teacher raises.
         """
         # The cache is emptied so that a large block can be had in one piece; without CUDA, that does nothing.
-        kind = ImageKind.of(batch, spec)
-        size = min(self._whole(batch), self._sizes.limit(kind) or self._whole(batch))
+        kind, whole = ImageKind.of(batch, spec), self._whole(batch)
+        size = min(whole, self._most.of(kind) or whole)
         parts: list[Results] = []
         start = shortages = 0
         if after_shortage:
@@ -101,9 +102,7 @@ class FittingPipeline:
                 torch.cuda.empty_cache()
                 shortages += 1
                 size = (size + 1) // 2
-        if self._sizes.learn(kind, size):
-            self._report(kind, self._whole(batch), size)
-        self._sizes.use(kind, self._whole(batch))
+        self._remember(kind, whole, size)
         return Parts(_join(parts), len(parts), shortages)
 
     def warm_up(self, batch: ImageBatch, spec: FeatureSpec) -> int:
@@ -165,17 +164,23 @@ class FittingPipeline:
     def _whole(self, batch: ImageBatch) -> int:
         return max(len(batch), self._pad_to)
 
-    def _report(self, kind: ImageKind, tried: int, size: int) -> None:
-        log.warning(
-            "replica %s: the memory of its device did not suffice for %d images of %d pixels at once%s. From now on it "
-            "computes such batches in parts of %d, one after the other. A smaller max_batch, fewer outputs, a smaller "
-            "map_size or smaller images need less",
-            self._name,
-            tried,
-            kind.pixels,
-            "" if size < tried else ", with others in flight",
-            size,
-        )
+    def _remember(self, kind: ImageKind, whole: int, size: int) -> None:
+        """Note, and report if it is new, that batches of ``whole`` images are computed in parts of ``size``."""
+        new = self._alone.learn(kind, size)
+        new = (size < whole and self._most.learn(kind, size)) or new
+        for limits in (self._alone, self._most):
+            limits.use(kind, whole)
+        if new:
+            log.warning(
+                "replica %s: the memory of its device did not suffice for %d images of %d pixels at once%s. From now "
+                "on it computes such batches %s, one after the other. A smaller max_batch, fewer outputs, a smaller "
+                "map_size or smaller images need less",
+                self._name,
+                whole,
+                kind.pixels,
+                "" if size < whole else ", with others in flight",
+                f"in parts of {size}" if size < whole else "whole",
+            )
 
 
 def _join(parts: list[Results]) -> Results:
