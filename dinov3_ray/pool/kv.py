@@ -47,8 +47,11 @@ class PoolKV:
         _internal_kv_put(self._key(f"end/{replica_id}"), reason.encode(), overwrite=True, namespace=self._namespace)
 
     def load_end(self, replica_id: str) -> str | None:
-        """Why the process of ``replica_id`` has ended itself; None if it has not."""
-        data = _internal_kv_get(self._key(f"end/{replica_id}"), namespace=self._namespace)
+        """Why the process of ``replica_id`` has ended itself; None if it has not, or the head does not answer."""
+        try:
+            data = _internal_kv_get(self._key(f"end/{replica_id}"), namespace=self._namespace)
+        except Exception:  # noqa: BLE001 - whatever Ray raises: that a replica is lost must be noticed all the same
+            return None
         return None if data is None else data.decode()
 
     def clear(self) -> None:

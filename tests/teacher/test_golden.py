@@ -68,6 +68,25 @@ def test_a_compiled_teacher_passes_and_gives_any_layers_and_batch_sizes(tmp_path
             torch.testing.assert_close(found[index], expected[index], atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("device", "compile", "sizes"),
+    [("cpu", False, []), ("cpu", True, [2, 1]), ("cuda:0", False, [8]), ("cuda:0", True, [8, 2, 1])],
+)
+def test_a_warm_up_begins_with_the_largest_batch(
+    tiny_checkpoint: Path, device: str, compile: bool, sizes: list[int]
+) -> None:
+    teacher = DinoV3Teacher(DinoV3Config(tiny_checkpoint, compile=compile))
+    teacher.device = torch.device(device)  # its batches are made on the CPU, as those of requests
+    passes = list(teacher.warm_up_passes(8))
+    assert [len(images) for images, _ in passes] == sizes
+    for images, spec in passes:
+        assert isinstance(images, torch.Tensor)
+        assert (images.device.type, images.dtype, images.is_contiguous()) == ("cpu", torch.uint8, True)
+        assert images.shape[2:] == teacher.image_size
+        assert spec.cls
+        assert spec.feature_map
+
+
 def zero_rope(teacher: DinoV3Teacher) -> None:
     teacher.model.rope_embeddings.inv_freq.zero_()
 
