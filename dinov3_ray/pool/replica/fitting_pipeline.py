@@ -134,10 +134,10 @@ class FittingPipeline:
                 one.result()
             except Exception as error:  # noqa: BLE001 - as above
                 failures.append(error)
-        for error in failures:
-            if device_fault(error) is not DeviceFault.MEMORY:
-                raise error
-            drop_frames(error)
+        for failure in failures:
+            if device_fault(failure) is not DeviceFault.MEMORY:
+                raise failure
+            drop_frames(failure)
         return not failures
 
     def _try(self, part: ImageBatch, spec: FeatureSpec, size: int) -> Results | None:
