@@ -58,7 +58,7 @@ _FAILING = 100  # names of requests that raised: more say nothing more
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Work:
+class _Job:
     """Requests that are computed together; with ``scarce``, after the device's memory did not suffice for them."""
 
     requests: list[QueuedRequest]
@@ -73,7 +73,7 @@ class _Work:
 class _PassInFlight:
     """Work whose pass the device was given at ``begun``."""
 
-    work: _Work
+    job: _Job
     run: DevicePass
     begun: float
 
@@ -128,8 +128,8 @@ class Replica:
         self._counters = ReplicaStatistics()
         self._failing: set[str] = set()
         self._backlog: dict[str, int] = {}
-        self._again: deque[_Work] = deque()  # what failed because of others, or for lack of memory
-        self._running: list[_Work] = []  # what was taken up and is not answered yet
+        self._again: deque[_Job] = deque()  # what failed because of others, or for lack of memory
+        self._running: list[_Job] = []  # what was taken up and is not answered yet
         self._alone = False  # what runs is a suspect: nothing else may run with it
         self._busy_since: float | None = None  # when the oldest pass in flight became the oldest
         self._in_flight: deque[_PassInFlight] = deque()  # what the device has been given, for the second thread
@@ -167,7 +167,7 @@ class Replica:
         """Answer what is queued as dropped and end the threads (they are daemons: hung ones are left behind)."""
         with self._changed:
             self._draining = self._stopped = True
-            dropped = [*self._queue.clear(), *(request for work in self._again for request in work.requests)]
+            dropped = [*self._queue.clear(), *(request for job in self._again for request in job.requests)]
             self._again.clear()
             self._changed.notify_all()
         for request in dropped:
@@ -259,8 +259,8 @@ class Replica:
             return
         self._finisher.start()
         self.loaded.set_result(self._info)
-        while work := self._next_work():
-            self._begin(work)
+        while job := self._next_job():
+            self._begin(job)
 
     def _warm_up(self, teacher: Extractor) -> None:
         """Run what the teacher names, in the way of requests, so that these find all memory and code in place."""
@@ -270,62 +270,62 @@ class Replica:
             with self._changed:
                 self._count_shortages(shortages)
 
-    def _next_work(self) -> _Work | None:
+    def _next_job(self) -> _Job | None:
         """What to begin next, as soon as the device may be given it; nothing at the end."""
         with self._changed:
             while not self._stopped:
                 now = time.monotonic()
                 next_look = None
                 if len(self._running) < (1 if self._alone else self._pipeline.depth):
-                    work = self._take(now)
-                    if isinstance(work, _Work):
-                        self._alone = work.suspect
+                    job = self._take(now)
+                    if isinstance(job, _Job):
+                        self._alone = job.suspect
                         if self._alone:
                             self._changed.wait_for(lambda: not self._running)  # it would die with this one
                             now = time.monotonic()
                         if not self._running:
                             self._busy_since = now
-                        self._running.append(work)
-                        return work
-                    next_look = work
+                        self._running.append(job)
+                        return job
+                    next_look = job
                 self._changed.wait(None if next_look is None else next_look - now)
             return None
 
-    def _take(self, now: float) -> _Work | float | None:
-        """The next work; or the time until which to wait for company; or None if nothing waits."""
+    def _take(self, now: float) -> _Job | float | None:
+        """The next job; or the time until which to wait for company; or None if nothing waits."""
         if self._again:
             return self._again.popleft()
         taken = self._queue.take(now)
-        return _Work(taken) if isinstance(taken, list) else taken
+        return _Job(taken) if isinstance(taken, list) else taken
 
-    def _begin(self, work: _Work) -> None:
-        """Give the device the pass of ``work``; or compute it here, if it may be more than fits the device."""
+    def _begin(self, job: _Job) -> None:
+        """Give the device the pass of ``job``; or compute it here, if it may be more than fits the device."""
         begun = time.monotonic()
         try:
             self._require_device()
-            for request in work.requests:
+            for request in job.requests:
                 if request.header.suspect and self._on_suspect is not None:
                     self._on_suspect(request.header.request_id)
-            batch = join_batches([unpack_images(request.header.images, request.arrays) for request in work.requests])
-            spec = work.requests[0].header.spec
-            if not work.scarce and self._pipeline.fits(batch, spec):
+            batch = join_batches([unpack_images(request.header.images, request.arrays) for request in job.requests])
+            spec = job.requests[0].header.spec
+            if not job.scarce and self._pipeline.fits(batch, spec):
                 run = self._pipeline.begin(batch, spec)
                 with self._changed:
-                    self._in_flight.append(_PassInFlight(work, run, begun))
+                    self._in_flight.append(_PassInFlight(job, run, begun))
                     self._changed.notify_all()
                 return
             with self._changed:
-                self._changed.wait_for(lambda: self._running == [work])
+                self._changed.wait_for(lambda: self._running == [job])
             self._require_device()  # what was in flight may have lost it
             begun = time.monotonic()
-            parts = self._pipeline.compute(batch, spec, after_shortage=work.scarce)
+            parts = self._pipeline.compute(batch, spec, after_shortage=job.scarce)
         except Exception as error:  # noqa: BLE001 - a teacher may raise anything, and the replica lives on
-            self._fail(work, error)
+            self._fail(job, error)
         else:
             with self._changed:
                 self._count_shortages(parts.shortages)
-            self._answer(work, parts.results, begun, parts.passes)
-        self._end(work)
+            self._answer(job, parts.results, begun, parts.passes)
+        self._end(job)
 
     # The thread for results -----------------------------------------------------------------------------------------
 
@@ -338,23 +338,23 @@ class Replica:
                 if not self._in_flight:
                     return
                 ahead = self._in_flight.popleft()
-            work = ahead.work
+            job = ahead.job
             self._finish(ahead)
             del ahead  # with what it held on the device, which others may wait for
-            self._end(work)
+            self._end(job)
 
     def _finish(self, ahead: _PassInFlight) -> None:
         """Wait for a pass, and answer its requests."""
         try:
             results = ahead.run.result()
         except Exception as error:  # noqa: BLE001 - the teacher's results may raise anything too
-            self._fail(ahead.work, error)
+            self._fail(ahead.job, error)
         else:
-            self._answer(ahead.work, results, ahead.begun)
+            self._answer(ahead.job, results, ahead.begun)
 
-    def _end(self, work: _Work) -> None:
+    def _end(self, job: _Job) -> None:
         with self._changed:
-            self._running.remove(work)
+            self._running.remove(job)
             self._busy_since = time.monotonic() if self._running else None
             # A client with more to send keeps something here: one that does not has no backlog any more.
             here = {request.header.client_id for one in self._running for request in one.requests}
@@ -363,15 +363,15 @@ class Replica:
             }
             self._changed.notify_all()
 
-    def _answer(self, work: _Work, results: Results, begun: float, passes: int = 1) -> None:
+    def _answer(self, job: _Job, results: Results, begun: float, passes: int = 1) -> None:
         now = time.monotonic()
         assert self._busy_since is not None
         busy = max(now - max(self._busy_since, begun), 0.0)  # another pass may have failed since
         preprocess = min(results.preprocess, busy)
         pack = min(results.pack, busy - preprocess)
-        rows = sum(request.header.rows for request in work.requests)
+        rows = sum(request.header.rows for request in job.requests)
         first = 0
-        for request in work.requests:
+        for request in job.requests:
             share = request.header.rows / rows
             seconds = StageSeconds(
                 queue=begun - request.arrived,
@@ -398,25 +398,25 @@ class Replica:
         with self._changed:
             self._count(batches=passes)
 
-    def _fail(self, work: _Work, error: Exception) -> None:
-        """Answer ``work`` with ``error``; or compute it again, where that may be better than a failure."""
+    def _fail(self, job: _Job, error: Exception) -> None:
+        """Answer ``job`` with ``error``; or compute it again, where that may be better than a failure."""
         fault = device_fault(error)
         if fault is DeviceFault.MEMORY:
             with self._changed:
                 self._count_shortages(1)
         if fault is DeviceFault.LOST:
             error = self._lose_device(error)
-        elif fault is DeviceFault.MEMORY and not work.scarce and not isinstance(error, DeviceMemoryError):
+        elif fault is DeviceFault.MEMORY and not job.scarce and not isinstance(error, DeviceMemoryError):
             drop_frames(error)
-            self._repeat([_Work([request], scarce=True) for request in work.requests])
+            self._repeat([_Job([request], scarce=True) for request in job.requests])
             return
-        elif len(work.requests) > 1:
+        elif len(job.requests) > 1:
             # One request's fault must not be its neighbours': each runs by itself.
-            self._repeat([_Work([request]) for request in work.requests])
+            self._repeat([_Job([request]) for request in job.requests])
             return
         trace = "".join(traceback.format_exception(error))
         drop_frames(error)
-        for request in work.requests:
+        for request in job.requests:
             with self._changed:
                 self._count(errors=1)
                 # What the caller did wrong says nothing of this replica's health, nor does an image that is too large.
@@ -426,13 +426,13 @@ class Replica:
                 load = self._load(request.header)
             request.done(Answer(Outcome.FAILED, load=load, error=error, trace=trace), [])
 
-    def _repeat(self, again: list[_Work]) -> None:
+    def _repeat(self, again: list[_Job]) -> None:
         """Have the device thread compute ``again`` next; or hand it back at the end."""
         with self._changed:
             stopped = self._stopped
             if not stopped:
                 self._again.extend(again)
-        for request in (request for work in again for request in work.requests) if stopped else ():
+        for request in (request for job in again for request in job.requests) if stopped else ():
             request.done(Answer(Outcome.DRAINING), [])
 
     # The device's faults --------------------------------------------------------------------------------------------
