@@ -127,6 +127,7 @@ def test_replica_that_loses_its_device(pool: TeacherPool) -> None:
     until(lambda: sum(is_alive(pid) for pid in before) == 1, "its process is gone")
 
 
+@pytest.mark.slow
 def test_processes_that_end_while_they_load(pool: TeacherPool, tmp_path: Path) -> None:
     remote, before = pool.teacher(), pids(pool)
     pool.reload(functools.partial(UnluckyTeacher, tmp_path, delay=0.02))
@@ -172,7 +173,7 @@ def test_stopped_process(pool: TeacherPool) -> None:
     until(lambda: not Path(f"/proc/{victim}").exists(), "its process is gone")
 
 
-@pytest.mark.parametrize("mark", [KILL, LOSE])
+@pytest.mark.parametrize("mark", [KILL, pytest.param(LOSE, marks=pytest.mark.slow)])
 def test_poison_batch_is_failed_alone(pool: TeacherPool, mark: int) -> None:
     remote = pool.teacher()
     good = [remote.submit(batch_of(number), SPEC) for number in range(10)]
