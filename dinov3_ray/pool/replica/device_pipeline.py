@@ -168,26 +168,26 @@ class CudaPipeline:
         self._copy_in, self._copy_out = stream(device), stream(device)
 
     def begin(self, batch: ImageBatch, rows: int, spec: FeatureSpec) -> DevicePass:
-        with torch.cuda.device(self._device):
-            try:
-                return self._enqueue(batch, rows, spec)
-            except BaseException:
-                # What was enqueued still uses the memory that is let go now, in streams that do not wait for the next.
-                torch.cuda.synchronize(self._device)
-                raise
+        try:
+            return self._enqueue(batch, rows, spec)
+        except BaseException:
+            # What was enqueued still uses the memory that is let go now, in streams that do not wait for the next pass.
+            torch.cuda.synchronize(self._device)
+            raise
 
     def _enqueue(self, batch: ImageBatch, rows: int, spec: FeatureSpec) -> DevicePass:
-        images = self._upload(batch)
-        features = forward(self._teacher, images, spec)
-        preprocess = getattr(self._teacher, "preprocess_watch", Stopwatch()).last
-        # Looked at when the pass has ended: a look now would wait for it.
-        finite = sums_are_finite(features)
-        download = _Download(self._copy_out)
-        layout, arrays = pack_features(features.rows(0, rows), spec, to_host=download)
-        finite_host = download(finite)
-        event: Any = torch.cuda.Event  # its annotations are partial
-        done = event(blocking=True)  # a wait that leaves the core to others
-        done.record(self._copy_out)
+        with torch.cuda.device(self._device):
+            images = self._upload(batch)
+            features = forward(self._teacher, images, spec)
+            preprocess = getattr(self._teacher, "preprocess_watch", Stopwatch()).last
+            # Looked at when the pass has ended: a look now would wait for it.
+            finite = sums_are_finite(features)
+            download = _Download(self._copy_out)
+            layout, arrays = pack_features(features.rows(0, rows), spec, to_host=download)
+            finite_host = download(finite)
+            event: Any = torch.cuda.Event  # its annotations are partial
+            done = event(blocking=True)  # a wait that leaves the core to others
+            done.record(self._copy_out)
         results = Results(layout, arrays, features.fingerprint, 0.0, 0.0)
         return _CudaPass(results, done, batch, features, finite_host, preprocess, (images, *download.held))
 
