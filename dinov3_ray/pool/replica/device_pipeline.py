@@ -9,8 +9,10 @@ in its own stream. Waiting for a pass gives the device no work, except to look c
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -168,15 +170,7 @@ class CudaPipeline:
         self._copy_in, self._copy_out = stream(device), stream(device)
 
     def begin(self, batch: ImageBatch, rows: int, spec: FeatureSpec) -> DevicePass:
-        try:
-            return self._enqueue(batch, rows, spec)
-        except BaseException:
-            # What was enqueued still uses the memory that is let go now, in streams that do not wait for the next pass.
-            torch.cuda.synchronize(self._device)
-            raise
-
-    def _enqueue(self, batch: ImageBatch, rows: int, spec: FeatureSpec) -> DevicePass:
-        with torch.cuda.device(self._device):
+        with torch.cuda.device(self._device), _waited_for_if_it_fails(self._device):
             images = self._upload(batch)
             features = forward(self._teacher, images, spec)
             preprocess = getattr(self._teacher, "preprocess_watch", Stopwatch()).last
@@ -203,6 +197,16 @@ class CudaPipeline:
             ]
         torch.cuda.current_stream().wait_stream(self._copy_in)
         return ImageBatch(uploaded[0]) if batch.stacked is not None else ImageBatch(None, tuple(uploaded))
+
+
+@contextlib.contextmanager
+def _waited_for_if_it_fails(device: torch.device) -> Iterator[None]:
+    """Within it, passes are enqueued. One that fails half-way lets go of memory that the device still uses."""
+    try:
+        yield
+    except BaseException:
+        torch.cuda.synchronize(device)  # the next pass, in other streams, would not wait for that use
+        raise
 
 
 @dataclass(slots=True)
