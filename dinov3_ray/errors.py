@@ -9,6 +9,7 @@
     ├── FrozenError (AttributeError)          a teacher was asked for what would change it
     ├── SpecError (ValueError)                a FeatureSpec that is malformed or that this model cannot satisfy
     ├── NumericsError (ArithmeticError)       a teacher that computes wrong or non-finite values
+    ├── DeviceMemoryError (MemoryError)       one image that does not fit the memory of a teacher's device
     ├── StoreError (ValueError)               a feature store or cache that cannot be used as asked
     │   └── MissingViewError (KeyError)       a stored teacher was asked for a view that it does not hold
     └── PoolError (RuntimeError)              the pool cannot do what was asked
@@ -18,6 +19,7 @@
         ├── PoolTimeoutError (TimeoutError)   a deadline passed; says what was waited for
         ├── ForkedProcessError                used in a process forked after connecting
         ├── ReplicaError                      a replica failed and no other could take its work
+        │   └── DeviceLostError               its process can use its device no more
         └── PoisonBatchError                  one batch ended replica after replica
 
 Ray pickles errors to send them between processes. Therefore none of them defines ``__init__``, and all information is
@@ -29,6 +31,8 @@ from collections.abc import Mapping, Sequence
 __all__ = [
     "CheckpointError",
     "ConfigError",
+    "DeviceLostError",
+    "DeviceMemoryError",
     "DinoV3Error",
     "ForkedProcessError",
     "FrozenError",
@@ -80,6 +84,10 @@ class NumericsError(DinoV3Error, ArithmeticError):
     """A teacher that computes wrong or non-finite values."""
 
 
+class DeviceMemoryError(DinoV3Error, MemoryError):
+    """One image, computed alone, does not fit the memory of a teacher's device."""
+
+
 class StoreError(DinoV3Error, ValueError):
     """A feature store or cache that cannot be used as asked."""
 
@@ -114,6 +122,10 @@ class ForkedProcessError(PoolError):
 
 class ReplicaError(PoolError):
     """A replica failed, and no other could take its work within the retry budget."""
+
+
+class DeviceLostError(ReplicaError):
+    """A replica's process can use its device no more, and must be started again."""
 
 
 class PoisonBatchError(PoolError):

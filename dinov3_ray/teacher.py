@@ -24,6 +24,9 @@ class Extractor(Protocol):
 
     It may also have a ``device``, a torch.device. If that is a CUDA device, a replica passes images that are on it
     already, and continues while the results are still being computed in the current stream.
+
+    It may have a method ``warm_up_passes(rows)`` too, which yields (images, spec): what a replica computes before it
+    takes work, in this order, so that batches of up to ``rows`` images find memory and compiled code in place.
     """
 
     def extract(self, images: Images, spec: FeatureSpec) -> Features:

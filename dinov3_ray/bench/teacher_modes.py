@@ -100,7 +100,8 @@ def load_ours(work: TeacherWork, dtype: ComputeDtype, *, compile: bool | Compile
     config = DinoV3Config(root, dtype=dtype, image_size=size, compile=compile, attention=attention)
     teacher = DinoV3Teacher(config, work.device)
     if compile:
-        teacher.warm_up(work.batch)
+        for images, spec in teacher.warm_up_passes(work.batch):
+            teacher.extract(images, spec)
     return lambda images: teacher.extract(images, TEACHER_SPEC)
 
 

@@ -171,9 +171,21 @@ def _troubles(status: PoolStatus) -> Table:
     table = Table.grid("", "", padding=(0, 2))  # long ones wrap next to their headline, not below it
     if status.gpus and status.gpus.notice:
         table.add_row(Text("GPUs", "bold yellow", no_wrap=True), Text(status.gpus.notice))
+    for index, (size, names) in enumerate(sorted(_memory_limits(status).items())):
+        text = f"{', '.join(names)}: batches are computed in parts of {size}, since more did not fit the device"
+        table.add_row("" if index else Text("memory", "bold yellow", no_wrap=True), Text(text))
     for index, error in enumerate(status.recent_errors[-_SHOWN_ERRORS:]):
         table.add_row("" if index else Text("last errors", "bold red", no_wrap=True), Text(error))
     return table
+
+
+def _memory_limits(status: PoolStatus) -> dict[int, list[str]]:
+    """Replicas by the number of images in the smallest parts that they compute batches in."""
+    limits: dict[int, list[str]] = {}
+    for replica in status.replicas:
+        if replica.statistics and replica.statistics.fitting_batch:
+            limits.setdefault(replica.statistics.fitting_batch, []).append(replica.replica_id)
+    return limits
 
 
 def _short(fingerprint: str | None) -> str:

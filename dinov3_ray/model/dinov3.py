@@ -209,21 +209,18 @@ class DinoV3Teacher(TeacherMixin[Images | ImageBatch]):
         path = f"{self.computed_in}, attention {own_attention}, compile={self.config.compile}"
         return agreement(fast, reference, minimum, path)
 
-    def warm_up(self, rows: int) -> None:
-        """Do now what would delay the first passes: compile, choose kernels, allocate memory.
+    def warm_up_passes(self, rows: int) -> Iterator[tuple[Images, FeatureSpec]]:
+        """What would delay the first passes, to be computed before: compiling, choosing kernels, allocating memory.
 
-        Afterwards, batches of up to ``rows`` images compile nothing, if they are resized to :attr:`image_size`.
+        The largest comes first, so that memory for all is allocated once. After these, batches of up to ``rows`` images
+        compile nothing, if they are resized to :attr:`image_size`.
         """
-        sizes = {1, 2} if self.config.compile else set()
-        if self.device.type == "cuda":
-            sizes.add(rows)
+        sizes = [rows] if self.device.type == "cuda" else []
+        sizes += [size for size in (2, 1) if self.config.compile and size not in sizes]
         image_13HW = golden_images(*self.image_size)[:1]
-        spec = FeatureSpec(cls=True, feature_map=True)
-        for size in sorted(sizes):
+        for size in sizes:
             for _ in range(_RECORD_PASSES if self._records_graphs else 1):
-                self.extract(image_13HW.expand(size, -1, -1, -1), spec)
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+                yield image_13HW.repeat(size, 1, 1, 1), FeatureSpec(cls=True, feature_map=True)
 
     @property
     def fingerprint(self) -> str:

@@ -1,7 +1,8 @@
 """Facts about a pool that outlive its processes, in the key-value store of Ray's head.
 
-There are two: the pool's declaration, which a restarted controller reads; and, for a request whose replicas died, which
-replica began to compute it. The second tells a request that kills its replicas from one that was only queued there.
+There are three: the pool's declaration, which a restarted controller reads; for a request whose replicas died, which
+replica began to compute it; and why a replica's process has ended itself. The second distinguishes a request that kills
+its replicas from one that was only queued there.
 """
 
 from __future__ import annotations
@@ -40,6 +41,18 @@ class PoolKV:
         """Whether ``request_id`` is the last suspect that ``replica_id`` began."""
         data = _internal_kv_get(self._key(f"suspect/{replica_id}"), namespace=self._namespace)
         return data is not None and data.decode() == request_id
+
+    def save_end(self, replica_id: str, reason: str) -> None:
+        """Record why the process of ``replica_id`` is about to end itself."""
+        _internal_kv_put(self._key(f"end/{replica_id}"), reason.encode(), overwrite=True, namespace=self._namespace)
+
+    def load_end(self, replica_id: str) -> str | None:
+        """Why the process of ``replica_id`` has ended itself; None if it has not, or the head does not answer."""
+        try:
+            data = _internal_kv_get(self._key(f"end/{replica_id}"), namespace=self._namespace)
+        except Exception:  # noqa: BLE001 - whatever Ray raises: that a replica is lost must be noticed all the same
+            return None
+        return None if data is None else data.decode()
 
     def clear(self) -> None:
         """Delete all facts about the pool."""

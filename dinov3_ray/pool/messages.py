@@ -176,8 +176,11 @@ class ReplicaStatistics:
         preprocess_seconds: of teachers that report it (by an attribute ``preprocess_seconds``, or
             ``preprocess_watch`` on a CUDA device); for others it is part of ``forward_seconds``.
         errors_in_a_row: requests that raised since the last one that was answered. A request counts once, however
-            often it was sent: one bad request does not make a bad replica.
+            often it was sent: one bad request does not make a bad replica. What is wrong with the request itself does
+            not count, nor does an image that does not fit the device's memory.
         rejected: requests refused because the queue was full.
+        out_of_memory: passes for which the device's memory did not suffice; each was computed again in smaller parts.
+        fitting_batch: images in the smallest parts that batches are computed in since then; 0 if all fit whole.
         waiting, waiting_rows: requests in the queue, and their images.
         clients_backlog: images that clients hold back, of the client that reported most.
         oldest_wait: seconds that the oldest request in the queue has waited.
@@ -194,6 +197,8 @@ class ReplicaStatistics:
     errors: int = 0
     errors_in_a_row: int = 0
     rejected: int = 0
+    out_of_memory: int = 0
+    fitting_batch: int = 0
     waiting: int = 0
     waiting_rows: int = 0
     clients_backlog: int = 0

@@ -66,6 +66,18 @@ METRICS = _by_name(
     Metric("dinov3_errors", Kind.COUNTER, "Requests on which the teacher raised", per_replica=True),
     Metric("dinov3_rejected", Kind.COUNTER, "Requests refused because the queue was full", per_replica=True),
     Metric(
+        "dinov3_out_of_memory",
+        Kind.COUNTER,
+        "Forward passes for which the device's memory did not suffice; each was computed again in smaller parts",
+        per_replica=True,
+    ),
+    Metric(
+        "dinov3_fitting_batch",
+        Kind.GAUGE,
+        "Images in the smallest parts that batches are computed in so that they fit the device; 0 if all fit whole",
+        per_replica=True,
+    ),
+    Metric(
         "dinov3_stage_seconds",
         Kind.COUNTER,
         "Seconds that requests spent in each stage: queue, preprocess, forward and pack at the replica, and transfer, "

@@ -62,7 +62,7 @@ class PoolOptions(CheckedModel):
     batching: Annotated[Batching, rule(f"must be one of {', '.join(get_args(Batching))}")] = "exact"
     """exact runs each request as it was submitted, so remote results equal local ones bit for bit. dynamic runs small
     requests of several clients together. deterministic pads every forward pass to max_batch images, so that an image's
-    result never depends on its neighbours."""
+    result never depends on its neighbours; where so many do not fit the device's memory, to the number that fits."""
     max_wait: _SecondsOrZero = 0.005
     """Seconds that a request may wait for others under dynamic and deterministic batching."""
     max_queued: _Whole = 256

@@ -100,6 +100,17 @@ def test_what_a_person_reads() -> None:
     assert lines[-2:] == ["last errors r9: its process died", "r8: [no markup] at all"]
 
 
+def test_replicas_whose_device_is_too_small_are_named_by_size() -> None:
+    small = [
+        later(replace(READY, replica_id=f"r{number}"), fitting_batch=size) for number, size in enumerate((8, 0, 8, 1))
+    ]
+    lines = [" ".join(line.split()) for line in text(status(*small), {}).splitlines()]
+    assert lines[-2:] == [
+        "memory r3: batches are computed in parts of 1, since more did not fit the device",
+        "r0, r2: batches are computed in parts of 8, since more did not fit the device",
+    ]
+
+
 def test_an_empty_pool_can_be_shown() -> None:
     seen = replace(status(target=1), teacher="", fingerprint=None, generation=0)
     assert "0 of 1 ready (2-8 allowed) · teacher not known yet · exact batching" in text(seen, rates(None, seen))

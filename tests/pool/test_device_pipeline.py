@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -17,6 +19,7 @@ from dinov3_ray.errors import InputError
 from dinov3_ray.images import ImageBatch, Images
 from dinov3_ray.pool.messages import Answer, Array, Outcome, RequestHeader
 from dinov3_ray.pool.replica.device_pipeline import DevicePass, Results, SynchronousPipeline, pipeline_for
+from dinov3_ray.pool.replica.hosted import HostedReplica
 from dinov3_ray.pool.replica.replica import Replica
 from dinov3_ray.pool.spec import PoolOptions
 from dinov3_ray.pool.transport.wire import pack_images, unpack_features
@@ -227,21 +230,6 @@ def test_the_next_pass_begins_while_results_are_packed() -> None:
     bench.replica.stop()
 
 
-def test_a_teacher_is_warmed_up_before_it_serves() -> None:
-    class Warmed(FakeTeacher):
-        rows = 0
-
-        def warm_up(self, rows: int) -> None:
-            assert not replica.loaded.done()
-            self.rows = rows
-
-    teacher = Warmed()
-    replica = Replica("warm", lambda: teacher, PoolOptions(max_batch=7))
-    replica.start().result(WAIT)
-    assert teacher.rows == 7
-    replica.stop()
-
-
 class Plain:
     """A teacher that says nothing of itself."""
 
@@ -324,3 +312,41 @@ class TestOnAGpu:
             assert found is not None
             assert torch.equal(found, expected.cpu())
         replica.stop()
+
+    def test_a_batch_that_does_not_fit_is_computed_in_parts(self, teacher: DinoV3Teacher) -> None:
+        spec, images = FeatureSpec(cls=True, feature_map=True), images_of(1, rows=512)
+        torch.cuda.empty_cache()
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 2**28) / total)
+        hosted = HostedReplica(lambda: teacher, max_batch=32)
+        try:
+            found = hosted.submit(images, spec).result(60).cls
+            size = hosted.statistics().fitting_batch
+        finally:
+            torch.cuda.set_per_process_memory_fraction(1.0)
+            hosted.close()
+        assert 0 < size < 512
+        expected = [teacher.extract(part, spec).cls for part in images.split(size)]
+        assert found is not None
+        assert torch.equal(found, torch.cat([part.cpu() for part in expected if part is not None]))
+
+    def test_a_device_side_assert_ends_the_process(self) -> None:
+        done = subprocess.run([sys.executable, "-c", ASSERT], capture_output=True, text=True, timeout=120, check=False)
+        assert done.returncode == 70, done.stderr
+        assert "has lost its device" in done.stderr
+
+
+ASSERT = """
+import torch
+from dinov3_ray import Features, FeatureSpec
+from dinov3_ray.pool.replica.actor import end_process
+from dinov3_ray.pool.replica.hosted import HostedReplica
+
+class Asserts:
+    device = torch.device("cuda:0")
+    def extract(self, images, spec):
+        return Features(cls=torch.zeros(4, 4, device="cuda")[torch.tensor([7] * len(images), device="cuda")])
+
+hosted = HostedReplica(Asserts, max_batch=2, on_device_lost=end_process)
+hosted.submit(torch.zeros(2, 3, 32, 32, dtype=torch.uint8), FeatureSpec(cls=True)).result(60)
+"""

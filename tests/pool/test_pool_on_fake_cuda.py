@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,13 @@ from dinov3_ray.model.upload import Pending, Upload, _staged
 from dinov3_ray.pool import teacher_pool
 from dinov3_ray.pool.local import LocalController
 from dinov3_ray.pool.replica import device_pipeline
-from dinov3_ray.pool.replica.device_pipeline import CudaPipeline, DevicePass, _CudaPass, _Download
+from dinov3_ray.pool.replica.device_pipeline import (
+    CudaPipeline,
+    DevicePass,
+    _CudaPass,
+    _Download,
+    _waited_for_if_it_fails,
+)
 from dinov3_ray.pool.replica.hosted import HostedReplica
 from dinov3_ray.pool.replica.replica import Replica
 from dinov3_ray.pool.spec import builder
@@ -41,8 +47,9 @@ class OnTheCurrentDevice:
             self._weight = torch.ones(3, device=device)
         self.device = self._weight.device
 
-    def warm_up(self, rows: int) -> None:
+    def warm_up_passes(self, rows: int) -> Iterator[tuple[Images, FeatureSpec]]:
         torch.empty(rows, pin_memory=True)
+        yield IMAGES[0], FeatureSpec(cls=True)
 
     def extract(self, images: Images, spec: FeatureSpec) -> Features:
         assert isinstance(images, Tensor)
@@ -231,3 +238,23 @@ def test_its_own_teachers_too(tiny_checkpoint: Path, cuda: FakeCuda) -> None:
         pool.teacher().extract(IMAGES[0], SPECS[0])
         assert [replica.device for replica in pool.status().replicas] == ["cuda:1"]
     assert (cuda.contexts, astray(cuda)) == ({1}, [])
+
+
+@pytest.mark.parametrize("guarded", [True, False])
+def test_a_pass_that_fails_half_way_is_waited_for(
+    cuda: FakeCuda, pipeline: CudaPipeline, monkeypatch: pytest.MonkeyPatch, guarded: bool
+) -> None:
+    pack, calls = device_pipeline.pack_features, iter([True, False] * 3)
+
+    def pack_or_fail(features: Features, spec: FeatureSpec, to_host: Any) -> Any:
+        packed = pack(features, spec, to_host=to_host)
+        if next(calls):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return packed
+
+    monkeypatch.setattr(device_pipeline, "pack_features", pack_or_fail)
+    with nullcontext() if guarded else planted(_waited_for_if_it_fails, "torch.cuda.synchronize(device)", "pass"):
+        for _ in range(6):
+            with suppress(torch.OutOfMemoryError):
+                pipeline.begin(ImageBatch.of(IMAGES[0]), 4, SPECS[0]).result()
+    assert any(fault.startswith("freed") for fault in cuda.found()) is not guarded

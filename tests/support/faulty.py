@@ -1,6 +1,7 @@
 """Teachers that misbehave on cue, for the fault tests: a mark in an image's first pixel says what to do.
 
-Real processes really die here: a mark of KILL ends the replica's process as the kernel's OOM killer would.
+Real processes really die here: a mark of KILL ends the replica's process as the kernel's OOM killer would, and one of
+LOSE has torch say that the device is lost.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from dinov3_ray.features import Features, FeatureSpec
 from dinov3_ray.images import ImageBatch, Images
 from dinov3_ray.testing import FakeTeacher
 
-OK, KILL, RAISE, NAN_ONCE, NAN_ALWAYS, HANG_ONCE, KILL_ONCE = range(7)
+OK, KILL, RAISE, NAN_ONCE, NAN_ALWAYS, HANG_ONCE, KILL_ONCE, LOSE, LOSE_ONCE = range(9)
 
 
 def batch_of(number: int, mark: int = OK, rows: int = 2) -> Tensor:
@@ -40,6 +41,8 @@ class FaultyTeacher(FakeTeacher):
         marks = {int(image[0, 0, 0]) for image in batch}
         if KILL in marks or (KILL_ONCE in marks and self._first("kill")):
             os.kill(os.getpid(), signal.SIGKILL)
+        if LOSE in marks or (LOSE_ONCE in marks and self._first("lose")):
+            raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
         if RAISE in marks:
             raise LookupError("scripted: this batch cannot be computed")
         if HANG_ONCE in marks and self._first("hang"):
@@ -55,6 +58,17 @@ class FaultyTeacher(FakeTeacher):
         except FileExistsError:
             return False
         return True
+
+
+class UnluckyTeacher(FaultyTeacher):
+    """The first process that builds it ends itself; the second loses its device."""
+
+    def __init__(self, folder: Path, **arguments: object) -> None:
+        super().__init__(folder, **arguments)
+        if self._first("ends"):
+            os._exit(1)
+        if self._first("loses"):
+            raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
 
 
 class HopelessTeacher(FakeTeacher):

@@ -53,7 +53,8 @@ def test_a_compiled_teacher_passes_and_gives_any_layers_and_batch_sizes(tmp_path
     plain = DinoV3Teacher(DinoV3Config(path, dtype="float32"))
     assert compiled.prove() > 0.999999
     images = golden_images(64, 64)
-    compiled.warm_up(4)
+    for batch, spec in compiled.warm_up_passes(4):
+        compiled.extract(batch, spec)
     with torch.compiler.set_stance("fail_on_recompile"):
         for rows in (1, 2, 3, 4):
             batch = images[:1].expand(rows, -1, -1, -1)
@@ -65,6 +66,25 @@ def test_a_compiled_teacher_passes_and_gives_any_layers_and_batch_sizes(tmp_path
         assert list(found) == list(layers)
         for index in layers:
             torch.testing.assert_close(found[index], expected[index], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("device", "compile", "sizes"),
+    [("cpu", False, []), ("cpu", True, [2, 1]), ("cuda:0", False, [8]), ("cuda:0", True, [8, 2, 1])],
+)
+def test_a_warm_up_begins_with_the_largest_batch(
+    tiny_checkpoint: Path, device: str, compile: bool, sizes: list[int]
+) -> None:
+    teacher = DinoV3Teacher(DinoV3Config(tiny_checkpoint, compile=compile))
+    teacher.device = torch.device(device)  # its batches are made on the CPU, as those of requests
+    passes = list(teacher.warm_up_passes(8))
+    assert [len(images) for images, _ in passes] == sizes
+    for images, spec in passes:
+        assert isinstance(images, torch.Tensor)
+        assert (images.device.type, images.dtype, images.is_contiguous()) == ("cpu", torch.uint8, True)
+        assert images.shape[2:] == teacher.image_size
+        assert spec.cls
+        assert spec.feature_map
 
 
 def zero_rope(teacher: DinoV3Teacher) -> None:

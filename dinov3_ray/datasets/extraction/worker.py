@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
@@ -19,14 +19,15 @@ from dinov3_ray.datasets.extraction.decode_tasks import Decoded, Piece, decode_p
 from dinov3_ray.datasets.folder import Folder
 from dinov3_ray.datasets.store.schema import Row, encode_columns
 from dinov3_ray.datasets.store.writer import BlockWriter, is_finished
-from dinov3_ray.errors import DinoV3Error, InputError, StoreError
+from dinov3_ray.errors import DeviceMemoryError, DinoV3Error, InputError, StoreError
 from dinov3_ray.features import Features, FeatureSpec
 from dinov3_ray.pool.client.remote import RemoteTeacher
 from dinov3_ray.pool.client.request import Handle
-from dinov3_ray.pool.replica.device_pipeline import ConcurrentPipeline
+from dinov3_ray.pool.replica.actor import end_process
+from dinov3_ray.pool.replica.device_pipeline import ConcurrentPipeline, DevicePipeline, pipeline_for
 from dinov3_ray.pool.replica.hosted import HostedReplica
 from dinov3_ray.pool.spec import CheckedTeacher, builder
-from dinov3_ray.teacher import computed_in
+from dinov3_ray.teacher import Extractor, computed_in
 
 __all__ = ["BlockWorker", "ExtractionJob", "TeacherChoice"]
 
@@ -65,9 +66,11 @@ class TeacherChoice:
         threads = None if self.threads is None else min(self.threads, _cores())
         build = builder(self.teacher, self.device)
         if self.passes == 1:
-            return HostedReplica(build, max_batch=max_batch, threads=threads)
-        pipeline = partial(ConcurrentPipeline, passes=self.passes, threads=threads)
-        return HostedReplica(build, max_batch=max_batch, threads=threads, pipeline=pipeline)
+            pipeline: Callable[[Extractor], DevicePipeline] = pipeline_for
+        else:
+            pipeline = partial(ConcurrentPipeline, passes=self.passes, threads=threads)
+        # Ray Data starts another actor in its place, and does the blocks again that it had.
+        return HostedReplica(build, max_batch=max_batch, threads=threads, pipeline=pipeline, on_device_lost=end_process)
 
 
 @dataclass(frozen=True)
@@ -174,7 +177,7 @@ class BlockWorker:
         """Hand a batch's features to the writer; an image that the teacher refuses fails alone."""
         try:
             features = submitted.result()
-        except InputError as error:
+        except (InputError, DeviceMemoryError) as error:
             if len(batch) == 1:
                 writer.fail(batch[0].position, batch[0].id, Unreadable("refused", str(error)))
                 return

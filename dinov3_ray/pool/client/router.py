@@ -17,6 +17,8 @@ from dataclasses import replace
 from typing import Any
 
 from dinov3_ray.errors import (
+    DeviceLostError,
+    DeviceMemoryError,
     InputError,
     NumericsError,
     PoisonBatchError,
@@ -44,7 +46,9 @@ log = logging.getLogger("dinov3_ray")
 _LOOK_SECONDS = 0.5  # between looks whether the connection is there still, while somebody waits
 _CONTROLLER_RETRY = 0.5  # seconds between tries to reach a controller that is away
 _REPLICA_RETRY = 1.0  # seconds until a replica whose connection broke is tried again
-_CALLERS_FAULT = (InputError, SpecError)  # no other replica would say anything else
+# No other replica would say anything else: they have the same memory, and one that lost its device and lives on shares
+# its process with the others.
+_FINAL = (InputError, SpecError, DeviceMemoryError, DeviceLostError)
 
 
 class Router:
@@ -351,7 +355,7 @@ class Router:
         assert error is not None
         error.add_note(f"raised by replica {send.replica_id} of pool {self.pool!r}:\n{answer.trace}")
         request.error = error
-        if isinstance(error, _CALLERS_FAULT):
+        if isinstance(error, _FINAL):
             self._table.cancel(send.request_id)
             self._give_up(request, error)
         else:

@@ -380,7 +380,7 @@ class Controller:
             waited = options.health_timeout if ready else options.startup_timeout
             self._lose(replica_id, f"no answer to {'health' if ready else 'load'} within {waited:g} s", silent=True)
         except (ray.exceptions.RayError, ReplicaError) as error:
-            self._lose(replica_id, reason_of(error))
+            self._lose(replica_id, self._kv.load_end(replica_id) or reason_of(error))
 
     def _require_healthy(self, statistics: ReplicaStatistics) -> None:
         limit = self._declaration.spec.options.hang_timeout

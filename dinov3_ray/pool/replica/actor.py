@@ -28,11 +28,13 @@ from dinov3_ray.pool.transport.actors import Reply, frame_answer, open_request
 if TYPE_CHECKING:
     from dinov3_ray.pool.messages import Array
 
-__all__ = ["ReplicaActor", "ReplicaProcess", "ReplicaSetup", "read_replica", "thread_groups"]
+__all__ = ["ReplicaActor", "ReplicaProcess", "ReplicaSetup", "end_process", "read_replica", "thread_groups"]
 
 
 _CONTROL_THREADS = 16
 _REFUSING_THREADS = 16  # beyond those of a full queue: a request that is refused needs an answer too
+_FAREWELL_SECONDS = 1.0  # for the reason of a process's end; a head that is away must not keep the process
+_DEVICE_LOST = 70  # the exit code: an internal error, as in sysexits.h
 _ANSWER_SECONDS = 0.05  # in which an answer leaves this process
 
 
@@ -66,6 +68,15 @@ def thread_groups(options: PoolOptions) -> dict[str, int]:
     return {"infer": options.max_queued + _REFUSING_THREADS, "control": _CONTROL_THREADS}
 
 
+def end_process(reason: str) -> None:  # noqa: ARG001 - it is in the log
+    """End this process at once, since it can use its device no more.
+
+    Whoever waits for it notices its death, and has its work done elsewhere. Nothing is cleaned up: that would ask the
+    device again.
+    """
+    os._exit(_DEVICE_LOST)
+
+
 class ReplicaActor:
     """A replica as a Ray actor, for ``ray.remote(concurrency_groups=thread_groups(options))``.
 
@@ -82,7 +93,7 @@ class ReplicaActor:
         )
 
         self._setup = setup
-        kv = PoolKV(setup.namespace, setup.pool)
+        self._kv = PoolKV(setup.namespace, setup.pool)
         self._replica = Replica(
             setup.replica_id,
             # Unpickled when it is built: a class that is missing on this node is a reason to report like any other.
@@ -90,7 +101,8 @@ class ReplicaActor:
             setup.spec.options,
             unnamed=f"generation-{setup.generation}",
             threads=setup.threads,
-            on_suspect=lambda request_id: kv.begin_suspect(setup.replica_id, request_id),
+            on_suspect=lambda request_id: self._kv.begin_suspect(setup.replica_id, request_id),
+            on_device_lost=self._end,
         )
         self._lock = threading.Lock()
         self._loading = False
@@ -138,6 +150,13 @@ class ReplicaActor:
         time.sleep(_ANSWER_SECONDS)
         return idle
 
+    def _end(self, reason: str) -> None:
+        """Leave the reason to the controller, if the head takes it soon, and end this process."""
+        leaving = threading.Thread(target=self._kv.save_end, args=(self._setup.replica_id, reason), daemon=True)
+        leaving.start()
+        leaving.join(_FAREWELL_SECONDS)
+        end_process(reason)
+
     @ray.method(concurrency_group="infer")
     def infer(self, message: bytes, *arrays: Array) -> Reply:
         header, given = open_request(message, arrays)
@@ -168,6 +187,8 @@ def read_replica(statistics: ReplicaStatistics) -> Iterator[Sample]:
     yield Sample("dinov3_batches", statistics.batches)
     yield Sample("dinov3_errors", statistics.errors)
     yield Sample("dinov3_rejected", statistics.rejected)
+    yield Sample("dinov3_out_of_memory", statistics.out_of_memory)
+    yield Sample("dinov3_fitting_batch", statistics.fitting_batch)
     yield Sample("dinov3_stage_seconds", statistics.queue_seconds, "queue")
     yield Sample("dinov3_stage_seconds", statistics.preprocess_seconds, "preprocess")
     yield Sample("dinov3_stage_seconds", statistics.forward_seconds, "forward")

@@ -9,8 +9,10 @@ in its own stream. Waiting for a pass gives the device no work, except to look c
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -169,7 +171,7 @@ class CudaPipeline:
         self._upload, self._copy_out = Upload(device), stream(device)
 
     def begin(self, batch: ImageBatch, rows: int, spec: FeatureSpec) -> DevicePass:
-        with torch.cuda.device(self._device):
+        with torch.cuda.device(self._device), _waited_for_if_it_fails(self._device):
             features = forward(self._teacher, self._upload(batch), spec)
             preprocess = getattr(self._teacher, "preprocess_watch", Stopwatch()).last
             # Looked at when the pass has ended: a look now would wait for it.
@@ -182,6 +184,16 @@ class CudaPipeline:
             done.record(self._copy_out)
         results = Results(layout, arrays, features.fingerprint, 0.0, 0.0)
         return _CudaPass(results, done, batch, features, finite_host, preprocess, tuple(download.held))
+
+
+@contextlib.contextmanager
+def _waited_for_if_it_fails(device: torch.device) -> Iterator[None]:
+    """Within it, passes are enqueued. One that fails half-way lets go of memory that the device still uses."""
+    try:
+        yield
+    except BaseException:
+        torch.cuda.synchronize(device)  # the next pass, in other streams, would not wait for that use
+        raise
 
 
 @dataclass(slots=True)

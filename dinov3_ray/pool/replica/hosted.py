@@ -9,7 +9,7 @@ from concurrent.futures import Future
 from dinov3_ray.config.preprocessing import Preprocessing
 from dinov3_ray.features import Features, FeatureSpec
 from dinov3_ray.images import ImageBatch, Images
-from dinov3_ray.pool.messages import Answer, Array, Outcome, RequestHeader, TeacherInfo
+from dinov3_ray.pool.messages import Answer, Array, Outcome, ReplicaStatistics, RequestHeader, TeacherInfo
 from dinov3_ray.pool.replica.device_pipeline import DevicePipeline, pipeline_for
 from dinov3_ray.pool.replica.replica import Replica
 from dinov3_ray.pool.spec import PoolOptions
@@ -28,9 +28,11 @@ class HostedReplica:
 
     Args:
         build: makes the teacher; called once, on the replica's device thread.
-        max_batch: images in the largest batch; a teacher that has a ``warm_up`` is warmed up for it.
+        max_batch: images in the largest batch, for which the teacher is warmed up.
         threads: CPU threads to compute with; None leaves torch's setting alone.
         pipeline: makes what runs the teacher's passes.
+        on_device_lost: called with the reason as soon as this process can use the device no more; it ends the process.
+            None lets each batch from then on fail with DeviceLostError.
 
     Raises:
         NumericsError: the teacher's fast path does not agree with plain float32.
@@ -44,10 +46,13 @@ class HostedReplica:
         max_batch: int,
         threads: int | None = None,
         pipeline: Callable[[Extractor], DevicePipeline] = pipeline_for,
+        on_device_lost: Callable[[str], None] | None = None,
     ) -> None:
         # Whoever hosts it bounds what it submits: the queue turns nothing away.
         options = PoolOptions(max_batch=max_batch, max_queued=2**31, max_queued_bytes=2**62)
-        self._replica = Replica("hosted", build, options, threads=threads, pipeline=pipeline)
+        self._replica = Replica(
+            "hosted", build, options, threads=threads, pipeline=pipeline, on_device_lost=on_device_lost
+        )
         self._numbers = itertools.count()
         self._info = self._replica.start().result()
 
@@ -75,8 +80,9 @@ class HostedReplica:
     def submit(self, images: Images, spec: FeatureSpec) -> Future[Features]:
         """Queue a batch and return at once; the images are read until the future is done, and must not change.
 
-        The future raises what the teacher raised, InputError where the images hold values that are not finite, and
-        NumericsError where only the results do.
+        A batch that does not fit the device's memory is computed in parts. The future raises what the teacher raised,
+        InputError where the images hold values that are not finite, NumericsError where only the results do, and
+        DeviceMemoryError where one image alone does not fit the device's memory.
         """
         batch = ImageBatch.of(images)
         layout, arrays = pack_images(batch)
@@ -94,6 +100,10 @@ class HostedReplica:
 
         self._replica.offer(header, arrays, answered)
         return future
+
+    def statistics(self) -> ReplicaStatistics:
+        """Its counters since it began."""
+        return self._replica.statistics()
 
     def close(self) -> None:
         """Give up what is queued, and end the replica's threads."""

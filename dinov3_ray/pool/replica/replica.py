@@ -4,6 +4,10 @@ Ray-free: the actor in ``actor.py`` and local mode drive the same class. All wor
 thread that built the teacher, because CUDA work from several threads of one actor has crashed and leaked (ray issues
 33982, 49360). A second thread waits for results, looks at them and packs them, so that the device need not wait for
 that.
+
+Two faults are the device's, and not a request's. If its memory does not suffice, the first thread waits until nothing
+else is in flight and computes the requests again, in parts if need be (``fitting_pipeline.py``). If this process can
+use it no more, the replica is over: its process ends, or, where it must not, every request from then on is an error.
 """
 
 from __future__ import annotations
@@ -19,7 +23,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from dinov3_ray.errors import InputError, PoolClosedError, SpecError
+from dinov3_ray.errors import DeviceLostError, DeviceMemoryError, InputError, PoolClosedError, SpecError
+from dinov3_ray.images import ImageBatch
 from dinov3_ray.model.device import settle_thread
 from dinov3_ray.pool.messages import (
     Answer,
@@ -31,15 +36,16 @@ from dinov3_ray.pool.messages import (
     StageSeconds,
     TeacherInfo,
 )
+from dinov3_ray.pool.replica.device_fault import DeviceFault, device_fault, drop_frames, first_line
 from dinov3_ray.pool.replica.device_pipeline import (
     DevicePass,
     DevicePipeline,
     Results,
     inspect_teacher,
     join_batches,
-    pad_batch,
     pipeline_for,
 )
+from dinov3_ray.pool.replica.fitting_pipeline import FittingPipeline
 from dinov3_ray.pool.replica.queue import BatchQueue, Done, QueuedRequest
 from dinov3_ray.pool.spec import PoolOptions
 from dinov3_ray.pool.transport.wire import unpack_images
@@ -52,11 +58,23 @@ log = logging.getLogger("dinov3_ray")
 _FAILING = 100  # names of requests that raised: more say nothing more
 
 
-@dataclass(frozen=True, slots=True)
-class _PassInFlight:
-    """Requests whose pass the device was given at ``begun``."""
+@dataclass(frozen=True, slots=True, eq=False)
+class _Job:
+    """Requests that are computed together; with ``scarce``, after the device's memory did not suffice for them."""
 
     requests: list[QueuedRequest]
+    scarce: bool = False
+
+    @property
+    def suspect(self) -> bool:
+        return any(request.header.suspect for request in self.requests)
+
+
+@dataclass(frozen=True, slots=True)
+class _PassInFlight:
+    """Work whose pass the device was given at ``begun``."""
+
+    job: _Job
     run: DevicePass
     begun: float
 
@@ -71,6 +89,8 @@ class Replica:
         unnamed: the fingerprint that a teacher without one gets, or a reload could mix two teachers unnoticed.
         threads: CPU threads to compute with; None leaves torch's setting alone (it is the whole process's).
         on_suspect: called on the device thread just before a request runs that earlier replicas died with.
+        on_device_lost: called with the reason as soon as this process can use the device no more, on the thread that
+            finds out; it ends the process. None lets a replica live on that answers all with DeviceLostError.
         pipeline: makes what runs the teacher's passes; called once, on the device thread.
 
     It knows nothing of Ray, of other replicas, or of who its clients are beyond their names.
@@ -85,6 +105,7 @@ class Replica:
         unnamed: str | None = None,
         threads: int | None = None,
         on_suspect: Callable[[str], None] | None = None,
+        on_device_lost: Callable[[str], None] | None = None,
         pipeline: Callable[[Extractor], DevicePipeline] = pipeline_for,
     ) -> None:
         self.replica_id = replica_id
@@ -95,6 +116,7 @@ class Replica:
         self._unnamed = unnamed
         self._threads = threads
         self._on_suspect = on_suspect
+        self._on_device_lost = on_device_lost
         self._make_pipeline = pipeline
         self._queue = BatchQueue(
             options.batching,
@@ -107,13 +129,14 @@ class Replica:
         self._counters = ReplicaStatistics()
         self._failing: set[str] = set()
         self._backlog: dict[str, int] = {}
-        self._again: deque[QueuedRequest] = deque()  # those whose shared pass failed: each is to run by itself
-        self._running: list[list[QueuedRequest]] = []  # of each pass that was taken up and is not answered yet
+        self._again: deque[_Job] = deque()  # what failed because of others, or for lack of memory
+        self._running: list[_Job] = []  # what was taken up and is not answered yet
         self._alone = False  # what runs is a suspect: nothing else may run with it
         self._busy_since: float | None = None  # when the oldest pass in flight became the oldest
         self._in_flight: deque[_PassInFlight] = deque()  # what the device has been given, for the second thread
         self._draining = False
         self._stopped = False
+        self._lost = ""  # why the device is lost
         self._info = TeacherInfo()
         self._thread = threading.Thread(target=self._run, name=f"dinov3-{replica_id}", daemon=True)
         self._finisher = threading.Thread(target=self._finish_passes, name=f"dinov3-{replica_id}-results", daemon=True)
@@ -145,7 +168,7 @@ class Replica:
         """Answer what is queued as dropped and end the threads (they are daemons: hung ones are left behind)."""
         with self._changed:
             self._draining = self._stopped = True
-            dropped = [*self._queue.clear(), *self._again]
+            dropped = [*self._queue.clear(), *(request for job in self._again for request in job.requests)]
             self._again.clear()
             self._changed.notify_all()
         for request in dropped:
@@ -180,7 +203,7 @@ class Replica:
             )
 
     def __repr__(self) -> str:
-        state = "stopped" if self._stopped else "draining" if self._draining else "serving"
+        state = "stopped" if self._stopped else "draining" if self._draining else "lost" if self._lost else "serving"
         if not self.loaded.done():
             state = "loading"
         return f"<Replica {self.replica_id} {state}, {self._queue!r}>"
@@ -225,67 +248,87 @@ class Replica:
             self._device = getattr(teacher, "device", None)
             settle_thread(self._device)
             info = inspect_teacher(teacher)
-            warm_up = getattr(teacher, "warm_up", None)
-            if callable(warm_up):
-                warm_up(self._options.max_batch)
-            self._pipeline = self._make_pipeline(teacher)
+            pad_to = self._options.max_batch if self._options.batching == "deterministic" else 1
+            self._pipeline = FittingPipeline(self.replica_id, self._make_pipeline(teacher), pad_to=pad_to)
+            self._warm_up(teacher)
             self._info = replace(info, fingerprint=info.fingerprint or self._unnamed)
             if self._stopped:
                 raise PoolClosedError(f"replica {self.replica_id} was stopped before it was ready")
         except BaseException as error:  # noqa: BLE001 - whatever a user's factory raises is the reason to report
+            if device_fault(error) is DeviceFault.LOST:
+                # Whoever asked for this replica ends its process, once it has the reason.
+                error = self._device_lost(first_line(error), error)
             self.loaded.set_exception(error)
             return
         self._finisher.start()
         self.loaded.set_result(self._info)
-        while requests := self._next_requests():
-            self._begin(requests)
+        while job := self._next_job():
+            self._begin(job)
 
-    def _next_requests(self) -> list[QueuedRequest]:
+    def _warm_up(self, teacher: Extractor) -> None:
+        """Run what the teacher names, in the way of requests, so that these find all memory and code in place."""
+        passes = getattr(teacher, "warm_up_passes", None)
+        for images, spec in passes(self._options.max_batch) if callable(passes) else ():
+            shortages = self._pipeline.warm_up(ImageBatch.of(images), spec)
+            with self._changed:
+                self._count_shortages(shortages)
+
+    def _next_job(self) -> _Job | None:
         """What to begin next, as soon as the device may be given it; nothing at the end."""
         with self._changed:
             while not self._stopped:
                 now = time.monotonic()
                 next_look = None
                 if len(self._running) < (1 if self._alone else self._pipeline.depth):
-                    requests = self._take(now)
-                    if isinstance(requests, list):
-                        self._alone = any(request.header.suspect for request in requests)
+                    job = self._take(now)
+                    if isinstance(job, _Job):
+                        self._alone = job.suspect
                         if self._alone:
                             self._changed.wait_for(lambda: not self._running)  # it would die with this one
                             now = time.monotonic()
                         if not self._running:
                             self._busy_since = now
-                        self._running.append(requests)
-                        return requests
-                    next_look = requests
+                        self._running.append(job)
+                        return job
+                    next_look = job
                 self._changed.wait(None if next_look is None else next_look - now)
-            return []
+            return None
 
-    def _take(self, now: float) -> list[QueuedRequest] | float | None:
-        """The next pass's requests; or the time until which to wait for company; or None if nothing waits."""
+    def _take(self, now: float) -> _Job | float | None:
+        """The next job; or the time until which to wait for company; or None if nothing waits."""
         if self._again:
-            return [self._again.popleft()]
-        return self._queue.take(now)
+            return self._again.popleft()
+        taken = self._queue.take(now)
+        return _Job(taken) if isinstance(taken, list) else taken
 
-    def _begin(self, requests: list[QueuedRequest]) -> None:
-        """Give the device the pass of ``requests``."""
+    def _begin(self, job: _Job) -> None:
+        """Give the device the pass of ``job``; or compute it here, if it may be more than fits the device."""
         begun = time.monotonic()
         try:
-            for request in requests:
+            self._require_device()
+            for request in job.requests:
                 if request.header.suspect and self._on_suspect is not None:
                     self._on_suspect(request.header.request_id)
-            batch = join_batches([unpack_images(request.header.images, request.arrays) for request in requests])
-            rows = len(batch)
-            if self._options.batching == "deterministic":
-                batch = pad_batch(batch, self._options.max_batch)
-            run = self._pipeline.begin(batch, rows, requests[0].header.spec)
+            batch = join_batches([unpack_images(request.header.images, request.arrays) for request in job.requests])
+            spec = job.requests[0].header.spec
+            if not job.scarce and self._pipeline.fits(batch, spec):
+                run = self._pipeline.begin(batch, spec)
+                with self._changed:
+                    self._in_flight.append(_PassInFlight(job, run, begun))
+                    self._changed.notify_all()
+                return
+            with self._changed:
+                self._changed.wait_for(lambda: self._running == [job])
+            self._require_device()  # what was in flight may have lost it
+            begun = time.monotonic()
+            parts = self._pipeline.compute(batch, spec, after_shortage=job.scarce)
         except Exception as error:  # noqa: BLE001 - a teacher may raise anything, and the replica lives on
-            self._fail(requests, error)
-            self._end_pass(requests)
-            return
-        with self._changed:
-            self._in_flight.append(_PassInFlight(requests, run, begun))
-            self._changed.notify_all()
+            self._fail(job, error)
+        else:
+            with self._changed:
+                self._count_shortages(parts.shortages)
+            self._answer(job, parts.results, begun, parts.passes)
+        self._end(job)
 
     # The thread for results -----------------------------------------------------------------------------------------
 
@@ -299,41 +342,43 @@ class Replica:
                 if not self._in_flight:
                     return
                 ahead = self._in_flight.popleft()
+            job = ahead.job
             self._finish(ahead)
-            self._end_pass(ahead.requests)
+            del ahead  # with what it held on the device, which others may wait for
+            self._end(job)
 
     def _finish(self, ahead: _PassInFlight) -> None:
         """Wait for a pass, and answer its requests."""
         try:
             results = ahead.run.result()
         except Exception as error:  # noqa: BLE001 - the teacher's results may raise anything too
-            self._fail(ahead.requests, error)
+            self._fail(ahead.job, error)
         else:
-            self._answer(ahead, results)
+            self._answer(ahead.job, results, ahead.begun)
 
-    def _end_pass(self, requests: list[QueuedRequest]) -> None:
+    def _end(self, job: _Job) -> None:
         with self._changed:
-            self._running = [one for one in self._running if one is not requests]
+            self._running.remove(job)
             self._busy_since = time.monotonic() if self._running else None
             # A client with more to send keeps something here: one that does not has no backlog any more.
-            here = {request.header.client_id for one in self._running for request in one}
+            here = {request.header.client_id for one in self._running for request in one.requests}
             self._backlog = {
                 client: rows for client, rows in self._backlog.items() if client in here or self._queue.rows(client)
             }
             self._changed.notify_all()
 
-    def _answer(self, ahead: _PassInFlight, results: Results) -> None:
+    def _answer(self, job: _Job, results: Results, begun: float, passes: int = 1) -> None:
         now = time.monotonic()
         assert self._busy_since is not None
-        busy = max(now - max(self._busy_since, ahead.begun), 0.0)  # another pass may have failed since
+        busy = max(now - max(self._busy_since, begun), 0.0)  # another pass may have failed since
         preprocess = min(results.preprocess, busy)
         pack = min(results.pack, busy - preprocess)
-        rows = sum(request.header.rows for request in ahead.requests)
+        rows = sum(request.header.rows for request in job.requests)
         first = 0
-        for request in ahead.requests:
+        for request in job.requests:
             share = request.header.rows / rows
             seconds = StageSeconds(
-                queue=ahead.begun - request.arrived,
+                queue=begun - request.arrived,
                 preprocess=preprocess * share,
                 forward=(busy - preprocess - pack) * share,
                 pack=pack * share,
@@ -355,29 +400,73 @@ class Replica:
             fingerprint = results.fingerprint or self._info.fingerprint
             request.done(Answer(Outcome.DONE, results.layout, fingerprint, load, seconds), arrays)
         with self._changed:
-            self._count(batches=1)
+            self._count(batches=passes)
 
-    def _fail(self, requests: list[QueuedRequest], error: Exception) -> None:
-        if len(requests) > 1:
-            # One request's fault must not be its neighbours': each runs by itself.
+    def _fail(self, job: _Job, error: Exception) -> None:
+        """Answer ``job`` with ``error``; or compute it again, where that may be better than a failure."""
+        fault = device_fault(error)
+        if fault is DeviceFault.MEMORY:
             with self._changed:
-                stopped = self._stopped
-                if not stopped:
-                    self._again.extend(requests)
-            for request in requests if stopped else ():
-                request.done(Answer(Outcome.DRAINING), [])
+                self._count_shortages(1)
+        if fault is DeviceFault.LOST:
+            error = self._lose_device(error)
+        elif fault is DeviceFault.MEMORY and not job.scarce and not isinstance(error, DeviceMemoryError):
+            drop_frames(error)
+            self._repeat([_Job([request], scarce=True) for request in job.requests])
             return
-        request = requests[0]
-        with self._changed:
-            self._count(errors=1)
-            # What the caller did wrong says nothing of this replica's health.
-            if not isinstance(error, (InputError, SpecError)) and len(self._failing) < _FAILING:
-                self._failing.add(request.header.request_id)
-            load = self._load(request.header)
+        elif len(job.requests) > 1:
+            # One request's fault must not be its neighbours': each runs by itself.
+            self._repeat([_Job([request]) for request in job.requests])
+            return
         trace = "".join(traceback.format_exception(error))
-        # Frames would keep the batch's tensors alive, and do not survive pickling anyway.
-        error = error.with_traceback(None)
-        request.done(Answer(Outcome.FAILED, load=load, error=error, trace=trace), [])
+        drop_frames(error)
+        for request in job.requests:
+            with self._changed:
+                self._count(errors=1)
+                # What the caller did wrong says nothing of this replica's health, nor does an image that is too large.
+                of_the_request = isinstance(error, (InputError, SpecError, DeviceMemoryError))
+                if not of_the_request and len(self._failing) < _FAILING:
+                    self._failing.add(request.header.request_id)
+                load = self._load(request.header)
+            request.done(Answer(Outcome.FAILED, load=load, error=error, trace=trace), [])
+
+    def _repeat(self, again: list[_Job]) -> None:
+        """Have the device thread compute ``again`` next; or hand it back at the end."""
+        with self._changed:
+            stopped = self._stopped
+            if not stopped:
+                self._again.extend(again)
+        for request in (request for job in again for request in job.requests) if stopped else ():
+            request.done(Answer(Outcome.DRAINING), [])
+
+    # The device's faults --------------------------------------------------------------------------------------------
+
+    def _lose_device(self, error: BaseException) -> DeviceLostError:
+        """End the process, or take note that the device is lost, and give the error for whoever asks it for more."""
+        with self._changed:
+            first, self._lost = not self._lost, self._lost or first_line(error)
+        if first:
+            log.critical("replica %s has lost its device: %s", self.replica_id, self._lost)
+        if self._on_device_lost is not None:
+            self._on_device_lost(self._lost)
+        return self._device_lost(self._lost, error)
+
+    def _require_device(self) -> None:
+        if self._lost:
+            raise self._device_lost(self._lost)
+
+    def _device_lost(self, reason: str, cause: BaseException | None = None) -> DeviceLostError:
+        error = DeviceLostError(
+            f"replica {self.replica_id} must end with its process, which can use its device no more: {reason} (start "
+            "the process again; a pool in Ray does that by itself)"
+        )
+        error.__cause__ = cause
+        return error
+
+    def _count_shortages(self, number: int) -> None:
+        """Count passes that ran out of memory; holding the lock is the caller's part."""
+        self._count(out_of_memory=number)
+        self._counters = replace(self._counters, fitting_batch=self._pipeline.fitting_batch)
 
     def _count(self, **more: float) -> None:
         """Add to the counters; holding the lock is the caller's part."""

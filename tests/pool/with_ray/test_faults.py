@@ -14,7 +14,21 @@ import faulty
 import pytest
 import ray
 import torch
-from faulty import HANG_ONCE, KILL, KILL_ONCE, NAN_ALWAYS, NAN_ONCE, RAISE, FaultyTeacher, HopelessTeacher, batch_of
+from faulty import (
+    HANG_ONCE,
+    KILL,
+    KILL_ONCE,
+    LOSE,
+    LOSE_ONCE,
+    NAN_ALWAYS,
+    NAN_ONCE,
+    OK,
+    RAISE,
+    FaultyTeacher,
+    HopelessTeacher,
+    UnluckyTeacher,
+    batch_of,
+)
 from waiting import until
 
 from dinov3_ray import FeatureSpec, RemoteTeacher, TeacherPool
@@ -99,6 +113,33 @@ def test_replica_killed_under_load(pool: TeacherPool) -> None:
     assert "process died" in pool.status().recent_errors[-1]
 
 
+def test_replica_that_loses_its_device(pool: TeacherPool) -> None:
+    remote = pool.teacher()
+    before, restarts = pids(pool), pool.status().restarts
+    handles = [remote.submit(batch_of(number, LOSE_ONCE if number == 7 else OK), SPEC) for number in range(30)]
+    assert all(
+        equals_undisturbed(handle, number, LOSE_ONCE if number == 7 else OK) for number, handle in enumerate(handles)
+    )
+    until(lambda: len({*pids(pool), *before}) == 3, "the replica is replaced")
+    status = pool.status()
+    assert status.restarts == restarts + 1
+    assert "AcceleratorError: CUDA error: an illegal memory access was encountered" in status.recent_errors[-1]
+    until(lambda: sum(is_alive(pid) for pid in before) == 1, "its process is gone")
+
+
+@pytest.mark.slow
+def test_processes_that_end_while_they_load(pool: TeacherPool, tmp_path: Path) -> None:
+    remote, before = pool.teacher(), pids(pool)
+    pool.reload(functools.partial(UnluckyTeacher, tmp_path, delay=0.02))
+    status = pool.status()
+    assert status.ready == 2
+    died, lost = status.recent_errors[-2:]
+    assert "process died" in died
+    assert "CUDA error: an illegal memory access" in lost
+    assert equals_undisturbed(remote.submit(batch_of(3), SPEC), 3)
+    assert not {*before} & {*pids(pool)}
+
+
 def test_controller_killed_under_load(pool: TeacherPool) -> None:
     remote = pool.teacher()
     before = sorted(pids(pool))
@@ -132,10 +173,11 @@ def test_stopped_process(pool: TeacherPool) -> None:
     until(lambda: not Path(f"/proc/{victim}").exists(), "its process is gone")
 
 
-def test_poison_batch_is_failed_alone(pool: TeacherPool) -> None:
+@pytest.mark.parametrize("mark", [KILL, pytest.param(LOSE, marks=pytest.mark.slow)])
+def test_poison_batch_is_failed_alone(pool: TeacherPool, mark: int) -> None:
     remote = pool.teacher()
     good = [remote.submit(batch_of(number), SPEC) for number in range(10)]
-    poison = remote.submit(batch_of(1000, KILL), SPEC)
+    poison = remote.submit(batch_of(1000, mark), SPEC)
     good += [remote.submit(batch_of(number), SPEC) for number in range(10, 20)]
     with pytest.raises(PoisonBatchError, match=r"batch 10 \(rows 0 to 1\)"):
         poison.result(120)
