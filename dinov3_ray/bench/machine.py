@@ -16,7 +16,7 @@ from torch import Tensor
 from dinov3_ray.model.float8 import Float8Linear
 from dinov3_ray.pool.cluster import connect
 
-__all__ = ["copy_rates", "matmul_rate", "running", "seconds_of"]
+__all__ = ["copy_rates", "matmul_rate", "running", "seconds_of", "wait_for_device"]
 
 
 _STORE_BYTES = 2 * 2**30  # room for each contender's results in flight, and for those that are not freed yet
@@ -53,15 +53,16 @@ def seconds_of(once: Callable[[], object], device: torch.device, repeats: int, l
 
 
 def _timed(once: Callable[[], object], calls: int, device: torch.device) -> float:
-    _finish(device)
+    wait_for_device(device)
     begun = time.perf_counter()
     for _ in range(calls):
         once()
-    _finish(device)
+    wait_for_device(device)
     return (time.perf_counter() - begun) / calls
 
 
-def _finish(device: torch.device) -> None:
+def wait_for_device(device: torch.device) -> None:
+    """Wait until ``device`` has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

@@ -24,9 +24,19 @@ from rich.table import Table
 
 from dinov3_ray.bench import describe_machine
 from dinov3_ray.bench.simulated import SPEC, Accelerator, Work
+from dinov3_ray.features import FeatureSpec
+from dinov3_ray.pool.client.remote import RemoteTeacher
 from dinov3_ray.pool.teacher_pool import TeacherPool
 
-__all__ = ["CONTENDERS", "Contender", "ContenderRow", "Throughput", "measure_throughput", "missing_reason"]
+__all__ = [
+    "CONTENDERS",
+    "Contender",
+    "ContenderRow",
+    "Throughput",
+    "measure_throughput",
+    "missing_reason",
+    "prefetch_all",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,12 +130,13 @@ def this_pool(work: Work, repeats: int) -> list[float]:
         functools.partial(Accelerator, work), name="bench", replicas=work.replicas, num_gpus=0, max_batch=work.rows
     ) as pool:
         remote = pool.teacher()
+        return _timed(lambda: prefetch_all(remote, images, work.batches, SPEC), work, repeats)
 
-        def once() -> int:
-            stream = remote.prefetch(range(work.batches), SPEC, images=lambda _: images)
-            return sum(len(features) for _, features in stream)
 
-        return _timed(once, work, repeats)
+def prefetch_all(remote: RemoteTeacher, images: torch.Tensor, batches: int, spec: FeatureSpec) -> int:
+    """Send ``images`` that many times, as a training loop does; returns the number of images that had features."""
+    stream = remote.prefetch(range(batches), spec, images=lambda _: images)
+    return sum(len(features) for _, features in stream)
 
 
 class _Worker:

@@ -15,15 +15,26 @@ from typing import Any
 
 import torch
 from rich.table import Table
+from torch import Tensor
 
 from dinov3_ray.bench import describe_machine
 from dinov3_ray.bench.simulated import SPEC, Accelerator, Work
-from dinov3_ray.features import Features
+from dinov3_ray.features import Features, FeatureSpec
 from dinov3_ray.pool.client.remote import RemoteTeacher
 from dinov3_ray.pool.teacher_pool import TeacherPool
+from dinov3_ray.teacher import Extractor
 from dinov3_ray.training.prefetch import Prefetch
 
-__all__ = ["EPOCH", "KINDS", "LoopPass", "PoolTimings", "TrainingSetting", "TrainingTimings", "measure_training"]
+__all__ = [
+    "EPOCH",
+    "KINDS",
+    "LoopPass",
+    "PoolTimings",
+    "StepLoops",
+    "TrainingSetting",
+    "TrainingTimings",
+    "measure_training",
+]
 
 
 #: The ways in which a loop gets its targets, in the order in which they are measured and shown.
@@ -182,7 +193,8 @@ def _measure(setting: TrainingSetting, on_kind: Callable[[str], None]) -> PoolTi
     with TeacherPool.start(
         functools.partial(Accelerator, work), name="bench-training", replicas=work.replicas, num_gpus=0
     ) as pool:
-        loops = _Loops(setting, pool.teacher())
+        loops = _simulated_loops(setting)
+        loops.remote = pool.teacher()
         timings = PoolTimings(setting)
         for repeat in range(setting.repeats + 1):
             for kind in KINDS:
@@ -195,61 +207,100 @@ def _measure(setting: TrainingSetting, on_kind: Callable[[str], None]) -> PoolTi
     return timings
 
 
-class _Loops:
-    """The training loops that are compared. Each sees the same batches, and yields when a step begins."""
+def _simulated_loops(setting: TrainingSetting) -> StepLoops:
+    images = setting.work.images()
+    loops = StepLoops(
+        lambda _: images.clone(),
+        lambda _images, _targets, share: time.sleep(share * setting.step_seconds),
+    )
+    loops.local = Accelerator(Work(rows=setting.work.rows, seconds=setting.in_loop * setting.step_seconds))
+    return loops
 
-    def __init__(self, setting: TrainingSetting, remote: RemoteTeacher) -> None:
-        self._step_seconds, self._remote = setting.step_seconds, remote
-        self._images = setting.work.images()
-        self._local = Accelerator(Work(rows=setting.work.rows, seconds=setting.in_loop * setting.step_seconds))
+
+Load = Callable[[int], Tensor]
+"""Gives the images of a step, by its number."""
+
+Compute = Callable[[Tensor, Features | None, float], None]
+"""Computes a share of a step from its images and, where there are any, their targets."""
+
+
+class StepLoops:
+    """The training loops that are compared. Each sees the same batches, and yields when a step begins.
+
+    Args:
+        load: see :data:`Load`; called by the loop, or ahead of it by the prefetch.
+        student: see :data:`Compute`.
+        finish: waits until the student's device has done what it was given.
+        spec: of the targets.
+        device: to which a prefetch delivers them; None leaves them on the host.
+
+    Attributes:
+        local: the teacher in the loop; None before one is measured.
+        remote: the client of a pool; likewise.
+    """
+
+    def __init__(
+        self,
+        load: Load,
+        student: Compute,
+        *,
+        finish: Callable[[], None] = lambda: None,
+        spec: FeatureSpec = SPEC,
+        device: torch.device | None = None,
+    ) -> None:
+        self._load, self._student, self._finish = load, student, finish
+        self._spec, self._device = spec, device
+        self.local: Extractor | None = None
+        self.remote: RemoteTeacher | None = None
 
     def run(self, kind: str, steps: int) -> LoopPass:
-        stream: Prefetch[int, Features] = self._remote.prefetch(range(steps), SPEC, images=self._load)
+        """One pass of ``steps`` steps, of one of :data:`KINDS`."""
+        stream = self._stream(steps) if kind == "prefetch" else None
         loop = {
-            "teacher-free": self._teacher_free(steps),
-            "prefetch": self._prefetched(stream),
-            "in-loop teacher": self._in_loop(steps),
-            "submit in the step": self._submitting(steps),
+            "teacher-free": self._teacher_free,
+            "prefetch": functools.partial(self._prefetched, stream),
+            "in-loop teacher": self._in_loop,
+            "submit in the step": self._submitting,
         }[kind]
         begun = first = time.perf_counter()
         done = 0
-        for done, _ in enumerate(loop, 1):
+        for done, _ in enumerate(loop(steps), 1):
             if done == 1:
                 first = time.perf_counter()
+        self._finish()
         ended = time.perf_counter()
         assert done == steps, f"{kind}: {done} steps of {steps}"
-        return LoopPass(steps, first - begun, ended - first, stream.statistics().wait_share)
+        return LoopPass(steps, first - begun, ended - first, stream.statistics().wait_share if stream else 0.0)
+
+    def _stream(self, steps: int) -> Prefetch[Tensor, Features]:
+        assert self.remote is not None
+        batches = map(self._load, range(steps))
+        return self.remote.prefetch(batches, self._spec, images=lambda images: images, device=self._device)
 
     def _teacher_free(self, steps: int) -> Iterator[None]:
         for number in range(steps):
-            self._load(number)
+            images = self._load(number)
             yield
-            self._student()
+            self._student(images, None, 1.0)
 
-    def _prefetched(self, stream: Prefetch[int, Features]) -> Iterator[None]:
-        for _, targets in stream:
+    def _prefetched(self, stream: Prefetch[Tensor, Features], _steps: int) -> Iterator[None]:
+        for images, targets in stream:
             assert targets.feature_map is not None
             yield
-            self._student()
+            self._student(images, targets, 1.0)
 
     def _in_loop(self, steps: int) -> Iterator[None]:
+        assert self.local is not None
         for number in range(steps):
             images = self._load(number)
             yield
-            self._local.extract(images, SPEC)
-            self._student()
+            self._student(images, self.local.extract(images, self._spec), 1.0)
 
     def _submitting(self, steps: int) -> Iterator[None]:
+        assert self.remote is not None
         for number in range(steps):
             images = self._load(number)
             yield
-            handle = self._remote.submit(images, SPEC)
-            self._student(_FORWARD)
-            handle.result()
-            self._student(1 - _FORWARD)
-
-    def _load(self, _number: int) -> torch.Tensor:
-        return self._images.clone()
-
-    def _student(self, share: float = 1.0) -> None:
-        time.sleep(share * self._step_seconds)
+            handle = self.remote.submit(images, self._spec)
+            self._student(images, None, _FORWARD)
+            self._student(images, handle.result(), 1 - _FORWARD)
