@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from PIL import Image
 from rich.table import Table
 
-from dinov3_ray.bench import describe_machine
+from dinov3_ray.bench import describe_machine, new_table
 from dinov3_ray.bench.throughput import quiet_data
 from dinov3_ray.checkpoint import init_checkpoint
 from dinov3_ray.config import ComputeDtype, DinoV3Config
@@ -140,13 +140,9 @@ class DatasetResult:
         ):
             if not rates:
                 continue
-            table = Table(
-                title=f"{self.work.variant}, CLS and map, {self.computed_in}: {title}",
-                caption=f"medians of {len(rates[0].steady)} runs, after one to warm up",
-            )
-            table.add_column("")
-            for heading in ("img/s", "of the bare loop", "with its start", "images"):
-                table.add_column(heading, justify="right")
+            title = f"{self.work.variant}, CLS and map, {self.computed_in}: {title}"
+            caption = f"medians of {len(rates[0].steady)} runs, after one to warm up"
+            table = new_table(title, caption, "", "img/s", "of the bare loop", "with its start", "images")
             for rate in rates:
                 whole = rate.whole_per_second
                 table.add_row(
@@ -157,9 +153,8 @@ class DatasetResult:
                     str(rate.images),
                 )
             found.append(table)
-        table = Table(title="Reading random ids, one at a time, from the page cache", caption=self.machine)
-        for heading in ("stored as", "store, µs", "NumPy memmap, µs", "ratio"):
-            table.add_column(heading, justify="right")
+        title = "Reading random ids, one at a time, from the page cache"
+        table = new_table(title, self.machine, "stored as", "store, µs", "NumPy memmap, µs", "ratio")
         for reading in self.reading:
             table.add_row(reading.dtype, f"{reading.store:.0f}", f"{reading.memmap:.0f}", f"{reading.ratio:.2f}")
         return [*found, table]

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from dinov3_ray.bench import describe_machine
+from dinov3_ray.bench import describe_machine, new_table
 from dinov3_ray.bench.machine import copy_rates, matmul_rate, seconds_of
 from dinov3_ray.bench.teacher_modes import TeacherMode, TeacherWork, through_pipeline
 from dinov3_ray.config.architecture import Architecture, ConvNextArchitecture
@@ -153,13 +153,11 @@ class TeacherBench:
         ]
         if self.copies is not None:
             caption.append(f"copies alone: {self.copies[0]:.0f} img/s in, {self.copies[1]:.0f} img/s of results out")
-        table = Table(
-            title=f"{self.model}, {height} x {width} px, batch {self.batch}, on {self.device}",
-            caption="\n".join([*caption, self.machine]),
+        table = new_table(
+            f"{self.model}, {height} x {width} px, batch {self.batch}, on {self.device}",
+            "\n".join([*caption, self.machine]),
+            *("", "img/s", "ratio", "of bound", "cosine", "start s", "GiB"),
         )
-        table.add_column("")
-        for heading in ("img/s", "ratio", "of bound", "cosine", "start s", "GiB"):
-            table.add_column(heading, justify="right")
         base = self.base
         for row in self.rows:
             name = f"[bold]{row.name}[/]" if row.ours else row.name

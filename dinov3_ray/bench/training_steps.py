@@ -17,11 +17,10 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from dinov3_ray.bench import describe_machine
-from dinov3_ray.bench.simulated import SPEC, Accelerator, Work
+from dinov3_ray.bench import describe_machine, new_table
+from dinov3_ray.bench.simulated import SPEC, Accelerator, Work, simulated_pool
 from dinov3_ray.features import Features, FeatureSpec
 from dinov3_ray.pool.client.remote import RemoteTeacher
-from dinov3_ray.pool.teacher_pool import TeacherPool
 from dinov3_ray.teacher import Extractor
 from dinov3_ray.training.prefetch import Prefetch
 
@@ -155,15 +154,14 @@ class PoolTimings:
     def table(self) -> Table:
         """One row per kind."""
         setting = self.setting
-        table = Table(
-            title=f"{setting.replicas} replicas of {setting.work.seconds * 1e3:g} ms per batch, together "
+        table = new_table(
+            f"{setting.replicas} replicas of {setting.work.seconds * 1e3:g} ms per batch, together "
             f"{setting.capacity:g} times what a student of {setting.step_seconds * 1e3:g} ms per step needs",
-            caption=f"ratios over teacher-free; medians of {setting.repeats} passes of {setting.steps} steps (the last "
+            f"ratios over teacher-free; medians of {setting.repeats} passes of {setting.steps} steps (the last "
             f"two kinds: a fourth), after a short one\nprefetch over an epoch of {EPOCH:,} steps, its fill included: "
             f"{self.epoch_ratio('prefetch', EPOCH):.3f} (computed)\n{describe_machine()}",
+            *("", "ms per step", "ratio", "waiting", "fill, s", "ratio with fill"),
         )
-        for heading in ("", "ms per step", "ratio", "waiting", "fill, s", "ratio with fill"):
-            table.add_column(heading, justify="right" if heading else "left")
         for row in self.rows():
             table.add_row(*row)
         return table
@@ -190,9 +188,7 @@ def measure_training(settings: Sequence[TrainingSetting], on_kind: Callable[[str
 
 def _measure(setting: TrainingSetting, on_kind: Callable[[str], None]) -> PoolTimings:
     work = setting.work
-    with TeacherPool.start(
-        functools.partial(Accelerator, work), name="bench-training", replicas=work.replicas, num_gpus=0
-    ) as pool:
+    with simulated_pool(work, "bench-training") as pool:
         loops = _simulated_loops(setting)
         loops.remote = pool.teacher()
         timings = PoolTimings(setting)

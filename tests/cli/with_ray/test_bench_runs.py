@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
+from pathlib import Path
 from typing import Any
 
 import pytest
-from commandline import run_bench
+import torch
+from commandline import run_bench, run_command
 
+from dinov3_ray.bench.gpu.acceptance import BASE
 from dinov3_ray.bench.scaling import BatchShape, ScalingPlan, cpu_seconds
 from dinov3_ray.bench.throughput import CONTENDERS, missing_reason
 from dinov3_ray.bench.training_steps import KINDS
@@ -79,6 +83,31 @@ def test_the_smallest_run(ray_cluster: str, monkeypatch: pytest.MonkeyPatch) -> 
         assert point["measured"] > 0
         assert point["ratio"] == pytest.approx(point["predicted"] / point["measured"])
     assert set(report["walls"]) > {"CPU of this node"}
+
+
+@pytest.mark.slow
+def test_all_that_a_gpu_would_show_without_one(ray_cluster: str, tmp_path: Path) -> None:
+    path = tmp_path / "gpu.json"
+    done = run_command("bench", "gpu", "--device", "cpu", "--quick", "--json", path, "--address", ray_cluster)
+    report = json.loads(path.read_text())
+    assert done.exit_code == 0, report
+    parts = report["parts"]
+    skipped = [] if torch.cuda.is_available() else ["tests"]  # each of them is skipped
+    assert [name for name, part in parts.items() if part["state"] != "done"] == skipped
+    assert [(row["model"], row["px"]) for row in parts["large-teacher"]["rows"]] == [("vit-test", 32), ("vit-test", 48)]
+    assert {row["model"] for row in parts["other-teachers"]["rows"]} == {"vit-test-gated"}
+    for row in parts["large-teacher"]["rows"] + parts["other-teachers"]["rows"]:
+        assert min(row["transformers"], row["eager"], row["bound"]) > 0
+    for name, last in (("pool", "pool"), ("extraction", "extract")):
+        *bare, ours = parts[name]["rows"]
+        assert ours["what"] == last
+        assert max(row[BASE] for row in bare) == 1.0
+        assert ours[BASE] == pytest.approx(ours["img/s"] / max(row["img/s"] for row in bare))
+    assert [row["ms per step"] > 0 for row in parts["training"]["rows"]] == [True] * 3
+    assert parts["sanitizer"]["rows"] == [{"batches": 4, "finds a planted race": None}]
+    assert [verdict["passed"] for verdict in report["verdicts"]] == [None] * 4
+    assert "| pool |" in done.stdout
+    print(done.stdout)
 
 
 @pytest.mark.usefixtures("ray_cluster")
