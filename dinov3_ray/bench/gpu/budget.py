@@ -10,7 +10,8 @@ __all__ = ["PARTS", "TOTAL_SECONDS", "BenchPart", "TimeShare", "share_of", "want
 TOTAL_SECONDS = 500.0
 """Of all parts; a run ends within nine minutes with its start and its end."""
 
-_PATIENCE = 20.0  # seconds in which a part may finish what it has begun
+_PATIENCE = 60.0  # seconds in which a part may finish what it has begun, such as the start of a pool
+_LAST_PATIENCE = 20.0  # the same, where no later part is left to pay for it
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +57,9 @@ class TimeShare:
 
 def share_of(left: float, parts: Sequence[BenchPart]) -> TimeShare:
     """The share of the first of ``parts`` in the ``left`` seconds: what earlier parts saved or overran, all share."""
-    share = max(0.0, left) * parts[0].seconds / sum(part.seconds for part in parts)
-    return TimeShare(share, share + _PATIENCE)
+    left = max(0.0, left)
+    share = left * parts[0].seconds / sum(part.seconds for part in parts)
+    return TimeShare(share, min(share + _PATIENCE, left + _LAST_PATIENCE))
 
 
 def wanted_parts(names: Sequence[str]) -> tuple[BenchPart, ...]:

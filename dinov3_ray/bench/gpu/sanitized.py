@@ -62,10 +62,10 @@ def finds_a_race(device: torch.device) -> bool:
 
 
 def _main(root: str, device: str, batches: str) -> None:
-    if SWITCH not in os.environ:
+    on_gpu = torch.device(device).type == "cuda"
+    if on_gpu and SWITCH not in os.environ:
         raise DinoV3Error(f"{SWITCH} must be set before torch is imported")
     driven = drive(root, device, int(batches))
-    on_gpu = torch.device(device).type == "cuda"
     found = finds_a_race(torch.device(device)) if on_gpu else None
     print(json.dumps({"batches": driven, "finds a planted race": found}))
 

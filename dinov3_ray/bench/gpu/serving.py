@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import gc
 import statistics
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
 
 from dinov3_ray.bench.dataset import bare_loop, timed_extract, write_photographs
 from dinov3_ray.bench.gpu.acceptance import BASE
 from dinov3_ray.bench.gpu.setting import Reporter, Workbench
-from dinov3_ray.bench.machine import seconds_of
+from dinov3_ray.bench.machine import free_memory, seconds_of
 from dinov3_ray.bench.teacher_modes import TEACHER_SPEC, TeacherWork, load_ours, through_pipeline
 from dinov3_ray.bench.throughput import prefetch_all
 from dinov3_ray.features import FeatureSpec
@@ -47,7 +45,7 @@ def measure_pool(bench: Workbench, reporter: Reporter) -> None:
     base = max(bare.values())
     for what, measured in bare.items():
         reporter.row({"what": what, "img/s": measured, BASE: measured / base})
-    _free(device)
+    free_memory(device)
     if reporter.leaves_out("pool"):
         return
     reporter.step("start of a pool")
@@ -85,7 +83,7 @@ def measure_extraction(bench: Workbench, reporter: Reporter) -> None:
     for what, rate in rates.items():
         reporter.row({"what": what, "img/s": rate, BASE: rate / base})
     del teacher
-    _free(device)
+    free_memory(device)
     if reporter.leaves_out("extract"):
         return
     reporter.step("extract")
@@ -94,10 +92,3 @@ def measure_extraction(bench: Workbench, reporter: Reporter) -> None:
     rate = sizes.images / steady
     with_start = {"with its start, img/s": sizes.images / whole}
     reporter.row({"what": "extract", "img/s": rate, BASE: rate / base} | with_start)
-
-
-def _free(device: torch.device) -> None:
-    """Give back what a teacher that is gone has used, so that another process may have it."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()

@@ -70,7 +70,7 @@ class Sizes:
     batch: int = 32
     repeats: int = 3
     least: float = 0.3
-    batches: int = 40
+    batches: int = 30
     images: int = 3072
     files: int = 256
     steps: int = 40
@@ -118,7 +118,8 @@ class Workbench:
     def connect(self) -> None:
         """Connect to Ray, for as long as this worker lives."""
         if not self._has_ray:
-            self._open.enter_context(running(self.setting.address, store_bytes=_STORE_BYTES))
+            gpus = torch.cuda.device_count() if self.on_gpu else 0
+            self._open.enter_context(running(self.setting.address, store_bytes=_STORE_BYTES, num_gpus=gpus))
             self._has_ray = True
 
     def close(self) -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import gc
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dinov3_ray.bench.gpu.setting import Reporter, Workbench
-from dinov3_ray.bench.machine import wait_for_device
+from dinov3_ray.bench.machine import free_memory, wait_for_device
 from dinov3_ray.bench.training_steps import LoopPass, StepLoops
 from dinov3_ray.features import Features, FeatureSpec
 from dinov3_ray.model import DinoV3Teacher
@@ -63,9 +62,10 @@ def measure_steps(bench: Workbench, reporter: Reporter) -> None:
     sizes, device = bench.sizes, bench.device
     config = bench.config()
     side, rows, channels = sizes.student
+    free_memory(device)
     images = torch.randint(0, 256, (rows, 3, side, side), dtype=torch.uint8)
     loops = StepLoops(
-        lambda _: images.clone(),
+        lambda _: images.clone().pin_memory() if bench.on_gpu else images.clone(),
         TrialStudent(device, channels, config.hidden_size),
         finish=lambda: wait_for_device(device),
         spec=FeatureSpec(feature_map=True),
@@ -88,9 +88,7 @@ def measure_steps(bench: Workbench, reporter: Reporter) -> None:
             loops.local.warm_up(rows)
         measure("in-loop teacher", "teacher in the loop", free)
         loops.local = None
-        gc.collect()
-        if bench.on_gpu:
-            torch.cuda.empty_cache()
+        free_memory(device)
     if not reporter.leaves_out("teacher in a pool"):
         reporter.step("start of a pool")
         bench.connect()
