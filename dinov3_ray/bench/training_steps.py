@@ -6,7 +6,6 @@ the loop waits for targets, and the time that handing over images and targets co
 
 from __future__ import annotations
 
-import functools
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -246,32 +245,28 @@ class StepLoops:
     ) -> None:
         self._load, self._student, self._finish = load, student, finish
         self._spec, self._device = spec, device
+        self._wait_share = 0.0
         self.local: Extractor | None = None
         self.remote: RemoteTeacher | None = None
 
     def run(self, kind: str, steps: int) -> LoopPass:
         """One pass of ``steps`` steps, of one of :data:`KINDS`."""
-        stream = self._stream(steps) if kind == "prefetch" else None
-        loop = {
+        loops: dict[str, Callable[[int], Iterator[None]]] = {
             "teacher-free": self._teacher_free,
-            "prefetch": functools.partial(self._prefetched, stream),
+            "prefetch": self._prefetched,
             "in-loop teacher": self._in_loop,
             "submit in the step": self._submitting,
-        }[kind]
+        }
+        self._wait_share = 0.0
         begun = first = time.perf_counter()
         done = 0
-        for done, _ in enumerate(loop(steps), 1):
+        for done, _ in enumerate(loops[kind](steps), 1):
             if done == 1:
                 first = time.perf_counter()
         self._finish()
         ended = time.perf_counter()
         assert done == steps, f"{kind}: {done} steps of {steps}"
-        return LoopPass(steps, first - begun, ended - first, stream.statistics().wait_share if stream else 0.0)
-
-    def _stream(self, steps: int) -> Prefetch[Tensor, Features]:
-        assert self.remote is not None
-        batches = map(self._load, range(steps))
-        return self.remote.prefetch(batches, self._spec, images=lambda images: images, device=self._device)
+        return LoopPass(steps, first - begun, ended - first, self._wait_share)
 
     def _teacher_free(self, steps: int) -> Iterator[None]:
         for number in range(steps):
@@ -279,11 +274,16 @@ class StepLoops:
             yield
             self._student(images, None, 1.0)
 
-    def _prefetched(self, stream: Prefetch[Tensor, Features], _steps: int) -> Iterator[None]:
+    def _prefetched(self, steps: int) -> Iterator[None]:
+        assert self.remote is not None
+        batches = map(self._load, range(steps))
+        stream: Prefetch[Tensor, Features]
+        stream = self.remote.prefetch(batches, self._spec, images=lambda images: images, device=self._device)
         for images, targets in stream:
             assert targets.feature_map is not None
             yield
             self._student(images, targets, 1.0)
+        self._wait_share = stream.statistics().wait_share
 
     def _in_loop(self, steps: int) -> Iterator[None]:
         assert self.local is not None

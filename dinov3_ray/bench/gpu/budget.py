@@ -32,7 +32,7 @@ class BenchPart:
 # The first one gives the figures that matter most; the last one has the most to leave out, and takes the time that the
 # others did not need.
 PARTS = (
-    BenchPart("large-teacher", "ViT-L/16, one teacher", 95),
+    BenchPart("large-teacher", "The large teacher", 95),
     BenchPart("pool", "A pool of one replica", 60),
     BenchPart("extraction", "Extraction of JPEG files", 65),
     BenchPart("training", "A training step", 75),

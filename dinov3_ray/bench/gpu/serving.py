@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -74,7 +74,7 @@ def measure_extraction(bench: Workbench, reporter: Reporter) -> None:
         teacher.warm_up(sizes.batch)
     few = max(sizes.batch, sizes.images // 4)
     bare_loop(teacher, decoded[: sizes.batch], sizes.batch, spec)  # memory is had, kernels are loaded
-    loops = {
+    loops: dict[str, tuple[Sequence[np.ndarray | Path], float]] = {
         "bare loop over decoded images": (decoded, bare_loop(teacher, decoded, sizes.batch, spec)[1]),
         "bare loop, each batch decoded first": (files[:few], bare_loop(teacher, files[:few], sizes.batch, spec)[1]),
     }

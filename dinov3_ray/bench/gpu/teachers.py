@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -41,13 +42,21 @@ def _measure(bench: Workbench, reporter: Reporter, cells: Iterator[tuple[str, in
             modes,
             Effort(sizes.repeats, sizes.least, to_host=False),
             model=variant,
-            on_step=lambda step, cell=cell: reporter.step(f"{cell}, {step}"),
-            leaves_out=lambda mode, cell=cell: reporter.leaves_out(f"{cell}, {MODES[mode]}"),
+            on_step=functools.partial(_say, reporter, cell),
+            leaves_out=functools.partial(_leaves_out, reporter, cell),
         )
         reporter.row(_row(found, pixels), found.as_dict())
         broken += [f"{cell}, {MODES[row.name]}: {row.missing}" for row in found.rows if row.missing]
     if broken:
         raise DinoV3Error("; ".join(broken))
+
+
+def _say(reporter: Reporter, cell: str, step: str) -> None:
+    reporter.step(f"{cell}, {step}")
+
+
+def _leaves_out(reporter: Reporter, cell: str, mode: str) -> bool:
+    return reporter.leaves_out(f"{cell}, {MODES[mode]}")
 
 
 def _row(found: TeacherBench, pixels: int) -> dict[str, Any]:

@@ -34,7 +34,8 @@ class TrialStudent:
             stages += [_block(before, width, stride=2), _block(width, width), _block(width, width)]
             before = width
         self._device = device
-        self._model = nn.Sequential(*stages).to(device, memory_format=torch.channels_last)
+        model: Any = nn.Sequential(*stages)  # its annotations do not have memory formats
+        self._model = model.to(device, memory_format=torch.channels_last)
         projector = nn.Conv2d(before, teacher_channels, 1)
         self._distill = DistillationLoss("cosine", projector=projector).to(device)
         parameters = [*self._model.parameters(), *self._distill.parameters()]
@@ -45,9 +46,9 @@ class TrialStudent:
         pixels = images.to(self._device, non_blocking=True).to(memory_format=torch.channels_last) / 255
         with torch.autocast(self._device.type, dtype=torch.bfloat16):
             map_BChw = self._model(pixels)
-        loss = map_BChw.float().square().mean()  # in place of a detector's
-        if targets is not None:
-            loss = loss + self._distill(map_BChw, targets)
+            loss = map_BChw.float().square().mean()  # in place of a detector's
+            if targets is not None:
+                loss = loss + self._distill(map_BChw, targets)
         self._optimizer.zero_grad()
         loss.backward()
         self._optimizer.step()

@@ -5,15 +5,15 @@ Each line is JSON. A worker first says what device it has. If it cannot have the
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-import platform
 import signal
 import sys
 import time
 import traceback
 from collections.abc import Callable
-from typing import Any, TextIO
+from typing import Any, TextIO, cast
 
 import torch
 
@@ -73,12 +73,12 @@ def _outcome(measure: Callable[[Workbench, Reporter], None], bench: Workbench, r
 
 def _describe(bench: Workbench) -> dict[str, Any]:
     """The device and what drives it."""
-    found = {"device": device_name(bench.device), "python": platform.python_version()}
+    found: dict[str, Any] = {"device": device_name(bench.device)}
     if bench.on_gpu:
         properties = torch.cuda.get_device_properties(bench.device)
         capability = ".".join(map(str, torch.cuda.get_device_capability(bench.device)))
         found |= {"GiB": round(properties.total_memory / 2**30, 1), "capability": capability}
-        found |= {"CUDA": torch.version.cuda, "cuDNN": torch.backends.cudnn.version()}
+        found |= {"CUDA": torch.version.cuda, "cuDNN": cast(Any, torch.backends.cudnn).version()}
     return found
 
 
@@ -87,7 +87,8 @@ def _main() -> None:
     messages = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # it may be ignored, as in what a shell has in background
-    serve(GpuSetting.from_json(sys.argv[1]), sys.stdin, messages)
+    with contextlib.suppress(KeyboardInterrupt):  # which ends it as it should
+        serve(GpuSetting.from_json(sys.argv[1]), sys.stdin, messages)
 
 
 if __name__ == "__main__":
