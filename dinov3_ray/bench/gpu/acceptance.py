@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["BASE", "MODES", "Verdict", "judge"]
+__all__ = ["BASE", "MODES", "Judgement", "judge"]
 
 Row = Mapping[str, Any]
 
@@ -27,7 +27,7 @@ _HOPPER = ("H100", "H200")  # the device of which the rate was asked
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class Judgement:
     """One figure.
 
     Attributes:
@@ -49,7 +49,7 @@ class Verdict:
         return f"- ({self.why})" if self.passed is None else "pass" if self.passed else "FAIL"
 
 
-def judge(rows: Mapping[str, Sequence[Row]], device: str, *, counts: bool) -> list[Verdict]:
+def judge(rows: Mapping[str, Sequence[Row]], device: str, *, counts: bool) -> list[Judgement]:
     """Judge what was measured.
 
     Args:
@@ -74,7 +74,7 @@ def _ratio(rows: Sequence[Row], what: str) -> float | None:
     return next((row[BASE] for row in rows if row["what"] == what), None)
 
 
-def _verdict(figure: str, least: float, value: float | None, why: str) -> Verdict:
+def _verdict(figure: str, least: float, value: float | None, why: str) -> Judgement:
     if value is None:
-        return Verdict(figure, least, None, None, "not measured")
-    return Verdict(figure, least, value, None if why else value >= least, why)
+        return Judgement(figure, least, None, None, "not measured")
+    return Judgement(figure, least, value, None if why else value >= least, why)

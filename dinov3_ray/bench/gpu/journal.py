@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from dinov3_ray.bench.gpu.acceptance import Verdict, judge
+from dinov3_ray.bench.gpu.acceptance import Judgement, judge
 from dinov3_ray.bench.gpu.budget import BenchPart
 
 __all__ = ["Journal", "PartRecord", "State"]
@@ -84,7 +84,7 @@ class Journal:
         return any(record.state == "failed" for record in self.parts.values())
 
     @property
-    def verdicts(self) -> list[Verdict]:
+    def verdicts(self) -> list[Judgement]:
         rows = {name: record.rows for name, record in self.parts.items()}
         return judge(rows, self.header.get("device", ""), counts=self.header.get("counts", False))
 
