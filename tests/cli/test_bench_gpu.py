@@ -14,6 +14,7 @@ from dinov3_ray.bench.gpu.acceptance import BASE, judge
 from dinov3_ray.bench.gpu.budget import PARTS, TOTAL_SECONDS, share_of, wanted_parts
 from dinov3_ray.bench.gpu.checks import count_results, files_with_marked_tests
 from dinov3_ray.bench.gpu.journal import Journal
+from dinov3_ray.bench.gpu.sanitized import drive
 from dinov3_ray.bench.gpu.supervisor import run_parts
 from dinov3_ray.errors import ConfigError
 
@@ -182,6 +183,10 @@ def test_tests_are_counted_and_named() -> None:
     counts, unhappy = count_results(junit)
     assert counts == {"passed": 1, "failed": 2, "skipped": 1}
     assert unhappy == ["test_c: assert 1 == 2", "test_d: ImportError: no skimage"]
+
+
+def test_the_pipeline_is_driven_with_stacked_and_ragged_batches(tiny_checkpoint: Path) -> None:
+    assert drive(str(tiny_checkpoint), "cpu", batches=2) == 4
 
 
 def test_the_tests_that_need_a_gpu_are_found() -> None:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from commandline import run_bench, run_command
 
 from dinov3_ray.bench.gpu.acceptance import BASE
@@ -87,16 +86,16 @@ def test_the_smallest_run(ray_cluster: str, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.slow
 def test_all_that_a_gpu_would_show_without_one(ray_cluster: str, tmp_path: Path) -> None:
-    path = tmp_path / "gpu.json"
-    done = run_command("bench", "gpu", "--device", "cpu", "--quick", "--json", path, "--address", ray_cluster)
+    # The parts without Ray but one are left out: each starts processes that take seconds to import torch.
+    path, wanted = tmp_path / "gpu.json", ("large-teacher", "pool", "extraction", "training")
+    options = ["--device", "cpu", "--quick", "--json", path, "--address", ray_cluster]
+    done = run_command("bench", "gpu", *options, *(word for name in wanted for word in ("--part", name)))
     report = json.loads(path.read_text())
     assert done.exit_code == 0, report
     parts = report["parts"]
-    skipped = [] if torch.cuda.is_available() else ["tests"]  # each of them is skipped
-    assert [name for name, part in parts.items() if part["state"] != "done"] == skipped
+    assert {name: part["state"] for name, part in parts.items()} == dict.fromkeys(wanted, "done")
     assert [(row["model"], row["px"]) for row in parts["large-teacher"]["rows"]] == [("vit-test", 32), ("vit-test", 48)]
-    assert {row["model"] for row in parts["other-teachers"]["rows"]} == {"vit-test-gated"}
-    for row in parts["large-teacher"]["rows"] + parts["other-teachers"]["rows"]:
+    for row in parts["large-teacher"]["rows"]:
         assert min(row["transformers"], row["eager"], row["bound"]) > 0
     for name, last in (("pool", "pool"), ("extraction", "extract")):
         *bare, ours = parts[name]["rows"]
@@ -104,7 +103,6 @@ def test_all_that_a_gpu_would_show_without_one(ray_cluster: str, tmp_path: Path)
         assert max(row[BASE] for row in bare) == 1.0
         assert ours[BASE] == pytest.approx(ours["img/s"] / max(row["img/s"] for row in bare))
     assert [row["ms per step"] > 0 for row in parts["training"]["rows"]] == [True] * 3
-    assert parts["sanitizer"]["rows"] == [{"batches": 4, "finds a planted race": None}]
     assert [verdict["passed"] for verdict in report["verdicts"]] == [None] * 4
     assert "| pool |" in done.stdout
     print(done.stdout)
