@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from PIL import Image
 from rich.table import Table
 
-from dinov3_ray.bench import describe_machine
+from dinov3_ray.bench import describe_machine, new_table
 from dinov3_ray.bench.throughput import quiet_data
 from dinov3_ray.checkpoint import init_checkpoint
 from dinov3_ray.config import ComputeDtype, DinoV3Config
@@ -37,7 +37,17 @@ from dinov3_ray.datasets.store.writer import BlockWriter, finish
 from dinov3_ray.features import FeatureSpec, ResultDtype
 from dinov3_ray.model import DinoV3Teacher
 
-__all__ = ["DatasetResult", "DatasetWork", "ImageRate", "ReadRate", "measure_dataset", "measure_reading"]
+__all__ = [
+    "DatasetResult",
+    "DatasetWork",
+    "ImageRate",
+    "ReadRate",
+    "bare_loop",
+    "measure_dataset",
+    "measure_reading",
+    "timed_extract",
+    "write_photographs",
+]
 
 
 _SPEC = FeatureSpec(cls=True, feature_map=True)
@@ -130,13 +140,9 @@ class DatasetResult:
         ):
             if not rates:
                 continue
-            table = Table(
-                title=f"{self.work.variant}, CLS and map, {self.computed_in}: {title}",
-                caption=f"medians of {len(rates[0].steady)} runs, after one to warm up",
-            )
-            table.add_column("")
-            for heading in ("img/s", "of the bare loop", "with its start", "images"):
-                table.add_column(heading, justify="right")
+            title = f"{self.work.variant}, CLS and map, {self.computed_in}: {title}"
+            caption = f"medians of {len(rates[0].steady)} runs, after one to warm up"
+            table = new_table(title, caption, "", "img/s", "of the bare loop", "with its start", "images")
             for rate in rates:
                 whole = rate.whole_per_second
                 table.add_row(
@@ -147,9 +153,8 @@ class DatasetResult:
                     str(rate.images),
                 )
             found.append(table)
-        table = Table(title="Reading random ids, one at a time, from the page cache", caption=self.machine)
-        for heading in ("stored as", "store, µs", "NumPy memmap, µs", "ratio"):
-            table.add_column(heading, justify="right")
+        title = "Reading random ids, one at a time, from the page cache"
+        table = new_table(title, self.machine, "stored as", "store, µs", "NumPy memmap, µs", "ratio")
         for reading in self.reading:
             table.add_row(reading.dtype, f"{reading.store:.0f}", f"{reading.memmap:.0f}", f"{reading.ratio:.2f}")
         return [*found, table]
@@ -163,9 +168,9 @@ def measure_dataset(
     ``quick`` leaves out the warming up, the files, and the peer with many actors.
     """
     root = init_checkpoint(work.variant, folder / "model")
-    config = DinoV3Config(root, dtype=work.dtype)
+    config = DinoV3Config(root, dtype=work.dtype, compile=False)
     teacher = DinoV3Teacher(config)
-    files = _write_files(folder / "files", work.images)
+    files = write_photographs(folder / "files", work.images)
     pixels = [_square(Image.open(path)) for path in files]
     rows = [{"id": path.name, "image": image} for path, image in zip(files, pixels, strict=True)]
     with quiet_data(), _all_threads():
@@ -177,12 +182,12 @@ def measure_dataset(
         sets: dict[str, list[tuple[ImageRate, _Contender]]] = {
             "decoded": [
                 (ImageRate("bare loop", work.images), lambda _: bare_loop(teacher, pixels, work.batch)),
-                (ImageRate("extract", work.images), lambda out: _extract(given, out, config)),
+                (ImageRate("extract", work.images), lambda out: timed_extract(given, out, config)),
                 *_peers(few, root, work.peers_images),
             ],
             "files": [
                 (ImageRate("bare loop, decoding first", work.images), lambda _: bare_loop(teacher, files, work.batch)),
-                (ImageRate("extract", work.images), lambda out: _extract(str(folder / "files"), out, config)),
+                (ImageRate("extract", work.images), lambda out: timed_extract(folder / "files", out, config)),
                 *_peers([str(path) for path in files[: work.peers_images]], root, work.peers_images)[-1:],
             ],
         }
@@ -212,12 +217,14 @@ _Contender = Callable[[Path], tuple[float | None, float]]
 """Writes to a folder; returns (seconds of the whole call, or None if it starts nothing; seconds of the steady part)."""
 
 
-def bare_loop(teacher: DinoV3Teacher, images: Sequence[np.ndarray | Path], batch: int) -> tuple[None, float]:
+def bare_loop(
+    teacher: DinoV3Teacher, images: Sequence[np.ndarray | Path], batch: int, spec: FeatureSpec = _SPEC
+) -> tuple[None, float]:
     """The bound: one batch after the other through the teacher, to arrays on the host. Nothing is written."""
     begun = time.perf_counter()
     for start in range(0, len(images), batch):
         part = images[start : start + batch]
-        encode_columns(teacher.extract(np.stack([_pixels(image) for image in part]), _SPEC), _SPEC)
+        encode_columns(teacher.extract(np.stack([_pixels(image) for image in part]), spec), spec)
     return None, time.perf_counter() - begun
 
 
@@ -228,10 +235,13 @@ def _pixels(image: np.ndarray | Path) -> np.ndarray:
     return image.transpose(2, 0, 1)
 
 
-def _extract(source: Any, out: Path, config: DinoV3Config) -> tuple[float, float]:
-    """This project's extraction; its steady part lasts from the start of its first block to the end of its last one."""
+def timed_extract(source: Any, out: Path, config: DinoV3Config, spec: FeatureSpec = _SPEC) -> tuple[float, float]:
+    """This project's extraction: (seconds of the whole call, and of its steady part).
+
+    The steady part lasts from the start of its first block to the end of its last one.
+    """
     begun = time.perf_counter()
-    extract(source, out, config, _SPEC, progress=False)
+    extract(source, out, config, spec, progress=False)
     whole = time.perf_counter() - begun
     spans = [
         (path.stat().st_mtime - json.loads(path.read_text())["seconds"], path.stat().st_mtime)
@@ -311,17 +321,24 @@ def _all_threads() -> Any:
         torch.set_num_threads(before)
 
 
-def _write_files(folder: Path, count: int) -> list[Path]:
-    """Write JPEG files with the size and about the detail of photographs: smooth colours with noise."""
+def write_photographs(folder: Path, count: int, distinct: int | None = None) -> list[Path]:
+    """Write JPEG files with the size and about the detail of photographs: smooth colours with noise.
+
+    Where fewer are ``distinct``, the others are links to them: writing takes longer than reading.
+    """
     folder.mkdir(parents=True)
     width, height = _FILE_SIZE
-    paths = []
+    paths: list[Path] = []
     for index in range(count):
+        path = folder / f"{index:05}.jpg"
+        if distinct is not None and index >= distinct:
+            path.hardlink_to(paths[index % distinct])
+            paths.append(path)
+            continue
         generator = np.random.default_rng(index)
         coarse = Image.fromarray(generator.integers(0, 256, (12, 16, 3), dtype=np.uint8))
         smooth = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC), np.int16)
         grain = generator.integers(-12, 13, (height, width, 1), dtype=np.int16)
-        path = folder / f"{index:05}.jpg"
         Image.fromarray(np.clip(smooth + grain, 0, 255).astype(np.uint8)).save(path, quality=90)
         paths.append(path)
     return paths

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import statistics
 import sys
@@ -16,15 +17,19 @@ from torch import Tensor
 from dinov3_ray.model.float8 import Float8Linear
 from dinov3_ray.pool.cluster import connect
 
-__all__ = ["copy_rates", "matmul_rate", "running", "seconds_of"]
+__all__ = ["copy_rates", "free_memory", "matmul_rate", "running", "seconds_of", "wait_for_device"]
 
 
 _STORE_BYTES = 2 * 2**30  # room for each contender's results in flight, and for those that are not freed yet
 
 
 @contextmanager
-def running(address: str | None, *, store_bytes: int = _STORE_BYTES) -> Iterator[Callable[[str], None]]:
+def running(
+    address: str | None, *, store_bytes: int = _STORE_BYTES, num_gpus: int | None = None
+) -> Iterator[Callable[[str], None]]:
     """Connect to the Ray at ``address`` or RAY_ADDRESS, or start one with an object store of ``store_bytes``.
+
+    One that is started has ``num_gpus``, or as many as it finds.
 
     Standard output goes to standard error meanwhile. A Ray that was started here ends with the block.
 
@@ -33,7 +38,7 @@ def running(address: str | None, *, store_bytes: int = _STORE_BYTES) -> Iterator
     """
     # Whatever its settings, Ray reports on standard output until it has ended; only tables and JSON belong there.
     with redirect_stdout(sys.stderr):
-        runtime = connect(address, may_start=True, object_store_memory=store_bytes)
+        runtime = connect(address, may_start=True, object_store_memory=store_bytes, num_gpus=num_gpus)
         try:
             with Console(stderr=True).status("starting") as status:
                 yield lambda step: status.update(f"measuring {step}")
@@ -53,17 +58,25 @@ def seconds_of(once: Callable[[], object], device: torch.device, repeats: int, l
 
 
 def _timed(once: Callable[[], object], calls: int, device: torch.device) -> float:
-    _finish(device)
+    wait_for_device(device)
     begun = time.perf_counter()
     for _ in range(calls):
         once()
-    _finish(device)
+    wait_for_device(device)
     return (time.perf_counter() - begun) / calls
 
 
-def _finish(device: torch.device) -> None:
+def wait_for_device(device: torch.device) -> None:
+    """Wait until ``device`` has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def free_memory(device: torch.device) -> None:
+    """Give back what models that are gone have used, so that another process may have it."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def matmul_rate(

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import functools
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import ray
 import torch
 from rich.table import Table
 
-from dinov3_ray.bench import describe_machine
-from dinov3_ray.bench.simulated import SPEC, Accelerator, Work
+from dinov3_ray.bench import describe_machine, new_table
+from dinov3_ray.bench.simulated import SPEC, Accelerator, Work, simulated_pool
 from dinov3_ray.features import FeatureSpec
-from dinov3_ray.pool.teacher_pool import TeacherPool
 
 __all__ = ["RoundTrips", "measure_round_trips"]
 
@@ -67,9 +65,7 @@ class RoundTrips:
     def tables(self) -> list[Table | str]:
         """Milliseconds and rates as a table, and both ratios in one line."""
         title = f"One result of {self.result_bytes / 2**20:.1f} MiB, and one token"
-        table = Table(title=title, caption=f"medians\n{describe_machine()}")
-        for heading in ("", "ms", "results/s"):
-            table.add_column(heading, justify="right" if heading else "left")
+        table = new_table(title, f"medians\n{describe_machine()}", "", "ms", "results/s")
         rows = {
             "map, RemoteTeacher.extract": self.pool,
             "map, plain actor that returns the torch tensor": self.torch_actor,
@@ -103,9 +99,7 @@ def measure_round_trips(work: Work, repeats: int) -> RoundTrips:
     images = work.images()
     torch_actor: Any = ray.remote(num_cpus=0)(_TorchActor).remote(work)
     async_actor: Any = ray.remote(num_cpus=0)(_AsyncActor).remote()
-    with TeacherPool.start(
-        functools.partial(Accelerator, work), name="bench-transport", replicas=1, num_gpus=0, max_batch=work.rows
-    ) as pool:
+    with simulated_pool(replace(work, replicas=1), "bench-transport") as pool:
         remote = pool.teacher()
         through_pool = _median(lambda: remote.extract(images, SPEC), repeats)
         plain = _median(lambda: ray.get(torch_actor.infer.remote(images)), repeats)

@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.table import Table
 
-from dinov3_ray.bench import describe_machine
+from dinov3_ray.bench import describe_machine, new_table
 from dinov3_ray.pool.client.balancer import KnownReplica
 from dinov3_ray.pool.client.routing_table import Limits, RoutingTable
 
@@ -50,13 +50,9 @@ class RoutingCosts:
 
     def tables(self) -> list[Table]:
         """Microseconds per request, one row per size of the pool."""
-        table = Table(
-            title="One request in the routing table",
-            caption=f"medians of {self.repeats} runs of {self.requests} requests, after one to warm up\n"
-            f"{describe_machine()}",
-        )
-        for heading in ("replicas", "choice, \u00b5s", "slowest run", "with submission and answer, \u00b5s"):
-            table.add_column(heading, justify="right")
+        caption = f"medians of {self.repeats} runs of {self.requests} requests, after one to warm up"
+        headings = ("replicas", "choice, \u00b5s", "slowest run", "with submission and answer, \u00b5s")
+        table = new_table("One request in the routing table", f"{caption}\n{describe_machine()}", *headings)
         for one in self.decisions:
             columns = (f"{seconds * 1e6:.1f}" for seconds in (one.choice, one.choice_slowest, one.whole))
             table.add_row(f"{one.replicas:,}", *columns)

@@ -6,7 +6,6 @@ and then measured. Everything runs on one node; nothing else should run there.
 
 from __future__ import annotations
 
-import functools
 import os
 import time
 from collections import defaultdict
@@ -20,9 +19,9 @@ import ray
 import torch
 from rich.table import Table
 
-from dinov3_ray.bench import describe_machine
+from dinov3_ray.bench import describe_machine, new_table
 from dinov3_ray.bench.cost import COPIES, Costs, Line, Spent, Workload
-from dinov3_ray.bench.simulated import Accelerator, Work
+from dinov3_ray.bench.simulated import Work, simulated_pool
 from dinov3_ray.features import FeatureSpec
 from dinov3_ray.pool.client.remote import RemoteTeacher
 from dinov3_ray.pool.teacher_pool import TeacherPool
@@ -189,15 +188,13 @@ class Scaling:
 
     def _walls_table(self) -> Table:
         shapes, walls = self.walls()
-        table = Table(
-            title="What each part allows by itself",
-            caption=f"accelerators of 40 ms for 32 images that it feeds, batches of 32; one node of "
+        table = new_table(
+            "What each part allows by itself",
+            f"accelerators of 40 ms for 32 images that it feeds, batches of 32; one node of "
             f"{self.costs.cores} cores that copies {self.costs.copy_rate / 2**30:.1f} GiB/s ({COPIES} copies per byte)"
             f", clients on other nodes with {self.plan.network * 8 / 1e9:g} Gbit/s each (calculated)",
+            *("", *(f"map {shape.side} x {shape.side}, {shape.nbytes / 2**20:.1f} MiB" for shape in shapes)),
         )
-        table.add_column("")
-        for shape in shapes:
-            table.add_column(f"map {shape.side} x {shape.side}, {shape.nbytes / 2**20:.1f} MiB", justify="right")
         for wall, fed in walls.items():
             table.add_row(wall, *(f"{number:.1f}" for number in fed))
         return table
@@ -258,10 +255,8 @@ def measure_scaling(plan: ScalingPlan, on_step: Callable[[str], None]) -> Scalin
 
 def _pool(seconds: float, plan: ScalingPlan) -> TeacherPool:
     """Start a pool of one replica, whose device takes ``seconds`` for the usual batch."""
-    work = replace(_WORK, seconds=seconds)
     most = max(*plan.batches, *(shape.rows for shape in plan.calibration), _WORK.rows)
-    factory = functools.partial(Accelerator, work)
-    return TeacherPool.start(factory, name=_NAME, replicas=1, num_gpus=0, max_batch=most)
+    return simulated_pool(replace(_WORK, seconds=seconds, replicas=1), _NAME, most)
 
 
 def _calibrate(plan: ScalingPlan) -> Costs:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from dataclasses import dataclass
 
@@ -9,8 +10,9 @@ import torch
 
 from dinov3_ray.features import Features, FeatureSpec
 from dinov3_ray.images import ImageBatch, Images
+from dinov3_ray.pool.teacher_pool import TeacherPool
 
-__all__ = ["SPEC", "Accelerator", "Work"]
+__all__ = ["SPEC", "Accelerator", "Work", "simulated_pool"]
 
 SPEC = FeatureSpec(feature_map=True)
 
@@ -83,3 +85,10 @@ class Accelerator:
 
     def _ones(self, rows: int, size: tuple[int, int]) -> torch.Tensor:
         return torch.ones(rows, self.hidden_size, *size, dtype=torch.bfloat16)
+
+
+def simulated_pool(work: Work, name: str, max_batch: int | None = None) -> TeacherPool:
+    """Start a pool of ``work``'s accelerators; ``max_batch`` is ``work.rows`` if it is not given."""
+    factory = functools.partial(Accelerator, work)
+    most = work.rows if max_batch is None else max_batch
+    return TeacherPool.start(factory, name=name, replicas=work.replicas, num_gpus=0, max_batch=most)

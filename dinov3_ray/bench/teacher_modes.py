@@ -72,6 +72,8 @@ def modes_for(device: torch.device, *, quick: bool) -> list[TeacherMode]:
         _ours("float32", "float32"),
         _ours("bfloat16", "bfloat16"),
     ]
+    if find_spec("torchvision") is not None:  # without it, the peer's other modes do without the processor too
+        modes.insert(3, _peer("transformers bfloat16 without its processor", torch.bfloat16, processor=False))
     if not quick:
         modes.append(_ours("bfloat16 compiled", "bfloat16", compile=True))
     if device.type == "cuda" and not quick:
@@ -90,14 +92,18 @@ def _ours(name: str, dtype: ComputeDtype, *, compile: bool | CompileMode = False
     return TeacherMode(name, _MATMUL_DTYPES[dtype], True, make)
 
 
-def _peer(name: str, dtype: torch.dtype, attention: str | None = None) -> TeacherMode:
-    return TeacherMode(name, dtype, False, functools.partial(Peer, dtype=dtype, attention=attention))
+def _peer(name: str, dtype: torch.dtype, attention: str | None = None, *, processor: bool = True) -> TeacherMode:
+    make = functools.partial(Peer, dtype=dtype, attention=attention, processor=processor)
+    return TeacherMode(name, dtype, False, make)
 
 
 def load_ours(work: TeacherWork, dtype: ComputeDtype, *, compile: bool | CompileMode = False) -> Extract:
     """Load this package's teacher in one of its modes."""
     root, size, attention = work.config.root, work.config.image_size, work.config.attention
     config = DinoV3Config(root, dtype=dtype, image_size=size, compile=compile, attention=attention)
+    if compile:
+        # Code that was compiled for another size would be compiled once more, for any size, which may be slower.
+        torch.compiler.reset()
     teacher = DinoV3Teacher(config, work.device)
     if compile:
         for images, spec in teacher.warm_up_passes(work.batch):
@@ -108,14 +114,16 @@ def load_ours(work: TeacherWork, dtype: ComputeDtype, *, compile: bool | Compile
 class Peer:
     """The model and the processor of transformers."""
 
-    def __init__(self, work: TeacherWork, dtype: torch.dtype, attention: str | None = None) -> None:
+    def __init__(
+        self, work: TeacherWork, dtype: torch.dtype, attention: str | None = None, *, processor: bool = True
+    ) -> None:
         from transformers import AutoModel
         from transformers.utils import logging
 
         logging.disable_progress_bar()
         options = {} if attention is None else {"attn_implementation": attention}
         self._task = work
-        self._processor = _load_processor(work.config.root)
+        self._processor = _load_processor(work.config.root) if processor else None
         self._model: Any = AutoModel.from_pretrained(work.config.root, dtype=dtype, **options).to(work.device).eval()
 
     def __call__(self, images: Tensor) -> Features:

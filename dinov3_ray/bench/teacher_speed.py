@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import math
 import statistics
 import time
@@ -13,20 +12,35 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from dinov3_ray.bench import describe_machine
-from dinov3_ray.bench.machine import copy_rates, matmul_rate, seconds_of
-from dinov3_ray.bench.teacher_modes import TeacherMode, TeacherWork, modes_for, through_pipeline
+from dinov3_ray.bench import describe_machine, new_table
+from dinov3_ray.bench.machine import copy_rates, free_memory, matmul_rate, seconds_of
+from dinov3_ray.bench.teacher_modes import TeacherMode, TeacherWork, through_pipeline
 from dinov3_ray.config.architecture import Architecture, ConvNextArchitecture
 from dinov3_ray.config.preprocessing import Size
 from dinov3_ray.errors import NumericsError
 from dinov3_ray.features import Features
 from dinov3_ray.model.golden import agreement, golden_images
 
-__all__ = ["TeacherBench", "flops_per_image", "measure_teacher"]
+__all__ = ["Effort", "TeacherBench", "device_name", "flops_per_image", "measure_teacher"]
 
 
 _PIPELINE_BATCHES = 10
 _TYPICAL_RATES = (100, 300, 1_000, 3_000, 10_000)
+
+
+@dataclass(frozen=True, slots=True)
+class Effort:
+    """How long to measure.
+
+    Attributes:
+        repeats: runs per mode, of which the median counts.
+        least: seconds per run; 0 to see that it works.
+        to_host: on CUDA devices, whether our modes are measured to the host as well.
+    """
+
+    repeats: int
+    least: float = 0.3
+    to_host: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,8 +115,13 @@ class TeacherBench:
         targets = _TYPICAL_RATES if self.target is None else (self.target,)
         return {target: math.ceil(target / rate) for target in targets}
 
+    @property
+    def base(self) -> float:
+        """Images/s of the first row that was measured, over which ratios are."""
+        return next(row.rate(self.batch) for row in self.rows if row.seconds)
+
     def as_dict(self) -> dict[str, Any]:
-        base = self.rows[0].rate(self.batch)
+        base = self.base
         rows = []
         for row in self.rows:
             rate = row.rate(self.batch) if row.seconds else None
@@ -116,7 +135,8 @@ class TeacherBench:
                 }
             )
             rows.append(asdict(row) | derived)
-        return asdict(self) | {"rows": rows, "replicas_needed": self.replicas()}
+        needed = self.replicas() if any(row.ours and row.seconds for row in self.rows) else {}
+        return asdict(self) | {"rows": rows, "replicas_needed": needed}
 
     def tables(self) -> list[Table | str]:
         """The modes as a table, and the number of replicas that a pool needs."""
@@ -125,21 +145,19 @@ class TeacherBench:
     def _table(self) -> Table:
         height, width = self.image_size
         rates = ", ".join(f"{name} {rate / 1e12:.3g}" for name, rate in self.matmul.items())
+        runs = max(len(row.seconds) for row in self.rows)
         caption = [
-            f"median of {len(self.rows[0].seconds)} runs after a warm-up, preprocessing included; golden cosine to the "
-            "first row's results",
+            f"median of {runs} runs after a warm-up, preprocessing included; golden cosine to the first row's results",
             f"bound: {self.flops / 1e12:.3g} TFLOP per image over this device's matmul rates in TFLOP/s ({rates})",
         ]
         if self.copies is not None:
             caption.append(f"copies alone: {self.copies[0]:.0f} img/s in, {self.copies[1]:.0f} img/s of results out")
-        table = Table(
-            title=f"{self.model}, {height} x {width} px, batch {self.batch}, on {self.device}",
-            caption="\n".join([*caption, self.machine]),
+        table = new_table(
+            f"{self.model}, {height} x {width} px, batch {self.batch}, on {self.device}",
+            "\n".join([*caption, self.machine]),
+            *("", "img/s", "ratio", "of bound", "cosine", "start s", "GiB"),
         )
-        table.add_column("")
-        for heading in ("img/s", "ratio", "of bound", "cosine", "start s", "GiB"):
-            table.add_column(heading, justify="right")
-        base = self.rows[0].rate(self.batch)
+        base = self.base
         for row in self.rows:
             name = f"[bold]{row.name}[/]" if row.ours else row.name
             if not row.seconds:
@@ -165,72 +183,80 @@ class TeacherBench:
 
 def measure_teacher(
     work: TeacherWork,
+    modes: Sequence[TeacherMode],
+    effort: Effort,
     *,
     model: str,
-    repeats: int,
-    quick: bool,
-    target: float | None,
+    target: float | None = None,
     on_step: Callable[[str], None],
+    leaves_out: Callable[[str], bool] = lambda _: False,
 ) -> TeacherBench:
     """Measure all modes, one after the other; each is freed before the next is loaded.
 
     Args:
         work: what each mode does.
+        modes: ways to do it; results are compared with those of the first one that runs.
+        effort: how long to measure.
         model: its name in the result.
-        repeats: runs per mode.
-        quick: fewer modes and shorter runs, to see that it works.
         target: images/s to size a pool for; None for a list of usual rates.
         on_step: called with the name of each step.
+        leaves_out: called with the name of each mode: whether it is left out, and gets no row.
+
+    Raises:
+        Exception: what the last mode raised, if none of them runs.
     """
-    least = 0.0 if quick else 0.3
     device, architecture = work.device, work.config.architecture
     golden = golden_images(*work.config.image_size)
     rows: list[TeacherRow] = []
     reference: Features | None = None
-    modes = modes_for(device, quick=quick)
+    failure: Exception | None = None
     for mode in modes:
+        if rows and leaves_out(mode.name):
+            continue
         on_step(mode.name)
         try:
-            measured, features = _measure_mode(mode, work, golden, repeats, least)
-        except Exception as error:
-            if mode is modes[0]:
-                raise
+            measured, features = _measure_mode(mode, work, golden, effort)
+        except Exception as error:  # noqa: BLE001 - other modes may run
+            failure = error
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
             rows.append(TeacherRow(mode.name, _name(mode.dtype), mode.ours, missing=reason))
             continue
         finally:
-            gc.collect()
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
+            free_memory(device)
         if reference is None:
             reference = features
         else:
             measured = [replace(row, cosine=_cosine(features, reference, mode.name)) for row in measured]
         rows += measured
+    if reference is None:
+        assert failure is not None, "no mode was given"
+        raise failure
     on_step("matmul and copy rates")
     tokens = work.batch * (1 + work.config.num_register_tokens + math.prod(work.config.grid_size))
-    side = 8192 if device.type == "cuda" else 512 if quick else 2048
+    side = 8192 if device.type == "cuda" else 2048 if effort.least else 512
     width = work.config.hidden_size
     shapes = [(side, side, side), (tokens, width, 4 * width), (tokens, 4 * width, width)]
-    matmul = {_name(dtype): matmul_rate(device, dtype, shapes, repeats, least) for dtype in _dtypes(rows, modes)}
+    # A product takes a GPU a millisecond.
+    least = min(effort.least, 0.05) if device.type == "cuda" else effort.least
+    matmul = {_name(dtype): matmul_rate(device, dtype, shapes, effort.repeats, least) for dtype in _dtypes(rows, modes)}
     return TeacherBench(
         model=model,
-        device=torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
+        device=device_name(device),
         machine=describe_machine(),
         image_size=work.config.image_size,
         batch=work.batch,
         flops=flops_per_image(architecture, work.config.image_size),
         matmul=matmul,
-        copies=_copies(work, reference, repeats, least),
+        copies=_copies(work, reference, effort),
         rows=tuple(rows),
         target=target,
     )
 
 
 def _measure_mode(
-    mode: TeacherMode, work: TeacherWork, golden: torch.Tensor, repeats: int, least: float
+    mode: TeacherMode, work: TeacherWork, golden: torch.Tensor, effort: Effort
 ) -> tuple[list[TeacherRow], Features]:
-    """(Rows, golden results) of one mode. On CUDA devices, ours have a second row through a replica's pipeline."""
+    """(Rows, golden results) of one mode. On CUDA devices, ours may have a second row through a replica's pipeline."""
     device, images = work.device, work.images()
     cuda = device.type == "cuda"
     if cuda:
@@ -240,13 +266,13 @@ def _measure_mode(
     features = extract(golden).to("cpu")
     extract(images).to("cpu")
     first = time.perf_counter() - begun
-    seconds = seconds_of(lambda: extract(images), device, repeats, least)
+    seconds = seconds_of(lambda: extract(images), device, effort.repeats, effort.least)
     peak = torch.cuda.max_memory_allocated(device) if cuda else None
     row = TeacherRow(mode.name, _name(mode.dtype), mode.ours, tuple(seconds), first, peak_bytes=peak)
     rows = [row]
-    if cuda and mode.ours:
+    if cuda and mode.ours and effort.to_host:
         once = through_pipeline(extract, work, _PIPELINE_BATCHES)
-        delivered = [passed / _PIPELINE_BATCHES for passed in seconds_of(once, device, repeats, least)]
+        delivered = [passed / _PIPELINE_BATCHES for passed in seconds_of(once, device, effort.repeats, effort.least)]
         peak = torch.cuda.max_memory_allocated(device)
         rows.append(replace(row, name=f"{mode.name}, to the host", seconds=tuple(delivered), peak_bytes=peak))
     return rows, features
@@ -260,10 +286,10 @@ def _cosine(features: Features, reference: Features, name: str) -> float:
         return -1.0
 
 
-def _copies(work: TeacherWork, reference: Features | None, repeats: int, least: float) -> tuple[float, float] | None:
-    if work.device.type != "cuda" or reference is None:
+def _copies(work: TeacherWork, reference: Features, effort: Effort) -> tuple[float, float] | None:
+    if work.device.type != "cuda":
         return None
-    into, out = copy_rates(work.device, 64 * 2**20, repeats, least)
+    into, out = copy_rates(work.device, 64 * 2**20, effort.repeats, effort.least)
     results = reference.nbytes / len(reference) / 2  # float32 here; bfloat16 is what a pool delivers
     return into / work.images()[0].numel(), out / results
 
@@ -278,7 +304,10 @@ def _name(dtype: torch.dtype) -> str:
     return "float8" if dtype == torch.float8_e4m3fn else str(dtype).removeprefix("torch.")
 
 
-def _cpu_name() -> str:
+def device_name(device: torch.device) -> str:
+    """The device's name; a CPU's with the number of threads that compute."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
     capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # in newer releases of torch
     return f"{capabilities.get('cpu_name', 'CPU')}, {torch.get_num_threads()} threads"
 

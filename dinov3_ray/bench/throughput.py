@@ -22,11 +22,20 @@ import torch
 from ray.util import ActorPool
 from rich.table import Table
 
-from dinov3_ray.bench import describe_machine
-from dinov3_ray.bench.simulated import SPEC, Accelerator, Work
-from dinov3_ray.pool.teacher_pool import TeacherPool
+from dinov3_ray.bench import describe_machine, new_table
+from dinov3_ray.bench.simulated import SPEC, Accelerator, Work, simulated_pool
+from dinov3_ray.features import FeatureSpec
+from dinov3_ray.pool.client.remote import RemoteTeacher
 
-__all__ = ["CONTENDERS", "Contender", "ContenderRow", "Throughput", "measure_throughput", "missing_reason"]
+__all__ = [
+    "CONTENDERS",
+    "Contender",
+    "ContenderRow",
+    "Throughput",
+    "measure_throughput",
+    "missing_reason",
+    "prefetch_all",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,15 +85,13 @@ class Throughput:
         """One row per contender."""
         work = self.work
         ideal = work.batches * work.rows / work.ideal_seconds
-        table = Table(
-            title=f"{work.replicas} simulated accelerators, {work.seconds * 1e3:g} ms for {work.rows} images, "
+        table = new_table(
+            f"{work.replicas} simulated accelerators, {work.seconds * 1e3:g} ms for {work.rows} images, "
             f"bfloat16 maps [{work.rows}, {work.channels}, {work.side}, {work.side}]",
-            caption=f"ideal {ideal:.0f} img/s; median of {len(self.rows[0].seconds)} runs of {work.batches} batches, "
+            f"ideal {ideal:.0f} img/s; median of {len(self.rows[0].seconds)} runs of {work.batches} batches, "
             f"after one to warm up\n{self.machine}",
+            *("", "img/s", "of the ideal", "slowest .. fastest run"),
         )
-        table.add_column("")
-        for heading in ("img/s", "of the ideal", "slowest .. fastest run"):
-            table.add_column(heading, justify="right")
         for row in self.rows:
             if row.missing:
                 table.add_row(row.name, "-", "-", row.missing)
@@ -116,16 +123,15 @@ Contender = Callable[[Work, int], list[float]]
 def this_pool(work: Work, repeats: int) -> list[float]:
     """TeacherPool with prefetch, as a training loop uses it."""
     images = work.images()
-    with TeacherPool.start(
-        functools.partial(Accelerator, work), name="bench", replicas=work.replicas, num_gpus=0, max_batch=work.rows
-    ) as pool:
+    with simulated_pool(work, "bench") as pool:
         remote = pool.teacher()
+        return _timed(lambda: prefetch_all(remote, images, work.batches, SPEC), work, repeats)
 
-        def once() -> int:
-            stream = remote.prefetch(range(work.batches), SPEC, images=lambda _: images)
-            return sum(len(features) for _, features in stream)
 
-        return _timed(once, work, repeats)
+def prefetch_all(remote: RemoteTeacher, images: torch.Tensor, batches: int, spec: FeatureSpec) -> int:
+    """Send ``images`` that many times, as a training loop does; returns the number of images that had features."""
+    stream = remote.prefetch(range(batches), spec, images=lambda _: images)
+    return sum(len(features) for _, features in stream)
 
 
 class _Worker:

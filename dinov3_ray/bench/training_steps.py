@@ -6,7 +6,6 @@ the loop waits for targets, and the time that handing over images and targets co
 
 from __future__ import annotations
 
-import functools
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,15 +14,25 @@ from typing import Any
 
 import torch
 from rich.table import Table
+from torch import Tensor
 
-from dinov3_ray.bench import describe_machine
-from dinov3_ray.bench.simulated import SPEC, Accelerator, Work
-from dinov3_ray.features import Features
+from dinov3_ray.bench import describe_machine, new_table
+from dinov3_ray.bench.simulated import SPEC, Accelerator, Work, simulated_pool
+from dinov3_ray.features import Features, FeatureSpec
 from dinov3_ray.pool.client.remote import RemoteTeacher
-from dinov3_ray.pool.teacher_pool import TeacherPool
+from dinov3_ray.teacher import Extractor
 from dinov3_ray.training.prefetch import Prefetch
 
-__all__ = ["EPOCH", "KINDS", "LoopPass", "PoolTimings", "TrainingSetting", "TrainingTimings", "measure_training"]
+__all__ = [
+    "EPOCH",
+    "KINDS",
+    "LoopPass",
+    "PoolTimings",
+    "StepLoops",
+    "TrainingSetting",
+    "TrainingTimings",
+    "measure_training",
+]
 
 
 #: The ways in which a loop gets its targets, in the order in which they are measured and shown.
@@ -144,15 +153,14 @@ class PoolTimings:
     def table(self) -> Table:
         """One row per kind."""
         setting = self.setting
-        table = Table(
-            title=f"{setting.replicas} replicas of {setting.work.seconds * 1e3:g} ms per batch, together "
+        table = new_table(
+            f"{setting.replicas} replicas of {setting.work.seconds * 1e3:g} ms per batch, together "
             f"{setting.capacity:g} times what a student of {setting.step_seconds * 1e3:g} ms per step needs",
-            caption=f"ratios over teacher-free; medians of {setting.repeats} passes of {setting.steps} steps (the last "
+            f"ratios over teacher-free; medians of {setting.repeats} passes of {setting.steps} steps (the last "
             f"two kinds: a fourth), after a short one\nprefetch over an epoch of {EPOCH:,} steps, its fill included: "
             f"{self.epoch_ratio('prefetch', EPOCH):.3f} (computed)\n{describe_machine()}",
+            *("", "ms per step", "ratio", "waiting", "fill, s", "ratio with fill"),
         )
-        for heading in ("", "ms per step", "ratio", "waiting", "fill, s", "ratio with fill"):
-            table.add_column(heading, justify="right" if heading else "left")
         for row in self.rows():
             table.add_row(*row)
         return table
@@ -179,10 +187,9 @@ def measure_training(settings: Sequence[TrainingSetting], on_kind: Callable[[str
 
 def _measure(setting: TrainingSetting, on_kind: Callable[[str], None]) -> PoolTimings:
     work = setting.work
-    with TeacherPool.start(
-        functools.partial(Accelerator, work), name="bench-training", replicas=work.replicas, num_gpus=0
-    ) as pool:
-        loops = _Loops(setting, pool.teacher())
+    with simulated_pool(work, "bench-training") as pool:
+        loops = _simulated_loops(setting)
+        loops.remote = pool.teacher()
         timings = PoolTimings(setting)
         for repeat in range(setting.repeats + 1):
             for kind in KINDS:
@@ -195,61 +202,101 @@ def _measure(setting: TrainingSetting, on_kind: Callable[[str], None]) -> PoolTi
     return timings
 
 
-class _Loops:
-    """The training loops that are compared. Each sees the same batches, and yields when a step begins."""
+def _simulated_loops(setting: TrainingSetting) -> StepLoops:
+    images = setting.work.images()
+    loops = StepLoops(
+        lambda _: images.clone(),
+        lambda _images, _targets, share: time.sleep(share * setting.step_seconds),
+    )
+    loops.local = Accelerator(Work(rows=setting.work.rows, seconds=setting.in_loop * setting.step_seconds))
+    return loops
 
-    def __init__(self, setting: TrainingSetting, remote: RemoteTeacher) -> None:
-        self._step_seconds, self._remote = setting.step_seconds, remote
-        self._images = setting.work.images()
-        self._local = Accelerator(Work(rows=setting.work.rows, seconds=setting.in_loop * setting.step_seconds))
+
+Load = Callable[[int], Tensor]
+"""Gives the images of a step, by its number."""
+
+Compute = Callable[[Tensor, Features | None, float], None]
+"""Computes a share of a step from its images and, where there are any, their targets."""
+
+
+class StepLoops:
+    """The training loops that are compared. Each sees the same batches, and yields when a step begins.
+
+    Args:
+        load: see :data:`Load`; called by the loop, or ahead of it by the prefetch.
+        student: see :data:`Compute`.
+        finish: waits until the student's device has done what it was given.
+        spec: of the targets.
+        device: to which a prefetch delivers them; None leaves them on the host.
+
+    Attributes:
+        local: the teacher in the loop; None before one is measured.
+        remote: the client of a pool; likewise.
+    """
+
+    def __init__(
+        self,
+        load: Load,
+        student: Compute,
+        *,
+        finish: Callable[[], None] = lambda: None,
+        spec: FeatureSpec = SPEC,
+        device: torch.device | None = None,
+    ) -> None:
+        self._load, self._student, self._finish = load, student, finish
+        self._spec, self._device = spec, device
+        self._wait_share = 0.0
+        self.local: Extractor | None = None
+        self.remote: RemoteTeacher | None = None
 
     def run(self, kind: str, steps: int) -> LoopPass:
-        stream: Prefetch[int, Features] = self._remote.prefetch(range(steps), SPEC, images=self._load)
-        loop = {
-            "teacher-free": self._teacher_free(steps),
-            "prefetch": self._prefetched(stream),
-            "in-loop teacher": self._in_loop(steps),
-            "submit in the step": self._submitting(steps),
-        }[kind]
+        """One pass of ``steps`` steps, of one of :data:`KINDS`."""
+        loops: dict[str, Callable[[int], Iterator[None]]] = {
+            "teacher-free": self._teacher_free,
+            "prefetch": self._prefetched,
+            "in-loop teacher": self._in_loop,
+            "submit in the step": self._submitting,
+        }
+        self._wait_share = 0.0
         begun = first = time.perf_counter()
         done = 0
-        for done, _ in enumerate(loop, 1):
+        for done, _ in enumerate(loops[kind](steps), 1):
             if done == 1:
                 first = time.perf_counter()
+        self._finish()
         ended = time.perf_counter()
         assert done == steps, f"{kind}: {done} steps of {steps}"
-        return LoopPass(steps, first - begun, ended - first, stream.statistics().wait_share)
+        return LoopPass(steps, first - begun, ended - first, self._wait_share)
 
     def _teacher_free(self, steps: int) -> Iterator[None]:
         for number in range(steps):
-            self._load(number)
+            images = self._load(number)
             yield
-            self._student()
+            self._student(images, None, 1.0)
 
-    def _prefetched(self, stream: Prefetch[int, Features]) -> Iterator[None]:
-        for _, targets in stream:
+    def _prefetched(self, steps: int) -> Iterator[None]:
+        assert self.remote is not None
+        batches = map(self._load, range(steps))
+        stream: Prefetch[Tensor, Features]
+        stream = self.remote.prefetch(batches, self._spec, images=lambda images: images, device=self._device)
+        for images, targets in stream:
             assert targets.feature_map is not None
             yield
-            self._student()
+            self._student(images, targets, 1.0)
+        self._wait_share = stream.statistics().wait_share
 
     def _in_loop(self, steps: int) -> Iterator[None]:
+        assert self.local is not None
         for number in range(steps):
             images = self._load(number)
             yield
-            self._local.extract(images, SPEC)
-            self._student()
+            self._student(images, self.local.extract(images, self._spec), 1.0)
 
     def _submitting(self, steps: int) -> Iterator[None]:
+        assert self.remote is not None
         for number in range(steps):
             images = self._load(number)
             yield
-            handle = self._remote.submit(images, SPEC)
-            self._student(_FORWARD)
-            handle.result()
-            self._student(1 - _FORWARD)
-
-    def _load(self, _number: int) -> torch.Tensor:
-        return self._images.clone()
-
-    def _student(self, share: float = 1.0) -> None:
-        time.sleep(share * self._step_seconds)
+            handle = self.remote.submit(images, self._spec)
+            self._student(images, None, _FORWARD)
+            self._student(images, handle.result(), 1 - _FORWARD)

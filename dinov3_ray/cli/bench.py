@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import click
 
+from dinov3_ray.bench import describe_machine
+from dinov3_ray.bench.gpu.budget import PARTS, TOTAL_SECONDS, wanted_parts
 from dinov3_ray.cli.values import Command, ImageSize, address_option
+from dinov3_ray.interrupts import Interrupts
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -112,8 +117,8 @@ def teacher(
     """
     from rich.console import Console
 
-    from dinov3_ray.bench.teacher_modes import TeacherWork
-    from dinov3_ray.bench.teacher_speed import TeacherBench, measure_teacher
+    from dinov3_ray.bench.teacher_modes import TeacherWork, modes_for
+    from dinov3_ray.bench.teacher_speed import Effort, TeacherBench, measure_teacher
     from dinov3_ray.checkpoint import find_variant, init_checkpoint, variant_of
     from dinov3_ray.config import DinoV3Config
     from dinov3_ray.model.device import as_device
@@ -127,9 +132,9 @@ def teacher(
         with Console(stderr=True).status("starting") as status:
             return measure_teacher(
                 TeacherWork(config, where, batch),
+                modes_for(where, quick=quick),
+                Effort(1, 0.0) if quick else Effort(repeats),
                 model=name,
-                repeats=1 if quick else repeats,
-                quick=quick,
                 target=target_rate,
                 on_step=lambda step: status.update(f"measuring {step}"),
             )
@@ -294,3 +299,67 @@ def router(requests: int, repeats: int, quick: bool, as_json: bool) -> None:
 
     result = measure_routing(max(1, requests // 10), 1) if quick else measure_routing(requests, repeats)
     _show(result, as_json=as_json)
+
+
+@bench.command(short_help="All that only a GPU can show, in nine minutes.")
+@click.option(
+    "--json",
+    "out",
+    metavar="OUT",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="A file for all that was measured; it is written after each row, so that a run that is cut loses nothing.",
+)
+@click.option("--device", default="cuda", show_default=True, help="cuda, cuda:1, cpu ...")
+@click.option(
+    "--part",
+    "names",
+    multiple=True,
+    type=click.Choice([part.name for part in PARTS]),
+    help="Only this part, with the whole time; repeat it for several. [default: all]",
+)
+@click.option("--seconds", default=TOTAL_SECONDS, show_default=True, type=_positive, help="The time of all parts.")
+@_quick("A tiny teacher and small images")
+@address_option
+@click.pass_context
+def gpu(
+    context: click.Context,
+    out: Path | None,
+    device: str,
+    names: tuple[str, ...],
+    seconds: float,
+    quick: bool,
+    address: str | None,
+) -> None:
+    """All that only a GPU can show, within nine minutes: tables in Markdown, and a JSON of all that was measured.
+
+    Teachers of random weights are compared with transformers and with the rate that this GPU's own matrix products
+    allow; a pool and an extraction with bare loops; a training step with one that has no teacher. The tests that need a
+    GPU run, and torch's CUDA sanitizer looks for races. Each part has a share of the time, and begins nothing new after
+    it; what was left out is named. The exit code is 1 if a part failed. Figures that were asked for and not reached do
+    not change it.
+    """
+    from dinov3_ray.bench.gpu.journal import Journal
+    from dinov3_ray.bench.gpu.supervisor import run_parts, worker_command
+
+    parts = wanted_parts(names)
+    begun = datetime.now(UTC)
+    command = " ".join(["dinov3-ray", *sys.argv[1:]])
+    journal = Journal.of(parts, out, command=command, machine=describe_machine(), begun=begun.isoformat("T", "seconds"))
+    journal.header["counts"] = device.startswith("cuda") and not quick
+    journal.write()  # before the time is spent: the file may be one that cannot be written
+
+    def note(step: str) -> None:
+        click.echo(f"{(datetime.now(UTC) - begun).total_seconds():5.0f} s  {step}", err=True)
+
+    interrupts = Interrupts("interrupted")
+    folder = tempfile.TemporaryDirectory(prefix="dinov3-ray-bench-", ignore_cleanup_errors=True)
+    try:
+        with interrupts, folder:
+            setting = {"device": device, "quick": quick, "folder": folder.name, "address": address}
+            run_parts(parts, journal, worker_command(json.dumps(setting)), seconds, note)
+    except KeyboardInterrupt:
+        click.echo("interrupted: what was measured until then follows", err=True)
+    journal.header["ended"] = datetime.now(UTC).isoformat("T", "seconds")
+    journal.write()
+    click.echo(journal.markdown())
+    context.exit(interrupts.exit_code or int(journal.failed))

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from dinov3_ray import __version__
 from dinov3_ray.checkpoint import verify
 from dinov3_ray.config import DinoV3Config
 from dinov3_ray.errors import CheckpointError, ConfigError
@@ -88,7 +89,7 @@ _PACKAGES = ("dinov3-ray", *_LEAST_VERSIONS)
 
 def installed_versions() -> dict[str, str]:
     """The versions of this package, Ray, torch and transformers in this process."""
-    return {name: version(name) for name in _PACKAGES}
+    return {"dinov3-ray": __version__} | {name: version(name) for name in _LEAST_VERSIONS}
 
 
 def check_versions(installed: Mapping[str, str]) -> Finding:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from dinov3_ray import __version__
 from dinov3_ray.datasets.folder import PLAN, Folder
 from dinov3_ray.datasets.store.schema import SCALE
 from dinov3_ray.errors import StoreError
@@ -125,7 +126,8 @@ def cut_blocks(rows: pa.Table, block_size: int, *, by_file: bool) -> list[tuple[
 
 def versions() -> dict[str, str]:
     """Of the libraries that have a say in the values."""
-    return {name: version(name) for name in ("dinov3-ray", "torch", "transformers", "pyarrow", "pillow", "ray")}
+    others = ("torch", "transformers", "pyarrow", "pillow", "ray")
+    return {"dinov3-ray": __version__} | {name: version(name) for name in others}  # a checkout need not be installed
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> Iterator[str]:

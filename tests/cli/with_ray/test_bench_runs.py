@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
+from pathlib import Path
 from typing import Any
 
 import pytest
-from commandline import run_bench
+from commandline import run_bench, run_command
 
+from dinov3_ray.bench.gpu.acceptance import BASE
 from dinov3_ray.bench.scaling import BatchShape, ScalingPlan, cpu_seconds
 from dinov3_ray.bench.throughput import CONTENDERS, missing_reason
 from dinov3_ray.bench.training_steps import KINDS
@@ -79,6 +82,30 @@ def test_the_smallest_run(ray_cluster: str, monkeypatch: pytest.MonkeyPatch) -> 
         assert point["measured"] > 0
         assert point["ratio"] == pytest.approx(point["predicted"] / point["measured"])
     assert set(report["walls"]) > {"CPU of this node"}
+
+
+@pytest.mark.slow
+def test_all_that_a_gpu_would_show_without_one(ray_cluster: str, tmp_path: Path) -> None:
+    # The parts without Ray but one are left out: each starts processes that take seconds to import torch.
+    path, wanted = tmp_path / "gpu.json", ("large-teacher", "pool", "extraction", "training")
+    options = ["--device", "cpu", "--quick", "--json", path, "--address", ray_cluster]
+    done = run_command("bench", "gpu", *options, *(word for name in wanted for word in ("--part", name)))
+    report = json.loads(path.read_text())
+    assert done.exit_code == 0, report
+    parts = report["parts"]
+    assert {name: part["state"] for name, part in parts.items()} == dict.fromkeys(wanted, "done")
+    assert [(row["model"], row["px"]) for row in parts["large-teacher"]["rows"]] == [("vit-test", 32), ("vit-test", 48)]
+    for row in parts["large-teacher"]["rows"]:
+        assert min(row["transformers"], row["eager"], row["bound"]) > 0
+    for name, last in (("pool", "pool"), ("extraction", "extract")):
+        *bare, ours = parts[name]["rows"]
+        assert ours["what"] == last
+        assert max(row[BASE] for row in bare) == 1.0
+        assert ours[BASE] == pytest.approx(ours["img/s"] / max(row["img/s"] for row in bare))
+    assert [row["ms per step"] > 0 for row in parts["training"]["rows"]] == [True] * 3
+    assert [verdict["passed"] for verdict in report["verdicts"]] == [None] * 4
+    assert "| pool |" in done.stdout
+    print(done.stdout)
 
 
 @pytest.mark.usefixtures("ray_cluster")
