@@ -66,7 +66,9 @@ def extract(
         spec: what to extract. Its ``dtype`` is the stored one: float32, float16, int8, or native (the compute dtype;
             bfloat16 is stored as float32, without loss).
         pool: the name of a running pool, in place of ``config``; or its client, for a pool in another namespace.
-        batch_size: images per forward pass; 32.
+        batch_size: images per forward pass; by default that of the run that is resumed, or 32. A resumed run may have
+            another one, as after running out of memory: finished blocks stay, and the rest is computed with it. The
+            same image gives the same bits in the same batch only; ``manifest["batch_sizes"]`` counts the parts of each.
         block_size: images per block, the unit that is committed and resumed. By default whole batches (at least one,
             512 images at most) whose features take about 32 MB.
         options: how images are found and decoded.
@@ -112,11 +114,10 @@ def extract(
                 # Compiled code is not reentrant: torch.compile keeps state. Of other teachers nothing is known.
                 reentrant=isinstance(teacher, DinoV3Config) and not teacher.compile,
             )
-            device = "cuda" if allocation.num_gpus else "cpu"
             run = Run(
                 folder,
                 blocks,
-                TeacherChoice(teacher, client, device, allocation.threads, allocation.passes),
+                TeacherChoice(teacher, client, allocation.num_gpus, allocation.threads, allocation.passes),
                 spec,
                 options.decoder(),
                 allocation,

@@ -24,6 +24,7 @@ from dinov3_ray.features import Features, FeatureSpec
 from dinov3_ray.pool.client.remote import RemoteTeacher
 from dinov3_ray.pool.client.request import Handle
 from dinov3_ray.pool.replica.device_pipeline import ConcurrentPipeline
+from dinov3_ray.pool.replica.gpu_memory import expand_segments, within_share
 from dinov3_ray.pool.replica.hosted import HostedReplica
 from dinov3_ray.pool.spec import CheckedTeacher, builder
 from dinov3_ray.teacher import computed_in
@@ -41,14 +42,14 @@ class TeacherChoice:
     Attributes:
         teacher: a configuration or a factory, for a replica that is hosted here; None where a ``pool`` computes.
         pool: the client of a pool.
-        device: the replica's device.
+        num_gpus: that its process has; 0 computes on CPUs.
         threads: CPU threads per forward pass; None leaves torch's setting as it is.
         passes: forward passes in flight; 1 unless the teacher is reentrant and computes on the CPU.
     """
 
     teacher: CheckedTeacher | None
     pool: RemoteTeacher | None
-    device: str
+    num_gpus: float
     threads: int | None
     passes: int
 
@@ -63,7 +64,8 @@ class TeacherChoice:
             return self.pool
         # Ray sets one thread for each CPU that an actor reserves; decoding takes the cores only now and then.
         threads = None if self.threads is None else min(self.threads, _cores())
-        build = builder(self.teacher, self.device)
+        expand_segments(self.num_gpus, os.environ)
+        build = within_share(builder(self.teacher, "cuda" if self.num_gpus else "cpu"), self.num_gpus)
         if self.passes == 1:
             return HostedReplica(build, max_batch=max_batch, threads=threads)
         pipeline = partial(ConcurrentPipeline, passes=self.passes, threads=threads)
