@@ -277,6 +277,7 @@ def test_a_store_may_have_more_parts_than_a_process_may_open_files(tmp_path: Pat
     folder.make("parts")
     folder.make("ledger")
     identity = {"fingerprint": "f", "spec": spec_to_json(FeatureSpec(cls=True)), "result_dtype": "float32"}
+    identity["batch_size"] = 1
     folder.write_json("plan.json", identity)
     for block in range(100):
         writer = BlockWriter(folder, f"{block:07}", identity)

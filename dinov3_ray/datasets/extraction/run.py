@@ -18,6 +18,7 @@ from dinov3_ray.datasets.extraction.worker import BlockWorker, ExtractionJob, Te
 from dinov3_ray.datasets.folder import LEDGER, MANIFEST, PARTS, PLAN, Folder
 from dinov3_ray.datasets.sources.ray_dataset import actor_strategy, execution
 from dinov3_ray.datasets.store.schema import spec_to_json
+from dinov3_ray.datasets.store.writer import count_batch_sizes
 from dinov3_ray.errors import StoreError
 from dinov3_ray.features import FeatureSpec
 
@@ -54,6 +55,7 @@ class Run:
         teacher, spec, decoder: what computes, what is asked of it, and what makes pixels of the images.
         allocation: what the run takes of the cluster.
         batch_size, block_size: as they were asked for; None takes those of the run that is resumed, or the usual ones.
+            What is finished stays, whatever its batch size.
         old: the identity of the run that is resumed.
     """
 
@@ -99,11 +101,15 @@ class Run:
         self.blocks.cut(identity["block_size"])
         finished = {name.removesuffix(".json") for name in self.folder.names(LEDGER, ".json")}
         forecast = self._forecast(identity, found, *self.blocks.count(finished))
+        is_whole = self.folder.exists(MANIFEST)
+        if self.old is not None and self.old["batch_size"] != identity["batch_size"] and not is_whole:
+            made = count_batch_sizes(self.folder.ledger())
+            forecast = forecast.noting(plans.batch_note(made, identity["batch_size"]))
         if on_forecast is not None:
             on_forecast(forecast)
         if dry_run:
             return Extraction(forecast)
-        if self.folder.exists(MANIFEST):
+        if is_whole:
             manifest = self.folder.read_json(MANIFEST, "rows", "errors", "blocks")
             self.blocks.check_finished(manifest)
             return Extraction(forecast, manifest)
@@ -183,8 +189,8 @@ class Run:
         self.folder.sweep(PARTS)
         self.folder.sweep(LEDGER)
         self.blocks.record()
-        if self.old is None:
-            self.folder.write_json(PLAN, identity)
+        if self.old is None or self.old["batch_size"] != identity["batch_size"]:
+            self.folder.write_json(PLAN, {**(self.old or identity), "batch_size": identity["batch_size"]})
 
     def _work(self, job: ExtractionJob, forecast: plans.Forecast, progress: bool | None) -> Extraction:
         """Compute what is to do, and finish the store."""
