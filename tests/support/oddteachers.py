@@ -31,6 +31,13 @@ class Changing(FakeTeacher):
         return super().extract(images, spec)
 
 
+class Sized(FakeTeacher):
+    """Gives the number of images in the batch for each of them."""
+
+    def extract(self, images: Images, spec: FeatureSpec) -> Features:
+        return super().extract(images, spec).map(lambda _, tensor: tensor * 0 + len(tensor))
+
+
 class Broken:
     fingerprint = "broken"
 

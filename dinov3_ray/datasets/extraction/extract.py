@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import ray
@@ -81,7 +81,8 @@ def extract(
         on_forecast: called with the forecast before work begins.
 
     Raises:
-        StoreError: nothing to read, no room, ``out`` is in use, or it holds another run's features: says what differs.
+        StoreError: nothing to read, no room, ``out`` is in use, or it holds another run's features: says what differs;
+            or one block ended the teacher's process again and again, as where its node runs out of memory.
         ConfigError, CheckpointError, SpecError: the teacher or the spec is wrong.
         NumericsError: the stored dtype cannot hold the values.
         PoolError: Ray or the pool cannot be reached.
@@ -130,20 +131,38 @@ def extract(
                     raise StoreError(f"{folder.path} was changed by another run just now: run the same command again")
                 return run.execute(progress, check_space, dry_run, on_forecast)
     except ray.exceptions.RayError as error:
-        own = _own_error(error)
-        if own is None:
+        explained = _explanation(error)
+        if explained is None:
             raise
-        raise own from error
+        raise explained from error
 
 
-def _own_error(error: BaseException) -> DinoV3Error | None:
-    """This package's own error within what Ray wrapped around it."""
+def _explanation(error: BaseException) -> DinoV3Error | None:
+    """This package's own error within what Ray wrapped around it; or what the end of a process may be due to."""
+    found = list(_causes(error))
+    for one in found:
+        if isinstance(one, DinoV3Error) and not isinstance(one, ray.exceptions.RayError):
+            return one
+    for one in found:
+        if isinstance(one, _DEATHS):
+            said = " ".join(str(one).split())
+            return StoreError(
+                f"a teacher's process must live until its block is finished, but it ended again and again: {said} If "
+                "memory ran out on its node, run the same command with a smaller batch_size (--batch-size), fewer "
+                "decoders or fewer replicas; finished blocks stay"
+            )
+    return None
+
+
+_DEATHS = (ray.exceptions.RayActorError, ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError)
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """``error``, and what it was raised from, or wraps."""
     seen: list[BaseException] = []
     inner: BaseException | None = error
     while inner is not None and inner not in seen:
-        if isinstance(inner, DinoV3Error) and not isinstance(inner, ray.exceptions.RayError):
-            return inner
+        yield inner
         seen.append(inner)
         cause = getattr(inner, "cause", None)
         inner = cause if isinstance(cause, BaseException) else inner.__cause__ or inner.__context__
-    return None

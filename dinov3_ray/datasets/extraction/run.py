@@ -27,6 +27,7 @@ __all__ = ["Extraction", "Run"]
 logger = logging.getLogger("dinov3_ray")
 
 _BATCH = 32
+_DEATHS = 5  # of the processes that compute one block, until it is given up: Ray Data would go on for ever
 
 
 @dataclass(frozen=True)
@@ -219,6 +220,7 @@ class Run:
             batch_format="numpy",
             num_cpus=self.allocation.num_cpus,
             num_gpus=self.allocation.num_gpus or None,
+            max_task_retries=_DEATHS,
             **actor_strategy(self.allocation.replicas),
         )
         with watching(self.allocation), execution(dataset.context, ordered=self.blocks.ordered):
