@@ -16,7 +16,7 @@ from waiting import until
 
 from dinov3_ray.pool.cluster import process_start
 from dinov3_ray.pool.control import process_end
-from dinov3_ray.pool.control.process_end import end_hung, living_threads
+from dinov3_ray.pool.control.process_end import end_hung, living_threads, stuck_text
 from dinov3_ray.pool.replica.actor import ReplicaProcess
 
 # Its first thread ends, and another one goes on: as when a device's thread is stuck in a driver after SIGKILL.
@@ -70,8 +70,8 @@ def test_the_gpu_of_a_process_that_does_not_end_is_not_given_away(
 ) -> None:
     ended: list[Any] = []
 
-    async def kill(process: ReplicaProcess) -> list[str]:
-        return states
+    async def kill(process: ReplicaProcess) -> str:
+        return stuck_text(process, states) if states else ""
 
     monkeypatch.setattr(process_end, "kill_process", kill)
     monkeypatch.setattr(process_end.ray, "kill", ended.append)

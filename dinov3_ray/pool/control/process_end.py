@@ -11,6 +11,7 @@ import contextlib
 import os
 import signal
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from dinov3_ray.pool.replica.actor import ReplicaProcess
 
-__all__ = ["end_hung", "kill_process", "living_threads"]
+__all__ = ["end_hung", "kill_process", "living_threads", "stuck_text"]
 
 _TASK_SECONDS = 20.0  # until the node must have started the task, and it have ended
 _END_SECONDS = 5.0  # after SIGKILL, until a process that is still there is said to be stuck
@@ -32,35 +33,42 @@ async def end_hung(actor: Any, process: ReplicaProcess) -> str:
     While the process is there, Ray keeps its GPU for it. So the replacement gets the GPU after it is gone.
 
     Returns:
-        Why it has not ended, if it has not: then its actor is left alone, and its GPU with it. "" otherwise, also where
-        its node has not answered in time; Ray's own way must do there.
+        Why the process has not ended; then its actor is left alone, and its GPU with it. "" if it has, or if its node
+        has not answered in time, where Ray's own way must do.
     """
     with contextlib.suppress(TimeoutError, ray.exceptions.RayError):
-        states = await asyncio.wait_for(kill_process(process), _TASK_SECONDS)
-        if states:
-            return (
-                f"process {process.pid} on node {process.node_id} does not end by SIGKILL: {len(states)} of its "
-                f"threads are in state {', '.join(sorted(set(states)))} (D: uninterruptible sleep, as in a driver). "
-                "Its GPU is given to nobody until it ends; if it does not, restart the node"
-            )
+        trouble: str = await asyncio.wait_for(kill_process(process), _TASK_SECONDS)
+        if trouble:
+            return trouble
     ray.kill(actor)
     return ""
 
 
 def kill_process(process: ReplicaProcess) -> Any:
-    """Kill ``process`` on its node, if it is there; returns a reference to the states of threads that do not end."""
+    """Kill ``process`` on its node, if it is there; returns a reference to why it has not ended, or "" if it has."""
     here = NodeAffinitySchedulingStrategy(process.node_id, soft=False)
-    return _kill_and_wait.options(scheduling_strategy=here).remote(process.pid, process.started)
+    return _kill_and_wait.options(scheduling_strategy=here).remote(process)
 
 
 @ray.remote(num_cpus=0, max_retries=0)
-def _kill_and_wait(pid: int, started: str) -> list[str]:
+def _kill_and_wait(process: ReplicaProcess) -> str:
     deadline = time.monotonic() + _END_SECONDS
-    while (states := living_threads(pid, started)) and time.monotonic() < deadline:
+    while states := living_threads(process.pid, process.started):
+        if time.monotonic() > deadline:
+            return stuck_text(process, states)
         with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+            os.kill(process.pid, signal.SIGKILL)
         time.sleep(_LOOK_SECONDS)
-    return states
+    return ""
+
+
+def stuck_text(process: ReplicaProcess, states: Sequence[str]) -> str:
+    """Why ``process``, whose threads are in these states after SIGKILL, has not ended, and what to do."""
+    return (
+        f"process {process.pid} on node {process.node_id} does not end by SIGKILL: {len(states)} of its threads are in "
+        f"state {', '.join(sorted(set(states)))} (D: uninterruptible sleep, as in a driver). It keeps its GPU until it "
+        "ends (restart the node if it does not)"
+    )
 
 
 def living_threads(pid: int, started: str, proc: Path = Path("/proc")) -> list[str]:

@@ -213,7 +213,9 @@ class RayControl:
         end_replicas(self._runtime, self._namespace, self.name, timeout)
         with self._runtime.held():
             kills = self._end_stopped_processes(processes)
-        futures.wait(kills, timeout=10)
+        for kill in futures.wait(kills, timeout=10).done:
+            if not kill.exception() and kill.result():
+                log.warning("pool %s has ended, but %s", self.name, kill.result())
         with self._runtime.held():
             release_hold(self._holder)
 
