@@ -11,6 +11,7 @@ import ray
 import ray.data
 
 from dinov3_ray.config import DinoV3Config
+from dinov3_ray.datasets.extraction.attempts import MEMORY_REMEDY
 from dinov3_ray.datasets.extraction.blocks import open_blocks
 from dinov3_ray.datasets.extraction.plan import Forecast
 from dinov3_ray.datasets.extraction.resources import Resources, allocate
@@ -147,9 +148,8 @@ def _explanation(error: BaseException) -> DinoV3Error | None:
         if isinstance(one, _DEATHS):
             said = " ".join(str(one).split())
             return StoreError(
-                f"a teacher's process must live until its block is finished, but it ended again and again: {said} If "
-                "memory ran out on its node, run the same command with a smaller batch_size (--batch-size), fewer "
-                "decoders or fewer replicas; finished blocks stay"
+                f"a teacher's process must not end before its work is done, but did so again and again: {said} "
+                f"({MEMORY_REMEDY})"
             )
     return None
 

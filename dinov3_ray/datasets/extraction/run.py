@@ -10,6 +10,7 @@ from typing import Any
 
 from dinov3_ray.datasets.decode import Decoder
 from dinov3_ray.datasets.extraction import plan as plans
+from dinov3_ray.datasets.extraction.attempts import Attempts
 from dinov3_ray.datasets.extraction.blocks import Blocks
 from dinov3_ray.datasets.extraction.progress import Meter, metering, watching
 from dinov3_ray.datasets.extraction.resources import Allocation
@@ -27,7 +28,7 @@ __all__ = ["Extraction", "Run"]
 logger = logging.getLogger("dinov3_ray")
 
 _BATCH = 32
-_DEATHS = 5  # of the processes that compute one block, until it is given up: Ray Data would go on for ever
+_ATTEMPTS = 5  # nodes may be lost, too
 
 
 @dataclass(frozen=True)
@@ -125,6 +126,7 @@ class Run:
             spec=self.spec,
             decoder=self.decoder,
             batch_size=identity["batch_size"],
+            attempts=Attempts(_ATTEMPTS),
             window=self.allocation.window,
             decode_cpus=self.allocation.decode_cpus,
             made_by=found.made_by,
@@ -220,7 +222,6 @@ class Run:
             batch_format="numpy",
             num_cpus=self.allocation.num_cpus,
             num_gpus=self.allocation.num_gpus or None,
-            max_task_retries=_DEATHS,
             **actor_strategy(self.allocation.replicas),
         )
         with watching(self.allocation), execution(dataset.context, ordered=self.blocks.ordered):

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from dinov3_ray.datasets.decode import Decoder, Unreadable
+from dinov3_ray.datasets.extraction.attempts import Attempts
 from dinov3_ray.datasets.extraction.blocks import BlockReader
 from dinov3_ray.datasets.extraction.decode_tasks import Decoded, Piece, decode_pieces
 from dinov3_ray.datasets.folder import Folder
@@ -80,6 +81,7 @@ class ExtractionJob:
         teacher: computes.
         blocks: reads the images of a block.
         identity: what distinguishes this run from others; it is in the metadata of each part.
+        attempts: counts the processes that were to compute a block.
         decode_cpus: that a decoding task reserves.
         window: decoding tasks that each call keeps in flight.
         made_by: the fingerprint of the teacher's results, which is its own, or that of another one inside it.
@@ -93,6 +95,7 @@ class ExtractionJob:
     spec: FeatureSpec
     decoder: Decoder
     batch_size: int
+    attempts: Attempts
     window: int
     decode_cpus: float
     made_by: str | None
@@ -125,7 +128,11 @@ class BlockWorker:
             name, pieces = self._job.blocks.pieces(batch)
             done["block"] = name
             if pieces and not is_finished(self._job.folder, name):
-                entry = self._extract(name, pieces)
+                self._job.attempts.begin(name)
+                try:
+                    entry = self._extract(name, pieces)
+                finally:
+                    self._job.attempts.end(name)
                 done |= {"rows": entry["rows"], "errors": len(entry["errors"]), "bytes": entry["bytes"]}
                 done |= {"seconds": entry["seconds"], "computed": True}
         except DinoV3Error as error:

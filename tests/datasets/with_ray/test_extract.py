@@ -20,7 +20,7 @@ import ray
 import torch
 from deadly import Deadly
 from kills import assert_equal, finished
-from oddteachers import Broken, Changing, Nameless, Picky, Sized
+from oddteachers import Broken, Changing, Greedy, Nameless, Picky, Sized
 from picturefiles import EVERY, damage_of, file_name, write_pictures
 from PIL import Image
 from pyarrow import fs as pafs
@@ -30,7 +30,7 @@ from waiting import until
 from dinov3_ray.config import DinoV3Config
 from dinov3_ray.datasets import FeatureStore, Resources, SourceOptions, StoredTeacher, extract
 from dinov3_ray.datasets.decode import Decoder
-from dinov3_ray.datasets.extraction import plan
+from dinov3_ray.datasets.extraction import plan, run
 from dinov3_ray.datasets.extraction import progress as watch
 from dinov3_ray.datasets.extraction import teacher_probe as probing
 from dinov3_ray.datasets.extraction.resources import allocate
@@ -341,6 +341,20 @@ def test_a_resumed_run_does_not_list_its_source_again_and_may_have_another_batch
     monkeypatch.setattr(probing, "_LIMIT_SECONDS", 0.0)
     with pytest.raises(StoreError, match="a teacher must be ready within 0 s: it needs 0 GPU"):
         extract(root, tmp_path / "other", FakeTeacher.factory(), SPEC)
+
+
+def test_a_batch_that_ends_each_process_is_told_with_the_remedy_which_helps(
+    few: Path, ray_cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "images"
+    root.mkdir()
+    for path in sorted(few.iterdir())[1:4]:
+        os.link(path, root / path.name)
+    monkeypatch.setattr(run, "_ATTEMPTS", 1)
+    with pytest.raises(StoreError, match=r"block 0000000 must be finished by one of 1 processes; .*smaller batch_size"):
+        extract(root, tmp_path / "out", Greedy, SPEC)
+    assert extract(root, tmp_path / "out", Greedy, SPEC, batch_size=1).images == 3
+    assert FeatureStore(tmp_path / "out").manifest["batch_sizes"] == {"1": 1}
 
 
 def test_through_a_pool_that_is_running(few: Path, fake_store: FeatureStore, tmp_path: Path) -> None:
