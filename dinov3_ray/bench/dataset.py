@@ -422,7 +422,7 @@ def _copy_store(original: FeatureStore, out: Path, dtype: ResultDtype) -> tuple[
     identity = dict(original.manifest)
     for number, (ids, features) in enumerate(original.iter_batches(_BLOCK)):
         columns, result_dtype = encode_columns(features, spec)
-        identity |= {"spec": spec_to_json(spec), "result_dtype": result_dtype}
+        identity |= {"spec": spec_to_json(spec), "result_dtype": result_dtype, "batch_size": _BLOCK}
         writer = BlockWriter(folder, f"{number:07}", identity)
         rows = [Row(id_, *original.original_size(id_), original.view(id_)) for id_ in ids]
         writer.add(range(len(ids)), rows, columns)

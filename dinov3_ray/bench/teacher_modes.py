@@ -23,7 +23,7 @@ from dinov3_ray.model import DinoV3Teacher
 from dinov3_ray.model.preprocess import preprocess
 from dinov3_ray.pool.replica.device_pipeline import pipeline_for
 
-__all__ = ["TEACHER_SPEC", "TeacherMode", "TeacherWork", "modes_for", "through_pipeline"]
+__all__ = ["TEACHER_SPEC", "TeacherMode", "TeacherWork", "load_ours", "modes_for", "through_pipeline", "warm_up"]
 
 TEACHER_SPEC = FeatureSpec(cls=True, feature_map=True)
 
@@ -97,6 +97,12 @@ def _peer(name: str, dtype: torch.dtype, attention: str | None = None, *, proces
     return TeacherMode(name, dtype, False, make)
 
 
+def warm_up(teacher: DinoV3Teacher, rows: int) -> None:
+    """Compile what batches of up to ``rows`` images need, as a replica does before it serves."""
+    for images, spec in teacher.warm_up_passes(rows):
+        teacher.extract(images, spec)
+
+
 def load_ours(work: TeacherWork, dtype: ComputeDtype, *, compile: bool | CompileMode = False) -> Extract:
     """Load this package's teacher in one of its modes."""
     root, size, attention = work.config.root, work.config.image_size, work.config.attention
@@ -106,8 +112,7 @@ def load_ours(work: TeacherWork, dtype: ComputeDtype, *, compile: bool | Compile
         torch.compiler.reset()
     teacher = DinoV3Teacher(config, work.device)
     if compile:
-        for images, spec in teacher.warm_up_passes(work.batch):
-            teacher.extract(images, spec)
+        warm_up(teacher, work.batch)
     return lambda images: teacher.extract(images, TEACHER_SPEC)
 
 

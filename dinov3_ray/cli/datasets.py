@@ -15,7 +15,7 @@ from dinov3_ray.cli.values import Colour, ImageSize, Integers, Outputs, address_
 from dinov3_ray.config import DinoV3Config
 from dinov3_ray.datasets.decode import MAX_PIXELS, Decoder
 from dinov3_ray.datasets.extraction.extract import extract
-from dinov3_ray.datasets.extraction.plan import Forecast, size_text
+from dinov3_ray.datasets.extraction.plan import Forecast, batches_text, size_text
 from dinov3_ray.datasets.extraction.resources import Resources
 from dinov3_ray.datasets.folder import ERRORS, Folder
 from dinov3_ray.datasets.sources.open import SourceOptions
@@ -61,14 +61,18 @@ _INTERRUPTED = 130  # the exit status by convention: 128 plus the signal's numbe
     type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
     help="The dtype to compute in.",
 )
-@click.option("--batch-size", type=click.IntRange(1), help="Images per forward pass. [default: 32]")
+@click.option(
+    "--batch-size",
+    type=click.IntRange(1),
+    help="Images per forward pass; a resumed run may have another. [default: 32]",
+)
 @click.option(
     "--block-size", type=click.IntRange(1), help="Images per block, which is committed and resumed as a whole."
 )
 @click.option(
     "--replicas", type=click.IntRange(1), help="Teachers. [default: one per GPU, or one per node without any]"
 )
-@click.option("--num-gpus", type=click.FloatRange(0), help="GPUs to reserve per teacher.")
+@click.option("--num-gpus", type=float, help="GPUs to reserve per teacher, or a share of one.")
 @click.option("--decoders", type=click.IntRange(1), help="Decoding tasks per block in flight.")
 @click.option("--threads", type=click.IntRange(1), help="CPU threads per teacher, if it computes on CPUs.")
 @click.option("--image-column", help="The image column of a Parquet source.")
@@ -149,6 +153,8 @@ def extract_command(
     if done.manifest is not None:
         manifest = done.manifest
         click.echo(f"{out}: {manifest['rows']:,} rows, {size_text(manifest['bytes'])}, {manifest['errors']:,} errors")
+        if len(manifest["batch_sizes"]) > 1:
+            click.echo(f"  {batches_text({int(size): parts for size, parts in manifest['batch_sizes'].items()})}")
         for kind, count in manifest["errors_by_kind"].items():
             click.echo(f"  {kind}: {count:,}")
         if manifest["errors"]:

@@ -81,7 +81,9 @@ def _computing_options(command: Command) -> Command:
     show_default=True,
     help="With --replicas auto: GPUs of the cluster that the pool leaves to others, such as trainers.",
 )
-@click.option("--num-gpus", type=float, help="GPUs per replica. [default: 1 if the cluster has any, else 0]")
+@click.option(
+    "--num-gpus", type=float, help="GPUs per replica, or a share of one. [default: 1 if the cluster has any, else 0]"
+)
 @click.option("--num-cpus", type=float, default=0, show_default=True, help="CPUs to reserve per replica.")
 @click.option("--label", "labels", multiple=True, type=Pair(), help="A label that nodes must have.")
 @click.option(

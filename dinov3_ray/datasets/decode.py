@@ -52,9 +52,11 @@ UnreadableKind = Literal[
     "too small",
     "unsupported",
     "refused",
+    "out of memory",
     "crashed the decoder",
 ]
-"""Why an image has no features; ``refused`` is the teacher's own InputError."""
+"""Why an image has no features; ``refused`` is the teacher's own InputError; ``out of memory`` says that its
+device does not hold even one such image."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""Connects this process to Ray, finds a pool's actors by their names, and kills processes of its nodes."""
+"""Connects this process to Ray, and finds a pool's actors by their names."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import contextlib
 import logging
 import os
 import re
-import signal
 import threading
 from collections.abc import Callable, Iterator
 from concurrent import futures
@@ -30,7 +29,6 @@ __all__ = [
     "connect",
     "controller_name",
     "find_controller",
-    "kill_process",
     "list_actors",
     "list_named",
     "list_pools",
@@ -342,12 +340,3 @@ def process_start(pid: int) -> str:
         return ""
     fields = stat.rpartition(")")[2].split()
     return "" if fields[0] in "ZX" else fields[19]
-
-
-@ray.remote(num_cpus=0, max_retries=0)
-def kill_process(pid: int, started: str) -> bool:
-    """Kill process ``pid`` of the node this runs on, if it is still the one that began at ``started``."""
-    if not started or process_start(pid) != started:
-        return False
-    os.kill(pid, signal.SIGKILL)
-    return True

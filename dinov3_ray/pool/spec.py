@@ -10,15 +10,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, Self, get_args
 
-from pydantic import AfterValidator, Field
+from pydantic import Field
 from ray import cloudpickle
 
 from dinov3_ray.config import DinoV3Config
 from dinov3_ray.errors import ConfigError, describe
 from dinov3_ray.teacher import Extractor
-from dinov3_ray.validation import CheckedModel, broken_rule, check, rule
+from dinov3_ray.validation import CheckedModel, check, rule
 
 __all__ = [
+    "GPU_RULE",
     "Batching",
     "CheckedTeacher",
     "Exist",
@@ -100,11 +101,8 @@ class PoolOptions(CheckedModel):
         return check(cls, dict(options))
 
 
-def _check_whole_gpus(value: float) -> float:
-    if value > 1 and value != int(value):
-        raise broken_rule("above 1 must be a whole number")
-    return value
-
+#: Of ``num_gpus``, in words.
+GPU_RULE = "must be a number from 0 to 1, since a replica computes on one GPU at most (for more GPUs, more replicas)"
 
 _Amount = Annotated[float, Field(strict=True, ge=0), rule("must be a number >= 0")]
 
@@ -112,8 +110,9 @@ _Amount = Annotated[float, Field(strict=True, ge=0), rule("must be a number >= 0
 class ReplicaResources(CheckedModel):
     """What each replica reserves in Ray."""
 
-    num_gpus: Annotated[_Amount, AfterValidator(_check_whole_gpus)] | None = None
-    """GPUs per replica; 0.5 puts two replicas on one. Left out: 1 where the cluster has GPUs, else 0."""
+    num_gpus: Annotated[float, Field(strict=True, ge=0, le=1), rule(GPU_RULE)] | None = None
+    """GPUs per replica. 0.5 puts two replicas on one GPU, each with half of its memory. Left out: 1 where the cluster
+    has GPUs, else 0."""
     num_cpus: _Amount = 0
     """CPUs that each replica reserves."""
 

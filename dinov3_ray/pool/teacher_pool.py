@@ -127,7 +127,8 @@ class TeacherPool:
                 pool grow and shrink with its load.
             leave_gpus: with ``"auto"``, GPUs of the cluster that are for others, such as trainers, whether they have
                 them yet or not.
-            num_gpus: GPUs per replica; None is 1 where the cluster has GPUs, else 0.
+            num_gpus: GPUs per replica, 1 at most; a share of a GPU, such as 0.5, is one of its memory too. None is 1
+                where the cluster has GPUs, else 0.
             num_cpus: CPUs that each replica reserves in Ray.
             label_selector: labels that a replica's node must have, such as ``{"ray.io/accelerator-type": "H200"}``.
             local_mode: no Ray at all: replicas are threads of this process. They all compute on its GPU, if it has

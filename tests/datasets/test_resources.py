@@ -55,5 +55,11 @@ def test_more_than_the_cluster_has_is_refused() -> None:
         allocate({"CPU": 8, "GPU": 1}, 1, Resources(replicas=2))
     with pytest.raises(ConfigError, match="decoders must be an integer, at least 1; got 0"):
         Resources(decoders=0)
-    with pytest.raises(ConfigError, match="num_gpus must be a number of GPUs, at least 0; got -1"):
-        Resources(num_gpus=-1)
+
+
+@pytest.mark.parametrize("num_gpus", [-1, 1.5, 2, float("nan"), True, "1"])
+def test_a_teacher_takes_one_gpu_at_most(num_gpus: float) -> None:
+    with pytest.raises(
+        ConfigError, match=r"num_gpus must be a number from 0 to 1, .* \(for more GPUs, more replicas\)"
+    ):
+        Resources(num_gpus=num_gpus)

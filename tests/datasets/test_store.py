@@ -277,6 +277,7 @@ def test_a_store_may_have_more_parts_than_a_process_may_open_files(tmp_path: Pat
     folder.make("parts")
     folder.make("ledger")
     identity = {"fingerprint": "f", "spec": spec_to_json(FeatureSpec(cls=True)), "result_dtype": "float32"}
+    identity["batch_size"] = 1
     folder.write_json("plan.json", identity)
     for block in range(100):
         writer = BlockWriter(folder, f"{block:07}", identity)
@@ -294,6 +295,29 @@ assert all(float(store[id_].cls[0, 0]) == int(id_) for id_ in store.ids)
 assert len(store) == 100
 """
     subprocess.run([sys.executable, "-c", program, str(tmp_path / "many")], check=True, timeout=60)
+
+
+def test_parts_of_several_batch_sizes_say_theirs(tmp_path: Path) -> None:
+    folder = Folder.at(tmp_path)
+    folder.make("parts")
+    folder.make("ledger")
+    identity = {"fingerprint": "f", "spec": spec_to_json(FeatureSpec(cls=True)), "result_dtype": "float32"}
+    folder.write_json("plan.json", identity)
+    for block, batch_size in enumerate((32, 8, 32)):
+        writer = BlockWriter(folder, f"{block:07}", {**identity, "batch_size": batch_size})
+        # Outputs of another shape are a part of their own.
+        writer.add([0], [Row(f"{block} first", 1, 1, b"v" * 16)], {"cls": np.zeros((1, 8), np.float32)})
+        writer.add([1], [Row(f"{block} then", 1, 1, b"v" * 16)], {"cls": np.zeros((1, 8 + block % 2), np.float32)})
+        writer.commit()
+    made = finish(folder, {**identity, "batch_size": 8})
+    assert made["batch_sizes"] == {"8": 2, "32": 2}
+    assert "batch_size" not in made, "there is more than one"
+    assert [[part["batch_size"] for part in entry["parts"]] for entry in made["blocks"]] == [[32], [8, 8], [32]]
+    for entry in made["blocks"]:
+        for part in entry["parts"]:
+            metadata = pq.read_schema(tmp_path / "parts" / part["file"]).metadata[b"dinov3_ray"]
+            assert json.loads(metadata)["batch_size"] == part["batch_size"]
+    assert FeatureStore(tmp_path).manifest == made
 
 
 def test_layers_come_in_the_order_in_which_they_are_asked_for(tmp_path: Path) -> None:

@@ -115,10 +115,11 @@ def test_what_ray_would_refuse_of_a_replica_is_refused_before_there_is_a_pool(
 
 def test_all_problems_of_a_placement_come_at_once() -> None:
     with pytest.raises(ConfigError) as caught:
-        check(Placement, {"num_gpus": 1.5, "num_cpus": True, "label_selector": {"zone": 3}})
+        check(Placement, {"num_gpus": 2, "num_cpus": True, "label_selector": {"zone": 3}})
     assert str(caught.value) == (
         "3 problems:\n"
-        "  - num_gpus above 1 must be a whole number; got 1.5\n"
+        "  - num_gpus must be a number from 0 to 1, since a replica computes on one GPU at most (for more GPUs, more "
+        "replicas); got 2\n"
         "  - num_cpus must be a number >= 0; got True\n"
         "  - label_selector.zone must be text; got 3"
     )

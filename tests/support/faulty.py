@@ -6,6 +6,7 @@ LOSE has torch say that the device is lost.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import time
@@ -19,6 +20,10 @@ from dinov3_ray.images import ImageBatch, Images
 from dinov3_ray.testing import FakeTeacher
 
 OK, KILL, RAISE, NAN_ONCE, NAN_ALWAYS, HANG_ONCE, KILL_ONCE, LOSE, LOSE_ONCE = range(9)
+
+
+#: Hang without letting go of Python's lock, as C code may, so that no thread of the process answers.
+FREEZE_ONCE = 100
 
 
 def batch_of(number: int, mark: int = OK, rows: int = 2) -> Tensor:
@@ -47,6 +52,8 @@ class FaultyTeacher(FakeTeacher):
             raise LookupError("scripted: this batch cannot be computed")
         if HANG_ONCE in marks and self._first("hang"):
             time.sleep(3600)
+        if FREEZE_ONCE in marks and self._first("freeze"):
+            ctypes.PyDLL(None).sleep(3600)
         features = super().extract(batch, spec)
         if NAN_ALWAYS in marks or (NAN_ONCE in marks and self._first("nan")):
             return features.map(lambda _, tensor: tensor.clone().fill_(float("nan")))

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
+import os
+import signal
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -14,6 +19,8 @@ from waiting import until
 from dinov3_ray import TeacherPool
 from dinov3_ray.cli import main as command_line
 from dinov3_ray.errors import ConfigError, PoolTimeoutError
+from dinov3_ray.pool.cluster import process_start
+from dinov3_ray.pool.control.process_end import living_threads
 from dinov3_ray.testing import FakeTeacher
 
 OPTIONS: dict[str, Any] = {"name": "sharing", "threads": 1, "health_interval": 0.2}
@@ -28,6 +35,16 @@ class Heard(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         self.lines.append(record.getMessage())
+
+
+class Tenant(FakeTeacher):
+    """Writes down which processes its GPU still has when it moves in, and says how torch is to take memory."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(fingerprint=os.environ.get("PYTORCH_ALLOC_CONF", "nothing set"))
+        (gpu,) = ray.get_gpu_ids()
+        others = [path.name for path in folder.glob(f"{gpu}-*") if Path(f"/proc/{path.name.split('-')[1]}").exists()]
+        (folder / f"{gpu}-{os.getpid()}").write_text(" ".join(others))
 
 
 def start(**arguments: Any) -> TeacherPool:
@@ -66,6 +83,20 @@ def main() -> None:
     trainer = placement_group([{"GPU": 2}])
     ray.get(trainer.ready(), timeout=60)
     seen["pool waits"] = refusal(PoolTimeoutError, replicas="auto", timeout=15.0)
+    remove_placement_group(trainer)
+
+    folder = Path(tempfile.mkdtemp(prefix="dr-"))
+    with TeacherPool.start(
+        functools.partial(Tenant, folder), replicas=2, health_timeout=2.0, startup_timeout=30.0, **OPTIONS
+    ) as pool:
+        seen["segments"] = pool.status().fingerprint
+        stopped = pool.status().replicas[0].pid
+        assert stopped is not None
+        started = process_start(stopped)
+        os.kill(stopped, signal.SIGSTOP)
+        until(lambda: len(list(folder.iterdir())) == 3, "the stopped replica's GPU has another tenant")
+        seen["double tenants"] = [path.read_text() for path in folder.iterdir() if path.read_text()]
+        seen["stopped is gone"] = not living_threads(stopped, started)
     print(json.dumps(seen))
 
 

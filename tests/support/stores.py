@@ -40,6 +40,7 @@ def build(out: Path, spec: FeatureSpec, teacher: FakeTeacher | DinoV3Teacher, *,
         "spec": spec_to_json(spec),
         "result_dtype": result_dtype,
         "preprocessing": None,
+        "batch_size": 13,
     }
     folder.write_json("plan.json", identity)
     for block, start in enumerate(range(0, COUNT, 20)):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import ray
 import ray.data
 
 from dinov3_ray.config import DinoV3Config
+from dinov3_ray.datasets.extraction.attempts import MEMORY_REMEDY
 from dinov3_ray.datasets.extraction.blocks import open_blocks
 from dinov3_ray.datasets.extraction.plan import Forecast
 from dinov3_ray.datasets.extraction.resources import Resources, allocate
@@ -66,7 +67,9 @@ def extract(
         spec: what to extract. Its ``dtype`` is the stored one: float32, float16, int8, or native (the compute dtype;
             bfloat16 is stored as float32, without loss).
         pool: the name of a running pool, in place of ``config``; or its client, for a pool in another namespace.
-        batch_size: images per forward pass; 32.
+        batch_size: images per forward pass; by default that of the run that is resumed, or 32. A resumed run may have
+            another one, as after running out of memory: finished blocks stay, and the rest is computed with it. The
+            same image gives the same bits in the same batch only; ``manifest["batch_sizes"]`` counts the parts of each.
         block_size: images per block, the unit that is committed and resumed. By default whole batches (at least one,
             512 images at most) whose features take about 32 MB.
         options: how images are found and decoded.
@@ -79,7 +82,8 @@ def extract(
         on_forecast: called with the forecast before work begins.
 
     Raises:
-        StoreError: nothing to read, no room, ``out`` is in use, or it holds another run's features: says what differs.
+        StoreError: nothing to read, no room, ``out`` is in use, or it holds another run's features: says what differs;
+            or one block ended the teacher's process again and again, as where its node runs out of memory.
         ConfigError, CheckpointError, SpecError: the teacher or the spec is wrong.
         NumericsError: the stored dtype cannot hold the values.
         PoolError: Ray or the pool cannot be reached.
@@ -112,11 +116,10 @@ def extract(
                 # Compiled code is not reentrant: torch.compile keeps state. Of other teachers nothing is known.
                 reentrant=isinstance(teacher, DinoV3Config) and not teacher.compile,
             )
-            device = "cuda" if allocation.num_gpus else "cpu"
             run = Run(
                 folder,
                 blocks,
-                TeacherChoice(teacher, client, device, allocation.threads, allocation.passes),
+                TeacherChoice(teacher, client, allocation.num_gpus, allocation.threads, allocation.passes),
                 spec,
                 options.decoder(),
                 allocation,
@@ -129,20 +132,37 @@ def extract(
                     raise StoreError(f"{folder.path} was changed by another run just now: run the same command again")
                 return run.execute(progress, check_space, dry_run, on_forecast)
     except ray.exceptions.RayError as error:
-        own = _own_error(error)
-        if own is None:
+        explained = _explanation(error)
+        if explained is None:
             raise
-        raise own from error
+        raise explained from error
 
 
-def _own_error(error: BaseException) -> DinoV3Error | None:
-    """This package's own error within what Ray wrapped around it."""
+def _explanation(error: BaseException) -> DinoV3Error | None:
+    """This package's own error within what Ray wrapped around it; or what the end of a process may be due to."""
+    found = list(_causes(error))
+    for one in found:
+        if isinstance(one, DinoV3Error) and not isinstance(one, ray.exceptions.RayError):
+            return one
+    for one in found:
+        if isinstance(one, _DEATHS):
+            said = " ".join(str(one).split())
+            return StoreError(
+                f"a teacher's process must not end before its work is done, but did so again and again: {said} "
+                f"({MEMORY_REMEDY})"
+            )
+    return None
+
+
+_DEATHS = (ray.exceptions.RayActorError, ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError)
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """``error``, and what it was raised from, or wraps."""
     seen: list[BaseException] = []
     inner: BaseException | None = error
     while inner is not None and inner not in seen:
-        if isinstance(inner, DinoV3Error) and not isinstance(inner, ray.exceptions.RayError):
-            return inner
+        yield inner
         seen.append(inner)
         cause = getattr(inner, "cause", None)
         inner = cause if isinstance(cause, BaseException) else inner.__cause__ or inner.__context__
-    return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
@@ -20,6 +20,8 @@ from dinov3_ray.errors import StoreError
 
 __all__ = [
     "Forecast",
+    "batch_note",
+    "batches_text",
     "block_size_for",
     "check_same_run",
     "cut_blocks",
@@ -33,8 +35,9 @@ __all__ = [
 
 _BLOCK_BYTES = 2**25
 _BLOCK_ROWS = 512
-# May differ between the runs that fill a store: they say what made it, not what is in it.
-_MAY_DIFFER = {"versions", "images", "blocks_planned"}
+# May differ between the runs that fill a store; all else must be the same. These say how it was made, and not what is
+# in it. Another batch size gives the same features but for their last bits, and so each part says its own.
+_MAY_DIFFER = {"batch_size", "versions"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +50,7 @@ class Forecast:
         row_bytes: an image's features; where output shapes depend on the image, those of the first.
         exact: whether each image takes ``row_bytes``.
         free: bytes on the output's disk; None where it has no bound that is known.
-        note: what is worth knowing about the stored dtype.
+        note: what is worth knowing about what is stored.
     """
 
     images: int | None
@@ -66,6 +69,10 @@ class Forecast:
     def fits(self) -> bool:
         """False only where it is known not to fit."""
         return self.bytes is None or self.free is None or self.bytes <= self.free
+
+    def noting(self, note: str) -> Forecast:
+        """With one more note."""
+        return replace(self, note=". ".join(filter(None, (self.note, note))))
 
     def __str__(self) -> str:
         count = "an unknown number of" if self.images is None else f"{self.images:,}"
@@ -92,6 +99,25 @@ def row_bytes(outputs: Mapping[str, Mapping[str, Any]]) -> int:
     """Bytes of one row of ``outputs`` (name to dtype and shape), with a little for its id and size."""
     tensors = sum(np.dtype(value["dtype"]).itemsize * int(np.prod(value["shape"])) for value in outputs.values())
     return int(tensors) + 64
+
+
+def batch_note(made: Mapping[int, int], batch_size: int) -> str:
+    """What is worth saying of a store whose finished parts are ``made`` with other batch sizes than what remains.
+
+    Args:
+        made: parts by the batch size that they were made with.
+    """
+    if not made or set(made) == {batch_size}:
+        return ""
+    text = f"{batches_text(made)}; what remains is made with {batch_size}"
+    return f"{text}. Features of different batch sizes may differ in their last bits"
+
+
+def batches_text(made: Mapping[int, int]) -> str:
+    """Parts by their batch size, in words: 12 parts were made with batch size 32, 4 with 8."""
+    first, *others = sorted(made.items(), key=lambda item: (-item[1], item[0]))
+    text = f"{first[1]:,} part{'s were' if first[1] != 1 else ' was'} made with batch size {first[0]}"
+    return ", ".join([text, *(f"{parts:,} with {size}" for size, parts in others)])
 
 
 def storage_note(result_dtype: str, outputs: Mapping[str, Mapping[str, Any]]) -> str:

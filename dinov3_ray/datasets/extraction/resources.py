@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from dinov3_ray.errors import ConfigError
+from dinov3_ray.pool.spec import GPU_RULE
 
 __all__ = ["Allocation", "Resources", "allocate"]
 
@@ -22,7 +23,8 @@ class Resources:
 
     Args:
         replicas: actors with a teacher; by default one per GPU, or one per node if the cluster has no GPU.
-        num_gpus: GPUs that each of them reserves; by default 1 if the cluster has any.
+        num_gpus: GPUs that each of them reserves, and of whose memory it takes no more; by default 1 if the cluster has
+            any.
         decoders: decoding tasks in flight for each block; by default as many as an actor's share of the CPUs.
         threads: CPU threads of a teacher that computes on the CPU; by default its share of the node's.
 
@@ -42,8 +44,8 @@ class Resources:
                 raise ConfigError(f"{name} must be an integer, at least 1; got {value!r}")
         gpus = self.num_gpus
         number = isinstance(gpus, (int, float)) and not isinstance(gpus, bool)
-        if gpus is not None and not (number and 0 <= gpus < math.inf):
-            raise ConfigError(f"num_gpus must be a number of GPUs, at least 0; got {gpus!r}")
+        if gpus is not None and not (number and 0 <= gpus <= 1):
+            raise ConfigError(f"num_gpus {GPU_RULE}; got {gpus!r}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ from typing import Any
 
 from dinov3_ray.datasets.decode import Decoder
 from dinov3_ray.datasets.extraction import plan as plans
+from dinov3_ray.datasets.extraction.attempts import Attempts
 from dinov3_ray.datasets.extraction.blocks import Blocks
 from dinov3_ray.datasets.extraction.progress import Meter, metering, watching
 from dinov3_ray.datasets.extraction.resources import Allocation
@@ -18,6 +19,7 @@ from dinov3_ray.datasets.extraction.worker import BlockWorker, ExtractionJob, Te
 from dinov3_ray.datasets.folder import LEDGER, MANIFEST, PARTS, PLAN, Folder
 from dinov3_ray.datasets.sources.ray_dataset import actor_strategy, execution
 from dinov3_ray.datasets.store.schema import spec_to_json
+from dinov3_ray.datasets.store.writer import count_batch_sizes
 from dinov3_ray.errors import StoreError
 from dinov3_ray.features import FeatureSpec
 
@@ -26,6 +28,7 @@ __all__ = ["Extraction", "Run"]
 logger = logging.getLogger("dinov3_ray")
 
 _BATCH = 32
+_ATTEMPTS = 5  # nodes may be lost, too
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,7 @@ class Run:
         teacher, spec, decoder: what computes, what is asked of it, and what makes pixels of the images.
         allocation: what the run takes of the cluster.
         batch_size, block_size: as they were asked for; None takes those of the run that is resumed, or the usual ones.
+            What is finished stays, whatever its batch size.
         old: the identity of the run that is resumed.
     """
 
@@ -99,11 +103,15 @@ class Run:
         self.blocks.cut(identity["block_size"])
         finished = {name.removesuffix(".json") for name in self.folder.names(LEDGER, ".json")}
         forecast = self._forecast(identity, found, *self.blocks.count(finished))
+        is_whole = self.folder.exists(MANIFEST)
+        if self.old is not None and self.old["batch_size"] != identity["batch_size"] and not is_whole:
+            made = count_batch_sizes(self.folder.ledger())
+            forecast = forecast.noting(plans.batch_note(made, identity["batch_size"]))
         if on_forecast is not None:
             on_forecast(forecast)
         if dry_run:
             return Extraction(forecast)
-        if self.folder.exists(MANIFEST):
+        if is_whole:
             manifest = self.folder.read_json(MANIFEST, "rows", "errors", "blocks")
             self.blocks.check_finished(manifest)
             return Extraction(forecast, manifest)
@@ -118,6 +126,7 @@ class Run:
             spec=self.spec,
             decoder=self.decoder,
             batch_size=identity["batch_size"],
+            attempts=Attempts(_ATTEMPTS),
             window=self.allocation.window,
             decode_cpus=self.allocation.decode_cpus,
             made_by=found.made_by,
@@ -183,8 +192,8 @@ class Run:
         self.folder.sweep(PARTS)
         self.folder.sweep(LEDGER)
         self.blocks.record()
-        if self.old is None:
-            self.folder.write_json(PLAN, identity)
+        if self.old is None or self.old["batch_size"] != identity["batch_size"]:
+            self.folder.write_json(PLAN, {**(self.old or identity), "batch_size": identity["batch_size"]})
 
     def _work(self, job: ExtractionJob, forecast: plans.Forecast, progress: bool | None) -> Extraction:
         """Compute what is to do, and finish the store."""

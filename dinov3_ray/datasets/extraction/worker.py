@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from dinov3_ray.datasets.decode import Decoder, Unreadable
+from dinov3_ray.datasets.decode import Decoder, Unreadable, UnreadableKind
+from dinov3_ray.datasets.extraction.attempts import Attempts
 from dinov3_ray.datasets.extraction.blocks import BlockReader
 from dinov3_ray.datasets.extraction.decode_tasks import Decoded, Piece, decode_pieces
 from dinov3_ray.datasets.folder import Folder
@@ -25,6 +26,7 @@ from dinov3_ray.pool.client.remote import RemoteTeacher
 from dinov3_ray.pool.client.request import Handle
 from dinov3_ray.pool.replica.actor import end_process
 from dinov3_ray.pool.replica.device_pipeline import ConcurrentPipeline, DevicePipeline, pipeline_for
+from dinov3_ray.pool.replica.gpu_memory import expand_segments, within_share
 from dinov3_ray.pool.replica.hosted import HostedReplica
 from dinov3_ray.pool.spec import CheckedTeacher, builder
 from dinov3_ray.teacher import Extractor, computed_in
@@ -42,14 +44,14 @@ class TeacherChoice:
     Attributes:
         teacher: a configuration or a factory, for a replica that is hosted here; None where a ``pool`` computes.
         pool: the client of a pool.
-        device: the replica's device.
+        num_gpus: that its process has; 0 computes on CPUs.
         threads: CPU threads per forward pass; None leaves torch's setting as it is.
         passes: forward passes in flight; 1 unless the teacher is reentrant and computes on the CPU.
     """
 
     teacher: CheckedTeacher | None
     pool: RemoteTeacher | None
-    device: str
+    num_gpus: float
     threads: int | None
     passes: int
 
@@ -64,7 +66,8 @@ class TeacherChoice:
             return self.pool
         # Ray sets one thread for each CPU that an actor reserves; decoding takes the cores only now and then.
         threads = None if self.threads is None else min(self.threads, _cores())
-        build = builder(self.teacher, self.device)
+        expand_segments(self.num_gpus, os.environ)
+        build = within_share(builder(self.teacher, "cuda" if self.num_gpus else "cpu"), self.num_gpus)
         if self.passes == 1:
             pipeline: Callable[[Extractor], DevicePipeline] = pipeline_for
         else:
@@ -81,6 +84,7 @@ class ExtractionJob:
         teacher: computes.
         blocks: reads the images of a block.
         identity: what distinguishes this run from others; it is in the metadata of each part.
+        attempts: counts the processes that were to compute a block.
         decode_cpus: that a decoding task reserves.
         window: decoding tasks that each call keeps in flight.
         made_by: the fingerprint of the teacher's results, which is its own, or that of another one inside it.
@@ -94,6 +98,7 @@ class ExtractionJob:
     spec: FeatureSpec
     decoder: Decoder
     batch_size: int
+    attempts: Attempts
     window: int
     decode_cpus: float
     made_by: str | None
@@ -126,7 +131,11 @@ class BlockWorker:
             name, pieces = self._job.blocks.pieces(batch)
             done["block"] = name
             if pieces and not is_finished(self._job.folder, name):
-                entry = self._extract(name, pieces)
+                self._job.attempts.begin(name)
+                try:
+                    entry = self._extract(name, pieces)
+                finally:
+                    self._job.attempts.end(name)
                 done |= {"rows": entry["rows"], "errors": len(entry["errors"]), "bytes": entry["bytes"]}
                 done |= {"seconds": entry["seconds"], "computed": True}
         except DinoV3Error as error:
@@ -174,12 +183,13 @@ class BlockWorker:
         return self._teacher.submit(np.stack(arrays) if same else arrays, self._job.spec.native())
 
     def _gather(self, batch: Sequence[Decoded], submitted: Future[Features] | Handle, writer: BlockWriter) -> None:
-        """Hand a batch's features to the writer; an image that the teacher refuses fails alone."""
+        """Hand a batch's features to the writer; an image that the teacher refuses, or that its memory does not hold, fails alone."""
         try:
             features = submitted.result()
         except (InputError, DeviceMemoryError) as error:
             if len(batch) == 1:
-                writer.fail(batch[0].position, batch[0].id, Unreadable("refused", str(error)))
+                kind: UnreadableKind = "refused" if isinstance(error, InputError) else "out of memory"
+                writer.fail(batch[0].position, batch[0].id, Unreadable(kind, str(error)))
                 return
             for decoded in batch:
                 self._gather([decoded], self._submit([decoded]), writer)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -18,7 +19,7 @@ from dinov3_ray.datasets.store.reader import errors_table, index_table
 from dinov3_ray.datasets.store.schema import Row, encode_part
 from dinov3_ray.errors import StoreError
 
-__all__ = ["BlockWriter", "check_rows", "finish", "is_finished"]
+__all__ = ["BlockWriter", "check_rows", "count_batch_sizes", "finish", "is_finished"]
 
 
 @dataclass
@@ -27,6 +28,9 @@ class BlockWriter:
 
     A block is finished when its ledger entry exists, which is written last; parts without one are overwritten by the
     next attempt. Not for several threads at a time.
+
+    Attributes:
+        identity: of the run; it is in the metadata of each part. Its ``batch_size`` is in the ledger too.
     """
 
     folder: Folder
@@ -80,12 +84,18 @@ class BlockWriter:
         file = f"{self.name}.{number}.parquet" if number else f"{self.name}.parquet"
         self.folder.write(f"{PARTS}/{file}", buffer)
         described_json = {name: column.to_json() for name, column in described.items()}
-        return {"file": file, "rows": len(rows), "bytes": buffer.size, "columns": described_json}
+        made = {"file": file, "rows": len(rows), "bytes": buffer.size, "batch_size": self.identity["batch_size"]}
+        return {**made, "columns": described_json}
 
 
 def is_finished(folder: Folder, name: str) -> bool:
     """Whether the block called ``name`` is in the ledger."""
     return folder.exists(f"{LEDGER}/{name}.json")
+
+
+def count_batch_sizes(ledger: Sequence[Mapping[str, Any]]) -> dict[int, int]:
+    """The number of parts by the batch size that they were made with."""
+    return dict(sorted(Counter(part["batch_size"] for entry in ledger for part in entry["parts"]).items()))
 
 
 def check_rows(folder: Folder, given: int, held: int) -> None:
@@ -130,7 +140,8 @@ def finish(
         pq.write_table(table, sink, compression="zstd")
         folder.write(name, sink.getvalue())
     manifest = {
-        **identity,
+        **{key: value for key, value in identity.items() if key != "batch_size"},
+        "batch_sizes": {str(size): parts for size, parts in count_batch_sizes(ledger).items()},
         "rows": sum(entry["rows"] for entry in ledger),
         "errors": len(errors),
         "errors_by_kind": dict(sorted(kinds.items())),

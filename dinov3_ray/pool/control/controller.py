@@ -17,15 +17,15 @@ from dataclasses import replace
 from typing import Any
 
 import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from dinov3_ray.errors import ReplicaError
-from dinov3_ray.pool.cluster import controller_name, kill_process, list_actors, replica_name
+from dinov3_ray.pool.cluster import controller_name, list_actors, replica_name
 from dinov3_ray.pool.control.autoscaler import Autoscaler
 from dinov3_ray.pool.control.declaration import Declaration, PoolChange
-from dinov3_ray.pool.control.gpu_share import GpuShare, read_gpus
+from dinov3_ray.pool.control.gpu_share import GpuWatch
 from dinov3_ray.pool.control.holders import Holders, holding_process
 from dinov3_ray.pool.control.membership import Action, ActionKind, Membership
+from dinov3_ray.pool.control.process_end import end_hung, kill_process
 from dinov3_ray.pool.control.status import PoolStatus, ReplicaRecord, make_status, make_view
 from dinov3_ray.pool.kv import PoolKV
 from dinov3_ray.pool.messages import MemberState, PoolView, ReplicaStatistics
@@ -38,7 +38,6 @@ __all__ = ["Controller", "read_controller", "reason_of"]
 log = logging.getLogger("dinov3_ray")
 
 _FAREWELL = 0.1  # seconds in which the last answers leave this process
-_GPU_LOOK_SECONDS = 2.0
 _KILL_SECONDS = 10.0
 _LINGER_SECONDS = 60.0
 _SICK_AFTER_ERRORS = 3  # requests in a row that raised, after which a replica is replaced
@@ -85,9 +84,8 @@ class Controller:
         self._published = asyncio.Condition()
         self._closed = False
         self._why_closed = ""
-        self._gpus: GpuShare | None = None
-        self._gpus_before: GpuShare | None = None
-        self._look_at_gpus = 0.0
+        self._gpus = GpuWatch(name)
+        self._ending: set[ReplicaProcess] = set()  # replicas no more, but perhaps still there
         #: Set once running replicas are known, so that no client sees an empty pool before.
         self._found = asyncio.Event()
         self._background: set[asyncio.Task[Any]] = set()
@@ -165,7 +163,7 @@ class Controller:
             self._records(),
             options,
             clients=len(self._clients),
-            gpus=self._gpus,
+            gpus=self._gpus.seen,
             lifetime=self._declaration.lifetime,
         )
 
@@ -187,15 +185,15 @@ class Controller:
         """
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout), self._published:
-                await self._published.wait_for(lambda: self._closed or self._notice() != known)
-        return self._notice()
+                await self._published.wait_for(lambda: self._closed or self._gpus.notice != known)
+        return self._gpus.notice
 
     async def shutdown(self, why: str = "") -> list[ReplicaProcess]:
         """End all replicas and inform the clients. Returns the replicas' processes, for the caller to check on."""
         self._closed, self._why_closed = True, self._why_closed or why
         self._kv.clear()
         self._holders.end()
-        processes = [replica.process for replica in self._replicas.values() if replica.process]
+        processes = [*self._ending, *(replica.process for replica in self._replicas.values() if replica.process)]
         for replica_id in list(self._replicas):
             self._membership.drained(replica_id)
             self._remove(replica_id)
@@ -241,27 +239,9 @@ class Controller:
                 self._wake.clear()
 
     async def _see_gpus(self, now: float) -> None:
-        """Look who has the cluster's GPUs, and who waits for them; log it if it stays so."""
         each = self._declaration.spec.placement.num_gpus or 0.0
-        if not each or now < self._look_at_gpus:
-            return
-        self._look_at_gpus = now + _GPU_LOOK_SECONDS
-        unplaced = each * sum(replica.process is None for replica in self._replicas.values())
-        before = self._notice()
-        try:
-            seen = await asyncio.to_thread(read_gpus, wanted=each * len(self._replicas), unplaced=unplaced)
-        except Exception as error:  # noqa: BLE001 - it is read off Ray's own protocol, and nothing depends on it
-            log.debug("pool %s: the cluster's GPUs cannot be read: %s", self._name, error)
-            return
-        # What waits for a moment only, such as a replica that is being placed, is nobody's trouble.
-        self._gpus_before, self._gpus = self._gpus, seen
-        if self._notice() and self._notice() != before:
-            log.warning("pool %s: %s", self._name, self._notice())
-
-    def _notice(self) -> str:
-        """What people should know of the GPUs: what was so at the last two looks."""
-        now, before = self._gpus, self._gpus_before
-        return now.notice if now and before and before.notice else ""
+        unplaced = sum(replica.process is None for replica in self._replicas.values())
+        await self._gpus.look(now, wanted=each * len(self._replicas), unplaced=each * unplaced)
 
     async def _expire(self, holder: str) -> None:
         """End the pool, since the last process that held it has ended."""
@@ -271,7 +251,7 @@ class Controller:
         log.warning("pool %s ends: %s", self._name, why)
         processes = await self.shutdown(why)
         # Ray asks processes to end, which one that is stopped, or hangs in a driver, does not do.
-        kills = [self._kill(process) for process in processes]
+        kills = [kill_process(process) for process in processes]
         if kills:
             await asyncio.wait([asyncio.ensure_future(kill) for kill in kills], timeout=_KILL_SECONDS)
         await self._leave(after=0.0)
@@ -280,10 +260,6 @@ class Controller:
         """End this actor."""
         await asyncio.sleep(after)
         ray.kill(ray.get_actor(controller_name(self._name), namespace=self._namespace))
-
-    def _kill(self, process: ReplicaProcess) -> Any:
-        here = NodeAffinitySchedulingStrategy(process.node_id, soft=False)
-        return kill_process.options(scheduling_strategy=here).remote(process.pid, process.started)
 
     def _go_back(self) -> None:
         membership = self._membership
@@ -378,9 +354,10 @@ class Controller:
         except TimeoutError:
             ready = replica.record.statistics is not None
             waited = options.health_timeout if ready else options.startup_timeout
-            self._lose(replica_id, f"no answer to {'health' if ready else 'load'} within {waited:g} s", silent=True)
+            self._lose(replica_id, f"no answer to {'health' if ready else 'load'} within {waited:g} s")
         except (ray.exceptions.RayError, ReplicaError) as error:
-            self._lose(replica_id, self._kv.load_end(replica_id) or reason_of(error))
+            reason = self._kv.load_end(replica_id) or reason_of(error)
+            self._lose(replica_id, reason, dead=isinstance(error, ray.exceptions.ActorDiedError))
 
     def _require_healthy(self, statistics: ReplicaStatistics) -> None:
         limit = self._declaration.spec.options.hang_timeout
@@ -389,35 +366,43 @@ class Controller:
         if statistics.errors_in_a_row >= _SICK_AFTER_ERRORS:
             raise ReplicaError(f"{statistics.errors_in_a_row} requests in a row raised")
 
-    def _lose(self, replica_id: str, reason: str, *, silent: bool = False) -> None:
+    def _lose(self, replica_id: str, reason: str, *, dead: bool = False) -> None:
         if self._membership.lost(replica_id, reason, time.monotonic()):
             log.warning("pool %s: replica %s is lost: %s", self._name, replica_id, reason)
-            self._remove(replica_id, silent=silent)
+            self._remove(replica_id, may_hang=not dead)
             self._wake.set()
 
     async def _drain(self, replica_id: str) -> None:
         replica = self._replicas.get(replica_id)
         if replica is None:
             return  # it was lost before its turn came
-        patience = self._declaration.spec.options.drain_timeout
+        patience, drained = self._declaration.spec.options.drain_timeout, False
         if replica.record.statistics is not None:
             try:
-                await asyncio.wait_for(replica.actor.drain.remote(patience), patience + 1)
+                drained = await asyncio.wait_for(replica.actor.drain.remote(patience), patience + 1)
             except (TimeoutError, ray.exceptions.RayError) as error:
                 log.warning("pool %s: replica %s did not drain: %s", self._name, replica_id, reason_of(error))
         if self._membership.drained(replica_id):  # or it was lost meanwhile, and removed
-            self._remove(replica_id)
+            self._remove(replica_id, may_hang=not drained)
             self._wake.set()
 
-    def _remove(self, replica_id: str, *, silent: bool = False) -> None:
-        """End a replica; kill the process of one that no longer answers."""
+    def _remove(self, replica_id: str, *, may_hang: bool = False) -> None:
+        """End a replica."""
         replica = self._replicas.pop(replica_id)
         if replica.task is not None and replica.task is not asyncio.current_task():
             replica.task.cancel()
-        ray.kill(replica.actor)
-        if silent and replica.process is not None:
-            # Ray asks the process to end itself, which one that is stopped, or hangs in a driver, does not do.
-            self._kill(replica.process)
+        if may_hang and replica.process is not None:
+            self._spawn(self._end_hung(replica_id, replica.actor, replica.process))
+        else:
+            ray.kill(replica.actor)
+
+    async def _end_hung(self, replica_id: str, actor: Any, process: ReplicaProcess) -> None:
+        self._ending.add(process)
+        trouble = await end_hung(actor, process)
+        self._ending.discard(process)
+        if trouble:
+            log.error("pool %s: replica %s: %s", self._name, replica_id, trouble)
+            self._membership.recent_errors.append(f"{replica_id}: {trouble}")
 
     def _drop_silent_clients(self, now: float) -> None:
         limit = self._declaration.spec.options.client_timeout

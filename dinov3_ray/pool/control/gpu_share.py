@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +11,12 @@ from typing import Any
 import ray
 from ray.core.generated.autoscaler_pb2 import GetClusterResourceStateReply  # private, seen in Ray 2.60.0
 
-__all__ = ["GpuShare", "read_gpus"]
+__all__ = ["GpuShare", "GpuWatch", "read_gpus"]
+
+
+log = logging.getLogger("dinov3_ray")
+
+_LOOK_SECONDS = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +56,42 @@ class GpuShare:
     @property
     def _others(self) -> float:
         return max(0.0, self.total - self.free - self.held)
+
+
+class GpuWatch:
+    """Looks now and then who has the cluster's GPUs and who waits for them, and logs what stays so.
+
+    Attributes:
+        seen: at the last look.
+    """
+
+    def __init__(self, pool: str) -> None:
+        self._pool = pool
+        self.seen: GpuShare | None = None
+        self._before: GpuShare | None = None
+        self._next_look = 0.0
+
+    @property
+    def notice(self) -> str:
+        """What people should know: what was so at the last two looks."""
+        now, before = self.seen, self._before
+        return now.notice if now and before and before.notice else ""
+
+    async def look(self, now: float, *, wanted: float, unplaced: float) -> None:
+        """See :func:`read_gpus`. A look within two seconds of the last one, or for a pool without GPUs, is left out."""
+        if not wanted or now < self._next_look:
+            return
+        self._next_look = now + _LOOK_SECONDS
+        before = self.notice
+        try:
+            seen = await asyncio.to_thread(read_gpus, wanted=wanted, unplaced=unplaced)
+        except Exception as error:  # noqa: BLE001 - it is read off Ray's own protocol, and nothing depends on it
+            log.debug("pool %s: the cluster's GPUs cannot be read: %s", self._pool, error)
+            return
+        # What waits for a moment only, such as a replica that is being placed, is nobody's trouble.
+        self._before, self.seen = self.seen, seen
+        if self.notice and self.notice != before:
+            log.warning("pool %s: %s", self._pool, self.notice)
 
 
 def read_gpus(*, wanted: float, unplaced: float) -> GpuShare:

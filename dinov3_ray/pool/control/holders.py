@@ -41,11 +41,12 @@ class Holder:
 
     def __init__(self, pid: int, started: str) -> None:
         self._pid, self._started = pid, started
+        # The process may have ended when somebody asks: a controller that has just been restarted, say.
+        self._was_seen = self._is_alive()
 
     async def hold(self) -> None:
         """Returns when the process is gone; never if it cannot be seen from here."""
-        is_seen = self._is_alive()
-        while not is_seen or self._is_alive():
+        while not self._was_seen or self._is_alive():
             await asyncio.sleep(_LOOK_SECONDS)
 
     def _is_alive(self) -> bool:

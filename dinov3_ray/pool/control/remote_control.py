@@ -16,7 +16,6 @@ from functools import partial
 from typing import Any, Protocol
 
 import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from dinov3_ray.errors import (
     PoolClosedError,
@@ -26,10 +25,11 @@ from dinov3_ray.errors import (
     PoolTimeoutError,
     ReplicaError,
 )
-from dinov3_ray.pool.cluster import Runtime, controller_name, find_controller, kill_process, list_actors
+from dinov3_ray.pool.cluster import Runtime, controller_name, find_controller, list_actors
 from dinov3_ray.pool.control.controller import Controller
 from dinov3_ray.pool.control.declaration import Declaration, PoolChange
 from dinov3_ray.pool.control.holders import release_hold, take_hold
+from dinov3_ray.pool.control.process_end import kill_process
 from dinov3_ray.pool.control.status import PoolStatus
 from dinov3_ray.pool.messages import MemberState
 from dinov3_ray.pool.replica.actor import ReplicaProcess
@@ -213,7 +213,9 @@ class RayControl:
         end_replicas(self._runtime, self._namespace, self.name, timeout)
         with self._runtime.held():
             kills = self._end_stopped_processes(processes)
-        futures.wait(kills, timeout=10)
+        for kill in futures.wait(kills, timeout=10).done:
+            if not kill.exception() and kill.result():
+                log.warning("pool %s has ended, but %s", self.name, kill.result())
         with self._runtime.held():
             release_hold(self._holder)
 
@@ -228,13 +230,7 @@ class RayControl:
     def _end_stopped_processes(self, processes: list[ReplicaProcess]) -> list[futures.Future[Any]]:
         """Kill processes that did not end when Ray asked them to: stopped ones (SIGSTOP), or stuck in a driver."""
         alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
-        return [
-            kill_process.options(scheduling_strategy=NodeAffinitySchedulingStrategy(process.node_id, soft=False))
-            .remote(process.pid, process.started)
-            .future()
-            for process in processes
-            if process.node_id in alive
-        ]
+        return [kill_process(process).future() for process in processes if process.node_id in alive]
 
     def _listen(self) -> None:
         """Log what the controller finds people should know, in this process too: Ray hides what its actors log."""

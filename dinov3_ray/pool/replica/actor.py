@@ -22,6 +22,7 @@ from dinov3_ray.pool.cluster import process_start
 from dinov3_ray.pool.kv import PoolKV
 from dinov3_ray.pool.messages import Answer, MemberState, Outcome, ReplicaStatistics, TeacherInfo
 from dinov3_ray.pool.metrics import Publisher, Sample
+from dinov3_ray.pool.replica.gpu_memory import expand_segments, within_share
 from dinov3_ray.pool.spec import PoolOptions, PoolSpec, builder
 from dinov3_ray.pool.transport.actors import Reply, frame_answer, open_request
 
@@ -88,6 +89,8 @@ class ReplicaActor:
         # OpenMP reads it when torch is loaded, which happens here and in this process alone: its threads must sleep
         # while they wait. Spinning, they take the cores from Ray and from whatever else the node computes.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        placement = setup.spec.placement
+        expand_segments(placement.num_gpus, os.environ)
         from dinov3_ray.pool.replica.replica import (
             Replica,  # not above: the controller imports this module, without torch
         )
@@ -97,7 +100,7 @@ class ReplicaActor:
         self._replica = Replica(
             setup.replica_id,
             # Unpickled when it is built: a class that is missing on this node is a reason to report like any other.
-            lambda: builder(setup.spec.unpickled().given, setup.spec.placement.device)(),
+            lambda: within_share(builder(setup.spec.unpickled().given, placement.device), placement.num_gpus)(),
             setup.spec.options,
             unnamed=f"generation-{setup.generation}",
             threads=setup.threads,

@@ -20,7 +20,7 @@ import ray
 import torch
 from deadly import Deadly
 from kills import assert_equal, finished
-from oddteachers import Broken, Changing, Nameless, Picky
+from oddteachers import Broken, Changing, Greedy, Nameless, Picky, Sized
 from picturefiles import EVERY, damage_of, file_name, write_pictures
 from PIL import Image
 from pyarrow import fs as pafs
@@ -30,7 +30,7 @@ from waiting import until
 from dinov3_ray.config import DinoV3Config
 from dinov3_ray.datasets import FeatureStore, Resources, SourceOptions, StoredTeacher, extract
 from dinov3_ray.datasets.decode import Decoder
-from dinov3_ray.datasets.extraction import plan
+from dinov3_ray.datasets.extraction import plan, run
 from dinov3_ray.datasets.extraction import progress as watch
 from dinov3_ray.datasets.extraction import teacher_probe as probing
 from dinov3_ray.datasets.extraction.resources import allocate
@@ -198,8 +198,8 @@ def test_another_teacher_or_spec_is_refused(few: Path, fake_store: FeatureStore)
     spec = FeatureSpec(cls=True, feature_map=True, layers=(1, 2), map_size=(2, 2), dtype="float16")
     with pytest.raises(StoreError, match=r"spec.dtype is 'float16', there it is 'native'; spec.layers is \[1, 2\]"):
         extract(few, out, FakeTeacher.factory(), spec)
-    with pytest.raises(StoreError, match="batch_size is 7, there it is 32"):
-        extract(few, out, FakeTeacher.factory(), SPEC, batch_size=7)
+    with pytest.raises(StoreError, match="block_size is 7, there it is 16"):
+        extract(few, out, FakeTeacher.factory(), SPEC, block_size=7, batch_size=7)
     with pytest.raises(StoreError, match=r"source.path is .*, there it is"):
         extract(few.parent, out, FakeTeacher.factory(), SPEC)
     assert FeatureStore(out).manifest == fake_store.manifest
@@ -293,7 +293,14 @@ def test_a_ray_dataset_is_extracted_and_resumed(few: Path, fake_store: FeatureSt
         extract(other, out, FakeTeacher.factory(), SPEC, options=SourceOptions(image_column="jpg"))
 
 
-def test_a_resumed_run_does_not_list_its_source_again(
+def sized(store: FeatureStore, id_: str) -> float:
+    """The size of the batch in which the teacher :class:`Sized` saw an image."""
+    features = store[id_].cls
+    assert features is not None
+    return float(features[0, 0])
+
+
+def test_a_resumed_run_does_not_list_its_source_again_and_may_have_another_batch_size(
     few: Path, ray_cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     root, out = tmp_path / "images", tmp_path / "out"
@@ -302,24 +309,52 @@ def test_a_resumed_run_does_not_list_its_source_again(
         os.link(path, root / path.name)
     monkeypatch.setattr(probing, "_PATIENCE_SECONDS", 0.0)
     with caplog.at_level(logging.WARNING):
-        done = extract(root, out, FakeTeacher.factory(), SPEC, block_size=16)
+        done = extract(root, out, Sized, SPEC, block_size=16)
     assert "the first teacher is not ready after 0 s: it needs 0 GPU" in caplog.text
     root.rename(tmp_path / "gone")
-    assert extract(root, out, FakeTeacher.factory(), SPEC).manifest == done.manifest
+    assert extract(root, out, Sized, SPEC, batch_size=5).manifest == done.manifest
+    store = FeatureStore(out)
     (out / "manifest.json").unlink()
     (out / "ledger" / "0000001.json").unlink()
     with pytest.raises(StoreError, match="none of the next 16 files is there"):
-        extract(root, out, FakeTeacher.factory(), SPEC)
+        extract(root, out, Sized, SPEC)
     (tmp_path / "gone").rename(root)
     (root / "came later.jpg").write_bytes(b"")
-    resumed = extract(root, out, FakeTeacher.factory(), SPEC)
-    assert (resumed.blocks, resumed.manifest) == (1, done.manifest)
+    # As after running out of memory: what is left in batches of one, what is finished as it was.
+    resumed = extract(root, out, Sized, SPEC, batch_size=1)
+    assert resumed.blocks == 1
+    assert "2 parts were made with batch size 32; what remains is made with 1. Features" in str(resumed.forecast)
+    assert resumed.manifest is not None
+    assert resumed.manifest["batch_sizes"] == {"1": 1, "32": 2}
+    mixed = FeatureStore(out)
+    assert mixed.ids == store.ids
+    sizes = [sized(mixed, id_) for id_ in mixed.ids]
+    assert max(sizes) > 1
+    # The blocks' rows in order: 16 images each but for those that could not be read.
+    (first, second, _) = (entry["rows"] for entry in mixed.manifest["blocks"])
+    assert set(sizes[first : first + second]) == {1.0}
+    assert sizes[:first] == [sized(store, id_) for id_ in store.ids[:first]]
+    assert json.loads((out / "plan.json").read_text())["batch_size"] == 1, "that of the next resumption"
     (out / "plan.json").rename(out / "elsewhere.json")
     with pytest.raises(StoreError, match=r"holds features, but no plan\.json that says whose"):
         extract(root, out, FakeTeacher.factory(fingerprint="other"), SPEC)
     monkeypatch.setattr(probing, "_LIMIT_SECONDS", 0.0)
     with pytest.raises(StoreError, match="a teacher must be ready within 0 s: it needs 0 GPU"):
         extract(root, tmp_path / "other", FakeTeacher.factory(), SPEC)
+
+
+def test_a_batch_that_ends_each_process_is_told_with_the_remedy_which_helps(
+    few: Path, ray_cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "images"
+    root.mkdir()
+    for path in sorted(few.iterdir())[1:4]:
+        os.link(path, root / path.name)
+    monkeypatch.setattr(run, "_ATTEMPTS", 1)
+    with pytest.raises(StoreError, match=r"block 0000000 must be finished by one of 1 processes; .*smaller batch_size"):
+        extract(root, tmp_path / "out", Greedy, SPEC)
+    assert extract(root, tmp_path / "out", Greedy, SPEC, batch_size=1).images == 3
+    assert FeatureStore(tmp_path / "out").manifest["batch_sizes"] == {"1": 1}
 
 
 def test_through_a_pool_that_is_running(few: Path, fake_store: FeatureStore, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import pytest
 import ray
 import torch
 from faulty import (
+    FREEZE_ONCE,
     HANG_ONCE,
     KILL,
     KILL_ONCE,
@@ -154,13 +155,23 @@ def test_controller_killed_under_load(pool: TeacherPool) -> None:
 
 
 def test_hung_forward_pass(pool: TeacherPool) -> None:
-    remote = pool.teacher()
+    remote, before = pool.teacher(), pids(pool)
     stuck = remote.submit(batch_of(1000, HANG_ONCE), SPEC)
     others = [remote.submit(batch_of(number), SPEC) for number in range(30)]
     assert all(equals_undisturbed(handle, number) for number, handle in enumerate(others))
     assert equals_undisturbed(stuck, 1000, HANG_ONCE)
     until(lambda: len(pids(pool)) == 2, "the hung replica is replaced")
     assert "forward pass has taken" in pool.status().recent_errors[-1]
+    until(lambda: sum(is_alive(pid) for pid in before) == 1, "its process is gone")
+
+
+def test_hung_pass_that_lets_no_thread_answer(pool: TeacherPool) -> None:
+    remote, before = pool.teacher(), pids(pool)
+    stuck = remote.submit(batch_of(1000, FREEZE_ONCE), SPEC)
+    assert equals_undisturbed(stuck, 1000, FREEZE_ONCE)
+    until(lambda: len(pids(pool)) == 2, "the hung replica is replaced")
+    assert "no answer to health within 6 s" in pool.status().recent_errors[-1]
+    until(lambda: sum(is_alive(pid) for pid in before) == 1, "its process is gone")
 
 
 def test_stopped_process(pool: TeacherPool) -> None:

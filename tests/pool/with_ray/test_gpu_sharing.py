@@ -1,4 +1,4 @@
-"""A pool leaves GPUs to trainers; and who waits for GPUs that the other holds is told so."""
+"""A pool leaves GPUs to trainers; who waits for GPUs that the other holds is told so; and none has two tenants."""
 
 from __future__ import annotations
 
@@ -38,3 +38,6 @@ def test_pool_and_trainer_share_two_gpus() -> None:
     assert "others wait for 1 GPU" in " ".join(seen["status"].split())
     assert "0 of 1 replicas ready" in seen["pool waits"]
     assert "replicas wait for 1 GPU: of the cluster's 2 GPUs this pool holds 0, others 2" in seen["pool waits"]
+    assert seen["segments"] == "expandable_segments:True"
+    assert seen["double tenants"] == []
+    assert seen["stopped is gone"]
