@@ -183,7 +183,7 @@ class BlockWorker:
         return self._teacher.submit(np.stack(arrays) if same else arrays, self._job.spec.native())
 
     def _gather(self, batch: Sequence[Decoded], submitted: Future[Features] | Handle, writer: BlockWriter) -> None:
-        """Hand a batch's features to the writer; an image that the teacher refuses, or that its memory does not hold, fails alone."""
+        """Hand a batch's features to the writer. An image that the teacher refuses, or cannot hold, fails alone."""
         try:
             features = submitted.result()
         except (InputError, DeviceMemoryError) as error:
