@@ -1,5 +1,5 @@
 """What a model directory says: its architecture, its preprocessing and its weight files. Needs no torch."""
 
-from dinov3_ray.config.config import CompileMode, ComputeDtype, DinoV3Config
+from dinov3_ray.config.config import CompileChoice, CompileMode, ComputeDtype, DinoV3Config
 
-__all__ = ["CompileMode", "ComputeDtype", "DinoV3Config"]
+__all__ = ["CompileChoice", "CompileMode", "ComputeDtype", "DinoV3Config"]

@@ -15,7 +15,7 @@ from dinov3_ray.config.preprocessing import Preprocessing, Size
 from dinov3_ray.errors import ConfigError
 from dinov3_ray.validation import CheckedModel, check, from_list, rule
 
-__all__ = ["CompileMode", "ComputeDtype", "DinoV3Config", "ModelOptions"]
+__all__ = ["CompileChoice", "CompileMode", "ComputeDtype", "DinoV3Config", "ModelOptions"]
 
 ComputeDtype = Literal["auto", "float32", "bfloat16", "float16", "float8"]
 """The dtype that the model computes in; ``auto`` is bfloat16 where the device has it in hardware, else float32.
@@ -23,6 +23,11 @@ ComputeDtype = Literal["auto", "float32", "bfloat16", "float16", "float8"]
 
 CompileMode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
 """A mode of ``torch.compile``. On a CUDA device, ``reduce-overhead`` and ``max-autotune`` record CUDA graphs."""
+
+CompileChoice = bool | Literal["auto"] | CompileMode
+"""Whether the model is compiled, and in which mode; True is the default mode."""
+
+_AUTO_COMPILES_ON = ("cuda",)  # types of device
 
 
 class ModelOptions(CheckedModel):
@@ -37,11 +42,13 @@ class ModelOptions(CheckedModel):
     ] = None
     """The model's input in pixels, one integer or [height, width], in place of preprocessor_config.json's."""
     compile: Annotated[
-        StrictBool | CompileMode,
-        rule(f"must be True, False or a mode of torch.compile ({', '.join(get_args(CompileMode))})"),
-    ] = False
-    """Run the model through torch.compile: true for its default mode, or the name of a mode. reduce-overhead and
-    max-autotune record CUDA graphs on a CUDA device."""
+        StrictBool | Literal["auto"] | CompileMode,
+        rule(f"must be auto, True, False or a mode of torch.compile ({', '.join(get_args(CompileMode))})"),
+    ] = "auto"
+    """Compile the model's blocks with torch.compile. auto: on a CUDA device, if all images come to the model in one
+    size; where that fails, the model computes without, and a warning gives the reason. true, or the name of a mode of
+    torch.compile: on any device; where that fails, it is an error. reduce-overhead and max-autotune record CUDA graphs
+    on a CUDA device."""
     attention: Annotated[
         str, Field(strict=True, min_length=1), rule("must be the name of an implementation, such as 'sdpa'")
     ] = "auto"
@@ -77,7 +84,7 @@ class DinoV3Config:
     root: Path
     dtype: ComputeDtype
     image_size: Size
-    compile: bool | CompileMode
+    compile: CompileChoice
     attention: str
     architecture: Architecture = field(init=False)
     preprocessing: Preprocessing = field(init=False)
@@ -90,7 +97,7 @@ class DinoV3Config:
         *,
         dtype: ComputeDtype = "auto",
         image_size: int | Size | None = None,
-        compile: bool | CompileMode = False,
+        compile: CompileChoice = "auto",
         attention: str = "auto",
     ) -> None:
         given = {
@@ -156,6 +163,19 @@ class DinoV3Config:
         """(h, w) of the feature map at ``image_size``; what the patch size does not divide is dropped."""
         height, width = self.image_size
         return height // self.patch_size, width // self.patch_size
+
+    def compile_mode(self, device_type: str) -> CompileMode | None:
+        """The mode of torch.compile in which blocks are compiled on devices of a type, such as ``cuda``; None if they
+        are not.
+
+        ``auto`` does not compile a model whose input varies in size: each new size would make it compile while images
+        wait.
+        """
+        if self.compile == "auto":
+            return "default" if device_type in _AUTO_COMPILES_ON and self.preprocessing.has_fixed_size else None
+        if isinstance(self.compile, bool):
+            return "default" if self.compile else None
+        return self.compile
 
     def __repr__(self) -> str:
         size = "x".join(map(str, self.image_size))

@@ -26,8 +26,9 @@ from dinov3_ray.features import Features, FeatureSpec, deliver
 from dinov3_ray.images import ImageBatch, Images
 from dinov3_ray.model.attention import choose_attention
 from dinov3_ray.model.backbone import blocks_of, run_backbone
+from dinov3_ray.model.compilation import compile_blocks, is_compiled
 from dinov3_ray.model.device import Stopwatch, as_device, choose_dtype, computing_on
-from dinov3_ray.model.float8 import multiply_in_float8
+from dinov3_ray.model.float8 import check_float8, multiply_in_float8
 from dinov3_ray.model.golden import agreement, golden_images
 from dinov3_ray.model.preprocess import preprocess
 from dinov3_ray.model.seal import SealedModel
@@ -110,23 +111,35 @@ class DinoV3Teacher(TeacherMixin[Images | ImageBatch]):
     def _load(self) -> SealedModel:
         device = as_device(self.device)  # after unpickling, it may be missing here
         # Weights loaded inside a caller's inference_mode could not be used outside it.
-        with torch.inference_mode(False), torch.no_grad(), computing_on(device):
+        with self._frozen_pass():
             model = load_model(self.config, device, self.dtype)
-            self._choose_attention(model, device)
-            blocks = blocks_of(model, self.config.family)
             if self.config.dtype == "float8":
-                multiply_in_float8(blocks, device)
-        if self.config.compile:
-            # Block by block: blocks of one shape share the compiled code, so that compiling takes seconds, and another
-            # choice of layers compiles nothing. Fusion across blocks would not gain: they pass one tensor each.
-            mode = None if self.config.compile is True else self.config.compile
-            for block in blocks:
-                block.compile(mode=mode)
+                multiply_in_float8(blocks_of(model, self.config.family))
+            return self._fitted(model)
+
+    def _fitted(self, model: nn.Module) -> SealedModel:
+        """``model``, which is on :attr:`device`, made to compute as that can."""
+        blocks = blocks_of(model, self.config.family)
+        float8 = self.config.dtype == "float8"
+        if float8:
+            check_float8(blocks, self.device)
+        if self.config.attention == "auto" and self.config.family == "vit":
+            choose_attention(model, self.device, self.dtype)
+        compile_blocks(blocks, self.config, self.device, trial=functools.partial(self._try_out, model))
+        if float8 and self.device.type == "cuda" and not is_compiled(blocks):
+            logger.warning(
+                "dtype='float8' is slower than bfloat16 on %s while the model is not compiled: to make float8 of a "
+                "layer's input then takes several passes over memory, which cost more than the product saves. Use "
+                "compile='auto', or dtype='bfloat16'.",
+                self.device,
+            )
         return SealedModel(model)
 
-    def _choose_attention(self, model: nn.Module, device: torch.device) -> None:
-        if self.config.attention == "auto" and self.config.family == "vit":
-            choose_attention(model, device, self.dtype)
+    def _try_out(self, model: nn.Module) -> None:
+        """Run ``model`` on the two batch sizes that compiled code tells apart: 1, and all others."""
+        for size in (2, 1):
+            pixels_B3HW = torch.zeros(size, 3, *self.image_size, device=self.device, dtype=self.dtype)
+            self._run(model, pixels_B3HW, FeatureSpec(cls=True))
 
     @property
     def model(self) -> Any:
@@ -163,12 +176,12 @@ class DinoV3Teacher(TeacherMixin[Images | ImageBatch]):
         with self._frozen_pass():
             with self.preprocess_watch.measure(self.device):
                 pixels_B3HW = preprocess(self._upload(batch), self.config.preprocessing, self.device)
-            return deliver(self._forward(pixels_B3HW, spec.native()), spec)
+            return deliver(self._run(self.model, pixels_B3HW, spec.native()), spec)
 
-    def _forward(self, pixels_B3HW: Tensor, spec: FeatureSpec) -> Features:
-        run = functools.partial(
-            run_backbone, self.model, self.config.family, pixels_B3HW, spec, compiled=bool(self.config.compile)
-        )
+    def _run(self, model: nn.Module, pixels_B3HW: Tensor, spec: FeatureSpec) -> Features:
+        family = self.config.family
+        compiled = is_compiled(blocks_of(model, family))
+        run = functools.partial(run_backbone, model, family, pixels_B3HW, spec, compiled=compiled)
         if not self._records_graphs:
             return run()
         with _graph_step:
@@ -206,7 +219,7 @@ class DinoV3Teacher(TeacherMixin[Images | ImageBatch]):
         reference = DinoV3Teacher(plain_config, self.device)._compute(images, spec)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-        path = f"{self.computed_in}, attention {own_attention}, compile={self.config.compile}"
+        path = f"{self.computed_in}, attention {own_attention}, {'compiled' if self.compiled else 'not compiled'}"
         return agreement(fast, reference, minimum, path)
 
     def warm_up_passes(self, rows: int) -> Iterator[tuple[Images, FeatureSpec]]:
@@ -216,7 +229,7 @@ class DinoV3Teacher(TeacherMixin[Images | ImageBatch]):
         compile nothing, if they are resized to :attr:`image_size`.
         """
         sizes = [rows] if self.device.type == "cuda" else []
-        sizes += [size for size in (2, 1) if self.config.compile and size not in sizes]
+        sizes += [size for size in (2, 1) if self.compiled and size not in sizes]
         image_13HW = golden_images(*self.image_size)[:1]
         for size in sizes:
             for _ in range(_RECORD_PASSES if self._records_graphs else 1):
@@ -250,6 +263,11 @@ class DinoV3Teacher(TeacherMixin[Images | ImageBatch]):
     def computed_in(self) -> str:
         """The dtype's name; ``float8`` where the matrix products are in it."""
         return "float8" if self.config.dtype == "float8" else str(self.dtype).removeprefix("torch.")
+
+    @property
+    def compiled(self) -> bool:
+        """Whether it computes with compiled code; with ``compile="auto"``, that may have failed."""
+        return is_compiled(blocks_of(self.model, self.config.family))
 
     @property
     def hidden_size(self) -> int:
@@ -308,12 +326,13 @@ class DinoV3Teacher(TeacherMixin[Images | ImageBatch]):
         if dtype is not None and dtype != self.dtype:
             self._settle(replace(self.config, dtype=cast(ComputeDtype, str(dtype).removeprefix("torch."))), place)
         elif place != self.device:
-            if self._is_loaded:
-                self._sealed.check()
-                model = self.model.to(place)
-                self._choose_attention(model, place)
-                self._sealed = SealedModel(model)
+            sealed = self.__dict__.pop("_sealed", None)
+            if sealed is not None:
+                sealed.check()
             self.device, self._upload = place, Upload(place)
+            if sealed is not None:
+                with self._frozen_pass():
+                    self._sealed = self._fitted(sealed.model.to(place))
         return self
 
     def parameters(self) -> Iterator[nn.Parameter]:

@@ -3,6 +3,11 @@
 Weights are quantised once, with a scale per output channel; inputs in each pass, with a scale per token. Everything
 outside the matrix products stays bfloat16. float8 is less exact than bfloat16, so ``auto`` never chooses it, and the
 golden check (:mod:`dinov3_ray.model.golden`) decides whether a checkpoint may be used with it.
+
+torchao 0.18 has the same layer (row-wise, the same product of torch, on GPUs from capability 8.9 on), and is well kept.
+It is not used: its weights are tensors of a class of its own, 21 MB of other methods come with it, its C++ parts are
+skipped where torch is not the version that they were built for, and its check of the device is a list of GPUs. What it
+would save is the class below.
 """
 
 from __future__ import annotations
@@ -18,8 +23,8 @@ __all__ = ["Float8Linear", "multiply_in_float8"]
 
 _FLOAT8 = torch.float8_e4m3fn
 _LARGEST = torch.finfo(_FLOAT8).max
-_LEAST_CAPABILITY = (9, 0)  # Hopper: torch's row-wise scaled product needs it
 _MULTIPLE = 16  # the kernel needs weights whose sides are multiples of it
+_TRIAL_TOKENS = 41  # no multiple of what a kernel may want: images give any number of tokens
 
 
 class Float8Linear(nn.Module):
@@ -40,7 +45,13 @@ class Float8Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         rows, scale = _quantised(x.reshape(-1, x.shape[-1]))
         product = torch._scaled_mm(
-            rows, self.weight, scale_a=scale, scale_b=self.scale, bias=self.bias, out_dtype=torch.bfloat16
+            rows,
+            self.weight,
+            scale_a=scale,
+            scale_b=self.scale,
+            bias=self.bias,
+            out_dtype=torch.bfloat16,
+            use_fast_accum=True,  # sums of fewer bits in the tensor cores; without, Hopper loses much of its rate
         )
         return product.view(*x.shape[:-1], -1).to(x.dtype)
 
@@ -60,17 +71,33 @@ def _quantised(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return (full / scale).clamp_(-_LARGEST, _LARGEST).to(_FLOAT8), scale
 
 
-def multiply_in_float8(blocks: nn.ModuleList, device: torch.device) -> None:
-    """Replace the linear layers of ``blocks`` (bfloat16) by float8 ones, in place.
+def check_float8(blocks: nn.ModuleList, device: torch.device) -> None:
+    """Try one product, that of the first float8 layer of ``blocks``: which GPUs can do it depends on torch's build too.
 
     Raises:
-        ConfigError: ``device`` is a CUDA device without such products.
+        ConfigError: ``device`` cannot, with torch's reason.
     """
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < _LEAST_CAPABILITY:
+    layer = next((module for module in blocks.modules() if isinstance(module, Float8Linear)), None)
+    if layer is None:
+        return
+    try:
+        layer(torch.zeros(_TRIAL_TOKENS, len(layer.weight), dtype=torch.bfloat16, device=device))
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError) as error:  # torch has no narrower ones
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else device
+        reason = str(error).strip().partition("\n")[0]
         raise ConfigError(
-            f"dtype='float8' needs a GPU of compute capability {'.'.join(map(str, _LEAST_CAPABILITY))} or later "
-            f"(Hopper); {torch.cuda.get_device_name(device)} does not have them: use dtype='bfloat16'"
-        )
+            f"dtype='float8' must be one in which the device multiplies matrices; on {name}, torch {torch.__version__} "
+            f"fails with {type(error).__name__}: {reason} (use dtype='bfloat16', or a GPU of compute capability 8.9 or "
+            "later with a torch that was built for it)"
+        ) from error
+
+
+def multiply_in_float8(blocks: nn.ModuleList) -> None:
+    """Replace the linear layers of ``blocks`` (bfloat16) by float8 ones, in place."""
     for parent in list(blocks.modules()):
         for name, child in parent.named_children():
             if isinstance(child, nn.Linear) and not any(side % _MULTIPLE for side in child.weight.shape):

@@ -132,6 +132,7 @@ class TeacherInfo:
     grid_size: tuple[int, int] | None = None
     dtype: str | None = None
     computed_in: str | None = None
+    compiled: bool | None = None
     device: str = "cpu"
     golden_cosine: float | None = None
     preprocessing: Preprocessing | None = None

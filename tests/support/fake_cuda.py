@@ -72,6 +72,7 @@ class FakeCuda:
         for name, fake in self._replacements().items():
             self._exit.enter_context(mock.patch.object(torch.cuda, name, fake))
         self._exit.enter_context(mock.patch.object(Tensor, "record_stream", self._record_stream()))
+        self._exit.enter_context(mock.patch.object(torch.nn.Module, "compile", _compile))
         run = threading.Thread.run
 
         def run_on_fakes(thread: threading.Thread) -> None:
@@ -357,6 +358,11 @@ class _CudaFunctions(TorchFunctionMode):
         self._cuda.contexts.add(self._cuda.current)
         with self._cuda.watch.lock:
             return self._cuda.watch.pin(tensor)
+
+
+def _compile(module: torch.nn.Module, **options: Any) -> None:
+    """Compiled code is the module's own: torch compiles for real devices only."""
+    module._compiled_call_impl = module._call_impl
 
 
 def _empty_caches() -> None:

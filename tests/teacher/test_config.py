@@ -69,7 +69,7 @@ def test_reads_both_files(tmp_path: Path) -> None:
     assert config.preprocessing.size == (518, 518)
     assert config.preprocessing.rescale_factor == 1 / 255
     assert config.preprocessing.mean == (0.485, 0.456, 0.406)
-    assert (config.dtype, config.compile, config.attention) == ("auto", False, "auto")
+    assert (config.dtype, config.compile, config.attention) == ("auto", "auto", "auto")
 
 
 @pytest.mark.parametrize(("option", "size", "grid"), [(224, (224, 224), (14, 14)), ((256, 390), (256, 390), (16, 24))])
@@ -177,7 +177,7 @@ class TestPreprocessing:
         assert config.image_size == (224, 224)
         larger = replace(config, image_size=448).preprocessing
         assert (larger.shortest_edge, larger.crop_size, larger.image_size) == (512, (448, 448), (448, 448))
-        assert replace(config, image_size=224) == replace(config, compile=False) == config
+        assert replace(config, image_size=224) == replace(config, compile="auto") == config
 
     def test_shortest_edge_alone(self, tmp_path: Path) -> None:
         config = DinoV3Config(model_dir(tmp_path, size={"shortest_edge": 256}))
@@ -275,7 +275,7 @@ def test_all_problems_of_config_json_come_at_once_in_the_order_of_the_fields(tmp
 
 
 def test_all_wrong_options_come_at_once(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"(?s)3 problems:.*dtype must be.*image_size must be.*compile must be True"):
+    with pytest.raises(ConfigError, match=r"(?s)3 problems:.*dtype must be.*image_size must be.*compile must be auto"):
         DinoV3Config(model_dir(tmp_path), dtype="fp8", image_size="224", compile="yes")  # type: ignore[arg-type]
 
 
@@ -313,8 +313,11 @@ def test_what_a_step_that_is_off_would_need_is_not_looked_at(tmp_path: Path) -> 
         ({"image_size": (224,)}, "image_size must be None, an integer >= 1 or a pair"),
         ({"image_size": 224.0}, r"image_size must be .*got 224\.0"),
         ({"image_size": 8}, "image_size must be at least one patch"),
-        ({"compile": 1}, r"compile must be True, False or a mode of torch\.compile \(default, reduce-overhead.*got 1"),
-        ({"compile": "fast"}, r"compile must be True, False or a mode .*got 'fast'"),
+        (
+            {"compile": 1},
+            r"compile must be auto, True, False or a mode of torch\.compile \(default, reduce-overhead.*got 1",
+        ),
+        ({"compile": "fast"}, r"compile must be auto, True, False or a mode .*got 'fast'"),
         ({"attention": ""}, "attention must be the name of an implementation"),
     ],
 )

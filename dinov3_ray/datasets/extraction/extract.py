@@ -114,7 +114,7 @@ def extract(
                 pooled=pool is not None,
                 free_cpus=ray.available_resources().get("CPU", 0.0),
                 # Compiled code is not reentrant: torch.compile keeps state. Of other teachers nothing is known.
-                reentrant=isinstance(teacher, DinoV3Config) and not teacher.compile,
+                reentrant=isinstance(teacher, DinoV3Config) and teacher.compile_mode("cpu") is None,
             )
             run = Run(
                 folder,
