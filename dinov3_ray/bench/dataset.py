@@ -28,7 +28,7 @@ from rich.table import Table
 from dinov3_ray.bench import describe_machine, new_table
 from dinov3_ray.bench.throughput import quiet_data
 from dinov3_ray.checkpoint import init_checkpoint
-from dinov3_ray.config import ComputeDtype, DinoV3Config
+from dinov3_ray.config import CompileChoice, ComputeDtype, DinoV3Config
 from dinov3_ray.datasets import FeatureStore, extract
 from dinov3_ray.datasets.decode import Decoder
 from dinov3_ray.datasets.folder import Folder
@@ -63,13 +63,15 @@ class DatasetWork:
         images: their number in each form (decoded, JPEG). The peers are slower, and get a quarter of them.
         batch: images per forward pass.
         variant: of the teacher, which has random weights.
-        dtype: the teacher computes in it; the bare loop uses the same teacher.
+        dtype, compile, attention: of the teacher, which the bare loop uses too.
     """
 
     images: int = 768
     batch: int = 32
     variant: str = "vits16"
     dtype: ComputeDtype = "auto"
+    compile: CompileChoice = "auto"
+    attention: str = "auto"
 
     @property
     def peers_images(self) -> int:
@@ -168,7 +170,7 @@ def measure_dataset(
     ``quick`` leaves out the warming up, the files, and the peer with many actors.
     """
     root = init_checkpoint(work.variant, folder / "model")
-    config = DinoV3Config(root, dtype=work.dtype, compile=False)
+    config = DinoV3Config(root, dtype=work.dtype, compile=work.compile, attention=work.attention)
     teacher = DinoV3Teacher(config)
     files = write_photographs(folder / "files", work.images)
     pixels = [_square(Image.open(path)) for path in files]
@@ -205,7 +207,7 @@ def measure_dataset(
         reading = measure_reading(folder / "decoded-1-1", folder / "reading", repeats)
     return DatasetResult(
         work,
-        str(teacher.dtype).removeprefix("torch."),
+        teacher.computed_in,
         [rate for rate, _ in sets["decoded"]],
         [rate for rate, _ in sets.get("files", [])],
         reading,

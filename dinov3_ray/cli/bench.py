@@ -16,11 +16,14 @@ import click
 
 from dinov3_ray.bench import describe_machine
 from dinov3_ray.bench.gpu.budget import PARTS, TOTAL_SECONDS, wanted_parts
+from dinov3_ray.cli.teacher_options import computing_options
 from dinov3_ray.cli.values import Command, ImageSize, address_option
 from dinov3_ray.interrupts import Interrupts
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+
+    from dinov3_ray.config import CompileChoice, ComputeDtype
 
 __all__ = ["bench"]
 
@@ -203,28 +206,34 @@ def training(
 @bench.command(short_help="Extraction and reading of data sets, compared with Ray Data.")
 @click.option("--images", default=768, show_default=True, type=click.IntRange(64), help="Per run; peers get a quarter.")
 @click.option("--variant", default="vits16", show_default=True, help="The teacher's variant, with random weights.")
-@click.option(
-    "--compute-dtype",
-    default="auto",
-    show_default=True,
-    type=click.Choice(["auto", "float32", "bfloat16"]),
-    help="The dtype of extract and the bare loop; plain transformers runs in float32, its default.",
-)
+@computing_options(dtype="--compute-dtype", image_size=False)
 @_repeats(3)
 @_quick("64 images, one run, a tiny teacher")
 @address_option
 @_as_json
 def dataset(
-    images: int, variant: str, compute_dtype: str, repeats: int, quick: bool, address: str | None, as_json: bool
+    images: int,
+    variant: str,
+    compute_dtype: ComputeDtype,
+    compile: CompileChoice,
+    attention: str,
+    repeats: int,
+    quick: bool,
+    address: str | None,
+    as_json: bool,
 ) -> None:
     """How fast extract runs, compared with a bare loop over its teacher and plain Ray Data; and how fast a store is
-    read."""
+    read.
+
+    The options that say how to compute are those of extract and the bare loop; plain transformers runs in float32, its
+    default.
+    """
     from dinov3_ray.bench.dataset import DatasetWork, measure_dataset
     from dinov3_ray.bench.machine import running
 
-    work = DatasetWork(images=images, variant=variant, dtype=compute_dtype)  # type: ignore[arg-type]
+    work = DatasetWork(images=images, variant=variant, dtype=compute_dtype, compile=compile, attention=attention)
     if quick:
-        work, repeats = DatasetWork(images=64, variant="vit-test", dtype=work.dtype), 1
+        work, repeats = replace(work, images=64, variant="vit-test"), 1
     with tempfile.TemporaryDirectory(prefix="dinov3-ray-bench-") as folder, running(address) as step:
         result = measure_dataset(work, repeats, Path(folder), step, quick=quick)
     _show(result, as_json=as_json)

@@ -31,7 +31,7 @@ _image_size = click.option(
     type=ImageSize(),
     default="224",
     show_default=True,
-    help="The model's input size, as written to the directory: 518, or 384x640 (height x width).",
+    help="The model's input size, as written to the directory: 512, or 384x640 (height x width).",
 )
 _shard_size = click.option(
     "--shard-size",

@@ -11,8 +11,9 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from dinov3_ray.cli.values import Colour, ImageSize, Integers, Outputs, address_option
-from dinov3_ray.config import DinoV3Config
+from dinov3_ray.cli.teacher_options import computing_options
+from dinov3_ray.cli.values import Colour, Integers, Outputs, address_option
+from dinov3_ray.config import CompileChoice, ComputeDtype, DinoV3Config
 from dinov3_ray.datasets.decode import MAX_PIXELS, Decoder
 from dinov3_ray.datasets.extraction.extract import extract
 from dinov3_ray.datasets.extraction.plan import Forecast, batches_text, size_text
@@ -53,14 +54,7 @@ _INTERRUPTED = 130  # the exit status by convention: 128 plus the signal's numbe
 @click.option(
     "--dtype", default="native", show_default=True, type=click.Choice(RESULT_DTYPES), help="The dtype to store."
 )
-@click.option("--image-size", type=ImageSize(), help="The model's input size, instead of preprocessor_config.json's.")
-@click.option(
-    "--compute-dtype",
-    default="auto",
-    show_default=True,
-    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
-    help="The dtype to compute in.",
-)
+@computing_options(dtype="--compute-dtype")
 @click.option(
     "--batch-size",
     type=click.IntRange(1),
@@ -101,7 +95,9 @@ def extract_command(
     map_size: tuple[int, int] | None,
     dtype: Any,
     image_size: tuple[int, int] | None,
-    compute_dtype: Any,
+    compute_dtype: ComputeDtype,
+    compile: CompileChoice,
+    attention: str,
     batch_size: int | None,
     block_size: int | None,
     image_column: str | None,
@@ -119,9 +115,13 @@ def extract_command(
     SOURCE is a folder, file, glob or URI of images, WebDataset shards (.tar) or Parquet files with image bytes.
     """
     spec = FeatureSpec(**outputs, layers=layers, norm=not no_norm, map_size=map_size, dtype=dtype)
-    config = None if root is None else DinoV3Config(root, image_size=image_size, dtype=compute_dtype)
-    if config is None and (image_size is not None or compute_dtype != "auto"):
-        raise click.UsageError("--image-size and --compute-dtype belong to --root: a pool has its own settings")
+    if root is None and (image_size is not None or (compute_dtype, compile, attention) != ("auto",) * 3):
+        raise click.UsageError(
+            "--image-size, --compute-dtype, --compile and --attention belong to --root: a pool has its own settings"
+        )
+    config = None
+    if root is not None:
+        config = DinoV3Config(root, image_size=image_size, dtype=compute_dtype, compile=compile, attention=attention)
     options = SourceOptions(
         image_column=image_column, id_column=id_column, max_pixels=max_pixels, background=background
     )
@@ -191,7 +191,7 @@ def show_command(
     pixels: np.ndarray | None
     if image is not None and root is not None:
         pixels = Decoder().read(image.read_bytes(), str(image))
-        teacher = DinoV3Teacher(DinoV3Config(root, image_size=image_size), device)
+        teacher = DinoV3Teacher(DinoV3Config(root, image_size=image_size, compile=False), device)
         spec = FeatureSpec(feature_map=layer is None, layers=() if layer is None else (layer,), dtype="float32")
         features, name = teacher.extract(torch.from_numpy(pixels), spec), image.name
     else:

@@ -10,8 +10,9 @@ import click
 
 from dinov3_ray.cli.pool import joined, pool_options, show_progress, timeout_option
 from dinov3_ray.cli.table import summary
-from dinov3_ray.cli.values import Command, ImageSize, Pair, PoolOption, Replicas
-from dinov3_ray.config import CompileMode, ComputeDtype, DinoV3Config
+from dinov3_ray.cli.teacher_options import computing_options
+from dinov3_ray.cli.values import Command, Pair, PoolOption, Replicas
+from dinov3_ray.config import CompileChoice, ComputeDtype, DinoV3Config
 from dinov3_ray.pool.cluster import NAMESPACE
 from dinov3_ray.pool.poolfile import PoolFile
 from dinov3_ray.pool.rollout import plan_rollout
@@ -19,11 +20,6 @@ from dinov3_ray.pool.spec import Batching
 from dinov3_ray.pool.teacher_pool import TeacherPool
 
 __all__ = ["reload", "up"]
-
-
-def _teacher_options(command: Command) -> Command:
-    """The options that describe a teacher."""
-    return _root_option(required=True)(_computing_options(command))
 
 
 def _root_option(*, required: bool) -> Callable[[Command], Command]:
@@ -35,34 +31,6 @@ def _root_option(*, required: bool) -> Callable[[Command], Command]:
     )
 
 
-def _computing_options(command: Command) -> Command:
-    for option in (
-        click.option(
-            "--attention", default="auto", show_default=True, help="The attention kernel: auto, sdpa, eager ..."
-        ),
-        click.option(
-            "--compile",
-            type=click.Choice(get_args(CompileMode)),
-            is_flag=False,
-            flag_value="default",
-            help="Compile the model with torch.compile, in this mode. [--compile alone: default]",
-        ),
-        click.option(
-            "--image-size",
-            type=ImageSize(),
-            help="The model's input size: 518, or 384x640 (height x width). [default: the directory's]",
-        ),
-        click.option(
-            "--dtype",
-            type=click.Choice(get_args(ComputeDtype)),
-            default="auto",
-            help="The dtype to compute in. [default: auto]",
-        ),
-    ):
-        command = option(command)
-    return command
-
-
 @click.command()
 @click.option("--dry-run", is_flag=True, help="With --config: show what would change, and change nothing.")
 @click.option(
@@ -72,7 +40,7 @@ def _computing_options(command: Command) -> Command:
     help="A YAML file that declares the pool, instead of the options below. A running pool is changed to match it.",
 )
 @_root_option(required=False)
-@_computing_options
+@computing_options()
 @click.option("--replicas", type=Replicas(auto=True), default="auto", show_default=True, help="auto: one per free GPU.")
 @click.option(
     "--leave-gpus",
@@ -106,7 +74,7 @@ def up(
     root: Path | None,
     dtype: ComputeDtype,
     image_size: tuple[int, int] | None,
-    compile: CompileMode | None,
+    compile: CompileChoice,
     attention: str,
     replicas: Any,
     leave_gpus: float,
@@ -129,7 +97,7 @@ def up(
         raise click.UsageError("--dry-run needs --config")
     if root is None:
         raise click.UsageError("name the model directory with --root, or declare the pool in a file: --config")
-    config = DinoV3Config(root, dtype=dtype, image_size=image_size, compile=compile or False, attention=attention)
+    config = DinoV3Config(root, dtype=dtype, image_size=image_size, compile=compile, attention=attention)
     options = {name: value for name, value in options.items() if value is not None} | dict(others)
     with joined(address) as here, show_progress(f"pool {name}") as report:
         pool = TeacherPool.start(
@@ -178,7 +146,8 @@ def _up_as_declared(file: Path, address: str | None, timeout: float, *, dry_run:
 
 
 @click.command()
-@_teacher_options
+@_root_option(required=True)
+@computing_options()
 @click.option("--wait/--no-wait", default=True, show_default=True, help="Wait until all replicas have the new teacher.")
 @timeout_option
 @pool_options
@@ -189,7 +158,7 @@ def reload(
     root: Path,
     dtype: ComputeDtype,
     image_size: tuple[int, int] | None,
-    compile: CompileMode | None,
+    compile: CompileChoice,
     attention: str,
     wait: bool,
     timeout: float,
@@ -199,7 +168,7 @@ def reload(
     The options describe the new teacher completely: none is taken from the present one. If it fails to start three
     times in a row, the pool returns to the present one, and the exit status is 1.
     """
-    config = DinoV3Config(root, dtype=dtype, image_size=image_size, compile=compile or False, attention=attention)
+    config = DinoV3Config(root, dtype=dtype, image_size=image_size, compile=compile, attention=attention)
     with joined(address), TeacherPool.connect(name, namespace=namespace) as pool:
         former = pool.status().fingerprint
         if not wait:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import click
+
+from dinov3_ray.config import CompileChoice, CompileMode
 
 __all__ = [
     "Bytes",
     "Colour",
     "Command",
+    "CompileValue",
     "ImageSize",
     "Integers",
     "Outputs",
@@ -92,11 +95,25 @@ class PoolOption(Pair):
         return name, value
 
 
+class CompileValue(_Value):
+    """``auto``, ``true`` and ``false``, or a mode of torch.compile, as a DinoV3Config takes them."""
+
+    _choices: dict[str, CompileChoice] = {"auto": "auto", "true": True, "false": False}  # noqa: RUF012 - see below
+    _choices |= {mode: mode for mode in get_args(CompileMode)}  # it is never changed again
+    name = "|".join(_choices)
+    rule = f"one of {', '.join(_choices)}"
+
+    def parse(self, text: str) -> CompileChoice:
+        if text not in self._choices:
+            raise ValueError
+        return self._choices[text]
+
+
 class ImageSize(_Value):
-    """The size of an image or a map: ``518`` as (518, 518), ``384x640`` as (384, 640)."""
+    """The size of an image or a map: ``512`` as (512, 512), ``384x640`` as (384, 640)."""
 
     name = "SIZE"
-    rule = "SIZE or HEIGHTxWIDTH, at least 1, such as 518 or 384x640"
+    rule = "SIZE or HEIGHTxWIDTH, at least 1, such as 512 or 384x640"
 
     def parse(self, text: str) -> tuple[int, int]:
         sides = [_natural(side) for side in text.lower().split("x")]

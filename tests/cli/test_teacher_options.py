@@ -1,0 +1,69 @@
+"""The options that say how a teacher computes: the same values in every command, and those of a DinoV3Config."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, get_args
+
+import click
+import pytest
+from click.testing import CliRunner
+from commandline import run_command
+
+from dinov3_ray import cli
+from dinov3_ray.cli.teacher_options import computing_options
+from dinov3_ray.config import CompileMode, ComputeDtype, DinoV3Config
+
+
+def parsed(*arguments: str) -> dict[str, Any]:
+    seen: dict[str, Any] = {}
+
+    @click.command()
+    @computing_options(dtype="--compute-dtype")
+    def command(**options: Any) -> None:
+        seen.update(options)
+
+    done = CliRunner().invoke(command, arguments)
+    assert done.exit_code == 0, done.output
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("arguments", "compile"),
+    [
+        ((), "auto"),
+        (("--compile", "auto"), "auto"),
+        (("--compile",), True),
+        (("--compile", "true"), True),
+        (("--compile", "false"), False),
+        *[(("--compile", mode), mode) for mode in get_args(CompileMode)],
+    ],
+)
+def test_they_are_what_a_configuration_takes(tiny_checkpoint: Path, arguments: tuple[str, ...], compile: Any) -> None:
+    options = parsed(*arguments)
+    assert options == {"compute_dtype": "auto", "image_size": None, "compile": compile, "attention": "auto"}
+    assert DinoV3Config(tiny_checkpoint, compile=options["compile"]).compile == compile
+
+
+@pytest.mark.parametrize("command", [("up",), ("reload",), ("extract",), ("bench", "dataset")])
+def test_every_command_that_makes_a_teacher_has_them(command: tuple[str, ...]) -> None:
+    found: Any = cli.main
+    for name in command:
+        found = found.get_command(click.Context(found), name)
+    options = {name: option for option in found.params for name in option.opts}
+    assert {"--compile", "--attention"} <= set(options)
+    dtype = options.get("--compute-dtype", options.get("--dtype"))
+    assert tuple(dtype.type.choices) == get_args(ComputeDtype)
+
+
+@pytest.mark.parametrize("option", [("--compute-dtype", "float8"), ("--compile",), ("--attention", "eager")])
+def test_a_pool_has_its_own(option: tuple[str, ...]) -> None:
+    done = run_command("extract", "source", "out", "--pool", "dinov3", *option)
+    assert done.exit_code == 2
+    assert "belong to --root: a pool has its own settings" in done.output
+
+
+def test_a_wrong_one_is_refused_with_all_that_there_are() -> None:
+    done = run_command("up", "--root", "model", "--compile", "fast")
+    assert done.exit_code == 2
+    assert "must be one of auto, true, false, default, reduce-overhead" in done.output
