@@ -100,7 +100,7 @@ class CompileValue(_Value):
 
     _choices: dict[str, CompileChoice] = {"auto": "auto", "true": True, "false": False}  # noqa: RUF012 - see below
     _choices |= {mode: mode for mode in get_args(CompileMode)}  # it is never changed again
-    name = "|".join(_choices)
+    name = "auto|true|false|MODE"
     rule = f"one of {', '.join(_choices)}"
 
     def parse(self, text: str) -> CompileChoice:

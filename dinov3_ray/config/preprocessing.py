@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-__all__ = ["Preprocessing", "Size"]
+__all__ = ["Misfit", "Preprocessing", "Size", "misfit_of"]
 
 Size = tuple[int, int]
 """(height, width)"""
@@ -59,3 +59,38 @@ class Preprocessing:
         if self.shortest_edge is not None and image_size[0] == image_size[1]:
             return replace(self, shortest_edge=image_size[0], image_size=image_size)
         return replace(self, size=image_size, shortest_edge=None, image_size=image_size)
+
+
+@dataclass(frozen=True, slots=True)
+class Misfit:
+    """What is wrong with an image size that the patch does not divide, in words for a user.
+
+    Attributes:
+        problem: what the model does with it.
+        remedy: the size that gives the same grid.
+    """
+
+    problem: str
+    remedy: str
+
+
+def misfit_of(image_size: Size, patch_size: int) -> Misfit | None:
+    """What is wrong with ``image_size`` for a model of that patch size; None if the patch divides it.
+
+    The rest is dropped, so the map shows less than the image, and whoever lays it over the whole image is off by up to
+    the rest. 518 px is the size of DINOv2, whose patch of 14 px divides it.
+    """
+    height, width = image_size
+    below, right = height % patch_size, width % patch_size
+    if not below and not right:
+        return None
+    rest = " and ".join(f"{rest} px {where}" for rest, where in ((right, "at the right"), (below, "below")) if rest)
+    fitting = (height - below, width - right)
+    size = str(fitting[0]) if fitting[0] == fitting[1] else f"{fitting[0]}x{fitting[1]}"
+    dinov2 = "; 518 px is the size of DINOv2" if 518 in image_size and patch_size == 16 else ""
+    return Misfit(
+        f"its patches of {patch_size} px do not divide its input of {height}x{width} px{dinov2}: {rest} are dropped, "
+        "and the map is moved against the image",
+        f"--image-size {size} (image_size={fitting[0] if fitting[0] == fitting[1] else fitting}) gives a map of the "
+        f"same {fitting[0] // patch_size} x {fitting[1] // patch_size}, aligned with the image, from fewer pixels",
+    )

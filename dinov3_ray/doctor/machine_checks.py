@@ -20,6 +20,7 @@ import torch
 from dinov3_ray import __version__
 from dinov3_ray.checkpoint import verify
 from dinov3_ray.config import DinoV3Config
+from dinov3_ray.config.preprocessing import misfit_of
 from dinov3_ray.errors import CheckpointError, ConfigError
 
 __all__ = [
@@ -189,7 +190,9 @@ def check_model_root(root: Path | None) -> Finding:
         )
     except CheckpointError as error:
         return problem("model", str(error), "copy the weights again, then `dinov3-ray checkpoint verify` the directory")
-    return fine("model", f"{config!r}, {weights.nbytes / 1e9:.3f} GB")
+    seen = f"{config!r}, {weights.nbytes / 1e9:.3f} GB"
+    misfit = misfit_of(config.image_size, config.patch_size)
+    return fine("model", seen) if misfit is None else warning("model", f"{seen}; {misfit.problem}", misfit.remedy)
 
 
 def check_token(environment: Mapping[str, str], address: str | None) -> Finding:

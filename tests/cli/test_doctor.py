@@ -14,8 +14,15 @@ from commandline import run_command
 from diagnosis import Findings, by_subject, doctor, problems
 from paths import REPOSITORY
 
+from dinov3_ray.checkpoint import init_checkpoint
 from dinov3_ray.doctor.cluster_checks import check_token
-from dinov3_ray.doctor.machine_checks import Severity, check_descriptors, check_versions, installed_versions
+from dinov3_ray.doctor.machine_checks import (
+    Severity,
+    check_descriptors,
+    check_model_root,
+    check_versions,
+    installed_versions,
+)
 
 
 def doctor_here(*arguments: object) -> tuple[int, Findings]:
@@ -41,6 +48,16 @@ def test_root_missing(tmp_path: Path) -> None:
     assert (status, problems(findings)) == (1, {"model"})
     assert "nowhere is missing" in findings["model"]["message"]
     assert findings["round trip"]["verdict"] == Severity.SKIPPED
+
+
+def test_an_image_size_that_the_patch_does_not_divide(tmp_path: Path) -> None:
+    root = init_checkpoint("vit-test", tmp_path / "model", image_size=518)
+    found = check_model_root(root)
+    assert found.verdict is Severity.WARNING, "it works"
+    assert "518 px is the size of DINOv2: 6 px at the right and 6 px below are dropped" in found.message
+    assert found.remedy.startswith("--image-size 512 (image_size=512) gives a map of the same 32 x 32, aligned")
+    root = init_checkpoint("vit-test", tmp_path / "fitting", image_size=512)
+    assert check_model_root(root).verdict is Severity.FINE
 
 
 def test_no_gpu_where_one_is_asked_for() -> None:

@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 from commandline import run_command
 
-from dinov3_ray import cli
+from dinov3_ray.cli import main
 from dinov3_ray.cli.teacher_options import computing_options
 from dinov3_ray.config import CompileMode, ComputeDtype, DinoV3Config
 
@@ -47,7 +47,7 @@ def test_they_are_what_a_configuration_takes(tiny_checkpoint: Path, arguments: t
 
 @pytest.mark.parametrize("command", [("up",), ("reload",), ("extract",), ("bench", "dataset")])
 def test_every_command_that_makes_a_teacher_has_them(command: tuple[str, ...]) -> None:
-    found: Any = cli.main
+    found: Any = main
     for name in command:
         found = found.get_command(click.Context(found), name)
     options = {name: option for option in found.params for name in option.opts}

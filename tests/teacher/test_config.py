@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 from dinov3_ray import DinoV3Config
 from dinov3_ray.checkpoint import init_checkpoint
 from dinov3_ray.config.architecture import ViTArchitecture, heads_for
+from dinov3_ray.config.preprocessing import misfit_of
 from dinov3_ray.errors import CheckpointError, ConfigError
 
 VIT = {
@@ -77,6 +79,39 @@ def test_image_size_option_overrides_the_file(tmp_path: Path, option: Any, size:
     config = DinoV3Config(model_dir(tmp_path), image_size=option)
     assert config.image_size == config.preprocessing.size == size
     assert config.grid_size == grid
+
+
+@pytest.mark.parametrize(
+    ("size", "patch", "problem", "remedy"),
+    [
+        (
+            (518, 518),
+            16,
+            "518 px is the size of DINOv2: 6 px at the right and 6 px below",
+            "--image-size 512 .*32 x 32",
+        ),
+        ((224, 230), 16, "input of 224x230 px: 6 px at the right are dropped", r"--image-size 224 .*14 x 14"),
+        (
+            (390, 256),
+            16,
+            "input of 390x256 px: 6 px below are dropped",
+            r"384x256 \(image_size=\(384, 256\)\).*24 x 16",
+        ),
+        ((240, 240), 32, "patches of 32 px do not divide .*: 16 px at the right", "--image-size 224 .*7 x 7"),
+    ],
+)
+def test_what_is_wrong_with_a_size_that_the_patch_does_not_divide(
+    size: tuple[int, int], patch: int, problem: str, remedy: str
+) -> None:
+    found = misfit_of(size, patch)
+    assert found is not None
+    assert re.search(problem, found.problem)
+    assert re.search(remedy, found.remedy)
+
+
+@pytest.mark.parametrize(("size", "patch"), [((512, 512), 16), ((224, 384), 16), ((518, 518), 14), ((224, 224), 32)])
+def test_a_size_that_the_patch_divides_is_fine(size: tuple[int, int], patch: int) -> None:
+    assert misfit_of(size, patch) is None
 
 
 def test_is_a_frozen_value(tmp_path: Path) -> None:
