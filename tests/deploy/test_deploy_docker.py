@@ -72,7 +72,12 @@ def test_it_is_small_and_holds_no_secret(stages: list[list[Instruction]]) -> Non
         assert not re.search(r"AUTH_TOKEN=|PASSWORD|SECRET", text)
     assert any("RAY_AUTH_MODE=token" in value for value in values(stages[-1], "ENV"))
     copied = [value for value in values(stages[-1], "COPY") if "--from=build" in value]
-    assert copied == ["--from=build /opt/venv /opt/venv"], "compilers and sources stay behind"
+    assert copied == ["--from=build /opt/venv /opt/venv"], "sources stay behind"
+
+
+def test_it_can_compile_teachers(stages: list[list[Instruction]]) -> None:
+    installed = " ".join(command for command in values(stages[-1], "RUN") if "apt-get install" in command).split()
+    assert {"gcc", "libc6-dev"} <= set(installed), "Triton needs them; Python's headers are in the base image"
 
 
 def test_shell_commands_parse(stages: list[list[Instruction]]) -> None:
