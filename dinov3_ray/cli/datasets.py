@@ -12,7 +12,7 @@ from rich.console import Console
 from torch import Tensor
 
 from dinov3_ray.cli.teacher_options import computing_options
-from dinov3_ray.cli.values import Colour, Integers, Outputs, address_option
+from dinov3_ray.cli.values import Colour, ImageSize, Integers, Outputs, address_option
 from dinov3_ray.config import CompileChoice, ComputeDtype, DinoV3Config
 from dinov3_ray.datasets.decode import MAX_PIXELS, Decoder
 from dinov3_ray.datasets.extraction.extract import extract
