@@ -25,9 +25,11 @@ __all__ = [
     "Features",
     "ResultDtype",
     "channel_dim",
+    "copy_row",
     "decode",
     "deliver",
     "encode",
+    "in_channels_last",
     "resample_map",
 ]
 
@@ -162,6 +164,11 @@ def _as_ints(values: object, name: str) -> tuple[int, ...]:
 class Features(OrderedDict[str, Any]):
     """A teacher's outputs for B images. Those that the spec did not ask for are None (``layers``: empty).
 
+    They are ordinary tensors. Maps of this package's teachers, local and remote, are in channels_last memory order, in
+    which they are computed: ``flatten(2)`` and ``view(B, D, h * w)`` are views, and ``flatten(2).mT`` is contiguous.
+    Maps that a store or a cache has kept come contiguous; those of a teacher of your own, in its own order. Code that
+    needs one order calls ``contiguous()``.
+
     It is a dict of the outputs that are there, with ``layers`` as a dict in it, so that code which moves, casts, pins,
     collates, slices or gathers batches treats it as the tensors that it holds: torch (DataLoader, pytree, DDP, FSDP),
     Lightning and Fabric, accelerate, and transformers' Trainer. Only ``len()`` is not a dict's: it is B. Such code
@@ -293,6 +300,24 @@ def deliver(features: Features, spec: FeatureSpec) -> Features:
     if spec.dtype == "native":
         return features
     return features.map(lambda name, tensor: decode(encode(tensor, spec.dtype, channel_dim=channel_dim(name))))
+
+
+def in_channels_last(map_BDhw: Tensor) -> bool:
+    """Whether the memory of maps [B, D, h, w] is that of contiguous [B, h, w, D], as torch's channels_last is.
+
+    ``is_contiguous(memory_format=torch.channels_last)`` ignores the strides of sides of 1. Here all must be right, so
+    that a map which crosses the wire as [B, h, w, D] arrives with the strides that it had.
+    """
+    _, channels, height, width = map_BDhw.shape
+    return map_BDhw.stride() == (height * width * channels, 1, width * channels, channels)
+
+
+def copy_row(target: Tensor, row: Tensor) -> None:
+    """Copy one image's output, [D], [R, D] or [D, h, w], to ``target``, which is contiguous: files have that order.
+
+    torch transposes a matrix three times as fast as it permutes a map, so a map is copied as one.
+    """
+    target.view(len(row), -1).copy_(row.reshape(len(row), -1))
 
 
 def resample_map(map_BDhw: Tensor, size: tuple[int, int]) -> Tensor:

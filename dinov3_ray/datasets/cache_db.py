@@ -31,11 +31,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
+from torch import Tensor
 
 from dinov3_ray.errors import StoreError
-from dinov3_ray.features import Features
+from dinov3_ray.features import Features, copy_row
 from dinov3_ray.model.upload import Pending
 from dinov3_ray.watch import has_only_finite
 
@@ -449,9 +451,18 @@ class CacheStatistics:
 
 def pack(features: Features) -> bytes:
     """``features`` as the bytes of a safetensors file."""
-    named = {name: tensor.cpu().contiguous() for name, tensor in features.named()}
+    named = {name: _in_rows(tensor.cpu()) for name, tensor in features.named()}
     # safetensors orders tensors by its own rule; the order of the layers is the spec's.
     return save(named, {"fingerprint": json.dumps(features.fingerprint), "names": json.dumps(list(named))})
+
+
+def _in_rows(tensor: Tensor) -> Tensor:
+    if tensor.is_contiguous():
+        return tensor
+    rows = torch.empty(tensor.shape, dtype=tensor.dtype)
+    for target, row in zip(rows, tensor, strict=True):
+        copy_row(target, row)
+    return rows
 
 
 def unpack(value: bytes) -> Features | None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from dinov3_ray.config.architecture import Family
-from dinov3_ray.features import Features, FeatureSpec, resample_map
+from dinov3_ray.features import Features, FeatureSpec, in_channels_last, resample_map
 
 __all__ = ["blocks_of", "run_backbone"]
 
@@ -41,7 +41,9 @@ def run_backbone(
     *,
     compiled: bool = False,
 ) -> Features:
-    """The outputs that ``spec`` asks for: compute dtype, contiguous, maps at the spec's ``map_size``.
+    """The outputs that ``spec`` asks for: compute dtype, maps at the spec's ``map_size``, each with memory of its own.
+
+    Maps are in channels_last order, in which their tokens (or a ConvNeXt's stages) are computed: nothing permutes them.
 
     A ConvNeXt's CLS is its normed global average. Its layers are its four stages, whose widths and strides differ. The
     final norm fits the last stage only and is not applied to the others, as in the official
@@ -63,7 +65,7 @@ def _run_vit(model: Any, blocks: nn.ModuleList, pixels_B3HW: Tensor, spec: Featu
 
     def cut(_: int, hidden_BND: Tensor) -> Tensor:
         patches = hidden_BND[:, prefix:]
-        return _as_map(model.norm(patches) if spec.norm else patches, grid, spec)
+        return _as_map(model.norm(patches) if spec.norm else _cut_out(patches), grid, spec)
 
     def step(block: nn.Module, hidden_BND: Tensor) -> Tensor:
         hidden: Tensor = block(hidden_BND, position_embeddings=rope)
@@ -79,7 +81,7 @@ def _run_convnext(
     def cut(index: int, hidden_BDhw: Tensor) -> Tensor:
         if spec.norm and index == len(blocks) - 1:
             return _as_map(model.layer_norm(_as_tokens(hidden_BDhw)), hidden_BDhw.shape[-2:], spec)
-        return _resampled(hidden_BDhw, spec).contiguous()
+        return _finished_map(hidden_BDhw, spec)
 
     def step(block: nn.Module, hidden_BDhw: Tensor) -> Tensor:
         hidden: Tensor = block(hidden_BDhw)
@@ -129,9 +131,9 @@ def _finish(
         return Features(layers=layers)
     tokens_BND = norm(hidden_BND)
     return Features(
-        cls=tokens_BND[:, 0].contiguous() if spec.cls else None,
-        feature_map=_as_map(tokens_BND[:, prefix:], grid, spec) if spec.feature_map else None,
-        registers=tokens_BND[:, 1:prefix].contiguous() if spec.registers else None,
+        cls=_cut_out(tokens_BND[:, 0]) if spec.cls else None,
+        feature_map=_as_map(_cut_out(tokens_BND[:, prefix:]), grid, spec) if spec.feature_map else None,
+        registers=_cut_out(tokens_BND[:, 1:prefix]) if spec.registers else None,
         layers=layers,
     )
 
@@ -144,10 +146,15 @@ def _as_tokens(map_BDhw: Tensor) -> Tensor:
     return map_BDhw.flatten(2).transpose(1, 2)
 
 
+def _cut_out(tokens: Tensor) -> Tensor:
+    # Not contiguous(): one image's tokens would stay a view, and keep all others' memory.
+    return tokens.clone(memory_format=torch.contiguous_format)
+
+
 def _as_map(patches_BND: Tensor, grid: tuple[int, ...], spec: FeatureSpec) -> Tensor:
-    map_BDN = patches_BND.transpose(1, 2).contiguous()
-    return _resampled(map_BDN.view(*map_BDN.shape[:2], *grid), spec)
+    return _finished_map(patches_BND.unflatten(1, grid).permute(0, 3, 1, 2), spec)
 
 
-def _resampled(map_BDhw: Tensor, spec: FeatureSpec) -> Tensor:
-    return map_BDhw if spec.map_size is None else resample_map(map_BDhw, spec.map_size)
+def _finished_map(map_BDhw: Tensor, spec: FeatureSpec) -> Tensor:
+    resampled = map_BDhw if spec.map_size is None else resample_map(map_BDhw, spec.map_size)
+    return resampled if in_channels_last(resampled) else resampled.clone(memory_format=torch.channels_last)

@@ -57,8 +57,9 @@ class DinoV3Teacher(TeacherMixin[Images | ImageBatch]):
     If somebody changes the weights in :attr:`model`, it refuses to compute, because its fingerprint would name another
     model. See :class:`~dinov3_ray.model.seal.SealedModel` for what that notices, and what it cannot.
 
-    Every forward pass runs under ``no_grad``, and outside the caller's autocast. It gives ordinary, contiguous tensors,
-    which a student's loss may save for backward.
+    Every forward pass runs under ``no_grad``, and outside the caller's autocast. It gives ordinary tensors, which a
+    student's loss may save for backward; maps are in channels_last memory order (see
+    :class:`~dinov3_ray.features.Features`).
 
     A copy or a pickle has the configuration and not the weights. It loads them from the checkpoint when it is first
     used, so that a student's EMA copies and checkpoints stay small.

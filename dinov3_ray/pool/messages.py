@@ -37,8 +37,11 @@ __all__ = [
 ImageLayout = tuple[str, bool]
 """(dtype, stacked): torch's name of the images' dtype, and whether they are one [B,3,H,W] array or one array each."""
 
-FeatureLayout = tuple[tuple[str, str, str, bool], ...]
-"""One (name, dtype on the wire, dtype of the result, has scales) for each output; scales follow their values."""
+FeatureLayout = tuple[tuple[str, str, str, bool, bool], ...]
+"""One (name, dtype on the wire, dtype of the result, has scales, channels_last) for each output.
+
+Scales follow their values. A map in channels_last order crosses as [B, h, w, D], without a permutation.
+"""
 
 Array = np.ndarray[Any, Any]
 

@@ -19,6 +19,7 @@ from dinov3_ray.pool.messages import Array, FeatureLayout, TeacherInfo
 from dinov3_ray.pool.transport.wire import alias, pack_features, pack_images, unpack_features, unpack_images
 
 COMPUTE = (torch.float32, torch.bfloat16, torch.float16)
+ORDERS = (torch.contiguous_format, torch.channels_last)
 EVERYTHING = FeatureSpec(cls=True, feature_map=True, registers=True, layers=(5, -1))
 
 
@@ -70,18 +71,19 @@ def test_contiguous_images_are_not_copied_and_others_once() -> None:
     rows=st.integers(1, 4),
     compute=st.sampled_from(COMPUTE),
     wanted=st.sampled_from(RESULT_DTYPES),
+    order=st.sampled_from(ORDERS),
     seed=st.integers(0, 2**31),
 )
 def test_features_arrive_as_the_local_teacher_delivers_them(
-    rows: int, compute: torch.dtype, wanted: str, seed: int
+    rows: int, compute: torch.dtype, wanted: str, order: torch.memory_format, seed: int
 ) -> None:
     spec = FeatureSpec(cls=True, feature_map=True, registers=True, layers=(5, -1), dtype=wanted)  # type: ignore[arg-type]
-    computed = random_features(rows, compute, seed)
+    computed = random_features(rows, compute, seed, order)
     layout, arrays = pack_features(computed, spec)
     received = unpack_features(layout, through_the_store(arrays), "weights")
     local = dict(deliver(computed, spec).named())
-    assert {name: (t.dtype, t.shape) for name, t in received.named()} == {
-        n: (t.dtype, t.shape) for n, t in local.items()
+    assert {name: (t.dtype, t.shape, t.stride()) for name, t in received.named()} == {
+        n: (t.dtype, t.shape, t.stride()) for n, t in local.items()
     }
     assert {name: bits(tensor) for name, tensor in received.named()} == {name: bits(t) for name, t in local.items()}
     assert received.fingerprint == "weights"
@@ -98,6 +100,25 @@ def test_the_wire_carries_the_narrower_dtype(compute: torch.dtype, wanted: str) 
     assert [array.shape for array in arrays[1:]] == ([(2, 1, 4, 6)] if wanted == "int8" else [])
 
 
+@pytest.mark.parametrize("shape", [(2, 4, 6), (1, 4, 6), (2, 1, 1), (1, 1, 1), (2, 1, 5), (2, 5, 1)], ids=str)
+@pytest.mark.parametrize("order", ORDERS, ids=str)
+@pytest.mark.parametrize("wanted", RESULT_DTYPES)
+def test_maps_arrive_with_the_strides_that_they_had(
+    shape: tuple[int, int, int], order: torch.memory_format, wanted: str
+) -> None:
+    rows, height, width = shape
+    map_BDhw = torch.randn(rows, 8, height, width).clone(memory_format=order)
+    spec = FeatureSpec(feature_map=True, dtype=wanted)  # type: ignore[arg-type]
+    layout, arrays = pack_features(Features(feature_map=map_BDhw), spec)
+    received = unpack_features(layout, through_the_store(arrays), None).feature_map
+    local = deliver(Features(feature_map=map_BDhw), spec).feature_map
+    assert received is not None
+    assert local is not None
+    assert received.stride() == local.stride() == map_BDhw.stride()
+    assert torch.equal(received, local)
+    assert received.view(rows, 8, -1).data_ptr() == received.data_ptr(), "a map is a view of its tokens"
+
+
 def test_a_slice_of_a_batch_and_a_transposed_map_cross_as_contiguous_arrays() -> None:
     tokens_BND = torch.randn(4, 24, 8)
     features = Features(feature_map=tokens_BND.transpose(1, 2).unflatten(2, (4, 6))).rows(1, 3)
@@ -108,9 +129,10 @@ def test_a_slice_of_a_batch_and_a_transposed_map_cross_as_contiguous_arrays() ->
     assert torch.equal(received.feature_map, features.feature_map)
 
 
+@pytest.mark.parametrize("order", ORDERS, ids=str)
 @pytest.mark.parametrize("compute", COMPUTE, ids=str)
-def test_native_features_cross_without_a_copy_at_either_end(compute: torch.dtype) -> None:
-    computed = random_features(2, compute)
+def test_native_features_cross_without_a_copy_at_either_end(compute: torch.dtype, order: torch.memory_format) -> None:
+    computed = random_features(2, compute, order=order)
     layout, arrays = pack_features(computed, EVERYTHING)
     assert [array.ctypes.data for array in arrays] == [tensor.data_ptr() for _, tensor in computed.named()]
     stored = through_the_store(arrays)
@@ -123,7 +145,7 @@ def test_what_crosses_holds_no_tensor() -> None:
     assert all(isinstance(array, np.ndarray) for array in arrays)
     kinds = {type(value) for entry in layout for value in entry}
     assert kinds == {str, bool}
-    expected: FeatureLayout = (("cls", "bfloat16", "bfloat16", False),)
+    expected: FeatureLayout = (("cls", "bfloat16", "bfloat16", False, False),)
     assert layout[:1] == expected
 
 

@@ -192,7 +192,22 @@ def test_the_spec_says_size_and_dtype_of_results(teacher: DinoV3Teacher, photogr
     for (name, found), (_, expected) in zip(features.named(), deliver(resampled, spec).named(), strict=True):
         assert torch.equal(found, expected), name
         assert found.dtype == expected.dtype
-        assert found.is_contiguous()
+        assert found.stride() == expected.stride()
+
+
+@pytest.mark.parametrize("size", [None, (5, 20)])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_maps_are_in_the_order_in_which_they_are_computed(
+    teacher: DinoV3Teacher, tmp_path: Path, rows: int, size: tuple[int, int] | None
+) -> None:
+    convnext = DinoV3Teacher(init_checkpoint("convnext-test", tmp_path / "convnext"))
+    for one, registers, layers in ((teacher, True, (0, -1)), (convnext, False, (0, 3))):
+        for norm in (True, False):
+            spec = FeatureSpec(cls=True, feature_map=True, registers=registers, layers=layers, norm=norm, map_size=size)
+            for name, tensor in one.extract(torch.rand(rows, 3, 96, 64), spec).named():
+                order = torch.channels_last if tensor.ndim == 4 else torch.contiguous_format
+                assert tensor.stride() == torch.empty(tensor.shape, memory_format=order).stride(), name
+                assert tensor.untyped_storage().nbytes() == tensor.nbytes, f"{name} keeps other tokens' memory"
 
 
 def test_images_of_any_kind_give_the_same_features(teacher: DinoV3Teacher, photographs: list[Tensor]) -> None:

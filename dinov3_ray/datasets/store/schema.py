@@ -92,6 +92,8 @@ def spec_of(value: Mapping[str, Any]) -> FeatureSpec:
 def encode_columns(features: Features, spec: FeatureSpec) -> tuple[dict[str, np.ndarray], str]:
     """Features (compute dtype) as the arrays [B, ...] that are stored for ``spec.dtype``, and their result dtype.
 
+    The arrays keep the features' memory order.
+
     Raises:
         NumericsError: float16 cannot hold a value.
     """
@@ -105,9 +107,9 @@ def encode_columns(features: Features, spec: FeatureSpec) -> tuple[dict[str, np.
                 f"dtype float16 holds values up to 65504; output {name} reaches {tensor.float().abs().amax():.4g} "
                 "(store float32 instead)"
             )
-        columns[name] = values.cpu().contiguous().numpy()
+        columns[name] = values.cpu().numpy()
         if encoded.scale is not None:
-            columns[name + SCALE] = encoded.scale.cpu().contiguous().numpy()
+            columns[name + SCALE] = encoded.scale.cpu().numpy()
         result_dtype = str(encoded.result_dtype).removeprefix("torch.")
     return columns, result_dtype
 

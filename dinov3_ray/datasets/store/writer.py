@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 
 from dinov3_ray.datasets.decode import Unreadable
 from dinov3_ray.datasets.folder import ERRORS, INDEX, LEDGER, MANIFEST, PARTS, Folder
@@ -18,6 +19,7 @@ from dinov3_ray.datasets.sources.source import check_unique
 from dinov3_ray.datasets.store.reader import errors_table, index_table
 from dinov3_ray.datasets.store.schema import Row, encode_part
 from dinov3_ray.errors import StoreError
+from dinov3_ray.features import copy_row
 
 __all__ = ["BlockWriter", "check_rows", "count_batch_sizes", "finish", "is_finished"]
 
@@ -78,7 +80,7 @@ class BlockWriter:
         for target, position in enumerate(positions):
             _, batch, index = self._rows[position]
             for name, array in columns.items():
-                array[target] = self._columns[batch][name][index]
+                copy_row(torch.from_numpy(array[target]), torch.from_numpy(self._columns[batch][name][index]))
         rows = [self._rows[position][0] for position in positions]
         buffer, described = encode_part(rows, columns, self.identity)
         file = f"{self.name}.{number}.parquet" if number else f"{self.name}.parquet"

@@ -1,7 +1,9 @@
 """Images and features as contiguous NumPy arrays and back, without a copy.
 
 Ray moves NumPy arrays out of band (pickle 5) and hands them out as views of shared memory, while it copies torch
-tensors on every fetch; so no torch tensor ever crosses. bfloat16 has no NumPy type and crosses viewed as int16.
+tensors on every fetch; so no torch tensor ever crosses. bfloat16 has no NumPy type and crosses viewed as int16. Ray
+copies arrays that are not contiguous, so a map in channels_last order crosses as [B, h, w, D], and is [B, D, h, w]
+again at the client.
 
 What arrives is read-only memory of the object store. A fetched result belongs to the one client that asked for it (each
 answer is a separate object, fetched once), so its tensors may alias that memory and are safe to write to. Images
@@ -16,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dinov3_ray.features import Encoded, Features, FeatureSpec, channel_dim, decode, encode
+from dinov3_ray.features import Encoded, Features, FeatureSpec, channel_dim, decode, encode, in_channels_last
 from dinov3_ray.images import ImageBatch
 from dinov3_ray.pool.messages import Array, FeatureLayout, ImageLayout
 
@@ -37,7 +39,7 @@ def unpack_images(layout: ImageLayout, arrays: Sequence[Array]) -> ImageBatch:
 def pack_features(
     features: Features, spec: FeatureSpec, to_host: Callable[[Tensor], Tensor] = Tensor.cpu
 ) -> tuple[FeatureLayout, list[Array]]:
-    """``features`` in the compute dtype, narrowed as ``spec.dtype`` has it.
+    """``features`` (compute dtype), narrowed as ``spec.dtype`` has it on their own device, in their own memory order.
 
     ``to_host`` copies what was narrowed to the CPU; if it only begins to, the arrays hold their values when it is done.
     """
@@ -45,8 +47,10 @@ def pack_features(
     for name, tensor in features.named():
         encoded = encode(tensor, spec.dtype, channel_dim=channel_dim(name))
         has_scale = encoded.scale is not None
-        layout.append((name, _name(encoded.values.dtype), _name(encoded.result_dtype), has_scale))
-        arrays.append(_to_array(to_host(encoded.values)))
+        channels_last = tensor.ndim == 4 and in_channels_last(tensor)
+        layout.append((name, _name(encoded.values.dtype), _name(encoded.result_dtype), has_scale, channels_last))
+        values = encoded.values.permute(0, 2, 3, 1) if channels_last else encoded.values
+        arrays.append(_to_array(to_host(values)))
         if encoded.scale is not None:
             arrays.append(_to_array(to_host(encoded.scale)))
     return tuple(layout), arrays
@@ -55,8 +59,10 @@ def pack_features(
 def unpack_features(layout: FeatureLayout, arrays: Sequence[Array], fingerprint: str | None) -> Features:
     """The features as the caller gets them."""
     named, remaining = {}, iter(arrays)
-    for name, dtype, result_dtype, has_scale in layout:
+    for name, dtype, result_dtype, has_scale, channels_last in layout:
         values = _to_tensor(next(remaining), dtype)
+        if channels_last:
+            values = values.permute(0, 3, 1, 2)
         scale = _to_tensor(next(remaining), "float32") if has_scale else None
         named[name] = decode(Encoded(values, scale, _dtype(result_dtype)))
     return Features.from_named(named, fingerprint)
