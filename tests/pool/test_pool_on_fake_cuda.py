@@ -29,6 +29,7 @@ from dinov3_ray.pool.replica.device_pipeline import (
 from dinov3_ray.pool.replica.hosted import HostedReplica
 from dinov3_ray.pool.replica.replica import Replica
 from dinov3_ray.pool.spec import builder
+from dinov3_ray.pool.transport.wire import pack_features
 
 ONE = torch.device("cuda:1")
 SPECS = [
@@ -98,8 +99,38 @@ def test_only_the_wait_for_results_waits(cuda: FakeCuda, pipeline: CudaPipeline,
     assert len({stream for _, stream, _ in cuda.watch.launches}) == 3, "in, through and out overlap"
 
 
+@pytest.mark.parametrize("size", [None, (7, 9)])
+def test_what_leaves_the_gpu_is_narrow_and_in_the_order_of_its_tokens(
+    pipeline: CudaPipeline, size: tuple[int, int] | None
+) -> None:
+    batch, (height, width) = ImageBatch.of(IMAGES[0]), size or (14, 14)
+    whole, scales = (4, height, width, 128), (4, 1, height, width)
+    for dtype, expected in (
+        ("native", [(torch.bfloat16, whole)]),
+        ("float16", [(torch.float16, whole)]),
+        ("int8", [(torch.int8, whole), (torch.float32, scales)]),
+    ):
+        flying = pipeline.begin(batch, len(batch), FeatureSpec(feature_map=True, map_size=size, dtype=dtype))  # type: ignore[arg-type]
+        assert isinstance(flying, _CudaPass)
+        *left, _ = flying.held  # the last says whether all are finite
+        assert isinstance(left[0], Tensor)
+        assert [(tensor.dtype, tensor.shape, tensor.device) for tensor in left if isinstance(tensor, Tensor)] == [
+            (*one, ONE) for one in expected
+        ]
+        if dtype == "native":
+            feature_map = flying.features.feature_map
+            assert feature_map is not None
+            assert left[0].untyped_storage()._cdata == feature_map.untyped_storage()._cdata, "copied on its way"
+
+
 # (function, text, fault, what is found)
 FAULTS = {
+    "int8 made on the host": (
+        pack_features,
+        "encode(tensor, spec.dtype",
+        "encode(tensor.cpu(), spec.dtype",
+        "wait: aten",
+    ),
     "no wait in the upload": (Pending.receive, "stream.wait_event(self.ready)", "pass", "race"),
     "images not kept": (Pending.receive, "tensor.record_stream(stream)", "pass", "freed"),
     "the upload blocks": (Upload.begin, ", non_blocking=True)", ")", "wait: aten._to_copy"),
