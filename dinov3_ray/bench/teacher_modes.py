@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dinov3_ray.config import CompileMode, ComputeDtype, DinoV3Config
+from dinov3_ray.config import CompileChoice, ComputeDtype, DinoV3Config
 from dinov3_ray.features import Features, FeatureSpec
 from dinov3_ray.images import ImageBatch
 from dinov3_ray.model import DinoV3Teacher
@@ -87,7 +87,7 @@ def modes_for(device: torch.device, *, quick: bool) -> list[TeacherMode]:
 _MATMUL_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float8": torch.float8_e4m3fn}
 
 
-def _ours(name: str, dtype: ComputeDtype, *, compile: bool | CompileMode = False) -> TeacherMode:
+def _ours(name: str, dtype: ComputeDtype, *, compile: CompileChoice = False) -> TeacherMode:
     make = functools.partial(load_ours, dtype=dtype, compile=compile)
     return TeacherMode(name, _MATMUL_DTYPES[dtype], True, make)
 
@@ -103,7 +103,7 @@ def warm_up(teacher: DinoV3Teacher, rows: int) -> None:
         teacher.extract(images, spec)
 
 
-def load_ours(work: TeacherWork, dtype: ComputeDtype, *, compile: bool | CompileMode = False) -> Extract:
+def load_ours(work: TeacherWork, dtype: ComputeDtype, *, compile: CompileChoice = False) -> Extract:
     """Load this package's teacher in one of its modes."""
     root, size, attention = work.config.root, work.config.image_size, work.config.attention
     config = DinoV3Config(root, dtype=dtype, image_size=size, compile=compile, attention=attention)
