@@ -4,10 +4,10 @@ Weights are quantised once, with a scale per output channel; inputs in each pass
 outside the matrix products stays bfloat16. float8 is less exact than bfloat16, so ``auto`` never chooses it, and the
 golden check (:mod:`dinov3_ray.model.golden`) decides whether a checkpoint may be used with it.
 
-torchao 0.18 has the same layer (row-wise, with the same product of torch), is well kept, and works with torch 2.13. It is
-not used, since all that it would save is the class below: it chooses devices by a list (GPUs from capability 8.9 on) and
-refuses CPUs, on which the tests compare this layer with an exact one; its weights are tensors of a class of its own; and
-it is 21 MB, with C++ parts that load only beside the torch that they were built for.
+torchao 0.18 has the same layer (row-wise, with the same product of torch), is well kept, and works with torch 2.13. It
+is not used, since all that it would save is the class below: it chooses devices by a list (GPUs from capability 8.9 on)
+and refuses CPUs, on which the tests compare this layer with an exact one; its weights are tensors of a class of its
+own; and it is 21 MB, with C++ parts that load only beside the torch that they were built for.
 """
 
 from __future__ import annotations

@@ -1,24 +1,20 @@
 """Compiled blocks: when a teacher has them, that all of its code is there before its first result, and what becomes of
-a compile that fails.
-
-Backends stand in for inductor, whose compilers take long: torch traces, guards and looks up code as it does for that.
-"""
+a compile that fails."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from compile_backend import Backend, compile_on_cpus
 from fake_cuda import FakeCuda
 from test_config import model_dir
 from torch import nn
 
 from dinov3_ray import DinoV3Config, DinoV3Teacher, FeatureSpec
-from dinov3_ray.config import config as config_module
 from dinov3_ray.errors import ConfigError
 from dinov3_ray.model.backbone import blocks_of
 from dinov3_ray.model.compilation import compile_blocks, is_compiled
@@ -27,32 +23,14 @@ CLS = FeatureSpec(cls=True)
 IMAGES = torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 
 
-class Backend:
-    """Runs graphs as they are, and counts them; raises ``error`` from graph ``fails_at`` on."""
-
-    def __init__(self) -> None:
-        self.graphs = 0
-        self.fails_at = 10**6
-        self.error: Exception = RuntimeError("Failed to find C compiler. Please specify via CC environment variable.")
-
-    def __call__(self, graph: torch.fx.GraphModule, _: object) -> Callable[..., Any]:
-        self.graphs += 1
-        if self.graphs >= self.fails_at:
-            raise self.error
-        return graph.forward
-
-
 @pytest.fixture
 def backend(monkeypatch: pytest.MonkeyPatch) -> Backend:
-    backend, compile = Backend(), torch.compile
-    torch.compiler.reset()
-    monkeypatch.setattr(torch, "compile", lambda *args, **options: compile(*args, **options, backend=backend))
-    return backend
+    return Backend.in_place_of_inductor(monkeypatch)
 
 
 @pytest.fixture
 def auto_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(config_module, "_AUTO_COMPILES_ON", ("cpu",))
+    compile_on_cpus(monkeypatch)
 
 
 def plain_bits(config: DinoV3Config) -> torch.Tensor:
