@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -46,7 +47,7 @@ def compile_blocks(
     # a teacher's bits would depend on what the process has compiled before. A part that torch cannot compile, or one
     # size too many for it, would be computed without compiled code, and nobody would hear of it: `fullgraph` raises.
     for block in blocks:
-        block.compile(mode=mode, dynamic=not config.preprocessing.has_fixed_size, fullgraph=True)
+        block.compile(mode=mode, dynamic=not config.preprocessing.has_fixed_size, fullgraph=True, **_room())
     try:
         trial()
     except Exception as error:  # noqa: BLE001 - torch, Triton and C compilers raise errors of many kinds
@@ -68,6 +69,12 @@ def compile_blocks(
         device,
         reason,
     )
+
+
+def _room() -> dict[str, Any]:
+    """Room for the code of several teachers in one process: the four stages of one ConvNeXt fill torch's limit of 8."""
+    known = inspect.signature(torch.compile).parameters  # older releases have only the limit of the whole process
+    return {"recompile_limit": 64} if "recompile_limit" in known else {}
 
 
 def _leave_plain(blocks: nn.ModuleList) -> None:

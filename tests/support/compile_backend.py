@@ -5,6 +5,7 @@ torch traces, guards and looks up code for it as it does for inductor.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, Self
 
@@ -38,7 +39,12 @@ class Backend:
         """One that ``torch.compile`` uses from now on, with nothing compiled yet."""
         backend, compile = cls(), torch.compile
         torch.compiler.reset()
-        monkeypatch.setattr(torch, "compile", lambda *args, **options: compile(*args, **options, backend=backend))
+
+        @functools.wraps(compile)
+        def compile_with_it(*args: Any, **options: Any) -> Any:
+            return compile(*args, **options, backend=backend)
+
+        monkeypatch.setattr(torch, "compile", compile_with_it)
         return backend
 
     def __call__(self, graph: torch.fx.GraphModule, _: object) -> Callable[..., Any]:

@@ -15,6 +15,7 @@ from test_config import model_dir
 from torch import nn
 
 from dinov3_ray import DinoV3Config, DinoV3Teacher, FeatureSpec
+from dinov3_ray.checkpoint import init_checkpoint
 from dinov3_ray.errors import ConfigError
 from dinov3_ray.model.backbone import blocks_of
 from dinov3_ray.model.compilation import compile_blocks, is_compiled
@@ -82,6 +83,13 @@ def test_code_does_not_depend_on_what_was_compiled_before(
     for number, size in enumerate((64, 96, 128), 1):
         assert DinoV3Teacher(DinoV3Config(tiny_checkpoint, dtype="float32", image_size=size)).compiled
         assert backend.graphs == 2 * number, "each size has its own code, not one for any size"
+
+
+def test_a_process_has_room_for_several_convnexts(tmp_path: Path, auto_on_cpu: None, backend: Backend) -> None:
+    root = init_checkpoint("convnext-test", tmp_path / "model")
+    for number, size in enumerate((32, 64), 1):
+        assert DinoV3Teacher(DinoV3Config(root, dtype="float32", image_size=size)).compiled
+        assert backend.graphs == 8 * number
 
 
 @pytest.mark.parametrize("fails_at", [1, 2])
