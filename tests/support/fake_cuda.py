@@ -73,6 +73,8 @@ class FakeCuda:
             self._exit.enter_context(mock.patch.object(torch.cuda, name, fake))
         self._exit.enter_context(mock.patch.object(Tensor, "record_stream", self._record_stream()))
         self._exit.enter_context(mock.patch.object(torch.nn.Module, "compile", _compile))
+        # Not a function mode: torch's decompositions call it where those are off.
+        self._exit.enter_context(mock.patch.object(Tensor, "contiguous", _contiguous))
         run = threading.Thread.run
 
         def run_on_fakes(thread: threading.Thread) -> None:
@@ -328,7 +330,6 @@ class _CudaFunctions(TorchFunctionMode):
         self._instead: dict[Any, Callable[..., Any]] = {
             Tensor.__getitem__: _index,
             Tensor.__setitem__: _assign,
-            Tensor.contiguous: _contiguous,
             Tensor.copy_: _copy,
             Tensor.data_ptr: lambda tensor: tensor.untyped_storage()._cdata,
             Tensor.numpy: _numpy,
@@ -405,6 +406,8 @@ def _copy(tensor: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
 
 
 def _contiguous(tensor: Tensor, memory_format: torch.memory_format = torch.contiguous_format) -> Tensor:
+    if not isinstance(tensor, FakeTensor):
+        return torch._C.TensorBase.contiguous(tensor, memory_format=memory_format)
     if tensor.is_contiguous(memory_format=memory_format):
         return tensor
     return torch.ops.aten.clone(tensor, memory_format=memory_format)
