@@ -64,7 +64,7 @@ def test_files_are_the_same_whatever_the_memory_order(compute: torch.dtype, dtyp
         folder = Folder.at(tmp_path / str(order))
         folder.make("parts")
         folder.make("ledger")
-        writer = BlockWriter(folder, "block", {})
+        writer = BlockWriter(folder, "block", {"batch_size": 3})
         writer.add([2, 0, 1], rows, encode_columns(features, spec)[0])
         writer.commit()
         written.append((tmp_path / str(order) / "parts" / "block.parquet").read_bytes())
