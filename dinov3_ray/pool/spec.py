@@ -292,7 +292,7 @@ def builder(source: CheckedTeacher, device: str) -> Callable[[], Extractor]:
     CUDA device."""
 
     def build() -> Extractor:
-        if device != "cpu":
+        if device.startswith("cuda:"):  # without a number it is the current device already
             # Only here: a controller does without torch.
             import torch
 
