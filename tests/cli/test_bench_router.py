@@ -5,9 +5,11 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
 from commandline import run_bench
 
 
+@pytest.mark.slow
 def test_every_pool_is_measured() -> None:
     report = run_bench("router", "--quick")
     decisions = report["decisions"]

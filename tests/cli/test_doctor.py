@@ -32,6 +32,7 @@ def doctor_here(*arguments: object) -> tuple[int, Findings]:
     return done.exit_code, by_subject(done.stdout)
 
 
+@pytest.mark.slow
 def test_shared_memory_too_small() -> None:
     """In its own mount namespace, whose /dev/shm has Docker's default size."""
     if shutil.which("unshare") is None or subprocess.run(["unshare", "-m", "true"], check=False).returncode:

@@ -286,6 +286,7 @@ for seed in range(100_000):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rounds", [2, 9])
 def test_killed_while_writing_loses_at_most_what_was_not_written(rounds: int, tmp_path: Path) -> None:
     writer = subprocess.Popen([sys.executable, "-c", _WRITER, str(tmp_path)], stdout=subprocess.PIPE, text=True)

@@ -293,6 +293,7 @@ def test_a_stored_teacher_gives_what_was_extracted_and_no_more(tmp_path: Path) -
             teacher.extract(ids()[0], spec)
 
 
+@pytest.mark.slow
 def test_a_store_may_have_more_parts_than_a_process_may_open_files(tmp_path: Path) -> None:
     folder = Folder.at(tmp_path / "many")
     folder.make("parts")

@@ -167,6 +167,7 @@ FAULTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("function", "old", "new", "kind"), FAULTS.values(), ids=FAULTS)
 def test_a_fault_is_found(cuda: FakeCuda, function: Any, old: str, new: str, kind: str) -> None:
     pipeline = device_pipeline.pipeline_for(OnTheCurrentDevice("cuda:1"))
@@ -186,6 +187,7 @@ def submit_some(hosted: HostedReplica) -> list[Features]:
     return [future.result(60) for future in futures]
 
 
+@pytest.mark.slow
 def test_an_extraction_computes_on_one_gpu_and_waits_in_one_thread(tiny_checkpoint: Path, cuda: FakeCuda) -> None:
     config = DinoV3Config(tiny_checkpoint, dtype="bfloat16")
     hosted = HostedReplica(lambda: DinoV3Teacher(config, ONE), max_batch=4)
@@ -262,6 +264,7 @@ def test_a_fault_of_a_local_pool_is_found(cuda: FakeCuda, function: Any, old: st
     assert cuda.contexts == {0, 1}
 
 
+@pytest.mark.slow
 def test_its_own_teachers_too(tiny_checkpoint: Path, cuda: FakeCuda) -> None:
     torch.cuda.set_device(1)
     config = DinoV3Config(tiny_checkpoint, dtype="bfloat16")

@@ -85,6 +85,7 @@ def test_code_does_not_depend_on_what_was_compiled_before(
         assert backend.graphs == 2 * number, "each size has its own code, not one for any size"
 
 
+@pytest.mark.slow
 def test_a_process_has_room_for_several_convnexts(tmp_path: Path, auto_on_cpu: None, backend: Backend) -> None:
     root = init_checkpoint("convnext-test", tmp_path / "model")
     for number, size in enumerate((32, 64), 1):

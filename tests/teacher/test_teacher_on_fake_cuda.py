@@ -192,6 +192,7 @@ def loaded(tiny_checkpoint: Path) -> tuple[FakeCuda, DinoV3Teacher]:
         return cuda, ready(cuda, DinoV3Config(tiny_checkpoint, dtype="bfloat16", image_size=64))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("function", "old", "new", "kind"), FAULTS.values(), ids=FAULTS)
 def test_a_fault_is_found(loaded: tuple[FakeCuda, DinoV3Teacher], function: Any, old: str, new: str, kind: str) -> None:
     cuda, teacher = loaded

@@ -97,6 +97,7 @@ FAULTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("function", "old", "new", "kind"), FAULTS.values(), ids=FAULTS)
 def test_a_fault_is_found(cuda: FakeCuda, function: Any, old: str, new: str, kind: str) -> None:
     with planted(function, old, new):
