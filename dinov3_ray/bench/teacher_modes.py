@@ -23,7 +23,7 @@ from dinov3_ray.model import DinoV3Teacher
 from dinov3_ray.model.preprocess import preprocess
 from dinov3_ray.pool.replica.device_pipeline import pipeline_for
 
-__all__ = ["TEACHER_SPEC", "TeacherMode", "TeacherWork", "load_ours", "modes_for", "through_pipeline", "warm_up"]
+__all__ = ["TEACHER_SPEC", "TeacherMode", "TeacherWork", "load_ours", "modes_for", "through_pipeline"]
 
 TEACHER_SPEC = FeatureSpec(cls=True, feature_map=True)
 
@@ -97,22 +97,15 @@ def _peer(name: str, dtype: torch.dtype, attention: str | None = None, *, proces
     return TeacherMode(name, dtype, False, make)
 
 
-def warm_up(teacher: DinoV3Teacher, rows: int) -> None:
-    """Compile what batches of up to ``rows`` images need, as a replica does before it serves."""
-    for images, spec in teacher.warm_up_passes(rows):
-        teacher.extract(images, spec)
-
-
 def load_ours(work: TeacherWork, dtype: ComputeDtype, *, compile: CompileChoice = False) -> Extract:
     """Load this package's teacher in one of its modes."""
     root, size, attention = work.config.root, work.config.image_size, work.config.attention
     config = DinoV3Config(root, dtype=dtype, image_size=size, compile=compile, attention=attention)
     if compile:
-        # Code that was compiled for another size would be compiled once more, for any size, which may be slower.
-        torch.compiler.reset()
+        torch.compiler.reset()  # torch keeps code up to a limit, which all modes and sizes together may reach
     teacher = DinoV3Teacher(config, work.device)
-    if compile:
-        warm_up(teacher, work.batch)
+    for images, spec in teacher.warm_up_passes(work.batch):
+        teacher.extract(images, spec)
     return lambda images: teacher.extract(images, TEACHER_SPEC)
 
 

@@ -95,18 +95,24 @@ class PoolOption(Pair):
         return name, value
 
 
+_COMPILE_CHOICES: dict[str, CompileChoice] = {
+    "auto": "auto",
+    "true": True,
+    "false": False,
+    **{mode: mode for mode in get_args(CompileMode)},
+}
+
+
 class CompileValue(_Value):
     """``auto``, ``true`` and ``false``, or a mode of torch.compile, as a DinoV3Config takes them."""
 
-    _choices: dict[str, CompileChoice] = {"auto": "auto", "true": True, "false": False}  # noqa: RUF012 - see below
-    _choices |= {mode: mode for mode in get_args(CompileMode)}  # it is never changed again
     name = "auto|true|false|MODE"
-    rule = f"one of {', '.join(_choices)}"
+    rule = f"one of {', '.join(_COMPILE_CHOICES)}"
 
     def parse(self, text: str) -> CompileChoice:
-        if text not in self._choices:
+        if text not in _COMPILE_CHOICES:
             raise ValueError
-        return self._choices[text]
+        return _COMPILE_CHOICES[text]
 
 
 class ImageSize(_Value):

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dinov3_ray.model.device import TRIAL_TOKENS, trial_error
+
 __all__ = ["choose_attention"]
 
 _HOPPER = 9  # major compute capability
-_TRIAL_TOKENS = 41  # no multiple of what a kernel may want: images give any number of tokens
 _aten = torch.ops.aten
 
 # Each takes query, key and value [B, heads, N, channels]; the first of its results is theirs.
@@ -38,9 +39,12 @@ def choose_attention(model: Any, device: torch.device, dtype: torch.dtype) -> No
     """
     from transformers import AttentionInterface
 
-    shape = (1, model.config.num_attention_heads, _TRIAL_TOKENS)
+    shape = (1, model.config.num_attention_heads, TRIAL_TOKENS)
     trial = torch.zeros(*shape, model.config.hidden_size // shape[1], device=device, dtype=dtype)
-    kernel = next((name for name in _preferred(device) if _runs(_KERNELS[name], trial)), None)
+    # In the layout that a model gives: heads side by side in a token.
+    heads = trial.transpose(1, 2).contiguous().transpose(1, 2)
+    trials = {name: partial(_KERNELS[name], heads, heads, heads) for name in _preferred(device)}
+    kernel = next((name for name, once in trials.items() if trial_error(once, device) is None), None)
     name = "sdpa" if kernel is None else f"sdpa-{kernel}"
     if kernel is not None:
         AttentionInterface.register(name, _as_transformers_call_it(_KERNELS[kernel]))
@@ -52,18 +56,6 @@ def _preferred(device: torch.device) -> tuple[str, ...]:
         on_hopper = torch.cuda.get_device_capability(device)[0] == _HOPPER
         return ("cudnn", "flash", "efficient") if on_hopper else ("flash", "efficient")
     return ("cpu",) if device.type == "cpu" else ()
-
-
-def _runs(kernel: Callable[..., Any], trial: Tensor) -> bool:
-    try:
-        # In the layout that a model gives: heads side by side in a token.
-        heads = trial.transpose(1, 2).contiguous().transpose(1, 2)
-        kernel(heads, heads, heads)
-        if trial.device.type == "cuda":
-            torch.cuda.synchronize(trial.device)
-    except (RuntimeError, NotImplementedError):  # torch has no narrower error for a kernel that does not fit
-        return False
-    return True
 
 
 def _as_transformers_call_it(kernel: Callable[..., Any]) -> Callable[..., tuple[Tensor, None]]:

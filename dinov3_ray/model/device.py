@@ -1,9 +1,9 @@
-"""The device that a teacher computes on: its name, its dtype, and a stopwatch that does not block it."""
+"""A teacher's device: its name, the dtype to compute in, what it can run, and a stopwatch that does not block it."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -12,7 +12,19 @@ import torch
 from dinov3_ray.config import ComputeDtype
 from dinov3_ray.errors import ConfigError
 
-__all__ = ["Stopwatch", "Stretch", "as_device", "choose_dtype", "computing_on", "settle_thread"]
+__all__ = [
+    "TRIAL_TOKENS",
+    "Stopwatch",
+    "Stretch",
+    "as_device",
+    "choose_dtype",
+    "computing_on",
+    "settle_thread",
+    "trial_error",
+]
+
+TRIAL_TOKENS = 41
+"""For the trial of a kernel: no multiple of what one may want, since images give any number of tokens."""
 
 
 _DTYPES = {
@@ -84,6 +96,25 @@ def _cpu_multiplies_bfloat16() -> bool:
         return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
     probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return any(getattr(torch.cpu, probe, bool)() for probe in probes)
+
+
+def trial_error(trial: Callable[[], object], device: torch.device) -> Exception | None:
+    """Why ``trial``, such as one call of a kernel, does not run on ``device``; None if it does.
+
+    Which kernels a device can run depends on torch's build too, and torch has no error of its own for it.
+
+    Raises:
+        torch.OutOfMemoryError: the trial found too little memory, which says nothing of the kernel.
+    """
+    try:
+        trial()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError) as error:
+        return error
+    return None
 
 
 def computing_on(device: torch.device) -> AbstractContextManager[object]:

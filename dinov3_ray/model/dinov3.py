@@ -224,17 +224,14 @@ class DinoV3Teacher(TeacherMixin[Images | ImageBatch]):
         return agreement(fast, reference, minimum, path)
 
     def warm_up_passes(self, rows: int) -> Iterator[tuple[Images, FeatureSpec]]:
-        """What would delay the first passes, to be computed before: compiling, choosing kernels, allocating memory.
-
-        The largest comes first, so that memory for all is allocated once. After these, batches of up to ``rows`` images
-        compile nothing, if they are resized to :attr:`image_size`.
+        """What would delay the first passes on a CUDA device, to be computed before: it allocates the memory of the
+        largest batch, which then suffices for all, chooses its kernels and records its graphs. Compiled code is there
+        since the model was loaded.
         """
-        sizes = [rows] if self.device.type == "cuda" else []
-        sizes += [size for size in (2, 1) if self.compiled and size not in sizes]
-        image_13HW = golden_images(*self.image_size)[:1]
-        for size in sizes:
+        if self.device.type == "cuda":
+            images_B3HW = golden_images(*self.image_size)[:1].repeat(rows, 1, 1, 1)
             for _ in range(_RECORD_PASSES if self._records_graphs else 1):
-                yield image_13HW.repeat(size, 1, 1, 1), FeatureSpec(cls=True, feature_map=True)
+                yield images_B3HW, FeatureSpec(cls=True, feature_map=True)
 
     @property
     def fingerprint(self) -> str:

@@ -12,19 +12,20 @@ own; and it is 21 MB, with C++ parts that load only beside the torch that they w
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from dinov3_ray.errors import ConfigError
+from dinov3_ray.model.device import TRIAL_TOKENS, trial_error
 
-__all__ = ["Float8Linear", "multiply_in_float8"]
+__all__ = ["Float8Linear", "check_float8", "multiply_in_float8"]
 
 _FLOAT8 = torch.float8_e4m3fn
 _LARGEST = torch.finfo(_FLOAT8).max
 _MULTIPLE = 16  # the kernel needs weights whose sides are multiples of it
-_TRIAL_TOKENS = 41  # no multiple of what a kernel may want: images give any number of tokens
 
 
 class Float8Linear(nn.Module):
@@ -72,7 +73,7 @@ def _quantised(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def check_float8(blocks: nn.ModuleList, device: torch.device) -> None:
-    """Try one product, that of the first float8 layer of ``blocks``: which GPUs can do it depends on torch's build too.
+    """Try one product, that of the first float8 layer of ``blocks``.
 
     Raises:
         ConfigError: ``device`` cannot, with torch's reason.
@@ -80,13 +81,8 @@ def check_float8(blocks: nn.ModuleList, device: torch.device) -> None:
     layer = next((module for module in blocks.modules() if isinstance(module, Float8Linear)), None)
     if layer is None:
         return
-    try:
-        layer(torch.zeros(_TRIAL_TOKENS, len(layer.weight), dtype=torch.bfloat16, device=device))
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-    except torch.OutOfMemoryError:
-        raise
-    except (RuntimeError, ValueError) as error:  # torch has no narrower ones
+    tokens = torch.zeros(TRIAL_TOKENS, len(layer.weight), dtype=torch.bfloat16, device=device)
+    if error := trial_error(partial(layer, tokens), device):
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device
         reason = str(error).strip().partition("\n")[0]
         raise ConfigError(

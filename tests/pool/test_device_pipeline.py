@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import threading
@@ -313,7 +314,9 @@ class TestOnAGpu:
             assert torch.equal(found, expected.cpu())
         replica.stop()
 
-    def test_a_batch_that_does_not_fit_is_computed_in_parts(self, teacher: DinoV3Teacher) -> None:
+    def test_a_batch_that_does_not_fit_is_computed_in_parts(
+        self, teacher: DinoV3Teacher, caplog: pytest.LogCaptureFixture
+    ) -> None:
         spec, images = FeatureSpec(cls=True, feature_map=True), images_of(1, rows=512)
         torch.cuda.empty_cache()
         total = torch.cuda.get_device_properties(0).total_memory
@@ -321,10 +324,12 @@ class TestOnAGpu:
         hosted = HostedReplica(lambda: teacher, max_batch=32)
         try:
             found = hosted.submit(images, spec).result(60).cls
-            size = hosted.statistics().fitting_batch
         finally:
             torch.cuda.set_per_process_memory_fraction(1.0)
             hosted.close()
+        said = re.search(r"in parts of (\d+)", caplog.text)
+        assert said is not None
+        size = int(said[1])
         assert 0 < size < 512
         expected = [teacher.extract(part, spec).cls for part in images.split(size)]
         assert found is not None

@@ -76,6 +76,15 @@ def test_a_kernel_that_does_not_run_is_passed_over(hopper: FakeCuda, monkeypatch
     assert found == ["sdpa-cudnn", "sdpa-flash", "sdpa-efficient", "sdpa"]
 
 
+def test_a_kernel_without_memory_for_its_trial_is_an_error(hopper: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    def runs_short(*_: object, **__: object) -> tuple[Tensor]:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setitem(attention._KERNELS, "cudnn", runs_short)
+    with pytest.raises(torch.OutOfMemoryError):  # another kernel would give other bits than the pool's other replicas
+        chosen()
+
+
 def test_what_was_asked_for_is_left_to_transformers(tiny_checkpoint: Path) -> None:
     for name in ("sdpa", "eager"):
         teacher = DinoV3Teacher(DinoV3Config(tiny_checkpoint, attention=name))

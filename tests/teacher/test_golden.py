@@ -53,8 +53,6 @@ def test_a_compiled_teacher_passes_and_gives_any_layers_and_batch_sizes(tmp_path
     plain = DinoV3Teacher(DinoV3Config(path, dtype="float32"))
     assert compiled.prove() > 0.999999
     images = golden_images(64, 64)
-    for batch, spec in compiled.warm_up_passes(4):
-        compiled.extract(batch, spec)
     with torch.compiler.set_stance("fail_on_recompile"):
         for rows in (1, 2, 3, 4):
             batch = images[:1].expand(rows, -1, -1, -1)
@@ -70,9 +68,9 @@ def test_a_compiled_teacher_passes_and_gives_any_layers_and_batch_sizes(tmp_path
 
 @pytest.mark.parametrize(
     ("device", "compile", "sizes"),
-    [("cpu", False, []), ("cpu", True, [2, 1]), ("cuda:0", False, [8]), ("cuda:0", True, [8, 2, 1])],
+    [("cpu", False, []), ("cpu", True, []), ("cuda:0", False, [8]), ("cuda:0", True, [8])],
 )
-def test_a_warm_up_begins_with_the_largest_batch(
+def test_a_gpu_is_warmed_up_by_the_largest_batch(
     tiny_checkpoint: Path, device: str, compile: bool, sizes: list[int]
 ) -> None:
     teacher = DinoV3Teacher(DinoV3Config(tiny_checkpoint, compile=compile))

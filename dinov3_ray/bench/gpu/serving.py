@@ -13,7 +13,7 @@ from dinov3_ray.bench.dataset import bare_loop, timed_extract, write_photographs
 from dinov3_ray.bench.gpu.acceptance import BASE
 from dinov3_ray.bench.gpu.setting import Reporter, Workbench
 from dinov3_ray.bench.machine import free_memory, seconds_of
-from dinov3_ray.bench.teacher_modes import TEACHER_SPEC, TeacherWork, load_ours, through_pipeline, warm_up
+from dinov3_ray.bench.teacher_modes import TEACHER_SPEC, TeacherWork, load_ours, through_pipeline
 from dinov3_ray.bench.throughput import prefetch_all
 from dinov3_ray.features import FeatureSpec
 from dinov3_ray.model import DinoV3Teacher
@@ -70,8 +70,6 @@ def measure_extraction(bench: Workbench, reporter: Reporter) -> None:
     decoded = [np.asarray(Image.open(path)) for path in files[: sizes.files]] * (sizes.images // sizes.files)
     reporter.step("bare loops")
     teacher = DinoV3Teacher(config, device)
-    if config.compile:
-        warm_up(teacher, sizes.batch)
     few = max(sizes.batch, sizes.images // 4)
     bare_loop(teacher, decoded[: sizes.batch], sizes.batch, spec)  # memory is had, kernels are loaded
     loops: dict[str, tuple[Sequence[np.ndarray | Path], float]] = {

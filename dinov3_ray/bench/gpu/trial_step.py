@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from dinov3_ray.bench.gpu.setting import Reporter, Workbench
 from dinov3_ray.bench.machine import free_memory, wait_for_device
-from dinov3_ray.bench.teacher_modes import warm_up
 from dinov3_ray.bench.training_steps import LoopPass, StepLoops
 from dinov3_ray.features import Features, FeatureSpec
 from dinov3_ray.model import DinoV3Teacher
@@ -86,8 +85,6 @@ def measure_steps(bench: Workbench, reporter: Reporter) -> None:
     free = measure("teacher-free", "no teacher")
     if not reporter.leaves_out("teacher in the loop"):
         loops.local = DinoV3Teacher(config, device)
-        if config.compile:
-            warm_up(loops.local, rows)
         measure("in-loop teacher", "teacher in the loop", free)
         loops.local = None
         free_memory(device)

@@ -355,8 +355,10 @@ class Controller:
             ready = replica.record.statistics is not None
             waited = options.health_timeout if ready else options.startup_timeout
             self._lose(replica_id, f"no answer to {'health' if ready else 'load'} within {waited:g} s")
-        except (ray.exceptions.RayError, ReplicaError) as error:
-            reason = self._kv.load_end(replica_id) or reason_of(error)
+        except ReplicaError as error:
+            self._lose(replica_id, reason_of(error))
+        except ray.exceptions.RayError as error:
+            reason = await asyncio.to_thread(self._kv.load_end, replica_id) or reason_of(error)
             self._lose(replica_id, reason, dead=isinstance(error, ray.exceptions.ActorDiedError))
 
     def _require_healthy(self, statistics: ReplicaStatistics) -> None:

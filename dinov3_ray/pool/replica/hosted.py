@@ -9,7 +9,7 @@ from concurrent.futures import Future
 from dinov3_ray.config.preprocessing import Preprocessing
 from dinov3_ray.features import Features, FeatureSpec
 from dinov3_ray.images import ImageBatch, Images
-from dinov3_ray.pool.messages import Answer, Array, Outcome, ReplicaStatistics, RequestHeader, TeacherInfo
+from dinov3_ray.pool.messages import Answer, Array, Outcome, RequestHeader, TeacherInfo
 from dinov3_ray.pool.replica.device_pipeline import DevicePipeline, pipeline_for
 from dinov3_ray.pool.replica.replica import Replica
 from dinov3_ray.pool.spec import PoolOptions
@@ -100,10 +100,6 @@ class HostedReplica:
 
         self._replica.offer(header, arrays, answered)
         return future
-
-    def statistics(self) -> ReplicaStatistics:
-        """Its counters since it began."""
-        return self._replica.statistics()
 
     def close(self) -> None:
         """Give up what is queued, and end the replica's threads."""

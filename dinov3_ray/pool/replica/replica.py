@@ -136,6 +136,7 @@ class Replica:
         self._in_flight: deque[_PassInFlight] = deque()  # what the device has been given, for the second thread
         self._draining = False
         self._stopped = False
+        self._device: object = None  # the teacher's, if it has one
         self._lost = ""  # why the device is lost
         self._info = TeacherInfo()
         self._thread = threading.Thread(target=self._run, name=f"dinov3-{replica_id}", daemon=True)
