@@ -1,8 +1,9 @@
 """Facts about a pool that outlive its processes, in the key-value store of Ray's head.
 
-There are three: the pool's declaration, which a restarted controller reads; for a request whose replicas died, which
-replica began to compute it; and why a replica's process has ended itself. The second distinguishes a request that kills
-its replicas from one that was only queued there.
+There are four: the pool's declaration, which a restarted controller reads; the process of each replica, which it must
+know of one that does not answer; for a request whose replicas died, which replica began to compute it; and why a
+replica's process has ended itself. The third distinguishes a request that kills its replicas from one that was only
+queued there.
 """
 
 from __future__ import annotations
@@ -30,6 +31,16 @@ class PoolKV:
 
     def load_declaration(self) -> Any | None:
         data = _internal_kv_get(self._key("declaration"), namespace=self._namespace)
+        return None if data is None else pickle.loads(data)  # noqa: S301 - see save_declaration
+
+    def save_process(self, replica_id: str, process: Any) -> None:
+        """Record that ``replica_id`` runs in ``process``, a :class:`~dinov3_ray.pool.replica.actor.ReplicaProcess`."""
+        key = self._key(f"process/{replica_id}")
+        _internal_kv_put(key, pickle.dumps(process), overwrite=True, namespace=self._namespace)
+
+    def load_process(self, replica_id: str) -> Any | None:
+        """The process of ``replica_id``; None if it has not begun."""
+        data = _internal_kv_get(self._key(f"process/{replica_id}"), namespace=self._namespace)
         return None if data is None else pickle.loads(data)  # noqa: S301 - see save_declaration
 
     def begin_suspect(self, replica_id: str, request_id: str) -> None:

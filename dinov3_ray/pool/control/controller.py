@@ -38,7 +38,7 @@ __all__ = ["Controller", "read_controller", "reason_of"]
 log = logging.getLogger("dinov3_ray")
 
 _FAREWELL = 0.1  # seconds in which the last answers leave this process
-_KILL_SECONDS = 10.0
+_KILL_SECONDS = 30.0
 _LINGER_SECONDS = 60.0
 _SICK_AFTER_ERRORS = 3  # requests in a row that raised, after which a replica is replaced
 
@@ -191,9 +191,15 @@ class Controller:
     async def shutdown(self, why: str = "") -> list[ReplicaProcess]:
         """End all replicas and inform the clients. Returns the replicas' processes, for the caller to check on."""
         self._closed, self._why_closed = True, self._why_closed or why
-        self._kv.clear()
         self._holders.end()
-        processes = [*self._ending, *(replica.process for replica in self._replicas.values() if replica.process)]
+        # A controller that was restarted just now may still wait for some of its replicas to answer.
+        self._supervision.cancel()
+        self._found.set()
+        for replica_id, actor in list_actors(self._namespace, self._name):
+            self._replicas.setdefault(replica_id, _SupervisedReplica(actor))
+        known = (self._process_of(replica_id, replica) for replica_id, replica in self._replicas.items())
+        processes = [*self._ending, *filter(None, known)]
+        self._kv.clear()
         for replica_id in list(self._replicas):
             self._membership.drained(replica_id)
             self._remove(replica_id)
@@ -288,7 +294,8 @@ class Controller:
         except (TimeoutError, ray.exceptions.RayError) as error:
             # Dead, without an answer, or not placed yet: a successor is as good.
             log.warning("pool %s: replica %s is not taken over: %s", self._name, replica_id, reason_of(error))
-            ray.kill(actor)
+            dead = isinstance(error, ray.exceptions.ActorDiedError)
+            self._end(replica_id, _SupervisedReplica(actor), may_hang=not dead)
             return
         self._membership.adopt(replica_id, process.generation, state, time.monotonic())
         self._begin_supervision(replica_id, actor)
@@ -393,10 +400,18 @@ class Controller:
         replica = self._replicas.pop(replica_id)
         if replica.task is not None and replica.task is not asyncio.current_task():
             replica.task.cancel()
-        if may_hang and replica.process is not None:
-            self._spawn(self._end_hung(replica_id, replica.actor, replica.process))
+        self._end(replica_id, replica, may_hang=may_hang)
+
+    def _end(self, replica_id: str, replica: _SupervisedReplica, *, may_hang: bool) -> None:
+        process = self._process_of(replica_id, replica) if may_hang else None
+        if process is not None:
+            self._spawn(self._end_hung(replica_id, replica.actor, process))
         else:
             ray.kill(replica.actor)
+
+    def _process_of(self, replica_id: str, replica: _SupervisedReplica) -> ReplicaProcess | None:
+        """The replica's process, though it may never have answered; None if it has not begun."""
+        return replica.process or self._kv.load_process(replica_id)
 
     async def _end_hung(self, replica_id: str, actor: Any, process: ReplicaProcess) -> None:
         self._ending.add(process)

@@ -89,6 +89,10 @@ class ReplicaActor:
         # OpenMP reads it when torch is loaded, which happens here and in this process alone: its threads must sleep
         # while they wait. Spinning, they take the cores from Ray and from whatever else the node computes.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        self._kv = PoolKV(setup.namespace, setup.pool)
+        node_id, pid = ray.get_runtime_context().get_node_id(), os.getpid()
+        self._process = ReplicaProcess(node_id, pid, process_start(pid), setup.generation)
+        self._kv.save_process(setup.replica_id, self._process)
         placement = setup.spec.placement
         expand_segments(placement.num_gpus, os.environ)
         from dinov3_ray.pool.replica.replica import (
@@ -96,7 +100,6 @@ class ReplicaActor:
         )
 
         self._setup = setup
-        self._kv = PoolKV(setup.namespace, setup.pool)
         self._replica = Replica(
             setup.replica_id,
             # Unpickled when it is built: a class that is missing on this node is a reason to report like any other.
@@ -114,8 +117,7 @@ class ReplicaActor:
 
     @ray.method(concurrency_group="control")
     def process(self) -> ReplicaProcess:
-        node_id = ray.get_runtime_context().get_node_id()
-        return ReplicaProcess(node_id, os.getpid(), process_start(os.getpid()), self._setup.generation)
+        return self._process
 
     @ray.method(concurrency_group="control")
     def load(self) -> TeacherInfo:

@@ -71,6 +71,28 @@ def test_killed_with_a_fork_a_stopped_replica_a_restarted_controller_and_a_clien
         os.kill(fork, signal.SIGKILL)  # it was there all the time
 
 
+def test_killed_while_a_restarted_controller_waits_for_a_stopped_replica(ray_cluster: str) -> None:
+    with started(ray_cluster, "parent") as (process, _):
+        (replica,) = TeacherPool.connect(NAME).status().replicas
+        assert replica.pid is not None
+        os.kill(replica.pid, signal.SIGSTOP)
+        ray.kill(ray.get_actor(controller_name(NAME), namespace=NAMESPACE), no_restart=False)
+        os.kill(process.pid, signal.SIGKILL)
+        until(is_gone, lambda: f"nothing is left of the pool: {actors()}")
+        until(lambda: not Path(f"/proc/{replica.pid}").exists(), "the stopped replica's process is gone")
+
+
+def test_a_restarted_controller_ends_and_replaces_a_replica_that_does_not_answer(ray_cluster: str) -> None:
+    with TeacherPool.start(FakeTeacher.factory(), name=NAME, replicas=1, health_timeout=1.0) as pool:
+        (replica,) = pool.status().replicas
+        assert replica.pid is not None
+        os.kill(replica.pid, signal.SIGSTOP)
+        ray.kill(ray.get_actor(controller_name(NAME), namespace=NAMESPACE), no_restart=False)
+        until(lambda: not Path(f"/proc/{replica.pid}").exists(), "the stopped replica's process is gone")
+        until(lambda: pool.status().ready == 1, "another replica serves")
+        assert [one.replica_id for one in pool.status().replicas] == ["r1"]
+
+
 def _error_of(client: RemoteTeacher) -> str:
     try:
         client.submit(IMAGES, SPEC).cancel()
