@@ -21,6 +21,8 @@ _ACTOR_CPUS = 0.1
 class Resources:
     """What an extraction may take of the cluster; None leaves the choice to it.
 
+    It checks itself: a pydantic model that callers construct would raise pydantic's errors, not this package's.
+
     Args:
         replicas: actors with a teacher; by default one per GPU, or one per node if the cluster has no GPU.
         num_gpus: GPUs that each of them reserves, and of whose memory it takes no more; by default 1 if the cluster has
