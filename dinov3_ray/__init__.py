@@ -19,7 +19,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "DinoV3Config": "dinov3_ray.config",
     "DinoV3Teacher": "dinov3_ray.model",
-    "FeatureSpec": "dinov3_ray.features",
+    "FeatureSpec": "dinov3_ray.feature_spec",
     "Features": "dinov3_ray.features",
     "RemoteTeacher": "dinov3_ray.pool.client.remote",
     "TeacherPool": "dinov3_ray.pool.teacher_pool",

@@ -26,10 +26,11 @@ MOST_FILES = 12  # in a folder, its __init__.py left out
 FLOORS = {
     "": [
         ["errors"],
-        ["features", "images", "interrupts", "pictures", "pixels", "teacher", "validation"],
+        ["feature_spec", "features", "images", "interrupts", "pictures", "pixels", "teacher", "validation"],
         ["watch"],
         ["config"],
-        ["testing", "checkpoint"],
+        ["testing", "network"],
+        ["checkpoint"],
         ["model"],
         ["training"],
         ["pool"],
@@ -204,7 +205,7 @@ def test_a_controller_and_a_look_at_a_pool_do_without_torch() -> None:
     # It takes seconds to load, and replicas settle how its threads wait before they load it.
     program = """
 import sys
-import dinov3_ray.pool.control.controller, dinov3_ray.cli.pool
+import dinov3_ray.pool.control.controller, dinov3_ray.cli.session
 assert "torch" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", program], check=True, timeout=120)

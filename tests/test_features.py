@@ -16,7 +16,8 @@ from sample_features import random_features
 
 from dinov3_ray import errors
 from dinov3_ray.errors import DinoV3Error, InputError, SpecError
-from dinov3_ray.features import RESULT_DTYPES, Features, FeatureSpec, channel_dim, decode, deliver, encode, resample_map
+from dinov3_ray.feature_spec import RESULT_DTYPES
+from dinov3_ray.features import Features, FeatureSpec, channel_dim, decode, deliver, encode, resample_map
 from dinov3_ray.images import ImageBatch
 
 TREE = [value for _, value in inspect.getmembers(errors, inspect.isclass) if issubclass(value, DinoV3Error)]

@@ -34,7 +34,7 @@ from dinov3_ray.datasets.decode import Decoder
 from dinov3_ray.datasets.folder import Folder
 from dinov3_ray.datasets.store.schema import Row, decode_columns, encode_columns, spec_to_json
 from dinov3_ray.datasets.store.writer import BlockWriter, finish
-from dinov3_ray.features import FeatureSpec, ResultDtype
+from dinov3_ray.feature_spec import FeatureSpec, ResultDtype
 from dinov3_ray.model import DinoV3Teacher
 
 __all__ = [

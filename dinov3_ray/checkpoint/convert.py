@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dinov3_ray.checkpoint.variants import STATISTICS, preprocessing_for, variant_of
 from dinov3_ray.checkpoint.verify import Progress, check_shapes, ignore_progress
 from dinov3_ray.checkpoint.write import DEFAULT_SHARD_BYTES, write_directory
 from dinov3_ray.config.architecture import Architecture, infer_convnext, infer_vit
+from dinov3_ray.config.variants import STATISTICS, preprocessing_for, variant_of
 from dinov3_ray.errors import CheckpointError, ConfigError
 
 __all__ = ["Conversion", "convert_checkpoint"]

@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dinov3_ray.checkpoint.variants import IMAGENET, VARIANTS, find_variant, preprocessing_for
 from dinov3_ray.checkpoint.verify import Progress, ignore_progress
 from dinov3_ray.checkpoint.write import DEFAULT_SHARD_BYTES, write_directory
+from dinov3_ray.config.variants import IMAGENET, VARIANTS, find_variant, preprocessing_for
 
 __all__ = ["init_checkpoint", "random_tensor"]
 

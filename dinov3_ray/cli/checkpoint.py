@@ -1,27 +1,26 @@
-"""The commands ``dinov3-ray checkpoint``, which make, convert, check and describe model directories."""
+"""The commands ``dinov3-ray checkpoint``, which make, convert, check and describe model directories.
+
+What reads and writes weights is imported when a command runs, so that the help answers at once.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-from rich.table import Table
 
-from dinov3_ray.checkpoint.convert import convert_checkpoint
-from dinov3_ray.checkpoint.fingerprint import fingerprint
-from dinov3_ray.checkpoint.random_weights import init_checkpoint
-from dinov3_ray.checkpoint.variants import STATISTICS, VARIANTS, find_variant, variant_of
-from dinov3_ray.checkpoint.verify import Progress as Report
-from dinov3_ray.checkpoint.verify import verify
 from dinov3_ray.cli.values import Bytes, ImageSize
 from dinov3_ray.config import DinoV3Config
 from dinov3_ray.config.architecture import ViTArchitecture
 from dinov3_ray.config.preprocessing import Preprocessing
+from dinov3_ray.config.variants import STATISTICS, VARIANTS, find_variant, variant_of
 from dinov3_ray.config.weights import WeightFiles
+
+if TYPE_CHECKING:
+    from dinov3_ray.checkpoint.verify import Progress as Report
 
 __all__ = ["checkpoint"]
 
@@ -59,6 +58,8 @@ def init_command(variant: str, directory: Path, seed: int, image_size: tuple[int
     VARIANT is vits16, vits16plus, vitb16, vitl16, vith16plus, vit7b16, convnext-tiny, -small, -base or -large, in any
     usual spelling; or, for tests, vit-test, vit-test-gated or convnext-test.
     """
+    from dinov3_ray.checkpoint import init_checkpoint
+
     name = find_variant(variant)
     with _progress(f"writing {name}", 4 * VARIANTS[name].num_parameters) as report:
         init_checkpoint(name, directory, seed=seed, image_size=image_size, shard_bytes=shard_size, progress=report)
@@ -79,6 +80,8 @@ def init_command(variant: str, directory: Path, seed: int, image_size: tuple[int
 @_shard_size
 def convert_command(file: Path, directory: Path, statistics: str, image_size: tuple[int, int], shard_size: int) -> None:
     """Convert the official checkpoint FILE (.pth) to a model directory."""
+    from dinov3_ray.checkpoint import convert_checkpoint
+
     with _progress(f"converting {file.name}", file.stat().st_size) as report:
         made = convert_checkpoint(
             file,
@@ -95,6 +98,8 @@ def convert_command(file: Path, directory: Path, statistics: str, image_size: tu
 @click.argument("directory", type=click.Path(path_type=Path))
 def verify_command(directory: Path) -> None:
     """Check every file and every weight of DIRECTORY."""
+    from dinov3_ray.checkpoint import verify
+
     config = DinoV3Config(directory)
     weights = verify(config)
     with _progress("reading weights", weights.nbytes) as report:
@@ -106,6 +111,11 @@ def verify_command(directory: Path) -> None:
 @click.argument("directory", type=click.Path(path_type=Path))
 def info_command(directory: Path) -> None:
     """Describe the model in DIRECTORY."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from dinov3_ray.checkpoint import fingerprint, verify
+
     config = DinoV3Config(directory)
     weights = verify(config)
     with _progress("fingerprinting", weights.nbytes) as report:
@@ -164,6 +174,9 @@ def _progress(what: str, total: int) -> Iterator[Report]:
     Yields:
         The function to call with the number of bytes done since its last call.
     """
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
     console = Console(stderr=True)
     bar = Progress(
         TextColumn("{task.description}"),

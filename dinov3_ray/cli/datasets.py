@@ -1,33 +1,29 @@
-"""The commands ``dinov3-ray extract`` and ``dinov3-ray show``."""
+"""The commands ``dinov3-ray extract`` and ``dinov3-ray show``.
+
+What they compute with is imported when they run, so that the help, and a usage that is wrong, are answered at once.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-import numpy as np
-import torch
-from rich.console import Console
-from torch import Tensor
 
 from dinov3_ray.cli.teacher_options import computing_options
 from dinov3_ray.cli.values import Colour, ImageSize, Integers, Outputs, address_option
 from dinov3_ray.config import CompileChoice, ComputeDtype, DinoV3Config
-from dinov3_ray.datasets.decode import MAX_PIXELS, Decoder
-from dinov3_ray.datasets.extraction.extract import extract
-from dinov3_ray.datasets.extraction.plan import Forecast, batches_text, size_text
-from dinov3_ray.datasets.extraction.resources import Resources
-from dinov3_ray.datasets.folder import ERRORS, Folder
-from dinov3_ray.datasets.sources.open import SourceOptions
-from dinov3_ray.datasets.store.reader import FeatureStore
-from dinov3_ray.datasets.stored import Originals
+from dinov3_ray.datasets import MAX_PIXELS
 from dinov3_ray.errors import InputError, StoreError
-from dinov3_ray.features import RESULT_DTYPES, Features, FeatureSpec
-from dinov3_ray.model import DinoV3Teacher
-from dinov3_ray.pictures import PcaBasis, save_grid
-from dinov3_ray.pool.client.remote import RemoteTeacher
-from dinov3_ray.pool.cluster import NAMESPACE
+from dinov3_ray.feature_spec import RESULT_DTYPES, FeatureSpec
+from dinov3_ray.pool import NAMESPACE
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+    from dinov3_ray.datasets import FeatureStore
+    from dinov3_ray.features import Features
 
 __all__ = ["extract_command", "show_command"]
 
@@ -119,6 +115,15 @@ def extract_command(
         raise click.UsageError(
             "--image-size, --compute-dtype, --compile and --attention belong to --root: a pool has its own settings"
         )
+    from rich.console import Console
+
+    from dinov3_ray.datasets.extraction.extract import extract
+    from dinov3_ray.datasets.extraction.plan import Forecast, batches_text, size_text
+    from dinov3_ray.datasets.extraction.resources import Resources
+    from dinov3_ray.datasets.folder import ERRORS, Folder
+    from dinov3_ray.datasets.sources.open import SourceOptions
+    from dinov3_ray.pool.client.remote import RemoteTeacher
+
     config = None
     if root is not None:
         config = DinoV3Config(root, image_size=image_size, dtype=compute_dtype, compile=compile, attention=attention)
@@ -188,8 +193,15 @@ def show_command(
     """
     if (out is None or id_ is None) == (image is None or root is None) or (image is None) != (root is None):
         raise click.UsageError("give either OUT and ID, or --image FILE and --root DIR")
+    from dinov3_ray.pictures import PcaBasis, save_grid
+
     pixels: np.ndarray | None
     if image is not None and root is not None:
+        import torch
+
+        from dinov3_ray.datasets.decode import Decoder
+        from dinov3_ray.model import DinoV3Teacher
+
         pixels = Decoder().read(image.read_bytes(), str(image))
         teacher = DinoV3Teacher(DinoV3Config(root, image_size=image_size, compile=False), device)
         spec = FeatureSpec(feature_map=layer is None, layers=() if layer is None else (layer,), dtype="float32")
@@ -197,6 +209,8 @@ def show_command(
     else:
         assert out is not None
         assert id_ is not None
+        from dinov3_ray.datasets import FeatureStore
+
         store = FeatureStore(out, partial=True)
         features, name, pixels = store[id_], id_, _original(store, id_)
     map_Dhw = _map(features, layer)
@@ -219,6 +233,8 @@ def _map(features: Features, layer: int | None) -> Tensor:
 
 def _original(store: FeatureStore, id_: str) -> np.ndarray | None:
     """The pixels of the image, uint8 [3,H,W]; None if it is no longer there."""
+    from dinov3_ray.datasets.stored import Originals
+
     try:
         return Originals(store)(id_)
     except (StoreError, InputError) as error:

@@ -6,11 +6,12 @@ import json
 import os
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from dinov3_ray.doctor.cluster_checks import examine
-from dinov3_ray.doctor.machine_checks import Finding, Severity
+if TYPE_CHECKING:
+    from dinov3_ray.doctor.machine_checks import Finding
 
 __all__ = ["doctor"]
 
@@ -33,6 +34,9 @@ def doctor(
 
     The exit status is 1 if there is a problem, which keeps a pool from working. Warnings alone give 0.
     """
+    from dinov3_ray.doctor.cluster_checks import examine  # here, so that the help answers at once
+    from dinov3_ray.doctor.machine_checks import Severity
+
     address = address or os.environ.get("RAY_ADDRESS") or None
     worst = Severity.FINE
     for finding in examine(root, address, gpus, timeout):

@@ -1,4 +1,4 @@
-"""The commands ``dinov3-ray up | reload``, which give a pool its teacher."""
+"""The commands ``dinov3-ray up | reload``, which give a pool its teacher; Ray and torch are imported when they run."""
 
 from __future__ import annotations
 
@@ -8,16 +8,12 @@ from typing import Any, get_args
 
 import click
 
-from dinov3_ray.cli.pool import joined, pool_options, show_progress, timeout_option
-from dinov3_ray.cli.table import summary
+from dinov3_ray.cli.pool import pool_options, timeout_option
 from dinov3_ray.cli.teacher_options import computing_options
 from dinov3_ray.cli.values import Command, Pair, PoolOption, Replicas
 from dinov3_ray.config import CompileChoice, ComputeDtype, DinoV3Config
-from dinov3_ray.pool.cluster import NAMESPACE
-from dinov3_ray.pool.poolfile import PoolFile
-from dinov3_ray.pool.rollout import plan_rollout
+from dinov3_ray.pool import NAMESPACE
 from dinov3_ray.pool.spec import Batching
-from dinov3_ray.pool.teacher_pool import TeacherPool
 
 __all__ = ["reload", "up"]
 
@@ -97,6 +93,10 @@ def up(
         raise click.UsageError("--dry-run needs --config")
     if root is None:
         raise click.UsageError("name the model directory with --root, or declare the pool in a file: --config")
+    from dinov3_ray.cli.session import joined, show_progress
+    from dinov3_ray.cli.table import summary
+    from dinov3_ray.pool.teacher_pool import TeacherPool
+
     config = DinoV3Config(root, dtype=dtype, image_size=image_size, compile=compile, attention=attention)
     options = {name: value for name, value in options.items() if value is not None} | dict(others)
     with joined(address) as here, show_progress(f"pool {name}") as report:
@@ -129,6 +129,11 @@ def _refuse_options_of_the_file(context: click.Context) -> None:
 
 
 def _up_as_declared(file: Path, address: str | None, timeout: float, *, dry_run: bool) -> None:
+    from dinov3_ray.cli.session import joined, show_progress
+    from dinov3_ray.cli.table import summary
+    from dinov3_ray.pool.poolfile import PoolFile
+    from dinov3_ray.pool.rollout import plan_rollout
+
     wanted = PoolFile.read(file)
     with joined(address) as here:
         plan = plan_rollout(wanted, here)
@@ -168,6 +173,10 @@ def reload(
     The options describe the new teacher completely: none is taken from the present one. If it fails to start three
     times in a row, the pool returns to the present one, and the exit status is 1.
     """
+    from dinov3_ray.cli.session import joined, show_progress
+    from dinov3_ray.cli.table import summary
+    from dinov3_ray.pool.teacher_pool import TeacherPool
+
     config = DinoV3Config(root, dtype=dtype, image_size=image_size, compile=compile, attention=attention)
     with joined(address), TeacherPool.connect(name, namespace=namespace) as pool:
         former = pool.status().fingerprint

@@ -14,7 +14,19 @@ if TYPE_CHECKING:
     from dinov3_ray.datasets.store.reader import FeatureStore
     from dinov3_ray.datasets.stored import StoredTeacher, TargetDataset
 
-__all__ = ["CachedTeacher", "FeatureStore", "Resources", "SourceOptions", "StoredTeacher", "TargetDataset", "extract"]
+__all__ = [
+    "MAX_PIXELS",
+    "CachedTeacher",
+    "FeatureStore",
+    "Resources",
+    "SourceOptions",
+    "StoredTeacher",
+    "TargetDataset",
+    "extract",
+]
+
+MAX_PIXELS = 89_478_485
+"""Pillow's own threshold (a quarter of a gigabyte of RGB): beyond it, an image is taken for a decompression bomb."""
 
 _HOMES = {
     "CachedTeacher": "dinov3_ray.datasets.cache",

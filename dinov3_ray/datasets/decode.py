@@ -25,9 +25,10 @@ from typing import Literal
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from dinov3_ray.datasets import MAX_PIXELS
 from dinov3_ray.errors import ConfigError, InputError
 
-__all__ = ["DIGEST_SIZE", "IMAGE_EXTENSIONS", "MAX_PIXELS", "Decoder", "Unreadable", "UnreadableKind", "view_digest"]
+__all__ = ["DIGEST_SIZE", "IMAGE_EXTENSIONS", "Decoder", "Unreadable", "UnreadableKind", "view_digest"]
 
 
 IMAGE_EXTENSIONS = frozenset(
@@ -35,9 +36,6 @@ IMAGE_EXTENSIONS = frozenset(
     | {"pbm", "pgm", "png", "pnm", "ppm", "tga", "tif", "tiff", "webp"}
 )
 """Extensions of names that are taken for images where other files are expected too."""
-
-MAX_PIXELS = 89_478_485
-"""Pillow's own threshold (a quarter of a gigabyte of RGB): beyond it, an image is taken for a decompression bomb."""
 
 _PILLOW_REFUSES = 2 * MAX_PIXELS
 

@@ -1,4 +1,4 @@
-"""The kernel that computes a teacher's attention, chosen for its device without torch's global flags.
+"""What computes a teacher's attention, chosen for its device without torch's global flags.
 
 ``scaled_dot_product_attention`` chooses a kernel by flags of the whole process (``sdpa_kernel``,
 ``torch.backends.cuda``). They belong to the student: a teacher in another thread must not set them, nor change its bits
@@ -8,13 +8,19 @@ when they are set. So it calls one kernel by name: the first in order of prefere
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from dinov3_ray.checkpoint.hf import model_options
+from dinov3_ray.config.architecture import ViTArchitecture
+from dinov3_ray.errors import ConfigError
 from dinov3_ray.model.device import TRIAL_TOKENS, trial_error
+from dinov3_ray.network.vit import Attend, ViT
 
 __all__ = ["choose_attention"]
 
@@ -30,25 +36,35 @@ _KERNELS: dict[str, Callable[..., Any]] = {
 }
 
 
-def choose_attention(model: Any, device: torch.device, dtype: torch.dtype) -> None:
-    """Let ``model``, a transformers ViT whose attention was left to transformers, compute it with the best kernel.
+def choose_attention(model: ViT, wanted: str, device: torch.device, dtype: torch.dtype) -> None:
+    """Let ``model`` compute its attention as a DinoV3Config's ``attention`` says.
 
-    On Hopper cuDNN's is 1.7 to 2.3 times as fast as the flash kernel that torch prefers (transformers pull request
-    48163); it is slower on Ampere, so everywhere else torch's own order stands. Where no kernel runs, and on other
-    devices, transformers' ``sdpa`` stays.
+    ``auto`` is the best kernel. On Hopper cuDNN's is 1.7 to 2.3 times as fast as the flash kernel that torch prefers
+    (transformers pull request 48163); it is slower on Ampere, so everywhere else torch's own order stands. Where no
+    kernel runs, and on other devices, it is ``sdpa``. Names other than ``sdpa`` and ``eager`` are transformers'.
+
+    Raises:
+        ConfigError: transformers does not have, or this machine cannot run, what is ``wanted``.
     """
-    from transformers import AttentionInterface
+    kernel = _best_kernel(model.architecture, device, dtype) if wanted == "auto" else None
+    if kernel is not None:
+        model.use_attention(f"sdpa-{kernel}", _by_kernel(_KERNELS[kernel]))
+    elif wanted in ("auto", "sdpa"):
+        model.use_attention("sdpa", F.scaled_dot_product_attention)
+    elif wanted == "eager":
+        model.use_attention("eager", _eager)
+    else:
+        model.use_attention(wanted, _of_transformers(wanted, model.architecture))
 
-    shape = (1, model.config.num_attention_heads, TRIAL_TOKENS)
-    trial = torch.zeros(*shape, model.config.hidden_size // shape[1], device=device, dtype=dtype)
+
+def _best_kernel(architecture: ViTArchitecture, device: torch.device, dtype: torch.dtype) -> str | None:
+    """The name of the first kernel that runs on ``device``; None if none does."""
+    shape = (1, architecture.num_heads, TRIAL_TOKENS)
+    trial = torch.zeros(*shape, architecture.hidden_size // shape[1], device=device, dtype=dtype)
     # In the layout that a model gives: heads side by side in a token.
     heads = trial.transpose(1, 2).contiguous().transpose(1, 2)
     trials = {name: partial(_KERNELS[name], heads, heads, heads) for name in _preferred(device)}
-    kernel = next((name for name, once in trials.items() if trial_error(once, device) is None), None)
-    name = "sdpa" if kernel is None else f"sdpa-{kernel}"
-    if kernel is not None:
-        AttentionInterface.register(name, _as_transformers_call_it(_KERNELS[kernel]))
-    model.config._attn_implementation = name
+    return next((name for name, once in trials.items() if trial_error(once, device) is None), None)
 
 
 def _preferred(device: torch.device) -> tuple[str, ...]:
@@ -58,18 +74,37 @@ def _preferred(device: torch.device) -> tuple[str, ...]:
     return ("cpu",) if device.type == "cpu" else ()
 
 
-def _as_transformers_call_it(kernel: Callable[..., Any]) -> Callable[..., tuple[Tensor, None]]:
-    def attend(
-        module: Any,  # noqa: ARG001 - the signature is transformers'
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        scaling: float | None = None,
-        **others: Any,  # noqa: ARG001 - dropout, which is 0 in eval mode
-    ) -> tuple[Tensor, None]:
-        assert attention_mask is None
-        attended_BHND: Tensor = kernel(query, key, value, scale=scaling)[0]
-        return attended_BHND.transpose(1, 2).contiguous(), None
+def _by_kernel(kernel: Callable[..., Any]) -> Attend:
+    def attend(query: Tensor, key: Tensor, value: Tensor, *, scale: float) -> Tensor:
+        attended_BHNC: Tensor = kernel(query, key, value, scale=scale)[0]
+        return attended_BHNC
+
+    return attend
+
+
+def _eager(query: Tensor, key: Tensor, value: Tensor, *, scale: float) -> Tensor:
+    """One operation after the other."""
+    scores_BHNN = query @ key.transpose(-2, -1) * scale
+    return scores_BHNN.softmax(dim=-1) @ value
+
+
+def _of_transformers(name: str, architecture: ViTArchitecture) -> Attend:
+    """The attention that transformers registers under ``name``, such as ``flash_attention_2``."""
+    from transformers import AttentionInterface, DINOv3ViTConfig, DINOv3ViTModel  # here, since it takes seconds
+
+    options = model_options(replace(architecture, num_layers=1))
+    try:
+        # Its own model finds out whether it can be used here, and may fetch it, under another name, from the hub.
+        with torch.device("meta"):
+            model = DINOv3ViTModel(DINOv3ViTConfig(**options, attn_implementation=name)).eval()
+    except (ValueError, ImportError) as error:
+        raise ConfigError(f"attention {name!r} cannot be used: {error}") from error
+    # These functions read settings from the module that calls them.
+    caller = next(module for module in model.modules() if hasattr(module, "is_causal"))
+    function = AttentionInterface()[caller.config._attn_implementation]
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, *, scale: float) -> Tensor:
+        attended_BNHC: Tensor = function(caller, query, key, value, None, dropout=0.0, scaling=scale)[0]
+        return attended_BNHC.transpose(1, 2)
 
     return attend

@@ -1,9 +1,6 @@
-"""One forward pass of a transformers DINOv3 module, which keeps only what a FeatureSpec asks for.
+"""One forward pass of a network, which keeps only what a FeatureSpec asks for.
 
-transformers' ``output_hidden_states`` keeps every block's output. The loop over the blocks here ends at the last block
-that is needed, and cuts each map out when its block has run. The operations and their order are those of the modules'
-own ``forward`` (``models/dinov3_vit``, ``models/dinov3_convnext``), so the results are the same bits. The blocks are in
-``model.layer`` or ``model.stages`` (transformers 4), or one level down, in ``model.model`` (5.5 and later).
+The loop over the blocks ends at the last block that is needed, and cuts each map out when its block has run.
 
 Query, key and value stay three products, as in transformers. One product for them gave the same bits and no speed on a
 CPU (bfloat16, the attention of one ViT-S block, 8 images of 224 px: 247 ms and 249 ms of CPU time).
@@ -15,54 +12,42 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import islice
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dinov3_ray.config.architecture import Family
 from dinov3_ray.features import Features, FeatureSpec, in_channels_last, resample_map
+from dinov3_ray.network.convnext import ConvNext
+from dinov3_ray.network.vit import ViT
 
-__all__ = ["blocks_of", "run_backbone"]
-
-# Only transformers knows the modules' attributes, hence Any.
-
-
-def blocks_of(model: Any, family: Family) -> nn.ModuleList:
-    """What ``FeatureSpec.layers`` counts: a ViT's blocks, a ConvNeXt's stages."""
-    name = "layer" if family == "vit" else "stages"
-    blocks = getattr(model if hasattr(model, name) else model.model, name)
-    assert isinstance(blocks, nn.ModuleList)
-    return blocks
+__all__ = ["run_backbone"]
 
 
 def run_backbone(
-    model: Any,
-    family: Family,
+    model: ViT | ConvNext,
     pixels_B3HW: Tensor,
     spec: FeatureSpec,
     *,
     compiled: bool = False,
 ) -> Features:
-    """The outputs that ``spec`` asks for: compute dtype, maps at the spec's ``map_size``, each with memory of its own.
+    """The outputs that ``spec`` asks for, each with memory of its own; maps at the spec's ``map_size``.
 
-    Maps are in channels_last order, in which their tokens (or a ConvNeXt's stages) are computed: nothing permutes them.
+    They have the dtype of the pixels, which is that of the weights. Maps are in channels_last order, in which their
+    tokens (or a ConvNeXt's stages) are computed: nothing permutes them.
 
     A ConvNeXt's CLS is its normed global average. Its layers are its four stages, whose widths and strides differ. The
     final norm fits the last stage only and is not applied to the others, as in the official
     ``get_intermediate_layers``. ``compiled``: whether the blocks are.
     """
-    blocks = blocks_of(model, family)
-    if family == "convnext":
-        return _run_convnext(model, blocks, pixels_B3HW, spec, compiled)
-    pixels_B3HW = pixels_B3HW.to(model.embeddings.patch_embeddings.weight.dtype)
-    return _run_vit(model, blocks, pixels_B3HW, spec, compiled)
+    if isinstance(model, ViT):
+        return _run_vit(model, pixels_B3HW, spec, compiled)
+    return _run_convnext(model, pixels_B3HW, spec, compiled)
 
 
-def _run_vit(model: Any, blocks: nn.ModuleList, pixels_B3HW: Tensor, spec: FeatureSpec, compiled: bool) -> Features:
-    patch_size = model.embeddings.patch_embeddings.kernel_size
-    grid = tuple(side // patch for side, patch in zip(pixels_B3HW.shape[-2:], patch_size, strict=True))
-    rope = model.rope_embeddings(pixels_B3HW)
+def _run_vit(model: ViT, pixels_B3HW: Tensor, spec: FeatureSpec, compiled: bool) -> Features:
+    patch = model.architecture.patch_size
+    grid = tuple(side // patch for side in pixels_B3HW.shape[-2:])
+    turns = model.rope_embeddings(pixels_B3HW)
     embedded_BND = model.embeddings(pixels_B3HW)
     prefix = embedded_BND.shape[1] - grid[0] * grid[1]
 
@@ -71,18 +56,16 @@ def _run_vit(model: Any, blocks: nn.ModuleList, pixels_B3HW: Tensor, spec: Featu
         return _as_map(model.norm(patches) if spec.norm else _cut_out(patches), grid, spec)
 
     def step(block: nn.Module, hidden_BND: Tensor) -> Tensor:
-        hidden: Tensor = block(hidden_BND, position_embeddings=rope)
+        hidden: Tensor = block(hidden_BND, turns)
         return hidden
 
-    hidden_BND, layers = _run_blocks(blocks, embedded_BND, spec, step, cut, compiled)
+    hidden_BND, layers = _run_blocks(model.blocks, embedded_BND, spec, step, cut, compiled)
     return _finish(model.norm, hidden_BND, prefix, grid, spec, layers)
 
 
-def _run_convnext(
-    model: Any, blocks: nn.ModuleList, pixels_B3HW: Tensor, spec: FeatureSpec, compiled: bool
-) -> Features:
+def _run_convnext(model: ConvNext, pixels_B3HW: Tensor, spec: FeatureSpec, compiled: bool) -> Features:
     def cut(index: int, hidden_BDhw: Tensor) -> Tensor:
-        if spec.norm and index == len(blocks) - 1:
+        if spec.norm and index == len(model.blocks) - 1:
             return _as_map(model.layer_norm(_as_tokens(hidden_BDhw)), hidden_BDhw.shape[-2:], spec)
         return _finished_map(hidden_BDhw, spec)
 
@@ -90,11 +73,10 @@ def _run_convnext(
         hidden: Tensor = block(hidden_BDhw)
         return hidden
 
-    pixels_B3HW = pixels_B3HW.to(model.layer_norm.weight.dtype)
-    hidden_BDhw, layers = _run_blocks(blocks, pixels_B3HW, spec, step, cut, compiled)
+    hidden_BDhw, layers = _run_blocks(model.blocks, pixels_B3HW, spec, step, cut, compiled)
     if not _wants_final(spec):
         return Features(layers=layers)
-    tokens_BND = torch.cat([_as_tokens(model.pool(hidden_BDhw)), _as_tokens(hidden_BDhw)], dim=1)
+    tokens_BND = model.tokens(hidden_BDhw)
     return _finish(model.layer_norm, tokens_BND, 1, hidden_BDhw.shape[-2:], spec, layers)
 
 

@@ -25,7 +25,7 @@ from dinov3_ray.errors import FrozenError, SpecError
 from dinov3_ray.features import Features, FeatureSpec, deliver
 from dinov3_ray.images import ImageBatch, Images
 from dinov3_ray.model.attention import choose_attention
-from dinov3_ray.model.backbone import blocks_of, run_backbone
+from dinov3_ray.model.backbone import run_backbone
 from dinov3_ray.model.compilation import compile_blocks, is_compiled
 from dinov3_ray.model.device import Stopwatch, as_device, choose_dtype, computing_on
 from dinov3_ray.model.float8 import check_float8, multiply_in_float8
@@ -33,6 +33,8 @@ from dinov3_ray.model.golden import agreement, golden_images
 from dinov3_ray.model.preprocess import preprocess
 from dinov3_ray.model.seal import SealedModel
 from dinov3_ray.model.upload import Upload
+from dinov3_ray.network.convnext import ConvNext
+from dinov3_ray.network.vit import ViT
 from dinov3_ray.teacher import TeacherMixin
 from dinov3_ray.watch import TeacherWatch
 
@@ -115,17 +117,17 @@ class DinoV3Teacher(TeacherMixin[Images | ImageBatch]):
         with self._frozen_pass():
             model = load_model(self.config, device, self.dtype)
             if self.config.dtype == "float8":
-                multiply_in_float8(blocks_of(model, self.config.family))
+                multiply_in_float8(model.blocks)
             return self._fitted(model)
 
-    def _fitted(self, model: nn.Module) -> SealedModel:
+    def _fitted(self, model: ViT | ConvNext) -> SealedModel:
         """``model``, which is on :attr:`device`, made to compute as that can."""
-        blocks = blocks_of(model, self.config.family)
+        blocks = model.blocks
         float8 = self.config.dtype == "float8"
         if float8:
             check_float8(blocks, self.device)
-        if self.config.attention == "auto" and self.config.family == "vit":
-            choose_attention(model, self.device, self.dtype)
+        if isinstance(model, ViT):
+            choose_attention(model, self.config.attention, self.device, self.dtype)
         compile_blocks(blocks, self.config, self.device, trial=functools.partial(self._try_out, model))
         if float8 and self.device.type == "cuda" and not is_compiled(blocks):
             logger.warning(
@@ -136,15 +138,15 @@ class DinoV3Teacher(TeacherMixin[Images | ImageBatch]):
             )
         return SealedModel(model)
 
-    def _try_out(self, model: nn.Module) -> None:
+    def _try_out(self, model: ViT | ConvNext) -> None:
         """Run ``model`` on the two batch sizes that compiled code tells apart: 1, and all others."""
         for size in (2, 1):
             pixels_B3HW = torch.zeros(size, 3, *self.image_size, device=self.device, dtype=self.dtype)
             self._run(model, pixels_B3HW, FeatureSpec(cls=True))
 
     @property
-    def model(self) -> Any:
-        """The transformers module, to look at; the teacher refuses to compute once its weights were changed."""
+    def model(self) -> ViT | ConvNext:
+        """The torch module, to look at; the teacher refuses to compute once its weights were changed."""
         return self._sealed.model
 
     def extract(self, images: Images | ImageBatch, spec: FeatureSpec) -> Features:
@@ -179,10 +181,9 @@ class DinoV3Teacher(TeacherMixin[Images | ImageBatch]):
                 pixels_B3HW = preprocess(self._upload(batch), self.config.preprocessing, self.device)
             return deliver(self._run(self.model, pixels_B3HW, spec.native()), spec)
 
-    def _run(self, model: nn.Module, pixels_B3HW: Tensor, spec: FeatureSpec) -> Features:
-        family = self.config.family
-        compiled = is_compiled(blocks_of(model, family))
-        run = functools.partial(run_backbone, model, family, pixels_B3HW, spec, compiled=compiled)
+    def _run(self, model: ViT | ConvNext, pixels_B3HW: Tensor, spec: FeatureSpec) -> Features:
+        pixels_B3HW = pixels_B3HW.to(self.dtype)
+        run = functools.partial(run_backbone, model, pixels_B3HW, spec, compiled=is_compiled(model.blocks))
         if not self._records_graphs:
             return run()
         with _graph_step:
@@ -214,13 +215,14 @@ class DinoV3Teacher(TeacherMixin[Images | ImageBatch]):
         spec = FeatureSpec(cls=True, feature_map=True, registers=self.num_register_tokens > 0)
         images = ImageBatch.of(golden_images(*self.image_size))
         fast = self._compute(images, spec)
-        own_attention = self.model.config._attn_implementation
-        other_attention = "sdpa" if own_attention == "eager" else "eager"
-        plain_config = replace(self.config, dtype="float32", compile=False, attention=other_attention)
+        own = self.model.attention if isinstance(self.model, ViT) else None
+        other = "sdpa" if own == "eager" else "eager"
+        plain_config = replace(self.config, dtype="float32", compile=False, attention=other)
         reference = DinoV3Teacher(plain_config, self.device)._compute(images, spec)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-        path = f"{self.computed_in}, attention {own_attention}, {'compiled' if self.compiled else 'not compiled'}"
+        attention = "" if own is None else f", attention {own}"
+        path = f"{self.computed_in}{attention}, {'compiled' if self.compiled else 'not compiled'}"
         return agreement(fast, reference, minimum, path)
 
     def warm_up_passes(self, rows: int) -> Iterator[tuple[Images, FeatureSpec]]:
@@ -265,7 +267,7 @@ class DinoV3Teacher(TeacherMixin[Images | ImageBatch]):
     @property
     def compiled(self) -> bool:
         """Whether it computes with compiled code; with ``compile="auto"``, that may have failed."""
-        return is_compiled(blocks_of(self.model, self.config.family))
+        return is_compiled(self.model.blocks)
 
     @property
     def hidden_size(self) -> int:

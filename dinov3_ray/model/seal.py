@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 from torch import nn
 
 from dinov3_ray.errors import CheckpointError
+from dinov3_ray.network.convnext import ConvNext
+from dinov3_ray.network.vit import ViT
 
 __all__ = ["SealedModel"]
 
@@ -23,8 +24,8 @@ class SealedModel:
         model: is in eval mode, without gradients.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model: Any = model
+    def __init__(self, model: ViT | ConvNext) -> None:
+        self.model = model
         self._modules = list(model.modules())
         self._parts = [
             (f"{path}.{name}".lstrip("."), holder, name, part)

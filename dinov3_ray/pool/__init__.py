@@ -34,3 +34,8 @@ The life of a request:
 The controller takes no part in this. It sends each client the list of replicas (``PoolView``), and if it dies,
 requests go on.
 """
+
+__all__ = ["NAMESPACE"]
+
+#: The default Ray namespace of pools, whatever namespace the driver uses for itself.
+NAMESPACE = "dinov3_ray"

@@ -19,6 +19,7 @@ from ray._raylet import Config  # type: ignore[attr-defined] # private, seen in 
 
 from dinov3_ray.errors import ConfigError, ForkedProcessError, PoolClosedError, PoolError, PoolNotFoundError
 from dinov3_ray.interrupts import wait
+from dinov3_ray.pool import NAMESPACE
 from dinov3_ray.pool.probe import Obstacle, find_obstacle
 
 __all__ = [
@@ -40,9 +41,6 @@ __all__ = [
 
 
 log = logging.getLogger("dinov3_ray")
-
-#: The default Ray namespace of pools, whatever namespace the driver uses for itself.
-NAMESPACE = "dinov3_ray"
 
 _PREFIX = "dinov3"
 _AUTH_MODE = "RAY_AUTH_MODE"

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Annotated, ClassVar, Literal, Self, get_args
 
 from pydantic import Field
-from ray import cloudpickle
 
 from dinov3_ray.config import DinoV3Config
 from dinov3_ray.errors import ConfigError, describe
@@ -238,6 +237,8 @@ class PoolSpec:
         Raises:
             ImportError, AttributeError: the teacher is a factory that this process does not have.
         """
+        from ray import cloudpickle  # here, since a command's options need no Ray
+
         assert isinstance(self.teacher, bytes)
         # The pool's own teacher, from the cluster that this process trusts already.
         return replace(self, teacher=cloudpickle.loads(self.teacher))
@@ -278,6 +279,8 @@ def pickle_teacher(teacher: CheckedTeacher) -> bytes:
     Raises:
         ConfigError: it cannot be pickled.
     """
+    from ray import cloudpickle  # here, since a command's options need no Ray
+
     try:
         return cloudpickle.dumps(teacher)  # type: ignore[no-any-return]
     except Exception as error:

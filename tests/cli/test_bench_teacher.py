@@ -12,7 +12,7 @@ from commandline import run_bench
 from dinov3_ray import DinoV3Config
 from dinov3_ray.bench.teacher_modes import TEACHER_SPEC, TeacherWork, modes_for, through_pipeline
 from dinov3_ray.bench.teacher_speed import flops_per_image
-from dinov3_ray.checkpoint.variants import VARIANTS
+from dinov3_ray.config.variants import VARIANTS
 
 
 @pytest.mark.parametrize(

@@ -17,13 +17,25 @@ from dinov3_ray.cli import COMMANDS
 
 
 def test_help_is_light() -> None:
-    """What `--help` imports, in a separate process."""
-    program = (
-        "import sys\nfrom dinov3_ray.cli import main\nmain(['--help'], standalone_mode=False)\n"
-        "print('imported:', sorted({'torch', 'ray', 'transformers', 'rich'} & set(sys.modules)))"
-    )
+    """What no `--help` imports, of any command, in a separate process."""
+    program = """
+import sys
+import click
+from dinov3_ray.cli import main
+HEAVY = {"torch", "ray", "transformers", "rich", "numpy", "pandas", "pyarrow", "PIL", "matplotlib"}
+def visit(command, names):
+    main([*names, "--help"], standalone_mode=False)
+    print("imported for", " ".join(names), sorted(HEAVY & set(sys.modules)))
+    if isinstance(command, click.Group):
+        context = click.Context(command)
+        for name in command.list_commands(context):
+            visit(command.get_command(context, name), [*names, name])
+visit(main, [])
+"""
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
-    assert "imported: []" in done.stdout
+    said = [line for line in done.stdout.splitlines() if line.startswith("imported for")]
+    assert len(said) > 2 * len(COMMANDS)  # with those of groups
+    assert [line for line in said if not line.endswith("[]")] == []
     for name, command in COMMANDS.items():
         assert name in done.stdout
         assert command.help.split()[0] in done.stdout

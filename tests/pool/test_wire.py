@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from sample_features import random_features
 from torch import Tensor
 
-from dinov3_ray.features import RESULT_DTYPES, Features, FeatureSpec, deliver
+from dinov3_ray.feature_spec import RESULT_DTYPES
+from dinov3_ray.features import Features, FeatureSpec, deliver
 from dinov3_ray.images import ImageBatch
 from dinov3_ray.pool.client.request import ResultSizes
 from dinov3_ray.pool.messages import Array, FeatureLayout, TeacherInfo

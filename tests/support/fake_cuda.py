@@ -17,7 +17,6 @@ computes: the tests marked gpu are.
 from __future__ import annotations
 
 import contextlib
-import inspect
 import itertools
 import threading
 from collections.abc import Callable, Iterator
@@ -31,7 +30,6 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers.models.dinov3_vit import modeling_dinov3_vit
 
 from dinov3_ray.model.preprocess import _statistics
 
@@ -369,9 +367,6 @@ def _compile(module: torch.nn.Module, **options: Any) -> None:
 def _empty_caches() -> None:
     """Those that keep tensors for all who come later: with values and without must not meet."""
     _statistics.cache_clear()
-    cached = inspect.getclosurevars(modeling_dinov3_vit.get_patches_center_coordinates).nonlocals
-    for function in cached.values():
-        getattr(function, "cache_clear", lambda: None)()
 
 
 def _index(tensor: Tensor, key: Any) -> Tensor:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,8 +14,11 @@ import torch.nn.functional as F
 from fake_cuda import FakeCuda
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import AttentionInterface
 
 from dinov3_ray import DinoV3Config, DinoV3Teacher, FeatureSpec
+from dinov3_ray.checkpoint import VARIANTS, build_model
+from dinov3_ray.errors import ConfigError
 from dinov3_ray.model import attention
 
 SPEC = FeatureSpec(cls=True, feature_map=True)
@@ -54,9 +57,9 @@ def hopper() -> Iterator[FakeCuda]:
 
 def chosen(dtype: torch.dtype = torch.bfloat16) -> str:
     """The implementation that a model on the first fake GPU gets."""
-    config = SimpleNamespace(num_attention_heads=2, hidden_size=128, _attn_implementation="sdpa")
-    attention.choose_attention(SimpleNamespace(config=config), torch.device("cuda:0"), dtype)
-    return config._attn_implementation
+    model = build_model(VARIANTS["vit-test"])
+    attention.choose_attention(model, "auto", torch.device("cuda:0"), dtype)
+    return model.attention
 
 
 @pytest.mark.parametrize(("capability", "kernel"), [((9, 0), "cudnn"), ((8, 0), "flash"), ((10, 0), "flash")])
@@ -85,10 +88,30 @@ def test_a_kernel_without_memory_for_its_trial_is_an_error(hopper: FakeCuda, mon
         chosen()
 
 
-def test_what_was_asked_for_is_left_to_transformers(tiny_checkpoint: Path) -> None:
-    for name in ("sdpa", "eager"):
-        teacher = DinoV3Teacher(DinoV3Config(tiny_checkpoint, attention=name))
-        assert teacher.model.config._attn_implementation == name
+def test_what_was_asked_for_computes(tiny_checkpoint: Path) -> None:
+    sdpa, eager = (
+        DinoV3Teacher(DinoV3Config(tiny_checkpoint, dtype="float32", attention=name)) for name in ("sdpa", "eager")
+    )
+    assert (sdpa.model.attention, eager.model.attention) == ("sdpa", "eager")
+    found, expected = (teacher.extract_features(IMAGES) for teacher in (eager, sdpa))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert not torch.equal(found, expected)
+
+
+def test_other_names_are_those_of_transformers(tiny_checkpoint: Path) -> None:
+    called: list[str] = []
+
+    def mine(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: None, **options: Any) -> tuple[Tensor, None]:
+        called.append(module.config._attn_implementation)
+        return F.scaled_dot_product_attention(query, key, value, scale=options["scaling"]).transpose(1, 2), None
+
+    AttentionInterface.register("mine", mine)
+    config = DinoV3Config(tiny_checkpoint, dtype="float32", attention="mine")
+    teacher, plain = (DinoV3Teacher(one) for one in (config, replace(config, attention="sdpa")))
+    assert torch.equal(teacher.extract_features(IMAGES), plain.extract_features(IMAGES))
+    assert called == ["mine"] * teacher.depth
+    with pytest.raises(ConfigError, match="attention 'no-such' cannot be used"):
+        DinoV3Teacher(replace(config, attention="no-such"))
 
 
 def test_a_teacher_and_a_student_in_two_threads_choose_for_themselves(tiny_checkpoint: Path, hopper: FakeCuda) -> None:
@@ -138,10 +161,10 @@ def test_compiled_it_is_the_same_kernel(kernel: str) -> None:
 
     def on_a_cpu(graph: torch.fx.GraphModule, _: object) -> Callable[..., Any]:
         graphs.append(graph.code)
-        return lambda *given: (F.scaled_dot_product_attention(query, query, query).transpose(1, 2).contiguous(),)
+        return lambda *given: (F.scaled_dot_product_attention(query, query, query),)
 
-    attend = attention._as_transformers_call_it(attention._KERNELS[kernel])
-    compiled = torch.compile(lambda q: attend(None, q, q, q, None, scaling=0.125)[0], fullgraph=True, backend=on_a_cpu)
+    attend = attention._by_kernel(attention._KERNELS[kernel])
+    compiled = torch.compile(lambda q: attend(q, q, q, scale=0.125), fullgraph=True, backend=on_a_cpu)
     torch._dynamo.reset()
     compiled(query)
     (code,) = graphs
@@ -154,7 +177,7 @@ def test_compiled_it_is_the_same_kernel(kernel: str) -> None:
 def test_on_a_gpu_the_chosen_kernel_is_right(tiny_checkpoint: Path, compile: bool) -> None:
     teacher = DinoV3Teacher(DinoV3Config(tiny_checkpoint, dtype="bfloat16", compile=compile), "cuda")
     hopper = torch.cuda.get_device_capability()[0] == 9
-    assert teacher.model.config._attn_implementation == ("sdpa-cudnn" if hopper else "sdpa-flash")
+    assert teacher.model.attention == ("sdpa-cudnn" if hopper else "sdpa-flash")
     before = flags()
     expected = teacher.extract(IMAGES, SPEC)
     with sdpa_kernel([SDPBackend.MATH]):

@@ -17,7 +17,6 @@ from torch import nn
 from dinov3_ray import DinoV3Config, DinoV3Teacher, FeatureSpec
 from dinov3_ray.checkpoint import init_checkpoint
 from dinov3_ray.errors import ConfigError
-from dinov3_ray.model.backbone import blocks_of
 from dinov3_ray.model.compilation import compile_blocks, is_compiled
 
 CLS = FeatureSpec(cls=True)
@@ -126,7 +125,7 @@ def test_a_moved_teacher_follows_its_device(tiny_checkpoint: Path) -> None:
     assert not teacher.compiled
     with FakeCuda():
         assert teacher.to("cuda:1").compiled
-        blocks = blocks_of(teacher.model, "vit")
+        blocks = teacher.model.blocks
         compile_blocks(blocks, teacher.config, torch.device("cpu"), trial=lambda: None)
         assert not teacher.compiled
 

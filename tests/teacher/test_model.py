@@ -16,7 +16,6 @@ from dinov3_ray import DinoV3Config, DinoV3Teacher, FeatureSpec
 from dinov3_ray.checkpoint import init_checkpoint
 from dinov3_ray.errors import ConfigError, InputError, SpecError
 from dinov3_ray.features import deliver, resample_map
-from dinov3_ray.model.backbone import blocks_of
 from dinov3_ray.teacher import Teacher
 
 EVERYTHING = FeatureSpec(cls=True, feature_map=True, registers=True, layers=(2, 0, -2))
@@ -164,7 +163,7 @@ def test_a_convnexts_layers_are_its_stages(convnext: DinoV3Teacher, photographs:
 def test_one_pass_gives_everything_and_goes_no_further_than_asked(teacher: DinoV3Teacher) -> None:
     ran: list[str] = []
     modules = {"embeddings": teacher.model.embeddings, "norm": teacher.model.norm}
-    modules |= {f"block {index}": block for index, block in enumerate(blocks_of(teacher.model, "vit"))}
+    modules |= {f"block {index}": block for index, block in enumerate(teacher.model.blocks)}
     hooks = [
         module.register_forward_hook(lambda *_, name=name: ran.append(name))  # type: ignore[misc]
         for name, module in modules.items()

@@ -116,13 +116,13 @@ def test_images_on_another_gpu_or_on_both_reach_it(cuda: FakeCuda, teacher: Dino
 def test_a_teacher_that_is_moved_uploads_to_its_new_gpu(tiny_checkpoint: Path) -> None:
     teacher = DinoV3Teacher(DinoV3Config(tiny_checkpoint, dtype="bfloat16"))
     teacher.extract(STACKED, EVERYTHING)
-    assert teacher.model.config._attn_implementation == "sdpa-cpu"
+    assert teacher.model.attention == "sdpa-cpu"
     with FakeCuda() as cuda:
         teacher.to("cuda:1").extract(STACKED, EVERYTHING)
         cuda.forget()
         drive(teacher)
         assert (cuda.found(), cuda.contexts) == ([], {1})
-        assert teacher.model.config._attn_implementation == "sdpa-cudnn"
+        assert teacher.model.attention == "sdpa-cudnn"
 
 
 def test_cuda_without_an_index_is_the_current_device_of_its_caller(tiny_checkpoint: Path, cuda: FakeCuda) -> None:

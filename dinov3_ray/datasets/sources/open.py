@@ -12,7 +12,8 @@ from typing import Any
 import pyarrow as pa
 from pyarrow import fs as pafs
 
-from dinov3_ray.datasets.decode import IMAGE_EXTENSIONS, MAX_PIXELS, Decoder
+from dinov3_ray.datasets import MAX_PIXELS
+from dinov3_ray.datasets.decode import IMAGE_EXTENSIONS, Decoder
 from dinov3_ray.datasets.folder import open_path
 from dinov3_ray.datasets.sources.parquet import ParquetSource
 from dinov3_ray.datasets.sources.source import IRREGULAR, FileSource, Source
