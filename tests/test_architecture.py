@@ -170,7 +170,7 @@ def test_the_lower_floors_know_no_ray(name: str) -> None:
         assert not [full for full in imports(MODULES[name]) if full.split(".")[0] == "ray"]
 
 
-def test_the_local_teacher_works_without_importing_ray(tiny_checkpoint: Path) -> None:
+def test_the_local_teacher_works_without_importing_ray_or_transformers(tiny_checkpoint: Path) -> None:
     program = """
 import sys
 import dinov3_ray
@@ -180,7 +180,7 @@ assert "ray" not in sys.modules, "importing the local teacher loads ray"
 import numpy
 teacher = DinoV3Teacher(DinoV3Config(sys.argv[1]))
 teacher.extract(numpy.zeros((3, 32, 32), numpy.uint8), FeatureSpec(cls=True))
-assert "ray" not in sys.modules, "using the local teacher loads ray"
+assert not {"ray", "transformers"} & set(sys.modules), "using the local teacher loads ray or transformers"
 """
     subprocess.run([sys.executable, "-c", program, str(tiny_checkpoint)], check=True, timeout=120)
 
@@ -201,11 +201,11 @@ assert "pydantic" in sys.modules
     subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
 
 
-def test_a_controller_and_a_look_at_a_pool_do_without_torch() -> None:
+def test_a_controller_a_look_at_a_pool_and_the_plan_of_an_extraction_do_without_torch() -> None:
     # It takes seconds to load, and replicas settle how its threads wait before they load it.
     program = """
 import sys
-import dinov3_ray.pool.control.controller, dinov3_ray.cli.session
+import dinov3_ray.pool.control.controller, dinov3_ray.cli.session, dinov3_ray.datasets.extraction.extract
 assert "torch" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", program], check=True, timeout=120)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from dinov3_ray.datasets import FeatureStore
     from dinov3_ray.features import Features
+    from dinov3_ray.pool.client.remote import RemoteTeacher
 
 __all__ = ["extract_command", "show_command"]
 
@@ -122,7 +123,6 @@ def extract_command(
     from dinov3_ray.datasets.extraction.resources import Resources
     from dinov3_ray.datasets.folder import ERRORS, Folder
     from dinov3_ray.datasets.sources.open import SourceOptions
-    from dinov3_ray.pool.client.remote import RemoteTeacher
 
     config = None
     if root is not None:
@@ -141,7 +141,7 @@ def extract_command(
             out,
             config,
             spec,
-            pool=None if pool is None else RemoteTeacher(pool, namespace=namespace),
+            pool=None if pool is None else _client(pool, namespace),
             batch_size=batch_size,
             block_size=block_size,
             options=options,
@@ -164,6 +164,12 @@ def extract_command(
             click.echo(f"  {kind}: {count:,}")
         if manifest["errors"]:
             click.echo(f"  see {Folder.at(out).join(ERRORS)}")
+
+
+def _client(pool: str, namespace: str) -> RemoteTeacher:
+    from dinov3_ray.pool.client.remote import RemoteTeacher  # which imports torch
+
+    return RemoteTeacher(pool, namespace=namespace)
 
 
 @click.command("show")

@@ -32,7 +32,7 @@ def run_backbone(
 ) -> Features:
     """The outputs that ``spec`` asks for, each with memory of its own; maps at the spec's ``map_size``.
 
-    They have the dtype of the pixels, which is that of the weights. Maps are in channels_last order, in which their
+    They have the dtype of the weights. Maps are in channels_last order, in which their
     tokens (or a ConvNeXt's stages) are computed: nothing permutes them.
 
     A ConvNeXt's CLS is its normed global average. Its layers are its four stages, whose widths and strides differ. The
@@ -45,6 +45,7 @@ def run_backbone(
 
 
 def _run_vit(model: ViT, pixels_B3HW: Tensor, spec: FeatureSpec, compiled: bool) -> Features:
+    pixels_B3HW = pixels_B3HW.to(model.norm.weight.dtype)
     patch = model.architecture.patch_size
     grid = tuple(side // patch for side in pixels_B3HW.shape[-2:])
     turns = model.rope_embeddings(pixels_B3HW)
@@ -73,6 +74,7 @@ def _run_convnext(model: ConvNext, pixels_B3HW: Tensor, spec: FeatureSpec, compi
         hidden: Tensor = block(hidden_BDhw)
         return hidden
 
+    pixels_B3HW = pixels_B3HW.to(model.layer_norm.weight.dtype)
     hidden_BDhw, layers = _run_blocks(model.blocks, pixels_B3HW, spec, step, cut, compiled)
     if not _wants_final(spec):
         return Features(layers=layers)

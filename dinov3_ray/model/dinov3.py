@@ -182,7 +182,6 @@ class DinoV3Teacher(TeacherMixin[Images | ImageBatch]):
             return deliver(self._run(self.model, pixels_B3HW, spec.native()), spec)
 
     def _run(self, model: ViT | ConvNext, pixels_B3HW: Tensor, spec: FeatureSpec) -> Features:
-        pixels_B3HW = pixels_B3HW.to(self.dtype)
         run = functools.partial(run_backbone, model, pixels_B3HW, spec, compiled=is_compiled(model.blocks))
         if not self._records_graphs:
             return run()

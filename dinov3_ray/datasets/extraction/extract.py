@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 import ray.data
@@ -20,11 +20,13 @@ from dinov3_ray.datasets.extraction.worker import TeacherChoice
 from dinov3_ray.datasets.folder import PLAN, Folder
 from dinov3_ray.datasets.sources.open import SourceOptions
 from dinov3_ray.errors import ConfigError, DinoV3Error, SpecError, StoreError
-from dinov3_ray.features import FeatureSpec
-from dinov3_ray.pool.client.remote import RemoteTeacher
+from dinov3_ray.feature_spec import FeatureSpec
 from dinov3_ray.pool.cluster import connect
 from dinov3_ray.pool.spec import check_teacher, pickle_teacher
 from dinov3_ray.teacher import Extractor
+
+if TYPE_CHECKING:
+    from dinov3_ray.pool.client.remote import RemoteTeacher
 
 __all__ = ["Extraction", "extract"]
 
@@ -99,7 +101,7 @@ def extract(
     teacher = None if config is None else check_teacher(config)
     if teacher is not None:
         pickle_teacher(teacher)  # Ray would complain later, in words of its own
-    client = pool if pool is None or isinstance(pool, RemoteTeacher) else RemoteTeacher(pool)
+    client = None if pool is None else _client(pool)
     folder = Folder.at(out, out_filesystem)
     old = folder.read_json(PLAN, "source", "batch_size", "block_size", "outputs") if folder.exists(PLAN) else None
     try:
@@ -136,6 +138,12 @@ def extract(
         if explained is None:
             raise
         raise explained from error
+
+
+def _client(pool: str | RemoteTeacher) -> RemoteTeacher:
+    from dinov3_ray.pool.client.remote import RemoteTeacher  # here: a teacher of the run's own is planned without torch
+
+    return pool if isinstance(pool, RemoteTeacher) else RemoteTeacher(pool)
 
 
 def _explanation(error: BaseException) -> DinoV3Error | None:

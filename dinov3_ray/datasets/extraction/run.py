@@ -21,7 +21,7 @@ from dinov3_ray.datasets.sources.ray_dataset import actor_strategy, execution
 from dinov3_ray.datasets.store.schema import spec_to_json
 from dinov3_ray.datasets.store.writer import count_batch_sizes
 from dinov3_ray.errors import StoreError
-from dinov3_ray.features import FeatureSpec
+from dinov3_ray.feature_spec import FeatureSpec
 
 __all__ = ["Extraction", "Run"]
 

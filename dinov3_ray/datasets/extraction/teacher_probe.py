@@ -18,7 +18,7 @@ from dinov3_ray.datasets.extraction.resources import Allocation
 from dinov3_ray.datasets.extraction.worker import TeacherChoice
 from dinov3_ray.datasets.store.schema import encode_columns
 from dinov3_ray.errors import InputError, StoreError
-from dinov3_ray.features import FeatureSpec
+from dinov3_ray.feature_spec import FeatureSpec
 from dinov3_ray.teacher import computed_in
 
 __all__ = ["Probe", "first_image", "probe_teacher"]

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -21,15 +21,18 @@ from dinov3_ray.datasets.folder import Folder
 from dinov3_ray.datasets.store.schema import Row, encode_columns
 from dinov3_ray.datasets.store.writer import BlockWriter, is_finished
 from dinov3_ray.errors import DeviceMemoryError, DinoV3Error, InputError, StoreError
-from dinov3_ray.features import Features, FeatureSpec
-from dinov3_ray.pool.client.remote import RemoteTeacher
-from dinov3_ray.pool.client.request import Handle
+from dinov3_ray.feature_spec import FeatureSpec
 from dinov3_ray.pool.replica.actor import end_process
-from dinov3_ray.pool.replica.device_pipeline import ConcurrentPipeline, DevicePipeline, pipeline_for
 from dinov3_ray.pool.replica.gpu_memory import expand_segments, within_share
-from dinov3_ray.pool.replica.hosted import HostedReplica
 from dinov3_ray.pool.spec import CheckedTeacher, builder
 from dinov3_ray.teacher import Extractor, computed_in
+
+if TYPE_CHECKING:
+    from dinov3_ray.features import Features
+    from dinov3_ray.pool.client.remote import RemoteTeacher
+    from dinov3_ray.pool.client.request import Handle
+    from dinov3_ray.pool.replica.device_pipeline import DevicePipeline
+    from dinov3_ray.pool.replica.hosted import HostedReplica
 
 __all__ = ["BlockWorker", "ExtractionJob", "TeacherChoice"]
 
@@ -64,6 +67,10 @@ class TeacherChoice:
         if self.teacher is None:
             assert self.pool is not None
             return self.pool
+        # Here: the process that plans a run does without torch.
+        from dinov3_ray.pool.replica.device_pipeline import ConcurrentPipeline, pipeline_for
+        from dinov3_ray.pool.replica.hosted import HostedReplica
+
         # Ray sets one thread for each CPU that an actor reserves; decoding takes the cores only now and then.
         threads = None if self.threads is None else min(self.threads, _cores())
         expand_segments(self.num_gpus, os.environ)

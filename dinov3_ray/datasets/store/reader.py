@@ -6,7 +6,7 @@ import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -15,7 +15,10 @@ import pyarrow.parquet as pq
 from dinov3_ray.datasets.folder import ERRORS, INDEX, MANIFEST, PARTS, PLAN, Folder
 from dinov3_ray.datasets.store.schema import Column, decode_columns, spec_of
 from dinov3_ray.errors import StoreError
-from dinov3_ray.features import Features, FeatureSpec
+from dinov3_ray.feature_spec import FeatureSpec
+
+if TYPE_CHECKING:
+    from dinov3_ray.features import Features
 
 __all__ = ["ERROR_SCHEMA", "FeatureStore", "errors_table", "index_table"]
 

@@ -18,17 +18,20 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-import torch
-from torch import Tensor
 
 from dinov3_ray.datasets.decode import DIGEST_SIZE
 from dinov3_ray.datasets.store.pages import write_mappable
 from dinov3_ray.errors import NumericsError
-from dinov3_ray.features import Encoded, Features, FeatureSpec, channel_dim, decode, encode
+from dinov3_ray.feature_spec import FeatureSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dinov3_ray.features import Features
 
 __all__ = [
     "METADATA_KEY",
@@ -97,6 +100,10 @@ def encode_columns(features: Features, spec: FeatureSpec) -> tuple[dict[str, np.
     Raises:
         NumericsError: float16 cannot hold a value.
     """
+    import torch  # here and below, since a run is planned, and a store listed, without it
+
+    from dinov3_ray.features import channel_dim, encode
+
     columns: dict[str, np.ndarray] = {}
     result_dtype = "float32"
     for name, tensor in features.named():
@@ -119,6 +126,10 @@ def decode_columns(columns: Mapping[str, np.ndarray], result_dtype: str, fingerp
 
     The arrays must be writable; float tensors share their memory.
     """
+    import torch
+
+    from dinov3_ray.features import Encoded, Features, decode
+
     dtype: torch.dtype = getattr(torch, result_dtype)
     named: dict[str, Tensor] = {}
     for name, array in columns.items():

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 
 from dinov3_ray.datasets.decode import Unreadable
 from dinov3_ray.datasets.folder import ERRORS, INDEX, LEDGER, MANIFEST, PARTS, Folder
@@ -19,7 +18,6 @@ from dinov3_ray.datasets.sources.source import check_unique
 from dinov3_ray.datasets.store.reader import errors_table, index_table
 from dinov3_ray.datasets.store.schema import Row, encode_part
 from dinov3_ray.errors import StoreError
-from dinov3_ray.features import copy_row
 
 __all__ = ["BlockWriter", "check_rows", "count_batch_sizes", "finish", "is_finished"]
 
@@ -75,6 +73,10 @@ class BlockWriter:
         return entry
 
     def _write(self, number: int, positions: Sequence[int]) -> dict[str, Any]:
+        import torch  # here, since a store is finished without it
+
+        from dinov3_ray.features import copy_row
+
         first = self._columns[self._rows[positions[0]][1]]
         columns = {name: np.empty((len(positions), *array.shape[1:]), array.dtype) for name, array in first.items()}
         for target, position in enumerate(positions):
