@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 from commandline import run_command as run
 
-from dinov3_ray.cli import datasets as commands
 
 
 def test_show_pictures_an_image_by_a_model(folder: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
@@ -45,7 +44,7 @@ def test_ctrl_c_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*_arguments: object, **_options: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(commands, "extract", interrupted)
+    monkeypatch.setattr("dinov3_ray.datasets.extraction.extract.extract", interrupted)
     result = run("extract", "photographs", "features", "--pool", "p")
     assert result.exit_code == 130
     assert "finished blocks stay in features, and the same command continues" in result.output
