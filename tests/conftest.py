@@ -120,7 +120,12 @@ def ray_cluster() -> Iterator[str]:
             log_to_driver=False,
             namespace="dinov3_ray_tests",
             _temp_dir=str(folder / "ray"),
-            _system_config={"metrics_report_interval_ms": 3000},  # not 10,000, so that tests see metrics soon
+            _system_config={
+                "metrics_report_interval_ms": 3000,  # not 10,000, so that tests see metrics soon
+                # By default a process that has run a task ends a second later, as soon as Ray has four others: each
+                # task of the next test would import torch again.
+                "num_workers_soft_limit": 12,
+            },
         )
         yield ray.get_runtime_context().gcs_address
         ray.shutdown()

@@ -43,7 +43,9 @@ def main(images: Path) -> None:
     context = pool.__enter__()
     remote = pool.teacher(attempt_timeout=8.0)
     kept = remote.extract(IMAGES, SPEC)
-    connected = TeacherPool.connect("left")
+    connected, later = TeacherPool.connect("left"), TeacherPool.connect("left")
+    asked_later = later.teacher()
+    asked_later.extract(IMAGES, SPEC)
     many = [remote.submit(IMAGES, SPEC) for _ in range(200)]
     ray.shutdown()
     began = time.monotonic()
@@ -70,23 +72,15 @@ def main(images: Path) -> None:
     seen["a result that was there"] = "equal" if torch.equal(kept.cls, expected) else "another"
     if os.environ.get("RAY_ADDRESS"):
         say("a new client", lambda: RemoteTeacher("elsewhere").extract(IMAGES, SPEC))
-    in_another_ray()
-    print(json.dumps(seen))
-
-
-def in_another_ray() -> None:
-    """Somebody has not only left Ray, but joined it again, or another one: that connection is not the pool's."""
-    ray.shutdown()
-    pool = TeacherPool.start(FakeTeacher.factory(), name="left-again", **OPTIONS)
-    remote = pool.teacher()
-    remote.extract(IMAGES, SPEC)
+    # Somebody has not only left Ray, but joined it again, or another one: that connection is not the pool's.
     ray.shutdown()
     connect(may_start=True)
-    say("extract in another Ray", lambda: remote.extract(IMAGES, SPEC))
-    say("status in another Ray", pool.status)
-    remote.close()
-    pool.shutdown()
+    say("extract in another Ray", lambda: asked_later.extract(IMAGES, SPEC))
+    say("status in another Ray", later.status)
+    asked_later.close()
+    say("shutdown in another Ray", later.shutdown)
     seen["the other Ray"] = "is there" if ray.is_initialized() else "was shut down"
+    print(json.dumps(seen))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """A pool under fire: replicas killed every few seconds, the controller twice, one client once.
 
-Run longer by hand: ``python tests/support/soak.py --seconds 1800``. The test in test_soak.py runs it for two minutes,
-and kills half as often: a new replica every two seconds takes all of two cores.
+Run longer by hand: ``python tests/support/soak.py --seconds 1800``. The test in test_soak.py runs it for 45 seconds,
+and kills less often: a new replica every two seconds takes all of two cores.
 """
 
 from __future__ import annotations
@@ -103,10 +103,10 @@ def soak(
                 if victims:
                     os.kill(chance.choice(victims), signal.SIGKILL)
                     kills += 1
-                if tick in (5, 15):
+                if tick in (3, 9):
                     ray.kill(ray.get_actor(controller_name(POOL), namespace=NAMESPACE), no_restart=False)
                     controller_kills += 1
-                if tick == 10:
+                if tick == 6:
                     processes[-1].kill()
             failed = [process.args for process in processes[:-1] if process.wait() != 0]
             assert not failed, failed

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from compile_backend import Backend
 
 from dinov3_ray import DinoV3Config, DinoV3Teacher, FeatureSpec
 from dinov3_ray.checkpoint import init_checkpoint
@@ -71,8 +72,9 @@ def test_a_compiled_teacher_passes_and_gives_any_layers_and_batch_sizes(tmp_path
     [("cpu", False, []), ("cpu", True, []), ("cuda:0", False, [8]), ("cuda:0", True, [8])],
 )
 def test_a_gpu_is_warmed_up_by_the_largest_batch(
-    tiny_checkpoint: Path, device: str, compile: bool, sizes: list[int]
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, device: str, compile: bool, sizes: list[int]
 ) -> None:
+    Backend.in_place_of_inductor(monkeypatch)
     teacher = DinoV3Teacher(DinoV3Config(tiny_checkpoint, compile=compile))
     teacher.device = torch.device(device)  # its batches are made on the CPU, as those of requests
     passes = list(teacher.warm_up_passes(8))
