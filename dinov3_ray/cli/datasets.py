@@ -79,6 +79,17 @@ _INTERRUPTED = 130  # the exit status by convention: 128 plus the signal's numbe
     type=Colour(),
     help="The colour behind transparent pixels.",
 )
+@click.option(
+    "--shrink-to",
+    type=click.IntRange(1),
+    help="Decode larger images at 1/2, 1/4 or 1/8 of their size, leaving their shorter side at least this many pixels.",
+)
+@click.option(
+    "--max-errors",
+    type=click.FloatRange(0, 1),
+    help="The largest share of images that may be errors. [default: any, but not all]",
+)
+@click.option("--source-moved", is_flag=True, help="Go on with a run whose same files now lie at SOURCE.")
 @address_option
 @click.option("--dry-run", is_flag=True, help="Show what would be written, and stop.")
 @click.option("--force", is_flag=True, help="Start even if the result does not fit the disk.")
@@ -104,6 +115,9 @@ def extract_command(
     id_column: str | None,
     max_pixels: int,
     background: tuple[int, int, int],
+    shrink_to: int | None,
+    max_errors: float | None,
+    source_moved: bool,
     address: str | None,
     dry_run: bool,
     force: bool,
@@ -112,7 +126,8 @@ def extract_command(
 ) -> None:
     """Extract the features of SOURCE into a store, OUT; the same command resumes it.
 
-    SOURCE is a folder, file, glob or URI of images, WebDataset shards (.tar) or Parquet files with image bytes.
+    SOURCE is a folder, file, glob (such as 'photos/**/*.{jpg,png}') or URI of images, WebDataset shards (.tar) or
+    Parquet files with image bytes.
     """
     spec = FeatureSpec(**outputs, layers=layers, norm=not no_norm, map_size=map_size, dtype=dtype)
     if root is None and (image_size is not None or (compute_dtype, compile, attention) != ("auto",) * 3):
@@ -123,7 +138,11 @@ def extract_command(
     if root is not None:
         config = DinoV3Config(root, image_size=image_size, dtype=compute_dtype, compile=compile, attention=attention)
     options = SourceOptions(
-        image_column=image_column, id_column=id_column, max_pixels=max_pixels, background=background
+        image_column=image_column,
+        id_column=id_column,
+        max_pixels=max_pixels,
+        background=background,
+        shrink_to=shrink_to,
     )
     console = Console(stderr=True)
 
@@ -139,6 +158,8 @@ def extract_command(
             pool=None if pool is None else RemoteTeacher(pool, namespace=namespace),
             batch_size=batch_size,
             block_size=block_size,
+            max_errors=max_errors,
+            source_moved=source_moved,
             options=options,
             resources=Resources(**resources),
             address=address,

@@ -21,7 +21,7 @@ from __future__ import annotations
 import hashlib
 import io
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
@@ -65,8 +65,8 @@ class Unreadable:
     detail: str
 
 
-#: Pixels that are converted at a time: of a whole image, copies of megabytes would each be mapped into memory anew, which
-#: took as long as decoding a JPEG of 2000 x 1500 px (49 ms, 21 ms in strips).
+#: Pixels that are converted at a time: copies of a whole image, of megabytes each, would be mapped into memory anew,
+#: which cost more than decoding a JPEG of 2000 x 1500 px did (49 ms; 21 ms in strips).
 _STRIP_PIXELS = 2**18
 
 _NUISANCES = ("corrupt", "truncated", "not an image")
@@ -116,10 +116,9 @@ class Decoder:
         }
 
     @classmethod
-    def from_rules(cls, rules: dict[str, Any], plugins: tuple[Plugin, ...] = ()) -> Decoder:
-        """The decoder of a store whose manifest has ``rules``."""
-        background = tuple(rules["background"])
-        return cls(rules["max_pixels"], rules["min_side"], background, rules.get("shrink_to"), plugins)
+    def from_rules(cls, rules: Mapping[str, Any]) -> Decoder:
+        """The decoder of a store whose manifest has ``rules``; plug-ins must be registered in this process."""
+        return cls(rules["max_pixels"], rules["min_side"], tuple(rules["background"]), rules.get("shrink_to"))
 
     def decode(self, data: bytes | memoryview) -> np.ndarray | Unreadable:
         """uint8 RGB [3,H,W], contiguous, or why there is none. Never raises for what the bytes hold."""
@@ -157,7 +156,8 @@ class Decoder:
             array = array.transpose(2, 0, 1)
         if array.ndim != 3 or array.shape[0] not in _CHANNELS:
             return Unreadable(
-                "unsupported", f"decoded images must be [H,W], [H,W,C] or [C,H,W], with 1 to 4 channels; got {array.shape}"
+                "unsupported",
+                f"decoded images must be [H,W], [H,W,C] or [C,H,W], with 1 to 4 channels; got {array.shape}",
             )
         trouble = self._check_size(array.shape[1], array.shape[2])
         if trouble is not None:
@@ -165,7 +165,7 @@ class Decoder:
         if array.dtype.kind not in "fiub":
             return Unreadable("unsupported", f"pixels must be numbers; got {array.dtype}")
         if array.dtype != np.uint8:
-            if array.dtype.kind in "iu" and array.dtype.itemsize >= 4 and 0 <= array.min() and array.max() <= 255:
+            if array.dtype.kind in "iu" and array.dtype.itemsize >= 4 and array.min() >= 0 and array.max() <= 255:
                 array = array.astype(np.uint8)  # bytes that went through Python's integers
             trouble = _check_range(array.dtype, array.min(), array.max())
             if trouble is not None:
@@ -253,7 +253,7 @@ _OUT_OF_MEMORY = Unreadable("too large", "decoding ran out of memory")
 
 
 def _pillow(step: Callable[[], _T], data: bytes | memoryview) -> _T | Unreadable:
-    """What ``step`` gives, which is Pillow's work alone: whatever it raises is the image's fault, not this package's."""
+    """What ``step`` gives, which is Pillow's work alone: whatever it raises is the image's fault, not ours."""
     try:
         return step()
     except UnidentifiedImageError:
@@ -290,7 +290,9 @@ def _unfit(image: Image.Image) -> Unreadable | None:
     if image.format == "EPS":
         return Unreadable("unsupported", "EPS is a program, which another program would have to run")
     if image.format == "TIFF" and _pillow(lambda: int(image.tag_v2.get(254, 0)), b"") == 1:  # type: ignore[attr-defined]
-        return Unreadable("unsupported", "the first image in this TIFF is a preview, as in camera raw files (see rawpy)")
+        return Unreadable(
+            "unsupported", "the first image in this TIFF is a preview, as in camera raw files (see rawpy)"
+        )
     return None
 
 

@@ -63,9 +63,7 @@ class SourceOptions:
 
     def decoder(self) -> Decoder:
         """What makes pixels of encoded images, with the plug-ins that this process has registered with Pillow."""
-        return Decoder(
-            self.max_pixels, background=self.background, shrink_to=self.shrink_to, plugins=foreign_plugins()
-        )
+        return Decoder(self.max_pixels, background=self.background, shrink_to=self.shrink_to, plugins=foreign_plugins())
 
     @property
     def columns(self) -> dict[str, Any]:
@@ -167,8 +165,11 @@ def reopen_source(
     return ParquetSource(system, root, name, (), *columns)
 
 
-def check_there(source: Source, rows: pa.Table) -> None:
-    """Raise StoreError if none of ``rows``' files exists: an unmounted disk is not a set of missing images."""
+def check_there(source: Source, rows: pa.Table, *, moved: bool = False) -> None:
+    """Raise StoreError if none of ``rows``' files exists: an unmounted disk is not a set of missing images.
+
+    Nor may those of a source that has ``moved`` be of another size than when they were listed.
+    """
     files = rows["file"].unique().to_pylist()[:_LOOKED_FOR]
     infos = source.system.get_file_info([f"{source.root}/{file}" for file in files])
     if all(info.type == pafs.FileType.NotFound for info in infos):
@@ -176,6 +177,14 @@ def check_there(source: Source, rows: pa.Table) -> None:
             f"source must still hold the images that remain; none of the next {len(files)} files is there, such as "
             f"{source.root}/{files[0]}: is its disk mounted?"
         )
+    if moved and isinstance(source, FileSource):
+        listed = dict(zip(rows["file"].to_pylist(), rows["size"].to_pylist(), strict=True))
+        for file, info in zip(files, infos, strict=True):
+            if info.type == pafs.FileType.File and listed[file] >= 0 and info.size != listed[file]:
+                raise StoreError(
+                    f"a source that has moved must hold the same files; {source.root}/{file} has {info.size} bytes, "
+                    f"and had {listed[file]}"
+                )
 
 
 def matches(pattern: str, path: str) -> bool:

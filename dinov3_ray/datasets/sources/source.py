@@ -151,7 +151,9 @@ def _read_named(file: str, beside: Beside | None) -> bytes | Unreadable:
     try:
         if beside is None or "://" in file or file.startswith("/"):
             if "://" not in file and not file.startswith("/"):
-                return Unreadable("missing", f"the row has no bytes, and its path is relative to no known place: {file}")
+                return Unreadable(
+                    "missing", f"the row has no bytes, and its path is relative to no known place: {file}"
+                )
             return read_whole(*open_path(file))
     except StoreError as error:
         return Unreadable("unsupported", f"the row has no bytes, but a path that cannot be opened: {error}")
@@ -178,7 +180,8 @@ def read_whole(system: Any, path: str, offset: int = 0, size: int | None = None)
             return Unreadable("io", str(error))
         except Exception as error:  # noqa: BLE001 - file systems other than pyarrow's own raise what they like
             if pause is None:
-                return Unreadable("io", f"{error} ({len(PAUSES) + 1} attempts)")
+                what = str(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+                return Unreadable("io", f"{what} ({len(PAUSES) + 1} attempts)")
             time.sleep(pause)
     raise AssertionError("unreachable")
 

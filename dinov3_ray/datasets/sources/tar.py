@@ -27,8 +27,9 @@ _SLICE = 32
 class TarSource:
     """Images in uncompressed tar shards; the id is the sample's key.
 
-    Where a key occurs in several shards, ids are ``shard/key``. A sample with several images has an id ``key.extension`` for each. Members are listed once, and then read by their
-    offsets: a block costs its own bytes only, wherever in a shard it lies.
+    Where a key occurs in several shards, ids are ``shard/key``. A sample with several images has an id
+    ``key.extension`` for each. Members are listed once, and then read by their offsets: a block costs its own bytes
+    only, wherever in a shard it lies.
     """
 
     system: Any
@@ -43,7 +44,7 @@ class TarSource:
     def rows(self) -> pa.Table:
         rows = [row for file in self.files for row in self._members(file)]
         if len({row[0] for row in rows}) < len(rows):
-            rows = [(f"{file.removesuffix('.tar')}/{id_}", file, *place) for id_, file, *place in rows]
+            rows = [(f"{file.removesuffix('.tar')}/{id_}", file, start, size) for id_, file, start, size in rows]
             logger.warning("%s: keys start anew in some shards; ids are shard/key, such as %r", self.name, rows[0][0])
         check_unique([row[0] for row in rows], "within a shard, keys must differ")
         return listing(iter(rows))
