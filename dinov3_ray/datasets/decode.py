@@ -20,8 +20,10 @@ from __future__ import annotations
 
 import hashlib
 import io
+import threading
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
@@ -130,6 +132,9 @@ class Decoder:
             # Pillow's warnings (odd EXIF, large image) would go to a worker's log, once per image.
             warnings.simplefilter("ignore")
             image = self._decode(data)
+            if image is _PILLOWS_LIMIT:
+                with _without_pillows_limit():
+                    image = self._decode(data)
             if isinstance(image, Unreadable) and image.kind in _NUISANCES:
                 bare = without_metadata(bytes(data))
                 again = image if bare is None else self._decode(bare)
@@ -185,7 +190,7 @@ class Decoder:
         return None
 
     def _decode(self, data: bytes | memoryview) -> np.ndarray | Unreadable:
-        image = _pillow(lambda: _open(data), data)
+        image = _pillow(lambda: Image.open(io.BytesIO(data)), data)
         if isinstance(image, Unreadable):
             return image
         with image:
@@ -249,6 +254,7 @@ class Decoder:
 
 
 _CHANNELS = 1, 2, 3, 4
+_PILLOWS_LIMIT = Unreadable("too large", "beyond Pillow's own limit")
 _OUT_OF_MEMORY = Unreadable("too large", "decoding ran out of memory")
 
 
@@ -262,6 +268,8 @@ def _pillow(step: Callable[[], _T], data: bytes | memoryview) -> _T | Unreadable
             return Unreadable("not an image", f"no image format that Pillow knows; begins with {bytes(data[:8])!r}")
         is_image, words = found
         return Unreadable("unsupported" if is_image else "not an image", words)
+    except Image.DecompressionBombError:
+        return _PILLOWS_LIMIT
     except MemoryError:
         return _OUT_OF_MEMORY
     except Exception as error:  # noqa: BLE001 - on damaged bytes, Pillow's plug-ins raise whatever they stumble over
@@ -272,17 +280,21 @@ def _pillow(step: Callable[[], _T], data: bytes | memoryview) -> _T | Unreadable
         return Unreadable("truncated" if short else "unsupported" if unsupported else "corrupt", what)
 
 
-def _open(data: bytes | memoryview) -> Image.Image:
-    """Pillow's ``open`` without its limit, which is the process's, and not this decoder's."""
-    try:
-        return Image.open(io.BytesIO(data))
-    except Image.DecompressionBombError:
-        prefix = bytes(data[:16])
-        for factory, accept in [Image.OPEN[form] for form in Image.ID]:
-            accepted = accept is not None and accept(prefix)
-            if accepted and not isinstance(accepted, str):  # a string says what is missing
-                return factory(io.BytesIO(data), "")
-        raise
+_limit = threading.Lock()
+
+
+@contextmanager
+def _without_pillows_limit() -> Iterator[None]:
+    """Pillow's own limit is the whole process's, and formats ask for it in places of their own; ``max_pixels`` stands.
+
+    It is lifted for images beyond it alone, and other threads are not meant to notice.
+    """
+    with _limit:
+        before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        try:
+            yield
+        finally:
+            Image.MAX_IMAGE_PIXELS = before
 
 
 def _unfit(image: Image.Image) -> Unreadable | None:

@@ -43,10 +43,12 @@ class TarSource:
 
     def rows(self) -> pa.Table:
         rows = [row for file in self.files for row in self._members(file)]
-        if len({row[0] for row in rows}) < len(rows):
+        anew = len({row[0] for row in rows}) < len(rows)
+        if anew:
             rows = [(f"{file.removesuffix('.tar')}/{id_}", file, start, size) for id_, file, start, size in rows]
-            logger.warning("%s: keys start anew in some shards; ids are shard/key, such as %r", self.name, rows[0][0])
         check_unique([row[0] for row in rows], "within a shard, keys must differ")
+        if anew:
+            logger.warning("%s: keys start anew in some shards; ids are shard/key, such as %r", self.name, rows[0][0])
         return listing(iter(rows))
 
     def slices(self, rows: pa.Table) -> list[pa.Table]:
