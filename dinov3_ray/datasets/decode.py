@@ -71,8 +71,8 @@ class Unreadable:
 #: which cost more than decoding a JPEG of 2000 x 1500 px did (49 ms; 21 ms in strips).
 _STRIP_PIXELS = 2**18
 
-_NUISANCES = ("corrupt", "truncated", "not an image")
-_NARROW = 4095
+_MAY_BE_METADATA = ("corrupt", "truncated", "not an image")
+_NARROW = 4095  # the largest value of 12 bits
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,10 +132,7 @@ class Decoder:
             # Pillow's warnings (odd EXIF, large image) would go to a worker's log, once per image.
             warnings.simplefilter("ignore")
             image = self._decode(data)
-            if image is _PILLOWS_LIMIT:
-                with _without_pillows_limit():
-                    image = self._decode(data)
-            if isinstance(image, Unreadable) and image.kind in _NUISANCES:
+            if isinstance(image, Unreadable) and image.kind in _MAY_BE_METADATA:
                 bare = without_metadata(bytes(data))
                 again = image if bare is None else self._decode(bare)
                 return image if isinstance(again, Unreadable) else again
@@ -190,6 +187,13 @@ class Decoder:
         return None
 
     def _decode(self, data: bytes | memoryview) -> np.ndarray | Unreadable:
+        found = self._decode_within_limit(data)
+        if found is _PILLOWS_LIMIT:
+            with _without_pillows_limit():
+                found = self._decode_within_limit(data)
+        return found
+
+    def _decode_within_limit(self, data: bytes | memoryview) -> np.ndarray | Unreadable:
         image = _pillow(lambda: Image.open(io.BytesIO(data)), data)
         if isinstance(image, Unreadable):
             return image
@@ -199,7 +203,8 @@ class Decoder:
                 return trouble
             factor, size = self._shrinking(*image.size), image.size
             if factor > 1:
-                image.draft(None, (image.width // factor, image.height // factor))
+                smaller = image.width // factor, image.height // factor
+                _pillow(lambda: image.draft(None, smaller), data)
             loaded = _pillow(image.load, data)
             if isinstance(loaded, Unreadable):
                 return loaded
