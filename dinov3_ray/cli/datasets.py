@@ -12,7 +12,7 @@ from rich.console import Console
 from torch import Tensor
 
 from dinov3_ray.cli.teacher_options import computing_options
-from dinov3_ray.cli.values import Colour, ImageSize, Integers, Outputs, address_option
+from dinov3_ray.cli.values import Colour, ImageSize, Integers, Outputs, PillowPlugin, address_option
 from dinov3_ray.config import CompileChoice, ComputeDtype, DinoV3Config
 from dinov3_ray.datasets.decode import MAX_PIXELS, Decoder
 from dinov3_ray.datasets.extraction.extract import extract
@@ -83,6 +83,13 @@ _INTERRUPTED = 130  # the exit status by convention: 128 plus the signal's numbe
     "--shrink-to",
     type=click.IntRange(1),
     help="Decode larger images at 1/2, 1/4 or 1/8 of their size, leaving their shorter side at least this many pixels.",
+)
+@click.option(
+    "--plugin",
+    multiple=True,
+    type=PillowPlugin(),
+    expose_value=False,
+    help="A Pillow plug-in for more formats, such as pillow_heif:register_heif_opener. May be repeated.",
 )
 @click.option(
     "--max-errors",

@@ -82,7 +82,7 @@ def name_format(data: bytes) -> tuple[bool, str] | None:
     elif data.startswith((b"\xff\x0a", b"\0\0\0\x0cJXL \r\n\x87\n")):
         form = "JPEG XL"
     if form is not None:
-        remedy = "in the program that calls extract: decoding workers take Pillow's plug-ins from there"
+        remedy = "in the program that calls extract (dinov3-ray extract has --plugin); the workers take it from there"
         return True, f"{form}; {_PACKAGES[form]} {remedy}"
     for number, (words, fits) in enumerate(_OTHERS):
         if fits(data):

@@ -93,6 +93,10 @@ def test_links_to_nowhere_are_told(tmp_path: Path) -> None:
     assert list(found) == ["5.jpg", "a/1.jpg", "a/2.jpg"]
     assert found["a/2.jpg"] == Unreadable("missing", "a link that leads nowhere")
     assert found["5.jpg"] == b"content of a/1.jpg"
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards" / "1.tar").symlink_to("/nowhere.tar")
+    with pytest.raises(StoreError, match=r"must hold its files; '1\.tar' is a link that leads nowhere"):
+        open_source(tmp_path / "shards")
 
 
 def test_a_relative_path_is_made_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,6 +132,7 @@ def test_matches_is_exact() -> None:
     assert matches("a{b,c}*.[jJ]pg", "ac1.JPG")
     assert not matches("A*.jpg", "a.jpg"), "but for extensions, names are exact"
     assert matches("v1.0/*", "v1.0/x")
+    assert matches("[a.b]*", "b.jpg")
     assert not matches("{a", "a")
     assert matches("{a", "{a")
 

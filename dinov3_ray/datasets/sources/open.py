@@ -106,6 +106,9 @@ def open_source(
         _tell_left_out(name, [file for file, _ in infos if not has_image_name(file)])
         return FileSource(system, root, name, images)
     parquet, tars = ([file for file in infos if _extension(file[0]) == form] for form in ("parquet", "tar"))
+    gone = [file for file, size in (*parquet, *tars) if size == DANGLING]
+    if gone:
+        raise StoreError(f"source must hold its files; {gone[0]!r} is a link that leads nowhere")
     if parquet and tars:
         raise StoreError(
             f"source must hold images in one form; {name!r} has both .parquet and .tar files: choose with a glob, "
@@ -198,13 +201,10 @@ def matches(pattern: str, path: str) -> bool:
     parts = _choices(pattern)
     if len(parts) > 1:
         return any(matches(part, path) for part in parts)
-    stem, dot, extension = pattern.rpartition(".")
-    if "/" in extension:
-        stem, dot, extension = pattern, "", ""
-    elif not dot:
-        stem, extension = extension, ""
+    found = re.fullmatch(r"(.*)(\.(?:[^/.\[\]]|\[[^\]]+\])*)", pattern, flags=re.DOTALL)
+    stem, extension = found.groups() if found else (pattern, "")
     try:
-        expression = f"{_expression(stem)}{re.escape(dot)}(?i:{_expression(extension)})"
+        expression = f"{_expression(stem)}(?i:{_expression(extension)})"
         return re.fullmatch(expression, path, flags=re.DOTALL) is not None
     except re.error as error:
         raise StoreError(f"source must be a glob whose brackets hold characters; got {pattern!r}: {error}") from error
