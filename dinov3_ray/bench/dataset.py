@@ -1,8 +1,8 @@
 """The speed of extraction, compared with a bare loop and with plain Ray Data; and the speed of reading a store.
 
 Each contender gets the same images in two forms: decoded pixels ([224,224,3], in memory or in Ray's object store),
-which leaves out file system and decoder; and JPEG files of 500 x 375 px, decoded on the same CPUs. Reading compares
-random rows of a store with the same rows of memory-mapped NumPy arrays.
+which leaves out file system and decoder; and JPEG files of 500 x 375 px, decoded on the same CPUs. Decoding of larger
+files is measured by itself. Reading compares random rows of a store with the same rows of memory-mapped NumPy arrays.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from PIL import Image
 from rich.table import Table
 
 from dinov3_ray.bench import describe_machine, new_table
+from dinov3_ray.bench.decoding import LARGE, DecodeRate, decoding_table, measure_decoding
 from dinov3_ray.bench.throughput import quiet_data
 from dinov3_ray.checkpoint import init_checkpoint
 from dinov3_ray.config import CompileChoice, ComputeDtype, DinoV3Config
@@ -114,6 +115,7 @@ class DatasetResult:
     computed_in: str
     decoded: list[ImageRate]
     files: list[ImageRate]
+    decoding: list[DecodeRate]
     reading: list[ReadRate]
     machine: str
 
@@ -130,6 +132,7 @@ class DatasetResult:
             "machine": self.machine,
             "decoded": rows(self.decoded),
             "files": rows(self.files),
+            "decoding": [asdict(rate) | {"images_per_second": rate.per_second} for rate in self.decoding],
             "reading": [asdict(reading) | {"ratio": reading.ratio} for reading in self.reading],
         }
 
@@ -159,7 +162,7 @@ class DatasetResult:
         table = new_table(title, self.machine, "stored as", "store, µs", "NumPy memmap, µs", "ratio")
         for reading in self.reading:
             table.add_row(reading.dtype, f"{reading.store:.0f}", f"{reading.memmap:.0f}", f"{reading.ratio:.2f}")
-        return [*found, table]
+        return [*found, decoding_table(self.decoding), table]
 
 
 def measure_dataset(
@@ -203,6 +206,8 @@ def measure_dataset(
                     if turn:
                         rate.steady.append(steady)
                         rate.whole.extend([] if whole is None else [whole])
+        on_contender("decoding")
+        decoding = measure_decoding(write_photographs(folder / "large", 1 if quick else 4, size=LARGE), repeats)
         on_contender("reading")
         reading = measure_reading(folder / "decoded-1-1", folder / "reading", repeats)
     return DatasetResult(
@@ -210,6 +215,7 @@ def measure_dataset(
         teacher.computed_in,
         [rate for rate, _ in sets["decoded"]],
         [rate for rate, _ in sets.get("files", [])],
+        decoding,
         reading,
         describe_machine(),
     )
@@ -323,13 +329,15 @@ def _all_threads() -> Any:
         torch.set_num_threads(before)
 
 
-def write_photographs(folder: Path, count: int, distinct: int | None = None) -> list[Path]:
+def write_photographs(
+    folder: Path, count: int, distinct: int | None = None, size: tuple[int, int] = _FILE_SIZE
+) -> list[Path]:
     """Write JPEG files with the size and about the detail of photographs: smooth colours with noise.
 
     Where fewer are ``distinct``, the others are links to them: writing takes longer than reading.
     """
     folder.mkdir(parents=True)
-    width, height = _FILE_SIZE
+    width, height = size
     paths: list[Path] = []
     for index in range(count):
         path = folder / f"{index:05}.jpg"

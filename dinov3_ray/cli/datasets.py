@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dinov3_ray.cli.teacher_options import computing_options
-from dinov3_ray.cli.values import Colour, ImageSize, Integers, Outputs, address_option
+from dinov3_ray.cli.values import Colour, ImageSize, Integers, Outputs, PillowPlugin, address_option
 from dinov3_ray.config import CompileChoice, ComputeDtype, DinoV3Config
 from dinov3_ray.datasets import MAX_PIXELS
 from dinov3_ray.errors import InputError, StoreError
@@ -76,6 +76,24 @@ _INTERRUPTED = 130  # the exit status by convention: 128 plus the signal's numbe
     type=Colour(),
     help="The colour behind transparent pixels.",
 )
+@click.option(
+    "--shrink-to",
+    type=click.IntRange(1),
+    help="Decode larger images at 1/2, 1/4 or 1/8 of their size, leaving their shorter side at least this many pixels.",
+)
+@click.option(
+    "--plugin",
+    multiple=True,
+    type=PillowPlugin(),
+    expose_value=False,
+    help="A Pillow plug-in for more formats, such as pillow_heif:register_heif_opener. May be repeated.",
+)
+@click.option(
+    "--max-errors",
+    type=click.FloatRange(0, 1),
+    help="The largest share of images that may be errors. [default: any, but not all]",
+)
+@click.option("--source-moved", is_flag=True, help="Go on with a run whose same files now lie at SOURCE.")
 @address_option
 @click.option("--dry-run", is_flag=True, help="Show what would be written, and stop.")
 @click.option("--force", is_flag=True, help="Start even if the result does not fit the disk.")
@@ -101,6 +119,9 @@ def extract_command(
     id_column: str | None,
     max_pixels: int,
     background: tuple[int, int, int],
+    shrink_to: int | None,
+    max_errors: float | None,
+    source_moved: bool,
     address: str | None,
     dry_run: bool,
     force: bool,
@@ -109,7 +130,8 @@ def extract_command(
 ) -> None:
     """Extract the features of SOURCE into a store, OUT; the same command resumes it.
 
-    SOURCE is a folder, file, glob or URI of images, WebDataset shards (.tar) or Parquet files with image bytes.
+    SOURCE is a folder, file, glob (such as 'photos/**/*.{jpg,png}') or URI of images, WebDataset shards (.tar) or
+    Parquet files with image bytes.
     """
     spec = FeatureSpec(**outputs, layers=layers, norm=not no_norm, map_size=map_size, dtype=dtype)
     if root is None and (image_size is not None or (compute_dtype, compile, attention) != ("auto",) * 3):
@@ -128,7 +150,11 @@ def extract_command(
     if root is not None:
         config = DinoV3Config(root, image_size=image_size, dtype=compute_dtype, compile=compile, attention=attention)
     options = SourceOptions(
-        image_column=image_column, id_column=id_column, max_pixels=max_pixels, background=background
+        image_column=image_column,
+        id_column=id_column,
+        max_pixels=max_pixels,
+        background=background,
+        shrink_to=shrink_to,
     )
     console = Console(stderr=True)
 
@@ -144,6 +170,8 @@ def extract_command(
             pool=None if pool is None else _client(pool, namespace),
             batch_size=batch_size,
             block_size=block_size,
+            max_errors=max_errors,
+            source_moved=source_moved,
             options=options,
             resources=Resources(**resources),
             address=address,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any, TypeVar, get_args
 
 import click
@@ -18,6 +19,7 @@ __all__ = [
     "Integers",
     "Outputs",
     "Pair",
+    "PillowPlugin",
     "PoolOption",
     "Replicas",
     "address_option",
@@ -179,6 +181,23 @@ class Colour(_Value):
         if max(red, green, blue) > 255:
             raise ValueError
         return red, green, blue
+
+
+class PillowPlugin(_Value):
+    """``module`` is imported, and the function of ``module:function`` called, which registers a format with Pillow."""
+
+    name = "MODULE[:FUNCTION]"
+    rule = "a module that can be imported, or MODULE:FUNCTION, such as pillow_heif:register_heif_opener"
+
+    def parse(self, text: str) -> str:
+        module, _, function = text.partition(":")
+        try:
+            imported = import_module(module)
+            if function:
+                getattr(imported, function)()
+        except (ImportError, AttributeError) as error:
+            raise ValueError from error
+        return text
 
 
 def _natural(text: str) -> int:

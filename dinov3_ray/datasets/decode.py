@@ -1,14 +1,16 @@
 """Image bytes to pixels, as people see them: uint8 RGB [3,H,W], or the reason why not.
 
-What each kind becomes:
+What each kind becomes, in a file or as a decoded array:
 
 - EXIF orientation is applied, unless the EXIF data are damaged; of an animation, the first frame is taken.
 - Transparent pixels (RGBA, LA, palette transparency) are composited on a background, white by default, as a
   browser shows them. Dropping the alpha channel would bring up colours that nobody sees.
 - Grey is repeated to three channels; 16-bit grey is scaled to 8 bits (Pillow's own conversion clips it to white);
   16-bit RGB keeps its high bytes; floating point is taken as [0, 1].
+- 16-bit pixels that use at most 12 bits are refused: whether they are dark or of another range, they do not say.
 - CMYK and YCCK are converted without a colour profile, as Pillow, torchvision and transformers do; embedded profiles
   are ignored for the same reason.
+- Metadata that have no say in this are left out where Pillow stumbles over them.
 
 A view is identified by a digest of its pixels, so that targets belong to what the student sees, not to a file. This
 module imports neither torch nor Ray, so that decoding processes start fast.
@@ -18,26 +20,24 @@ from __future__ import annotations
 
 import hashlib
 import io
+import threading
 import warnings
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from dinov3_ray.datasets import MAX_PIXELS
+from dinov3_ray.datasets.formats import Plugin, name_format, without_metadata
 from dinov3_ray.errors import ConfigError, InputError
 
-__all__ = ["DIGEST_SIZE", "IMAGE_EXTENSIONS", "Decoder", "Unreadable", "UnreadableKind", "view_digest"]
+__all__ = ["DIGEST_SIZE", "Decoder", "Unreadable", "UnreadableKind", "view_digest"]
 
 
-IMAGE_EXTENSIONS = frozenset(
-    {"avif", "bmp", "dib", "gif", "heic", "jfif", "jp2", "jpe", "jpeg", "jpg"}
-    | {"pbm", "pgm", "png", "pnm", "ppm", "tga", "tif", "tiff", "webp"}
-)
-"""Extensions of names that are taken for images where other files are expected too."""
-
-_PILLOW_REFUSES = 2 * MAX_PIXELS
+_T = TypeVar("_T")
 
 UnreadableKind = Literal[
     "empty",
@@ -65,14 +65,27 @@ class Unreadable:
     detail: str
 
 
+#: Pixels that are converted at a time: copies of a whole image, of megabytes each, would be mapped into memory anew,
+#: which cost more than decoding a JPEG of 2000 x 1500 px did (49 ms; 21 ms in strips).
+_STRIP_PIXELS = 2**18
+
+_MAY_BE_METADATA = ("corrupt", "truncated", "not an image")
+_NARROW = 4095  # the largest value of 12 bits
+
+
 @dataclass(frozen=True, slots=True)
 class Decoder:
     """Decodes images under fixed rules, which are part of a store's identity.
 
     Args:
-        max_pixels: larger images are refused before their pixels are decoded.
+        max_pixels: larger images are refused before their pixels are decoded. An image takes up to 7 bytes of memory
+            a pixel while it is decoded: 4 of Pillow's, and 3 of the result.
         min_side: smaller images (height or width) are refused; the teacher's patch size.
         background: RGB, 0..255, under transparent pixels.
+        shrink_to: encoded images are shrunk by 2, 4 or 8 as they are decoded, by the largest that leaves this many
+            pixels to their shorter side; None decodes all at their own size. JPEGs are decoded at the smaller size
+            (Pillow's ``draft``), others are averaged.
+        plugins: formats that Pillow does not read by itself.
 
     Raises:
         ConfigError: an option is out of range.
@@ -81,36 +94,47 @@ class Decoder:
     max_pixels: int = MAX_PIXELS
     min_side: int = 1
     background: tuple[int, int, int] = (255, 255, 255)
+    shrink_to: int | None = None
+    plugins: tuple[Plugin, ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "background", tuple(self.background))
-        if not 1 <= self.max_pixels <= _PILLOW_REFUSES:
-            raise ConfigError(
-                f"max_pixels must lie in 1..{_PILLOW_REFUSES} (where Pillow itself refuses); got {self.max_pixels}"
-            )
+        for name, value in (("max_pixels", self.max_pixels), ("shrink_to", self.shrink_to)):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ConfigError(f"{name} must be an integer, at least 1; got {value!r}")
         if len(self.background) != 3 or not all(0 <= value <= 255 for value in self.background):
             raise ConfigError(f"background must be three integers in 0..255; got {self.background!r}")
+
+    def describe(self) -> dict[str, Any]:
+        """The rules, as JSON values; :meth:`from_rules` reads them."""
+        return {
+            "max_pixels": self.max_pixels,
+            "min_side": self.min_side,
+            "background": list(self.background),
+            "shrink_to": self.shrink_to,
+            "plugins": [plugin.form for plugin in self.plugins] or None,
+        }
+
+    @classmethod
+    def from_rules(cls, rules: Mapping[str, Any]) -> Decoder:
+        """The decoder of a store whose manifest has ``rules``; plug-ins must be registered in this process."""
+        return cls(rules["max_pixels"], rules["min_side"], tuple(rules["background"]), rules.get("shrink_to"))
 
     def decode(self, data: bytes | memoryview) -> np.ndarray | Unreadable:
         """uint8 RGB [3,H,W], contiguous, or why there is none. Never raises for what the bytes hold."""
         if len(data) == 0:
             return Unreadable("empty", "the file has no bytes")
-        try:
-            with warnings.catch_warnings():
-                # Pillow's warnings (odd EXIF, large image) would go to a worker's log, once per image.
-                warnings.simplefilter("ignore")
-                return self._decode(data)
-        except UnidentifiedImageError:
-            return Unreadable("not an image", f"no image format that Pillow knows; begins with {bytes(data[:8])!r}")
-        except Image.DecompressionBombError as error:
-            return Unreadable("too large", str(error))
-        except MemoryError:
-            return Unreadable("too large", "decoding ran out of memory")
-        except Exception as error:  # noqa: BLE001 - on damaged bytes, Pillow's plug-ins raise whatever they stumble over
-            # Pillow says "truncated" where the file ends early, in one wording or another.
-            what = f"{type(error).__name__}: {error}"
-            short = "truncated" in what.lower() or "Truncated File Read" in what or isinstance(error, EOFError)
-            return Unreadable("truncated" if short else "corrupt", what)
+        for plugin in self.plugins:
+            plugin.register()
+        with warnings.catch_warnings():
+            # Pillow's warnings (odd EXIF, large image) would go to a worker's log, once per image.
+            warnings.simplefilter("ignore")
+            image = self._decode(data)
+            if isinstance(image, Unreadable) and image.kind in _MAY_BE_METADATA:
+                bare = without_metadata(bytes(data))
+                again = image if bare is None else self._decode(bare)
+                return image if isinstance(again, Unreadable) else again
+            return image
 
     def read(self, data: bytes, name: str) -> np.ndarray:
         """Like :meth:`decode`, but raises InputError, with ``name`` in its message."""
@@ -120,18 +144,37 @@ class Decoder:
         return image
 
     def take(self, array: np.ndarray) -> np.ndarray | Unreadable:
-        """Pixels that are decoded already (uint8; [H,W], [H,W,1|3] or [1|3,H,W]) as uint8 [3,H,W], contiguous."""
-        if array.dtype != np.uint8:
-            return Unreadable("unsupported", f"decoded images must be uint8; got {array.dtype}")
+        """Pixels that are decoded already, as uint8 [3,H,W], contiguous, under the rules for files.
+
+        Args:
+            array: [H,W], [H,W,C] or [C,H,W], where C is 1 (grey), 2 (grey and alpha), 3 (RGB) or 4 (RGBA); uint8, other
+                integers in 0..255 or of 16 bits, floating point in [0, 1], or bool.
+        """
         if array.ndim == 2:
             array = array[None]
-        elif array.ndim == 3 and array.shape[0] not in (1, 3) and array.shape[2] in (1, 3):
+        elif array.ndim == 3 and array.shape[0] not in (1, 3) and array.shape[2] in _CHANNELS:
             array = array.transpose(2, 0, 1)
-        if array.ndim != 3 or array.shape[0] not in (1, 3):
-            return Unreadable("unsupported", f"decoded images must be [H,W], [H,W,3] or [3,H,W]; got {array.shape}")
+        if array.ndim != 3 or array.shape[0] not in _CHANNELS:
+            return Unreadable(
+                "unsupported",
+                f"decoded images must be [H,W], [H,W,C] or [C,H,W], with 1 to 4 channels; got {array.shape}",
+            )
         trouble = self._check_size(array.shape[1], array.shape[2])
         if trouble is not None:
             return trouble
+        if array.dtype.kind not in "fiub":
+            return Unreadable("unsupported", f"pixels must be numbers; got {array.dtype}")
+        if array.dtype != np.uint8:
+            if array.dtype.kind in "iu" and array.dtype.itemsize >= 4 and array.min() >= 0 and array.max() <= 255:
+                array = array.astype(np.uint8)  # bytes that went through Python's integers
+            trouble = _check_range(array.dtype, array.min(), array.max())
+            if trouble is not None:
+                return trouble
+            array = _scaled(array)
+        if len(array) in (2, 4):
+            rgba = np.concatenate([np.broadcast_to(array[:-1], (3, *array.shape[1:])), array[-1:]])
+            shown = self._to_rgb(Image.fromarray(np.ascontiguousarray(rgba.transpose(1, 2, 0))))
+            array = np.asarray(shown).transpose(2, 0, 1)
         return np.ascontiguousarray(np.broadcast_to(array, (3, *array.shape[1:])))
 
     def _check_size(self, height: int, width: int) -> Unreadable | None:
@@ -142,51 +185,176 @@ class Decoder:
         return None
 
     def _decode(self, data: bytes | memoryview) -> np.ndarray | Unreadable:
-        with Image.open(io.BytesIO(data)) as image:
-            trouble = self._check_size(image.height, image.width)
+        found = self._decode_within_limit(data)
+        if found is _PILLOWS_LIMIT:
+            with _without_pillows_limit():
+                found = self._decode_within_limit(data)
+        return found
+
+    def _decode_within_limit(self, data: bytes | memoryview) -> np.ndarray | Unreadable:
+        image = _pillow(lambda: Image.open(io.BytesIO(data)), data)
+        if isinstance(image, Unreadable):
+            return image
+        with image:
+            trouble = self._check_size(image.height, image.width) or _unfit(image)
             if trouble is not None:
                 return trouble
-            if image.format == "EPS":
-                return Unreadable("unsupported", "EPS is a program, which another program would have to run")
-            image.load()
-            rgb = self._to_rgb(_upright(image))
-        if isinstance(rgb, Unreadable):
-            return rgb
-        return np.ascontiguousarray(np.asarray(rgb, dtype=np.uint8).transpose(2, 0, 1))
+            factor, size = self._shrinking(*image.size), image.size
+            if factor > 1:
+                smaller = image.width // factor, image.height // factor
+                _pillow(lambda: image.draft(None, smaller), data)
+            loaded = _pillow(image.load, data)
+            if isinstance(loaded, Unreadable):
+                return loaded
+            try:
+                return self._pixels(image, factor if image.size == size else 1)
+            except MemoryError:
+                return _OUT_OF_MEMORY
+
+    def _shrinking(self, width: int, height: int) -> int:
+        if self.shrink_to is None:
+            return 1
+        least = max(self.shrink_to, self.min_side)
+        return next((factor for factor in (8, 4, 2) if min(width, height) // factor >= least), 1)
+
+    def _pixels(self, image: Image.Image, factor: int) -> np.ndarray | Unreadable:
+        """Those of a loaded image, shrunk by ``factor``: [3,H,W], upright."""
+        rows = max(1, _STRIP_PIXELS // (image.width * factor)) * factor
+        boxes = [(0, top, image.width, min(top + rows, image.height)) for top in range(0, image.height, rows)]
+        if _is_wide(image):
+            ranges = [(values.min(), values.max()) for values in (np.asarray(image.crop(box)) for box in boxes)]
+            least, most = min(least for least, _ in ranges), max(most for _, most in ranges)
+            trouble = _check_range(np.asarray(image.crop((0, 0, 1, 1))).dtype, least, most)
+            if trouble is not None:
+                return trouble
+        height, width = -(-image.height // factor), -(-image.width // factor)
+        orientation = _orientation(image)
+        upright = np.empty((3, width, height) if orientation >= 5 else (3, height, width), np.uint8)
+        stored = _as_stored(upright, orientation)
+        for box in boxes:
+            strip = self._to_rgb(image.crop(box))
+            if isinstance(strip, Unreadable):
+                return strip
+            pixels = np.asarray(strip if factor == 1 else strip.reduce(factor))
+            top = box[1] // factor
+            stored[:, top : top + len(pixels)] = pixels.transpose(2, 0, 1)
+        return upright
 
     def _to_rgb(self, image: Image.Image) -> Image.Image | Unreadable:
-        if image.mode.startswith("I"):
-            return self._from_wide(image)
-        if image.mode == "F":
+        if _is_wide(image):
             values = np.asarray(image)
-            if not np.isfinite(values).all() or values.min() < 0 or values.max() > 1:
-                return Unreadable("unsupported", "floating-point pixels outside [0, 1]")
-            return Image.fromarray(np.round(values * 255).astype(np.uint8)).convert("RGB")
+            rgb = np.repeat(_scaled(values)[:, :, None], 3, axis=2)
+            transparent = image.info.get("transparency")
+            if isinstance(transparent, int):
+                rgb[values == transparent] = self.background
+            return Image.fromarray(rgb)
         if image.has_transparency_data:
-            top = image.convert("RGBA")
+            top = _pillow(lambda: image.convert("RGBA"), b"")
+            if isinstance(top, Unreadable):
+                return top
             return Image.alpha_composite(Image.new("RGBA", top.size, (*self.background, 255)), top).convert("RGB")
-        return image.convert("RGB")
-
-    def _from_wide(self, image: Image.Image) -> Image.Image | Unreadable:
-        """16-bit grey, which Pillow holds as ``I;16`` or ``I``, scaled to 8 bits and rounded."""
-        values = np.asarray(image).astype(np.int64)
-        if values.min() < 0 or values.max() > 65535:
-            return Unreadable("unsupported", f"integer pixels of mode {image.mode} outside 0..65535")
-        rgb = np.repeat(((values * 255 + 32767) // 65535).astype(np.uint8)[:, :, None], 3, axis=2)
-        transparent = image.info.get("transparency")
-        if isinstance(transparent, int):
-            rgb[values == transparent] = self.background
-        return Image.fromarray(rgb)
+        return image if image.mode == "RGB" else _pillow(lambda: image.convert("RGB"), b"")
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    """As EXIF says; as it is where that is damaged, since the pixels are not."""
+_CHANNELS = 1, 2, 3, 4
+_PILLOWS_LIMIT = Unreadable("too large", "beyond Pillow's own limit")
+_OUT_OF_MEMORY = Unreadable("too large", "decoding ran out of memory")
+
+
+def _pillow(step: Callable[[], _T], data: bytes | memoryview) -> _T | Unreadable:
+    """What ``step`` gives, which is Pillow's work alone: whatever it raises is the image's fault, not ours."""
     try:
-        return ImageOps.exif_transpose(image)
+        return step()
+    except UnidentifiedImageError:
+        found = name_format(bytes(data[:4096]))
+        if found is None:
+            return Unreadable("not an image", f"no image format that Pillow knows; begins with {bytes(data[:8])!r}")
+        is_image, words = found
+        return Unreadable("unsupported" if is_image else "not an image", words)
+    except Image.DecompressionBombError:
+        return _PILLOWS_LIMIT
     except MemoryError:
-        raise
-    except Exception:  # noqa: BLE001 - SyntaxError, struct.error, ...: whatever Pillow's parser stumbles over
-        return image
+        return _OUT_OF_MEMORY
+    except Exception as error:  # noqa: BLE001 - on damaged bytes, Pillow's plug-ins raise whatever they stumble over
+        # Pillow says "truncated" where the file ends early, in one wording or another.
+        what = f"{type(error).__name__}: {error}"
+        short = "truncated" in what.lower() or "Truncated File Read" in what or isinstance(error, EOFError)
+        unsupported = "unsupported" in what.lower() or "not supported" in what.lower()
+        return Unreadable("truncated" if short else "unsupported" if unsupported else "corrupt", what)
+
+
+_limit = threading.Lock()
+
+
+@contextmanager
+def _without_pillows_limit() -> Iterator[None]:
+    """Pillow's own limit is the whole process's, and formats ask for it in places of their own; ``max_pixels`` stands.
+
+    It is lifted for images beyond it alone, and other threads are not meant to notice.
+    """
+    with _limit:
+        before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        try:
+            yield
+        finally:
+            Image.MAX_IMAGE_PIXELS = before
+
+
+def _unfit(image: Image.Image) -> Unreadable | None:
+    """Why an image that Pillow could load is not the picture that people see."""
+    if image.format == "EPS":
+        return Unreadable("unsupported", "EPS is a program, which another program would have to run")
+    if image.format == "TIFF" and _pillow(lambda: int(image.tag_v2.get(254, 0)), b"") == 1:  # type: ignore[attr-defined]
+        return Unreadable(
+            "unsupported", "the first image in this TIFF is a preview, as in camera raw files (see rawpy)"
+        )
+    return None
+
+
+def _is_wide(image: Image.Image) -> bool:
+    """Whether it is grey of more than 8 bits a pixel, which Pillow's own conversion clips."""
+    return image.mode.startswith("I") or image.mode == "F"
+
+
+def _check_range(dtype: np.dtype[Any], least: float, most: float) -> Unreadable | None:
+    """Why pixels of this dtype and range have no meaning as colours that is certain."""
+    if dtype.kind == "f":
+        if not (least >= 0 and most <= 1):  # nor with NaN
+            return Unreadable("unsupported", "floating-point pixels outside [0, 1]")
+    elif least < 0 or most > 65535:
+        return Unreadable("unsupported", f"integer pixels of {dtype} outside 0..65535")
+    elif dtype.kind != "b" and dtype != np.uint8 and 0 < most <= _NARROW:
+        return Unreadable(
+            "unsupported",
+            f"pixels of {dtype} of which the largest is {most}: black if their range is 16 bits; scale them to that, "
+            "or to 8 bits",
+        )
+    return None
+
+
+def _scaled(values: np.ndarray) -> np.ndarray:
+    """Pixels that :func:`_check_range` lets pass, as uint8 of the same shape."""
+    if values.dtype.kind == "f":
+        return np.round(values.astype(np.float32, copy=False) * 255).astype(np.uint8)
+    if values.dtype.kind == "b":
+        return values.astype(np.uint8) * np.uint8(255)
+    if values.dtype == np.uint8:
+        return values
+    return ((values.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8)
+
+
+def _orientation(image: Image.Image) -> int:
+    """1 to 8, as EXIF says; 1 where that is damaged, since the pixels are not."""
+    found = _pillow(lambda: image.getexif().get(ExifTags.Base.Orientation, 1), b"")
+    return found if isinstance(found, int) and 1 <= found <= 8 else 1
+
+
+def _as_stored(upright: np.ndarray, orientation: int) -> np.ndarray:
+    """A view of ``upright`` [3,H,W] as a file of this EXIF orientation stores it."""
+    stored = upright.swapaxes(1, 2) if orientation >= 5 else upright
+    down = -1 if orientation in (3, 4, 6, 7) else 1
+    right = -1 if orientation in (2, 3, 7, 8) else 1
+    return stored[:, ::down, ::right]
 
 
 DIGEST_SIZE = 16

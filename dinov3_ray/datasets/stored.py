@@ -222,7 +222,7 @@ class Originals:
             raise StoreError(f"the images of {store!r} were rows of a Ray Dataset: read them from there")
         self._store = store
         self._source = reopen_source(described, described["path"], filesystem=filesystem)
-        self._decoder = Decoder(rules["max_pixels"], rules["min_side"], tuple(rules["background"]))
+        self._decoder = Decoder.from_rules(rules)
         self._rows = load_rows(store.folder)
         self._places = {id_: place for place, id_ in enumerate(self._rows["id"].to_pylist())}
 

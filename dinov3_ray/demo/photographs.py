@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from dinov3_ray.datasets.decode import IMAGE_EXTENSIONS, Decoder, Unreadable
+from dinov3_ray.datasets.decode import Decoder, Unreadable
+from dinov3_ray.datasets.formats import IMAGE_EXTENSIONS, has_image_name
 from dinov3_ray.errors import ConfigError, InputError
 
 __all__ = ["Photographs", "draw_scene", "read_photographs"]
@@ -119,7 +120,7 @@ def read_photographs(folder: Path, *, at_most: int, shorter_side: int) -> Photog
 def _image_paths(folder: Path) -> Iterator[Path]:
     for root, folders, names in os.walk(folder):
         folders.sort()
-        yield from (Path(root, name) for name in sorted(names) if name.rpartition(".")[2].lower() in IMAGE_EXTENSIONS)
+        yield from (Path(root, name) for name in sorted(names) if has_image_name(name))
 
 
 def _reduced(picture_3HW: Tensor, shorter_side: int) -> Tensor:

@@ -7,6 +7,10 @@ from pathlib import Path
 import pytest
 from commandline import run_command as run
 
+from dinov3_ray.datasets import SourceOptions
+from dinov3_ray.datasets.extraction.plan import Forecast
+from dinov3_ray.datasets.extraction.run import Extraction
+
 
 def test_show_pictures_an_image_by_a_model(folder: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
     picture = tmp_path / "x.png"
@@ -28,6 +32,9 @@ def test_show_pictures_an_image_by_a_model(folder: Path, tiny_checkpoint: Path, 
         (["extract", "a", "b", "--map-size", "3x4x5"], "must be SIZE or HEIGHTxWIDTH"),
         (["extract", "a", "b", "--background", "white"], "must be R,G,B, each from 0 to 255"),
         (["extract", "a", "b", "--pool", "p", "--image-size", "64"], "belong to --root"),
+        (["extract", "a", "b", "--plugin", "no_such_module"], "such as pillow_heif:register_heif_opener; got 'no_such"),
+        (["extract", "a", "b", "--plugin", "json:nothing"], "MODULE:FUNCTION, such as"),
+        (["extract", "a", "b", "--max-errors", "2"], "2.0 is not in the range 0<=x<=1"),
         (["extract", "a", "b"], "exactly one of config and pool must be given"),
         (["show", "a"], "give either OUT and ID, or --image FILE and --root DIR"),
         (["show", "nowhere", "x"], "is not a feature store"),
@@ -37,6 +44,21 @@ def test_mistakes_are_told(arguments: list[str], message: str) -> None:
     result = run(*arguments)
     assert result.exit_code != 0
     assert message in " ".join(result.output.split())
+
+
+def test_options_reach_the_extraction(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, object] = {}
+
+    def noted(*_arguments: object, **options: object) -> Extraction:
+        seen.update(options)
+        return Extraction(Forecast(0, 0, 0, exact=True, free=None))
+
+    monkeypatch.setattr("dinov3_ray.datasets.extraction.extract.extract", noted)
+    options = ["--shrink-to", "448", "--max-errors", "0.1", "--source-moved", "--plugin", "json"]
+    assert run("extract", "photographs", "features", "--pool", "p", *options).exit_code == 0
+    assert (seen["max_errors"], seen["source_moved"]) == (0.1, True)
+    assert isinstance(seen["options"], SourceOptions)
+    assert seen["options"].shrink_to == 448
 
 
 def test_ctrl_c_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,11 +12,12 @@ import pyarrow as pa
 import pyarrow.compute
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image, PngImagePlugin
 from pyarrow import fs as pafs
 
 from dinov3_ray.datasets.decode import Unreadable
 from dinov3_ray.datasets.sources.open import check_there, matches, open_source, reopen_source
-from dinov3_ray.datasets.sources.source import Source
+from dinov3_ray.datasets.sources.source import Source, content_of
 from dinov3_ray.errors import StoreError
 
 
@@ -46,12 +47,56 @@ def everything(source: Source) -> dict[str, object]:
 
 
 def test_a_folder_gives_every_file_by_its_relative_path(tmp_path: Path) -> None:
-    contents = write(tmp_path, ["b.jpg", "a/ä ö.png", "a/b/deep.webp", "notes.txt", "noextension"])
+    contents = write(tmp_path, ["b.jpg", "a/ä ö.png", "a/b/deep.webp"])
     write(tmp_path, [".hidden.jpg", ".git/x.jpg", "out/part.jpg"])
     source = open_source(tmp_path, exclude=str(tmp_path / "out"))
     assert everything(source) == contents
     assert list(everything(source)) == sorted(contents)
     assert everything(open_source(tmp_path.as_uri(), exclude=str(tmp_path / "out"))) == contents
+
+
+def test_labels_caches_and_archives_beside_images_are_left_out_and_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    contents = write(tmp_path, ["images/1.JPG", "images/2.heic", "3.Png"])
+    write(tmp_path, ["labels/1.txt", "labels/2.TXT", "train.cache", "data.yaml", "LICENSE", "all.tar", "boxes.parquet"])
+    assert everything(open_source(tmp_path)) == contents
+    assert "left out are files whose names are not those of images: 2 .txt, 1 " in caplog.text
+    assert all(f"1 {extension}" in caplog.text for extension in (".yaml", "no extension", ".tar", ".parquet"))
+    caplog.clear()
+    assert everything(open_source(tmp_path / "images")).keys() == {"1.JPG", "2.heic"}
+    assert not caplog.text
+
+
+def test_without_names_of_images_each_file_is_taken_for_one(tmp_path: Path) -> None:
+    contents = write(tmp_path, ["a/0001", "a/0002", "notes.txt"])
+    assert everything(open_source(tmp_path)) == contents
+
+
+def test_extensions_of_registered_plugins_are_names_of_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    contents = write(tmp_path, ["1.jpg", "2.strips", "3.h5"])
+    assert everything(open_source(tmp_path)).keys() == {"1.jpg"}
+    monkeypatch.setattr(Image, "OPEN", {**Image.OPEN, "STRIPS": (PngImagePlugin.PngImageFile, None)})
+    monkeypatch.setattr(Image, "EXTENSION", {**Image.EXTENSION, ".strips": "STRIPS"})
+    assert everything(open_source(tmp_path)).keys() == {"1.jpg"}, "one of Pillow's own"
+    monkeypatch.setitem(Image.OPEN, "STRIPS", (lambda file, name: None, None))
+    assert everything(open_source(tmp_path)).keys() == {"1.jpg", "2.strips"}
+    assert contents
+
+
+def test_links_to_nowhere_are_told(tmp_path: Path) -> None:
+    write(tmp_path, ["a/1.jpg", ".hidden/x.jpg"])
+    for link in ("a/2.jpg", "a/3.txt", ".hidden/4.jpg"):
+        (tmp_path / link).symlink_to("/nowhere.jpg")
+    (tmp_path / "5.jpg").symlink_to("a/1.jpg")
+    found = everything(open_source(tmp_path))
+    assert list(found) == ["5.jpg", "a/1.jpg", "a/2.jpg"]
+    assert found["a/2.jpg"] == Unreadable("missing", "a link that leads nowhere")
+    assert found["5.jpg"] == b"content of a/1.jpg"
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards" / "1.tar").symlink_to("/nowhere.tar")
+    with pytest.raises(StoreError, match=r"must hold its files; '1\.tar' is a link that leads nowhere"):
+        open_source(tmp_path / "shards")
 
 
 def test_a_relative_path_is_made_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -68,6 +113,9 @@ def test_globs(tmp_path: Path) -> None:
         "train/a/[12].*": {"1.jpg", "2.png"},
         "train/a/[!1].???": {"2.png"},
         "val/4.jpg": {"4.jpg"},
+        "**/*.{JPG,png}": {"a/1.jpg", "a/2.png", "3.jpg", "val/4.jpg"},
+        "{train/{a,b},val}/*.jpg": {"a/1.jpg", "val/4.jpg"},
+        "train/*.JpG": {"3.jpg"},
     }
     for pattern, ids in cases.items():
         found = set(everything(open_source(tmp_path / pattern)))
@@ -81,6 +129,12 @@ def test_matches_is_exact() -> None:
     assert not matches("a.jpg", "abjpg")
     assert matches("**/x", "x")
     assert matches("**/x", "a/b/x")
+    assert matches("a{b,c}*.[jJ]pg", "ac1.JPG")
+    assert not matches("A*.jpg", "a.jpg"), "but for extensions, names are exact"
+    assert matches("v1.0/*", "v1.0/x")
+    assert matches("[a.b]*", "b.jpg")
+    assert not matches("{a", "a")
+    assert matches("{a", "{a")
 
 
 def test_a_folder_with_brackets_in_its_name_is_that_folder(tmp_path: Path) -> None:
@@ -203,6 +257,29 @@ def test_a_source_is_read_on_without_being_listed_again(tmp_path: Path) -> None:
         check_there(again, rows)
 
 
+def test_a_source_that_has_moved_is_read_where_it_lies_now(tmp_path: Path) -> None:
+    contents = write(tmp_path / "before", ["1.jpg", "a/2.jpg"])
+    with tarfile.open(tmp_path / "s.tar", "w") as archive:
+        add(archive, "3.jpg", b"three")
+    for place, expected in (("before", contents), ("s.tar", {"3": b"three"})):
+        source = open_source(tmp_path / place)
+        rows = source.rows()
+        (tmp_path / place).rename(tmp_path / f"moved-{place}")
+        if place == "s.tar":  # a shard keeps its name
+            (tmp_path / "other").mkdir()
+            (tmp_path / "moved-s.tar").rename(tmp_path / "other" / "s.tar")
+        now = tmp_path / "moved-before" if place == "before" else tmp_path / "other"
+        again = reopen_source(source.describe(), now, moved=True)
+        check_there(again, rows, moved=True)
+        assert dict(again.read(rows)) == expected
+    (tmp_path / "moved-before" / "a" / "2.jpg").write_bytes(b"of another size")
+    source = reopen_source({"kind": "files", "root": "gone"}, tmp_path / "moved-before", moved=True)
+    rows = open_source(tmp_path / "moved-before").rows().set_column(3, "size", pa.array([16, 18]))
+    with pytest.raises(StoreError, match=r"must hold the same files; .*/a/2.jpg has 15 bytes, and had 18"):
+        check_there(source, rows, moved=True)
+    check_there(source, rows)
+
+
 @pytest.mark.parametrize("damage", ["header", "zeros", "cut before the header", "cut in the header"])
 def test_a_shard_that_does_not_end_as_tar_files_do_is_damaged_from_there_on(damage: str, tmp_path: Path) -> None:
     path = tmp_path / "s.tar"
@@ -246,11 +323,22 @@ def test_cells_that_are_no_images_or_no_keys(tmp_path: Path) -> None:
         open_source(tmp_path).rows()
 
 
-def test_shards_with_one_key_twice_and_compressed_ones_are_refused(tmp_path: Path) -> None:
+def test_keys_that_start_anew_in_each_shard_get_its_name(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for shard in range(2):
-        with tarfile.open(tmp_path / f"s-{shard}.tar", "w") as archive:
-            add(archive, "same.jpg", b"x")
-    with pytest.raises(StoreError, match="'same' occurs twice"):
+        (tmp_path / "train").mkdir(exist_ok=True)
+        with tarfile.open(tmp_path / "train" / f"{shard}.tar", "w") as archive:
+            add(archive, "0000.jpg", f"{shard}".encode())
+            add(archive, f"{shard}001.jpg", b"x")
+    found = everything(open_source(tmp_path))
+    assert found == {"train/0/0000": b"0", "train/0/0001": b"x", "train/1/0000": b"1", "train/1/1001": b"x"}
+    assert "keys start anew in some shards; ids are shard/key, such as 'train/0/0000'" in caplog.text
+
+
+def test_shards_with_one_key_twice_and_compressed_ones_are_refused(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "s.tar", "w") as archive:
+        add(archive, "same.jpg", b"x")
+        add(archive, "same.jpg", b"y")
+    with pytest.raises(StoreError, match=r"'s/same\.jpg' occurs twice"):
         open_source(tmp_path).rows()
     (tmp_path / "gz").mkdir()
     (tmp_path / "gz" / "s.tar.gz").write_bytes(b"")
@@ -272,6 +360,32 @@ def test_parquet_with_image_bytes(form: str, tmp_path: Path) -> None:
     assert everything(open_source(tmp_path)) == expected
     by_row = everything(open_source(tmp_path / "1.parquet", id_column="#row"))
     assert by_row["1.parquet#49"] == b"image 149"
+
+
+@pytest.mark.parametrize("typed", [True, False])
+def test_parquet_rows_may_name_files_in_place_of_bytes(typed: bool, tmp_path: Path) -> None:
+    write(tmp_path, ["set/images/1.jpg", "elsewhere/2.jpg"])
+    paths = ["images/1.jpg", str(tmp_path / "elsewhere" / "2.jpg"), (tmp_path / "elsewhere" / "2.jpg").as_uri()]
+    paths += ["images/nope.jpg", "ftp://x/1.jpg"]
+    cells: list[dict[str, object]] = [{"bytes": None, "path": path} for path in paths]
+    kind = pa.struct([("bytes", pa.binary() if typed else pa.null()), ("path", pa.string())])
+    if typed:
+        cells.append({"bytes": b"its own", "path": "images/1.jpg"})
+    cells.append({"bytes": None, "path": None})
+    table = pa.table({"image": pa.array(cells, kind)})
+    (tmp_path / "set" / "data").mkdir()
+    pq.write_table(table, tmp_path / "set" / "all.parquet")
+    found = list(everything(open_source(tmp_path / "set" / "*.parquet")).values())
+    assert found[:3] == [b"content of set/images/1.jpg", *[b"content of elsewhere/2.jpg"] * 2]
+    assert found[5:-1] == ([b"its own"] if typed else [])
+    kinds = [content.kind for content in (found[3], found[4], found[-1])]  # type: ignore[attr-defined]
+    assert kinds == ["missing", "unsupported", "missing"]
+
+
+def test_rows_without_a_place_cannot_name_relative_files() -> None:
+    content = content_of({"bytes": None, "path": "images/1.jpg"})
+    assert isinstance(content, Unreadable)
+    assert "its path is relative to no known place: images/1.jpg" in content.detail
 
 
 def test_parquet_blocks_need_not_begin_at_row_groups(tmp_path: Path) -> None:

@@ -99,8 +99,13 @@ def open_blocks(
     options: SourceOptions,
     folder: Folder,
     old: Mapping[str, Any] | None,
+    *,
+    moved: bool = False,
 ) -> Blocks:
     """The blocks of ``source``, of which the run with the identity ``old`` is resumed where there is one.
+
+    Args:
+        moved: whether the files that were listed lie at ``source`` now.
 
     Raises:
         ConfigError: it is neither a path nor a Dataset.
@@ -111,7 +116,8 @@ def open_blocks(
     if not isinstance(source, (str, os.PathLike)):
         raise ConfigError(f"source must be a path, a glob, a URI or a Ray Dataset; got {type(source).__name__}")
     if old is not None and "root" in old["source"]:
-        return ListedBlocks(reopen_source(old["source"], source, **options.columns), folder, resumed=True)
+        reopened = reopen_source(old["source"], source, **options.columns, moved=moved)
+        return ListedBlocks(reopened, folder, resumed=True, moved=moved)
     opened = open_source(source, **options.columns, exclude=folder.path)
     return ListedBlocks(opened, folder, resumed=old is not None)
 
@@ -136,8 +142,8 @@ class ListedBlocks:
     ordered = False
     rows_per_call = 1
 
-    def __init__(self, source: Source, folder: Folder, *, resumed: bool) -> None:
-        self._source, self._folder = source, folder
+    def __init__(self, source: Source, folder: Folder, *, resumed: bool, moved: bool = False) -> None:
+        self._source, self._folder, self._moved = source, folder, moved
         self._listed: pa.Table | None = None if resumed else source.rows()
         self._spans: list[tuple[int, int]] = []
         self._todo: list[int] = []
@@ -167,7 +173,7 @@ class ListedBlocks:
         if self._listed is not None:
             save_rows(self._folder, self._listed, self._spans)
         elif self._todo:
-            check_there(self._source, load_block(self._folder, self._todo[0]))
+            check_there(self._source, load_block(self._folder, self._todo[0]), moved=self._moved)
 
     def todo(self) -> ray.data.Dataset | None:
         if not self._todo:

@@ -1,7 +1,8 @@
 """Reading and decoding as Ray tasks: the CPU half of an extraction. Imports no torch, so that workers start fast.
 
-Tasks are started a few at a time, and what they give is handed on in order. Of a task that ends its process, or fails
-in a way that nobody foresaw, halves are tried, down to the one image whose fault it is.
+Tasks are started a few at a time, and what they give is handed on in order. Of a task that ends its process, or runs
+out of memory, halves are tried, down to the one image whose fault it is. Any other error of a task is no image's fault:
+what is wrong with an image is found and told without one.
 """
 
 from __future__ import annotations
@@ -133,7 +134,7 @@ def _drain(piece: Piece, stream: Any, decoder: Decoder, cpus: float) -> Iterator
             taken += len(chunk)
     except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError, ray.exceptions.RayTaskError) as error:
         cause = getattr(error, "cause", None)
-        if isinstance(cause, (StoreError, ImportError)):  # no image's fault: a worker without this package, say
+        if isinstance(error, ray.exceptions.RayTaskError) and not isinstance(cause, MemoryError):
             raise
         left = len(piece.ids) - taken
         if left == 0:

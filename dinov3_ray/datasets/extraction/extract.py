@@ -40,6 +40,8 @@ def extract(
     pool: str | RemoteTeacher | None = None,
     batch_size: int | None = None,
     block_size: int | None = None,
+    max_errors: float | None = None,
+    source_moved: bool = False,
     options: SourceOptions = SourceOptions(),  # noqa: B008 - frozen
     resources: Resources = Resources(),  # noqa: B008 - frozen
     out_filesystem: Any = None,
@@ -74,6 +76,9 @@ def extract(
             same image gives the same bits in the same batch only; ``manifest["batch_sizes"]`` counts the parts of each.
         block_size: images per block, the unit that is committed and resumed. By default whole batches (at least one,
             512 images at most) whose features take about 32 MB.
+        max_errors: the largest share of images, 0 to 1, that may have no features; more are an error, as soon as that
+            is certain. By default, only a run in which no image at all could be read is one.
+        source_moved: go on with a run whose images lie at ``source`` now: the same files under the same names below it.
         options: how images are found and decoded.
         resources: what the run may take of the cluster.
         out_filesystem: a pyarrow file system, for an ``out`` without a URI.
@@ -84,8 +89,9 @@ def extract(
         on_forecast: called with the forecast before work begins.
 
     Raises:
-        StoreError: nothing to read, no room, ``out`` is in use, or it holds another run's features: says what differs;
-            or one block ended the teacher's process again and again, as where its node runs out of memory.
+        StoreError: nothing to read, no image that can be read, or more errors than ``max_errors``; no room, ``out`` is
+            in use, or it holds another run's features: says what differs; or one block ended the teacher's process
+            again and again, as where its node runs out of memory.
         ConfigError, CheckpointError, SpecError: the teacher or the spec is wrong.
         NumericsError: the stored dtype cannot hold the values.
         PoolError: Ray or the pool cannot be reached.
@@ -98,6 +104,8 @@ def extract(
     for name, value in (("batch_size", batch_size), ("block_size", block_size)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             raise ConfigError(f"{name} must be an integer, at least 1; got {value!r}")
+    if max_errors is not None and not (isinstance(max_errors, (int, float)) and 0 <= max_errors <= 1):
+        raise ConfigError(f"max_errors must be a share, 0 to 1, or None; got {max_errors!r}")
     teacher = None if config is None else check_teacher(config)
     if teacher is not None:
         pickle_teacher(teacher)  # Ray would complain later, in words of its own
@@ -106,7 +114,7 @@ def extract(
     old = folder.read_json(PLAN, "source", "batch_size", "block_size", "outputs") if folder.exists(PLAN) else None
     try:
         # A path without images is an error before Ray is started; a Dataset has started it already.
-        blocks = open_blocks(source, options, folder, old)
+        blocks = open_blocks(source, options, folder, old, moved=source_moved)
         with contextlib.closing(connect(address, may_start=pool is None)):
             nodes = sum(node["Alive"] and node["Resources"].get("CPU", 0) > 0 for node in ray.nodes())
             allocation = allocate(
@@ -128,6 +136,8 @@ def extract(
                 batch_size=batch_size,
                 block_size=block_size,
                 old=old,
+                moved=source_moved,
+                max_errors=max_errors,
             )
             with contextlib.nullcontext() if dry_run else folder.exclusive():
                 if folder.exists(PLAN) != (old is not None):

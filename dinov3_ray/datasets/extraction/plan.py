@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from PIL import features
 
 from dinov3_ray import __version__
-from dinov3_ray.datasets.folder import PLAN, Folder
+from dinov3_ray.datasets.folder import Folder
 from dinov3_ray.datasets.store.schema import SCALE
 from dinov3_ray.errors import StoreError
 
@@ -153,7 +154,8 @@ def cut_blocks(rows: pa.Table, block_size: int, *, by_file: bool) -> list[tuple[
 def versions() -> dict[str, str]:
     """Of the libraries that have a say in the values."""
     others = ("torch", "transformers", "pyarrow", "pillow", "ray")
-    return {"dinov3-ray": __version__} | {name: version(name) for name in others}  # a checkout need not be installed
+    found = {"dinov3-ray": __version__} | {name: version(name) for name in others}  # a checkout need not be installed
+    return found | {"libjpeg-turbo": features.version("libjpeg_turbo") or "none"}  # which Pillow decodes JPEGs with
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
@@ -166,13 +168,16 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "
             yield f"{prefix}{key} is {after!r}, there it is {before!r}"
 
 
-def check_same_run(folder: Folder, identity: Mapping[str, Any]) -> None:
-    """Raise StoreError unless the run in ``folder`` has this identity."""
-    found = list(_differences(folder.read_json(PLAN), identity))
+def check_same_run(folder: Folder, old: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
+    """Raise StoreError unless ``old``, the identity of the run in ``folder``, is this one."""
+    found = list(_differences(old, identity))
     if found:
+        places = ("source.path ", "source.root ")
+        moved = " (if the same files lie elsewhere now, source_moved=True or --source-moved goes on with them)"
         raise StoreError(
             f"{folder.path} holds features of another run, and cannot be resumed with this one: {'; '.join(found)}. "
             "Repeat the former command, or choose another output folder"
+            f"{moved if all(difference.startswith(places) for difference in found) else ''}"
         )
 
 

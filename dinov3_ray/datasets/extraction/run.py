@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,7 +16,7 @@ from dinov3_ray.datasets.extraction.progress import Meter, metering, watching
 from dinov3_ray.datasets.extraction.resources import Allocation
 from dinov3_ray.datasets.extraction.teacher_probe import Probe, first_image, probe_teacher
 from dinov3_ray.datasets.extraction.worker import BlockWorker, ExtractionJob, TeacherChoice
-from dinov3_ray.datasets.folder import LEDGER, MANIFEST, PARTS, PLAN, Folder
+from dinov3_ray.datasets.folder import ERRORS, LEDGER, MANIFEST, PARTS, PLAN, Folder
 from dinov3_ray.datasets.sources.ray_dataset import actor_strategy, execution
 from dinov3_ray.datasets.store.schema import spec_to_json
 from dinov3_ray.datasets.store.writer import count_batch_sizes
@@ -59,6 +59,8 @@ class Run:
         batch_size, block_size: as they were asked for; None takes those of the run that is resumed, or the usual ones.
             What is finished stays, whatever its batch size.
         old: the identity of the run that is resumed.
+        moved: whether its images lie elsewhere now.
+        max_errors: the largest share of images that may have no features; None for any but all.
     """
 
     def __init__(
@@ -73,6 +75,8 @@ class Run:
         batch_size: int | None,
         block_size: int | None,
         old: dict[str, Any] | None,
+        moved: bool,
+        max_errors: float | None,
     ) -> None:
         self.folder = folder
         self.blocks = blocks
@@ -82,7 +86,9 @@ class Run:
         self.allocation = allocation
         self.batch_size = batch_size
         self.block_size = block_size
-        self.old = old
+        self.old = {**old, "source": {**old["source"], **_place(blocks)}} if old and moved else old
+        self.moved = moved
+        self.max_errors = max_errors
 
     def execute(
         self,
@@ -99,7 +105,7 @@ class Run:
         found = self._probe()
         identity = self._identify(found)
         if self.old is not None:
-            plans.check_same_run(self.folder, identity)
+            plans.check_same_run(self.folder, self.old, identity)
         self.blocks.cut(identity["block_size"])
         finished = {name.removesuffix(".json") for name in self.folder.names(LEDGER, ".json")}
         forecast = self._forecast(identity, found, *self.blocks.count(finished))
@@ -114,6 +120,7 @@ class Run:
         if is_whole:
             manifest = self.folder.read_json(MANIFEST, "rows", "errors", "blocks")
             self.blocks.check_finished(manifest)
+            self._check_errors(manifest)
             return Extraction(forecast, manifest)
         if check_space and not forecast.fits:
             raise StoreError(f"out must have room for the features: {forecast} (check_space=False starts all the same)")
@@ -160,11 +167,7 @@ class Run:
             "result_dtype": found.result_dtype,
             "outputs": outputs,
             "preprocessing": found.preprocessing,
-            "decoding": {
-                "max_pixels": self.decoder.max_pixels,
-                "min_side": self.decoder.min_side,
-                "background": list(self.decoder.background),
-            },
+            "decoding": self.decoder.describe(),
             "source": self.blocks.describe(),
             "batch_size": batch_size,
             "block_size": block_size,
@@ -192,12 +195,12 @@ class Run:
         self.folder.sweep(PARTS)
         self.folder.sweep(LEDGER)
         self.blocks.record()
-        if self.old is None or self.old["batch_size"] != identity["batch_size"]:
+        if self.old is None or self.moved or self.old["batch_size"] != identity["batch_size"]:
             self.folder.write_json(PLAN, {**(self.old or identity), "batch_size": identity["batch_size"]})
 
     def _work(self, job: ExtractionJob, forecast: plans.Forecast, progress: bool | None) -> Extraction:
         """Compute what is to do, and finish the store."""
-        computed = 0
+        computed = errors = 0
         total = forecast.images
         done = 0 if total is None or forecast.remaining is None else total - forecast.remaining
         with metering(progress, total, done) as meter:
@@ -205,9 +208,17 @@ class Run:
                 self.blocks.note(result)
                 if result["computed"]:
                     computed += 1
+                    errors += int(result["errors"])
                     meter.add(int(result["rows"] + result["errors"]), int(result["bytes"]), float(result["seconds"]))
+                    if total is not None and self.max_errors is not None and errors > self.max_errors * total:
+                        raise StoreError(
+                            f"at most {self.max_errors:.2%} of the images may be errors (max_errors); {errors:,} of "
+                            f"{total:,} are so already, and the rest was left: finished blocks, and their errors in "
+                            f"{self.folder.join(LEDGER)}, stay"
+                        )
         manifest = self.blocks.finish(job.identity)
         self._report(meter, manifest)
+        self._check_errors(manifest)
         return Extraction(forecast, manifest, computed, meter.images, round(meter.seconds, 3))
 
     def _results(self, job: ExtractionJob) -> Iterator[dict[str, Any]]:
@@ -232,6 +243,23 @@ class Run:
                         raise pickle.loads(result["failure"])  # noqa: S301 - by this run's own actor
                     yield result
 
+    def _check_errors(self, manifest: Mapping[str, Any]) -> None:
+        """Raise StoreError if the finished store has more errors than it may."""
+        rows, errors = manifest["rows"], manifest["errors"]
+        if rows and (self.max_errors is None or errors <= self.max_errors * (rows + errors)):
+            return
+        if not errors:
+            return
+        first = self.folder.read_table(ERRORS).slice(0, 1).to_pylist()[0]
+        rule = (
+            f"at most {self.max_errors:.2%} of the images may be errors (max_errors)" if rows else "no image was read"
+        )
+        kinds = ", ".join(f"{count:,} {kind}" for kind, count in manifest["errors_by_kind"].items())
+        raise StoreError(
+            f"{rule}; {errors:,} of {rows + errors:,} are errors ({kinds}), such as {first['id']!r}: {first['detail']}"
+            f". {self.folder.join(ERRORS)} lists all"
+        )
+
     def _report(self, meter: Meter, manifest: dict[str, Any]) -> None:
         kinds = ", ".join(f"{count} {kind}" for kind, count in manifest["errors_by_kind"].items())
         logger.info(
@@ -243,3 +271,9 @@ class Run:
             manifest["errors"],
             f" ({kinds})" if kinds else "",
         )
+
+
+def _place(blocks: Blocks) -> dict[str, Any]:
+    """Where the images of ``blocks`` lie, as their description has it."""
+    described = blocks.describe()
+    return {key: described[key] for key in ("path", "root") if key in described}

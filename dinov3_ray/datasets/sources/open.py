@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
@@ -13,14 +15,17 @@ import pyarrow as pa
 from pyarrow import fs as pafs
 
 from dinov3_ray.datasets import MAX_PIXELS
-from dinov3_ray.datasets.decode import IMAGE_EXTENSIONS, Decoder
+from dinov3_ray.datasets.decode import Decoder
 from dinov3_ray.datasets.folder import open_path
+from dinov3_ray.datasets.formats import foreign_plugins, has_image_name
 from dinov3_ray.datasets.sources.parquet import ParquetSource
-from dinov3_ray.datasets.sources.source import IRREGULAR, FileSource, Source
+from dinov3_ray.datasets.sources.source import DANGLING, IRREGULAR, FileSource, Source
 from dinov3_ray.datasets.sources.tar import TarSource
 from dinov3_ray.errors import ConfigError, StoreError
 
 __all__ = ["SourceOptions", "check_there", "matches", "open_source", "reopen_source"]
+
+logger = logging.getLogger("dinov3_ray")
 
 _LOOKED_FOR = 16
 
@@ -32,8 +37,12 @@ class SourceOptions:
     Args:
         image_column, id_column: of Parquet files or a Ray Dataset; by default they are found among the usual names.
         filesystem: a pyarrow file system, for a source without a URI.
-        max_pixels: images of more pixels are errors, taken for decompression bombs.
+        max_pixels: images of more pixels are errors, taken for decompression bombs. Larger ones than Pillow's own limit
+            may be allowed: each takes up to 7 bytes of memory a pixel while it is decoded.
         background: RGB, 0 to 255, under transparent pixels.
+        shrink_to: encoded images are shrunk by 2, 4 or 8 as they are decoded, by the largest that leaves this many
+            pixels to their shorter side: faster for images much larger than the teacher's input, but other pixels, and
+            so other features. By default, all are decoded at their own size.
 
     Raises:
         ConfigError: names the option, the rule and the value.
@@ -44,6 +53,7 @@ class SourceOptions:
     filesystem: Any = None
     max_pixels: int = MAX_PIXELS
     background: tuple[int, int, int] = (255, 255, 255)
+    shrink_to: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("image_column", "id_column"):
@@ -53,8 +63,8 @@ class SourceOptions:
         self.decoder()
 
     def decoder(self) -> Decoder:
-        """What makes pixels of encoded images."""
-        return Decoder(self.max_pixels, background=self.background)
+        """What makes pixels of encoded images, with the plug-ins that this process has registered with Pillow."""
+        return Decoder(self.max_pixels, background=self.background, shrink_to=self.shrink_to, plugins=foreign_plugins())
 
     @property
     def columns(self) -> dict[str, Any]:
@@ -70,11 +80,13 @@ def open_source(
     id_column: str | None = None,
     exclude: str | None = None,
 ) -> Source:
-    """The source that a folder, a file or a glob (``*``, ``?``, ``[...]``, ``**``) is.
+    """The source that a folder, a file or a glob is.
 
-    If no file has an image's extension, and some are Parquet or tar, those are read; else each file is an image,
-    whatever its name, so that nothing is passed over in silence. Files and folders whose names begin with a dot are
-    left out.
+    A glob has ``*``, ``?``, ``[...]``, ``**`` and ``{a,b}``; its extensions match in any case, its other names exactly.
+
+    Where files have an image's extension, those are the images: labels, caches and whatever else lies beside them is
+    left out, and told. Else, if some are Parquet or tar, those are read; else each file is an image, whatever its name.
+    Files and folders whose names begin with a dot are left out.
 
     Args:
         exclude: a path below which nothing is listed: the output folder, should it lie within the source.
@@ -90,25 +102,44 @@ def open_source(
     if not infos:
         raise StoreError(f"source {os.fspath(source)!r} must hold images; no file is there")
     name = _name(source, path)
-    extensions = [file.rpartition(".")[2].lower() for file, _ in infos]
-    if not IMAGE_EXTENSIONS.intersection(extensions):
-        if "parquet" in extensions and "tar" in extensions:
-            raise StoreError(
-                f"source must hold images in one form; {name!r} has both .parquet and .tar files: choose with a glob, "
-                "such as FOLDER/*.tar"
-            )
-        parquet = [file for file, extension in zip(infos, extensions, strict=True) if extension == "parquet"]
-        if parquet:
-            return ParquetSource.open(system, root, name, parquet, image_column, id_column)
-        packed = [file for file, _ in infos if file.endswith((".tar.gz", ".tgz", ".tar.zst", ".tar.bz2"))]
-        if packed:
-            raise StoreError(
-                f"source must hold uncompressed .tar shards, which can be read anywhere; got {packed[0]!r}"
-            )
-        tars = [file for file, extension in zip(infos, extensions, strict=True) if extension == "tar"]
-        if tars:
-            return TarSource(system, root, name, tuple(file for file, _ in tars))
+    images = tuple(file for file in infos if has_image_name(file[0]))
+    if images:
+        _tell_left_out(name, [file for file, _ in infos if not has_image_name(file)])
+        return FileSource(system, root, name, images)
+    parquet, tars = ([file for file in infos if _extension(file[0]) == form] for form in ("parquet", "tar"))
+    gone = [file for file, size in (*parquet, *tars) if size == DANGLING]
+    if gone:
+        raise StoreError(f"source must hold its files; {gone[0]!r} is a link that leads nowhere")
+    if parquet and tars:
+        raise StoreError(
+            f"source must hold images in one form; {name!r} has both .parquet and .tar files: choose with a glob, "
+            "such as FOLDER/*.tar"
+        )
+    if parquet:
+        return ParquetSource.open(system, root, name, parquet, image_column, id_column)
+    packed = [file for file, _ in infos if file.endswith((".tar.gz", ".tgz", ".tar.zst", ".tar.bz2"))]
+    if packed:
+        raise StoreError(f"source must hold uncompressed .tar shards, which can be read anywhere; got {packed[0]!r}")
+    if tars:
+        return TarSource(system, root, name, tuple(file for file, _ in tars))
     return FileSource(system, root, name, tuple(infos))
+
+
+def _extension(name: str) -> str:
+    return name.rpartition("/")[2].rpartition(".")[2].lower()
+
+
+def _tell_left_out(source: str, names: Sequence[str]) -> None:
+    """Say once which files are passed over, by their extensions."""
+    if names:
+        counts = Counter(f".{_extension(name)}" if "." in name.rpartition("/")[2] else "no extension" for name in names)
+        text = ", ".join(f"{count:,} {extension}" for extension, count in counts.most_common(8))
+        logger.warning(
+            "of %s, images are read; left out are files whose names are not those of images: %s%s",
+            source,
+            text,
+            ", ..." if len(counts) > 8 else "",
+        )
 
 
 def reopen_source(
@@ -118,15 +149,18 @@ def reopen_source(
     filesystem: Any = None,
     image_column: str | None = None,
     id_column: str | None = None,
+    moved: bool = False,
 ) -> Source:
     """Reopen a source that ``describe`` described, to read more of its rows.
 
-    Nothing is listed or opened here, so the source need not exist.
+    Nothing is listed or opened here, so the source need not exist. Where it has ``moved``, its files are looked for
+    below ``source``, under the names that they had.
 
     ``source`` and the columns are those that are given now, so that its own description differs where they do.
     """
     system, path = open_path(source, filesystem)
-    name, root = _name(source, path.rstrip("/") or "/"), described["root"]
+    path = path.rstrip("/") or "/"
+    name, root = _name(source, path), _root(system, path)[0] if moved else described["root"]
     if described["kind"] == "files":
         return FileSource(system, root, name)
     if described["kind"] == "webdataset":
@@ -135,8 +169,11 @@ def reopen_source(
     return ParquetSource(system, root, name, (), *columns)
 
 
-def check_there(source: Source, rows: pa.Table) -> None:
-    """Raise StoreError if none of ``rows``' files exists: an unmounted disk is not a set of missing images."""
+def check_there(source: Source, rows: pa.Table, *, moved: bool = False) -> None:
+    """Raise StoreError if none of ``rows``' files exists: an unmounted disk is not a set of missing images.
+
+    Nor may those of a source that has ``moved`` be of another size than when they were listed.
+    """
     files = rows["file"].unique().to_pylist()[:_LOOKED_FOR]
     infos = source.system.get_file_info([f"{source.root}/{file}" for file in files])
     if all(info.type == pafs.FileType.NotFound for info in infos):
@@ -144,24 +181,52 @@ def check_there(source: Source, rows: pa.Table) -> None:
             f"source must still hold the images that remain; none of the next {len(files)} files is there, such as "
             f"{source.root}/{files[0]}: is its disk mounted?"
         )
+    if moved and isinstance(source, FileSource):
+        listed = dict(zip(rows["file"].to_pylist(), rows["size"].to_pylist(), strict=True))
+        for file, info in zip(files, infos, strict=True):
+            if info.type == pafs.FileType.File and listed[file] >= 0 and info.size != listed[file]:
+                raise StoreError(
+                    f"a source that has moved must hold the same files; {source.root}/{file} has {info.size} bytes, "
+                    f"and had {listed[file]}"
+                )
 
 
 def matches(pattern: str, path: str) -> bool:
     """Whether ``path`` matches a glob in which ``*`` stays within a folder and ``**/`` crosses any number of them.
 
+    ``{a,b}`` is either. What follows the last dot matches in any case.
+
     Raises:
         StoreError: the glob has a range such as ``[z-a]``.
     """
+    parts = _choices(pattern)
+    if len(parts) > 1:
+        return any(matches(part, path) for part in parts)
+    found = re.fullmatch(r"(.*)(\.(?:[^/.\[\]]|\[[^\]]+\])*)", pattern, flags=re.DOTALL)
+    stem, extension = found.groups() if found else (pattern, "")
+    try:
+        expression = f"{_expression(stem)}(?i:{_expression(extension)})"
+        return re.fullmatch(expression, path, flags=re.DOTALL) is not None
+    except re.error as error:
+        raise StoreError(f"source must be a glob whose brackets hold characters; got {pattern!r}: {error}") from error
+
+
+def _choices(pattern: str) -> list[str]:
+    """``pattern`` with its first, innermost ``{a,b}`` replaced by each of its choices; without one, itself alone."""
+    found = re.search(r"\{([^{}]*,[^{}]*)\}", pattern)
+    if found is None:
+        return [pattern]
+    return [f"{pattern[: found.start()]}{choice}{pattern[found.end() :]}" for choice in found[1].split(",")]
+
+
+def _expression(pattern: str) -> str:
     expression = ""
     for token in re.findall(r"\*\*/|\*\*|\*|\?|\[[^\]]+\]|.", pattern):
         if token.startswith("[") and len(token) > 1:
             expression += token.replace("[!", "[^")
         else:
             expression += {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}.get(token, re.escape(token))
-    try:
-        return re.fullmatch(expression, path, flags=re.DOTALL) is not None
-    except re.error as error:
-        raise StoreError(f"source must be a glob whose brackets hold characters; got {pattern!r}: {error}") from error
+    return expression
 
 
 def _name(source: str | os.PathLike[str], path: str) -> str:
@@ -171,18 +236,9 @@ def _name(source: str | os.PathLike[str], path: str) -> str:
 
 def _find(system: Any, path: str, exclude: str | None) -> tuple[str, list[tuple[str, int]]]:
     """The root, and the files below it with their sizes, sorted by path."""
-    info = system.get_file_info(path)
-    if info.type == pafs.FileType.File:
-        folder, _, name = path.rpartition("/")
-        return folder, [(name, info.size)]
-    pattern = None
-    if info.type == pafs.FileType.NotFound:
-        parts = PurePosixPath(path).parts
-        wild = next((index for index, part in enumerate(parts) if re.search(r"[*?\[]", part)), None)
-        if wild is None:
-            raise StoreError(f"source must exist; there is nothing at {path!r}")
-        pattern = "/".join(parts[wild:])
-        path = str(PurePosixPath(*parts[:wild]))
+    path, pattern, name = _root(system, path)
+    if name is not None:
+        return path, [(name, system.get_file_info(f"{path}/{name}").size)]
     infos = system.get_file_info(pafs.FileSelector(path, recursive=True, allow_not_found=True))
     prefix = path.rstrip("/") + "/"
     files = []
@@ -192,17 +248,55 @@ def _find(system: Any, path: str, exclude: str | None) -> tuple[str, list[tuple[
         except UnicodeDecodeError as error:
             name = error.object.decode(errors="backslashreplace")
             raise StoreError(f"names of files must be UTF-8, since ids are made of them; rename {name!r}") from error
-        hidden = any(part.startswith(".") for part in PurePosixPath(name).parts)
-        excluded = exclude is not None and f"{info.path}/".startswith(exclude.rstrip("/") + "/")
-        if hidden or excluded:
-            continue
         if info.type == pafs.FileType.Directory:
-            if system.type_name == "local":
+            if system.type_name == "local" and not _is_hidden(name, info.path, exclude):
                 _check_link(info.path)
         else:
             irregular = info.type == pafs.FileType.Unknown
             files.append((name, IRREGULAR if irregular else info.size or 0))
-    return path.rstrip("/"), sorted(file for file in files if pattern is None or matches(pattern, file[0]))
+    if system.type_name == "local":
+        files += [(link.removeprefix(prefix), DANGLING) for link in _dangling(path)]
+    chosen = (file for file in files if pattern is None or matches(pattern, file[0]))
+    return path.rstrip("/"), sorted(file for file in chosen if not _is_hidden(file[0], prefix + file[0], exclude))
+
+
+def _root(system: Any, path: str) -> tuple[str, str | None, str | None]:
+    """(the folder that names are relative to, a glob below it, the one file in it) of a source's path.
+
+    Raises:
+        StoreError: nothing is there.
+    """
+    info = system.get_file_info(path)
+    if info.type == pafs.FileType.File:
+        folder, _, name = path.rpartition("/")
+        return folder, None, name
+    if info.type != pafs.FileType.NotFound:
+        return path, None, None
+    parts = PurePosixPath(path).parts
+    wild = next((index for index, part in enumerate(parts) if re.search(r"[*?\[{]", part)), None)
+    if wild is None:
+        raise StoreError(f"source must exist; there is nothing at {path!r}")
+    return str(PurePosixPath(*parts[:wild])), "/".join(parts[wild:]), None
+
+
+def _is_hidden(name: str, path: str, exclude: str | None) -> bool:
+    hidden = any(part.startswith(".") for part in PurePosixPath(name).parts)
+    return hidden or (exclude is not None and f"{path}/".startswith(exclude.rstrip("/") + "/"))
+
+
+def _dangling(folder: str) -> Iterator[str]:
+    """Links below ``folder`` that lead nowhere, which pyarrow's listing passes over."""
+    try:
+        entries = list(os.scandir(folder))
+    except OSError:
+        return  # pyarrow's listing has said so, or the folder went away since
+    for entry in entries:
+        if entry.name.startswith("."):
+            continue
+        if entry.is_symlink() and not os.path.exists(entry.path):
+            yield entry.path
+        elif entry.is_dir():
+            yield from _dangling(entry.path)
 
 
 def _check_link(folder: str) -> None:

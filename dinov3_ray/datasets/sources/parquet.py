@@ -1,4 +1,7 @@
-"""Parquet files with a column of image bytes, plain or as Hugging Face's ``{bytes, path}``."""
+"""Parquet files with a column of image bytes, plain or as Hugging Face's ``{bytes, path}``, where either may be null.
+
+What a path names is read: an absolute one, a URI, or one that is relative to the Parquet file's folder.
+"""
 
 from __future__ import annotations
 
@@ -105,9 +108,10 @@ class ParquetSource:
         """(row in the file, content) of a row group's rows, up to ``last``."""
         with self.system.open_input_file(f"{self.root}/{file}") as stream:
             parquet = pq.ParquetFile(stream)
+            beside = self.system, f"{self.root}/{file}".rpartition("/")[0]
             row = sum(parquet.metadata.row_group(before).num_rows for before in range(group))
             for batch in parquet.iter_batches(_READ_ROWS, row_groups=[group], columns=[self.image_column]):
-                yield from ((row + index, content_of(cell.as_py())) for index, cell in enumerate(batch[0]))
+                yield from ((row + index, content_of(cell.as_py(), beside)) for index, cell in enumerate(batch[0]))
                 row += len(batch)
                 if row > last:
                     return
@@ -152,7 +156,12 @@ def _choose_fitting(given: str | None, option: str, schema: Any, names: Sequence
 
 def _holds_bytes(kind: Any) -> bool:
     if pa.types.is_struct(kind):
-        return any(field.name == "bytes" and _holds_bytes(field.type) for field in kind)
+        fields = {field.name: field.type for field in kind}
+        if "bytes" not in fields:
+            return False
+        # Where all images are files beside it, their column has no type.
+        only_paths = pa.types.is_null(fields["bytes"]) and "path" in fields
+        return only_paths or _holds_bytes(fields["bytes"])
     return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ from dinov3_ray.errors import StoreError
 
 __all__ = ["Columns", "DatasetRows", "actor_strategy", "execution", "name_of"]
 
+
+logger = logging.getLogger("dinov3_ray")
 
 _LOOKED_AT = 8
 
@@ -60,8 +63,14 @@ class DatasetRows:
         self.first = self.columns.contents({name: [row[name] for row in rows] for name in names})
         if all(isinstance(content, Unreadable) and content.kind == "unsupported" for _, content in self.first):
             raise StoreError(
-                f"image_column must hold encoded bytes or uint8 pixels; {self.columns.image!r} holds "
+                f"image_column must hold encoded bytes or pixels; {self.columns.image!r} holds "
                 f"{type(rows[0][self.columns.image]).__name__} (ray.data.read_binary_files reads what paths name)"
+            )
+        if any(isinstance(content, np.ndarray) and content.ndim == 2 for _, content in self.first):
+            logger.warning(
+                "arrays [H,W] of column %r are taken as grey: those of palette images (GIF, some PNG) would be numbers "
+                "of colours (ray.data.read_images has mode='RGB')",
+                self.columns.image,
             )
 
     def describe(self) -> dict[str, Any]:

@@ -15,11 +15,14 @@ import numpy as np
 import pyarrow as pa
 
 from dinov3_ray.datasets.decode import Unreadable
+from dinov3_ray.datasets.folder import open_path
 from dinov3_ray.errors import StoreError
 
 __all__ = [
+    "DANGLING",
     "IRREGULAR",
     "LISTING",
+    "Beside",
     "Content",
     "FileSource",
     "Source",
@@ -35,8 +38,14 @@ LISTING = pa.schema([("id", pa.string()), ("file", pa.string()), ("offset", pa.i
 Content = bytes | np.ndarray | Unreadable
 """What a source has of one image: encoded bytes, decoded pixels, or why it has neither."""
 
+Beside = tuple[Any, str]
+"""A pyarrow file system, and a folder in it."""
+
 IRREGULAR = -1
 """In place of a size: a pipe, a socket or a device, which might never end."""
+
+DANGLING = -2
+"""In place of a size: a link that led nowhere when it was listed."""
 
 _SLICE = 32
 #: Seconds before another attempt at a read that failed: networks recover.
@@ -102,6 +111,8 @@ class FileSource:
         for row in rows.to_pylist():
             if row["size"] == IRREGULAR:
                 yield row["id"], Unreadable("not an image", "neither a file nor a folder: a pipe, a socket or a device")
+            elif row["size"] == DANGLING:
+                yield row["id"], Unreadable("missing", "a link that leads nowhere")
             else:
                 yield row["id"], read_whole(self.system, f"{self.root}/{row['file']}")
 
@@ -116,9 +127,16 @@ def listing(rows: Iterator[tuple[str, str, int, int]]) -> pa.Table:
     return pa.table([pa.array(column, field.type) for column, field in zip(columns, LISTING, strict=True)], LISTING)
 
 
-def content_of(cell: Any) -> Content:
-    """What a cell of an image column has: encoded bytes, plain or as Hugging Face's ``{bytes, path}``, or pixels."""
+def content_of(cell: Any, beside: Beside | None = None) -> Content:
+    """What a cell of an image column has: encoded bytes, plain or as Hugging Face's ``{bytes, path}``, or pixels.
+
+    Where a cell has a ``path`` alone, the file that it names is read: an absolute path, a URI, or one relative to the
+    folder ``beside`` which the row lies.
+    """
     if isinstance(cell, dict):
+        file = cell.get("path")
+        if cell.get("bytes") is None and isinstance(file, str) and file:
+            return _read_named(file, beside)
         cell = cell.get("bytes")
     if cell is None:
         return Unreadable("missing", "the row has no image (null)")
@@ -127,6 +145,20 @@ def content_of(cell: Any) -> Content:
     if isinstance(cell, np.ndarray):
         return cell
     return Unreadable("unsupported", f"an image must be encoded bytes or pixels; the row has {type(cell).__name__}")
+
+
+def _read_named(file: str, beside: Beside | None) -> bytes | Unreadable:
+    try:
+        if beside is None or "://" in file or file.startswith("/"):
+            if "://" not in file and not file.startswith("/"):
+                return Unreadable(
+                    "missing", f"the row has no bytes, and its path is relative to no known place: {file}"
+                )
+            return read_whole(*open_path(file))
+    except StoreError as error:
+        return Unreadable("unsupported", f"the row has no bytes, but a path that cannot be opened: {error}")
+    system, folder = beside
+    return read_whole(system, f"{folder}/{file}")
 
 
 def key_of(cell: Any, column: str) -> str:
@@ -146,9 +178,10 @@ def read_whole(system: Any, path: str, offset: int = 0, size: int | None = None)
             return Unreadable("missing", f"{path} was listed, but is not there any more")
         except PermissionError as error:
             return Unreadable("io", str(error))
-        except OSError as error:
+        except Exception as error:  # noqa: BLE001 - file systems other than pyarrow's own raise what they like
             if pause is None:
-                return Unreadable("io", f"{error} ({len(PAUSES) + 1} attempts)")
+                what = str(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+                return Unreadable("io", f"{what} ({len(PAUSES) + 1} attempts)")
             time.sleep(pause)
     raise AssertionError("unreachable")
 

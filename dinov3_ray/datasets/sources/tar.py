@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import posixpath
 import tarfile
 from collections.abc import Iterator
@@ -10,10 +11,13 @@ from typing import Any
 
 import pyarrow as pa
 
-from dinov3_ray.datasets.decode import IMAGE_EXTENSIONS, Unreadable
+from dinov3_ray.datasets.decode import Unreadable
+from dinov3_ray.datasets.formats import has_image_name
 from dinov3_ray.datasets.sources.source import Content, check_unique, listing, read_whole
 
 __all__ = ["TarSource"]
+
+logger = logging.getLogger("dinov3_ray")
 
 _NO_IMAGE, _DAMAGED, _DANGLING = -1, -2, -3  # in place of a size
 _SLICE = 32
@@ -23,8 +27,9 @@ _SLICE = 32
 class TarSource:
     """Images in uncompressed tar shards; the id is the sample's key.
 
-    A sample with several images has an id ``key.extension`` for each. Members are listed once, and then read by their
-    offsets: a block costs its own bytes only, wherever in a shard it lies.
+    Where a key occurs in several shards, ids are ``shard/key``. A sample with several images has an id
+    ``key.extension`` for each. Members are listed once, and then read by their offsets: a block costs its own bytes
+    only, wherever in a shard it lies.
     """
 
     system: Any
@@ -38,7 +43,12 @@ class TarSource:
 
     def rows(self) -> pa.Table:
         rows = [row for file in self.files for row in self._members(file)]
-        check_unique([row[0] for row in rows], "keys must differ from shard to shard, too")
+        anew = len({row[0] for row in rows}) < len(rows)
+        if anew:
+            rows = [(f"{file.removesuffix('.tar')}/{id_}", file, start, size) for id_, file, start, size in rows]
+        check_unique([row[0] for row in rows], "within a shard, keys must differ")
+        if anew:
+            logger.warning("%s: keys start anew in some shards; ids are shard/key, such as %r", self.name, rows[0][0])
         return listing(iter(rows))
 
     def slices(self, rows: pa.Table) -> list[pa.Table]:
@@ -85,7 +95,7 @@ class TarSource:
             except tarfile.TarError:
                 damaged = stream.tell()
         for key, members in samples.items():
-            images = [member for member in members if member[0].lower().rpartition(".")[2] in IMAGE_EXTENSIONS]
+            images = [member for member in members if has_image_name(member[0])]
             for extension, content in images:
                 place = places.get(content, (0, _DANGLING))
                 yield (key if len(images) == 1 else f"{key}.{extension}"), file, *place

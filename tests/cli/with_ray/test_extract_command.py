@@ -81,3 +81,10 @@ def test_targets_come_with_the_images_that_they_were_made_of(
             dataset[2]
     finally:
         path.write_bytes(before)
+
+
+def test_too_many_errors_are_a_failure(folder: Path, tiny_checkpoint: Path, ray_cluster: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    result = run("extract", folder, out, "--root", tiny_checkpoint, "--max-errors", "0.1", "--address", ray_cluster)
+    assert result.exit_code == 1
+    assert "at most 10.00% of the images may be errors (max_errors); 1 of 7" in " ".join(result.output.split())
