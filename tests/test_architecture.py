@@ -26,7 +26,7 @@ MOST_FILES = 12  # in a folder, its __init__.py left out
 FLOORS = {
     "": [
         ["errors"],
-        ["features", "images", "interrupts", "pictures", "pixels", "teacher", "validation"],
+        ["cpus", "features", "images", "interrupts", "pictures", "pixels", "teacher", "validation"],
         ["watch"],
         ["config"],
         ["testing", "checkpoint"],
@@ -39,7 +39,8 @@ FLOORS = {
         ["__main__"],
     ],
     "pool": [
-        ["kv", "metrics", "probe", "spec"],
+        ["address", "kv", "metrics", "spec"],
+        ["probe"],
         ["cluster", "messages"],
         ["poolfile", "shared_ray", "transport"],
         ["replica"],
