@@ -61,8 +61,8 @@ def _cgroups(system: Path) -> Iterator[Path]:
         folder = system / point.lstrip("/")
         yield folder
         # In a namespace of its own, a container sees its cgroup as the root; without one, only that part is mounted.
-        path = paths[controller]
-        for part in path.relative_to(root).parts if path.is_relative_to(root) and ".." not in path.parts else ():
+        own = paths[controller]
+        for part in own.relative_to(root).parts if own.is_relative_to(root) and ".." not in own.parts else ():
             folder /= part
             yield folder
 

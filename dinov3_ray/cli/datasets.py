@@ -32,9 +32,6 @@ from dinov3_ray.pool.cluster import NAMESPACE
 __all__ = ["extract_command", "show_command"]
 
 
-_INTERRUPTED = 130  # the exit status by convention: 128 plus the signal's number
-
-
 @click.command("extract")
 @click.argument("source")
 @click.argument("out")
@@ -149,7 +146,7 @@ def extract_command(
         )
     except KeyboardInterrupt:
         click.echo(f"interrupted: finished blocks stay in {out}, and the same command continues from there", err=True)
-        raise SystemExit(_INTERRUPTED) from None
+        raise
     if done.manifest is not None:
         manifest = done.manifest
         click.echo(f"{out}: {manifest['rows']:,} rows, {size_text(manifest['bytes'])}, {manifest['errors']:,} errors")

@@ -103,7 +103,6 @@ def _run(
     pictures, shown = _pictures(settings, display, max(config.image_size))
     with display.phase(f"{'starting' if ray.embedded else 'joining'} Ray"):
         ray.start()
-        interrupts.install()  # again, since ray.init() sets its own handler for SIGTERM
     name = f"demo-{secrets.token_hex(4)}"
     with display.phase(f"starting {settings.replicas} teachers"):
         pool = TeacherPool.start(

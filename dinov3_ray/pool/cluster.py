@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import re
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from concurrent import futures
@@ -200,7 +201,8 @@ def connect(address: str | None = None, *, may_start: bool = False, **start_opti
             raise PoolError(f"{obstacle.message}. Remedy: {obstacle.remedy}")
         options["address"] = str(wanted)
     try:
-        ray.init(**options)
+        with _sigterm_kept():
+            ray.init(**options)
     except (ConnectionError, RuntimeError, ValueError) as error:
         _restore_auth_mode(before)
         raise PoolError(
@@ -208,6 +210,28 @@ def connect(address: str | None = None, *, may_start: bool = False, **start_opti
             "have its token (RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH)?"
         ) from error
     return Runtime(ray.get_runtime_context().gcs_address, owned=True, auth_mode_before=before)
+
+
+@contextlib.contextmanager
+def _sigterm_kept() -> Iterator[None]:
+    """A context for ``ray.init``, which sets a handler of its own for SIGTERM: one that was there before is back after.
+
+    A trainer may save its state by it before a scheduler takes the machine, and the command line cleans up.
+    """
+    before = signal.getsignal(signal.SIGTERM)
+    if not callable(before) or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came = False
+    try:
+        yield
+    except SystemExit:
+        came = True  # so Ray's handler ends the process
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        if came:
+            signal.raise_signal(signal.SIGTERM)
 
 
 def _read(text: str | None, name: str, may_start: bool) -> Address | str | None:
