@@ -1,4 +1,4 @@
-"""Ctrl-C at any moment: nothing is left half started or half stopped, and every wait ends.
+"""Ctrl-C, and a scheduler's SIGTERM, at any moment: nothing is left half started or half stopped; every wait ends.
 
 It imports nothing heavy, so that a command can install it before torch and Ray are loaded.
 """
@@ -9,7 +9,7 @@ import math
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any, Self
@@ -25,33 +25,35 @@ _SIGNALS = tuple(
 class Interrupts:
     """A context in which the first SIGINT, SIGTERM or SIGHUP raises KeyboardInterrupt; within :meth:`held`, at its end.
 
-    Later signals raise nothing, so that they do not interrupt the clean-up after the first. For the main thread only.
+    Later signals raise nothing, so that they do not interrupt the clean-up after the first. A signal that this process
+    was started to ignore, as SIGHUP by nohup, stays ignored. For the main thread only.
 
     Args:
         last_words: what :meth:`at_once` writes.
+        signals: the numbers of those that are meant.
 
     Attributes:
         signal: the number of the first signal; None before it.
     """
 
-    def __init__(self, last_words: str) -> None:
+    def __init__(self, last_words: str, signals: Sequence[int] = _SIGNALS) -> None:
         self.last_words = last_words
+        self._signals = signals
         self.signal: int | None = None
         self._at_once = False
         self._raised = False
         self._held = 0
         self._before: dict[int, Any] = {}
 
+    @classmethod
+    def of_schedulers(cls) -> Self:
+        """For SIGTERM and SIGHUP alone: a second Ctrl-C may interrupt a clean-up that the first one has begun."""
+        return cls("", [number for number in _SIGNALS if number != signal.SIGINT])
+
     @property
     def exit_code(self) -> int:
         """The exit code that shells expect of a command ended by this signal; 0 if no signal came."""
         return 128 + self.signal if self.signal is not None else 0
-
-    def install(self) -> None:
-        """Install the handlers. Call it again after code that may replace them, as ray.init() does."""
-        for number in _SIGNALS:
-            before = signal.signal(number, self._note)
-            self._before.setdefault(number, before)
 
     def check(self) -> None:
         """Raise KeyboardInterrupt if a signal came: a library may have caught the first exception."""
@@ -82,7 +84,9 @@ class Interrupts:
             self._raise()
 
     def __enter__(self) -> Self:
-        self.install()
+        for number in self._signals:
+            if signal.getsignal(number) != signal.SIG_IGN:
+                self._before[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(

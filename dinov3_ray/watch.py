@@ -18,8 +18,7 @@ from torch import Tensor
 
 from dinov3_ray.errors import InputError, NumericsError
 from dinov3_ray.features import Features
-from dinov3_ray.images import ImageBatch, Images
-from dinov3_ray.pixels import find_pixel_fault
+from dinov3_ray.images import ImageBatch, Images, find_pixel_fault
 
 __all__ = ["TeacherWatch", "check_finite", "has_only_finite", "sums_are_finite", "unwatched"]
 

@@ -26,7 +26,7 @@ MOST_FILES = 12  # in a folder, its __init__.py left out
 FLOORS = {
     "": [
         ["errors"],
-        ["feature_spec", "features", "images", "interrupts", "pictures", "pixels", "teacher", "validation"],
+        ["cpus", "feature_spec", "features", "images", "interrupts", "pictures", "teacher", "validation"],
         ["watch"],
         ["config"],
         ["testing", "network"],
@@ -40,7 +40,8 @@ FLOORS = {
         ["__main__"],
     ],
     "pool": [
-        ["kv", "metrics", "probe", "spec"],
+        ["address", "kv", "metrics", "spec"],
+        ["probe"],
         ["cluster", "messages"],
         ["poolfile", "shared_ray", "transport"],
         ["replica"],
@@ -51,7 +52,8 @@ FLOORS = {
         ["rollout"],
     ],
     "datasets": [
-        ["cache_db", "decode", "folder"],
+        ["cache_db", "formats", "folder"],
+        ["decode"],
         ["cache", "sources"],
         ["store"],
         ["extraction", "stored"],

@@ -88,3 +88,14 @@ def test_it_ends_when_what_it_waits_for_comes(timeout: float | None) -> None:
     threading.Timer(0.7, event.set).start()  # in the second slice
     assert wait(event.wait, timeout)
     assert wait(event.wait, 0.0), "what is there needs no wait"
+
+
+def test_a_signal_that_is_ignored_stays_so() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup starts a command
+    try:
+        with Interrupts("") as interrupts:
+            send(signal.SIGHUP)
+        assert interrupts.signal is None
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)

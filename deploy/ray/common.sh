@@ -11,7 +11,7 @@ show_common_options() {
   --ip ADDRESS         of this node, as the others reach it (default: what Ray finds)
   --token FILE         with the cluster's token, mode 0600 (default: $RAY_AUTH_TOKEN_PATH, or ~/.ray/auth_token)
   --object-store SIZE  shared memory for images and features in flight, such as 8G (default: 30% of the memory)
-  --cpus N             CPUs that Ray may plan with (default: those there are)
+  --cpus N             CPUs that Ray may plan with (default: those that this process may use)
   --gpus N             GPUs, likewise
   --label KEY=VALUE    that a pool's label_selector may ask for; may be repeated
   --resources JSON     further resources, such as {"scratch": 1}
@@ -29,6 +29,7 @@ metrics_port=8090
 ports_from=6380
 worker_ports=20000-20999
 tls=
+cpus=
 labels=
 arguments=()
 ports=() # that one of the scripts needs, beside those above
@@ -52,7 +53,7 @@ take_common_option() {
                 die "--object-store must be a size such as 8G; got '$2'"
             arguments+=(--object-store-memory "$bytes")
             ;;
-        --cpus) arguments+=(--num-cpus "$2") ;;
+        --cpus) cpus=$2 ;;
         --gpus) arguments+=(--num-gpus "$2") ;;
         --label) labels+=${labels:+,}$2 ;;
         --resources) arguments+=(--resources "$2") ;;
@@ -116,6 +117,11 @@ become_ray() {
     [[ $ports_from =~ ^[0-9]+$ ]] || die "--ports-from must be a port; got '$ports_from'"
     require_free "${ports[@]}" "$metrics_port" $((ports_from)) $((ports_from + 1)) $((ports_from + 2)) \
         $((ports_from + 3)) $((ports_from + 4))
+    # Ray's own count is of the machine or container, whatever taskset, Slurm or systemd allow.
+    if [[ -z $cpus ]] && ! cpus=$("${PYTHON:-python3}" -m dinov3_ray.cpus 2>/dev/null); then
+        echo "${0##*/}: ${PYTHON:-python3} (set PYTHON) has no dinov3_ray to count this process's CPUs: Ray counts" >&2
+    fi
+    [[ -z $cpus ]] || arguments+=(--num-cpus "$cpus")
     [[ -z $labels ]] || arguments+=(--labels "$labels")
     exec "${RAY:-ray}" start --block \
         --node-manager-port "$ports_from" --object-manager-port "$((ports_from + 1))" \

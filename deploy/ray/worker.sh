@@ -29,6 +29,7 @@ while [[ $# -gt 0 ]]; do
             ;;
     esac
 done
-[[ $head == *:* ]] || die "--head must be HOST:PORT of the head node; got '$head'"
+[[ $head =~ ^\[.+\]:[0-9]+$ || $head =~ ^[^:]+:[0-9]+$ ]] ||
+    die "--head must be HOST:PORT of the head node, with an IPv6 address in brackets ([fd00::1]:6379); got '$head'"
 
 become_ray --address "$head" "$@"

@@ -5,10 +5,11 @@ NOTES.md records what was tried and what it gave, failures included.
 
 from __future__ import annotations
 
-import os
 import platform
 from importlib.metadata import version
 from typing import TYPE_CHECKING
+
+from dinov3_ray.cpus import usable_cpus
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -19,7 +20,7 @@ __all__ = ["describe_machine", "new_table"]
 def describe_machine() -> str:
     """The machine and the versions that a measurement ran with, in one line; imports none of them."""
     versions = ", ".join(f"{name} {version(name)}" for name in ("ray", "torch", "transformers"))
-    return f"{os.cpu_count()} CPUs ({platform.machine()}), Python {platform.python_version()}, {versions}"
+    return f"{usable_cpus()} CPUs ({platform.machine()}), Python {platform.python_version()}, {versions}"
 
 
 def new_table(title: str, caption: str, *headings: str) -> Table:

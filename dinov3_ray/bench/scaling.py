@@ -22,6 +22,7 @@ from rich.table import Table
 from dinov3_ray.bench import describe_machine, new_table
 from dinov3_ray.bench.cost import COPIES, Costs, Line, Spent, Workload
 from dinov3_ray.bench.simulated import Work, simulated_pool
+from dinov3_ray.cpus import usable_cpus
 from dinov3_ray.features import FeatureSpec
 from dinov3_ray.pool.client.remote import RemoteTeacher
 from dinov3_ray.pool.teacher_pool import TeacherPool
@@ -261,7 +262,7 @@ def _pool(seconds: float, plan: ScalingPlan) -> TeacherPool:
 
 def _calibrate(plan: ScalingPlan) -> Costs:
     """Measure the costs with one replica whose device takes no time."""
-    cores = os.cpu_count() or 1
+    cores = usable_cpus()
     with _pool(0.0, plan) as pool:
         remote = pool.teacher()
         # The larger one first: it touches the store's memory for the first time, which costs more.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -12,6 +11,7 @@ from dataclasses import asdict
 from dinov3_ray.checkpoint.verify import Progress, ignore_progress, verify
 from dinov3_ray.config import DinoV3Config
 from dinov3_ray.config.weights import StoredTensor
+from dinov3_ray.cpus import usable_cpus
 
 __all__ = ["fingerprint"]
 
@@ -48,7 +48,7 @@ def fingerprint(config: DinoV3Config, *, progress: Progress = ignore_progress) -
 def _digests(tensors: Iterable[StoredTensor], progress: Progress) -> Iterable[tuple[StoredTensor, str]]:
     """Each tensor with the SHA-256 of its bytes, in order. Hashing releases the GIL, so threads share the work."""
     ordered = list(tensors)
-    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1), thread_name_prefix="fingerprint") as threads:
+    with ThreadPoolExecutor(max_workers=min(8, usable_cpus()), thread_name_prefix="fingerprint") as threads:
         for stored, tensor_digest in zip(ordered, threads.map(_digest, ordered), strict=True):
             progress(stored.nbytes)
             yield stored, tensor_digest

@@ -6,7 +6,9 @@ neither torch nor Ray.
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Mapping
+from contextlib import nullcontext
 from importlib import import_module
 from typing import Any, NamedTuple
 
@@ -14,6 +16,7 @@ import click
 
 from dinov3_ray import __version__
 from dinov3_ray.errors import DinoV3Error
+from dinov3_ray.interrupts import Interrupts
 
 __all__ = ["Lazy", "LazyGroup", "main"]
 
@@ -27,7 +30,10 @@ class Lazy(NamedTuple):
 
 # The recipe of click's documentation: thirty lines cost less than a dependency.
 class LazyGroup(click.Group):
-    """A group that imports a command when it runs, and reports the package's own errors without a traceback."""
+    """A group that imports a command when it runs, and reports the package's own errors without a traceback.
+
+    What asks a command to end, Ctrl-C or a scheduler's SIGTERM, lets it clean up; the exit status tells the signal.
+    """
 
     def __init__(self, *arguments: Any, lazy: Mapping[str, Lazy], **options: Any) -> None:
         super().__init__(*arguments, **options)
@@ -49,10 +55,17 @@ class LazyGroup(click.Group):
             formatter.write_dl([(name, self._lazy[name].help) for name in sorted(self._lazy)])
 
     def invoke(self, ctx: click.Context) -> Any:
+        interrupts = Interrupts.of_schedulers()
         try:
-            return super().invoke(ctx)
+            # The outermost group alone: a command may have reasons to handle signals in another way.
+            with interrupts if ctx.parent is None else nullcontext():
+                return super().invoke(ctx)
         except DinoV3Error as error:
             raise click.ClickException(str(error)) from error
+        except KeyboardInterrupt:
+            if ctx.parent is not None:
+                raise
+            raise SystemExit(interrupts.exit_code or 128 + signal.SIGINT) from None
 
 
 COMMANDS = {

@@ -29,9 +29,6 @@ if TYPE_CHECKING:
 __all__ = ["extract_command", "show_command"]
 
 
-_INTERRUPTED = 130  # the exit status by convention: 128 plus the signal's number
-
-
 @click.command("extract")
 @click.argument("source")
 @click.argument("out")
@@ -182,7 +179,7 @@ def extract_command(
         )
     except KeyboardInterrupt:
         click.echo(f"interrupted: finished blocks stay in {out}, and the same command continues from there", err=True)
-        raise SystemExit(_INTERRUPTED) from None
+        raise
     if done.manifest is not None:
         manifest = done.manifest
         click.echo(f"{out}: {manifest['rows']:,} rows, {size_text(manifest['bytes'])}, {manifest['errors']:,} errors")

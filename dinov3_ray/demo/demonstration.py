@@ -18,6 +18,7 @@ from torch import Tensor
 
 from dinov3_ray.checkpoint import init_checkpoint
 from dinov3_ray.config import DinoV3Config
+from dinov3_ray.cpus import usable_cpus
 from dinov3_ray.demo.ephemeral_ray import DemoRay, gpus_per_replica, make_folder, remove_folder
 from dinov3_ray.demo.photographs import draw_scene, read_photographs
 from dinov3_ray.demo.report import Display, Summary, save_loss_curve, save_maps, save_summary
@@ -80,7 +81,7 @@ def run_demo(settings: DemoSettings, display: Display, interrupts: Interrupts) -
         folder = make_folder()
         ray = DemoRay(settings.address, folder)
     threads = torch.get_num_threads()
-    torch.set_num_threads(max(1, threads // 2))  # the replicas use the other half of the cores
+    torch.set_num_threads(max(1, min(threads, usable_cpus()) // 2))  # the replicas use the other half of the cores
     log.addFilter(_is_not_a_prefetch_hint)
     # Twice: an interrupt may cut the first cleanup short, and the second one completes it.
     try:
@@ -102,7 +103,6 @@ def _run(
     pictures, shown = _pictures(settings, display, max(config.image_size))
     with display.phase(f"{'starting' if ray.embedded else 'joining'} Ray"):
         ray.start()
-        interrupts.install()  # again, since ray.init() sets its own handler for SIGTERM
     name = f"demo-{secrets.token_hex(4)}"
     with display.phase(f"starting {settings.replicas} teachers"):
         pool = TeacherPool.start(

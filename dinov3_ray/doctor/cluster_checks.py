@@ -31,6 +31,7 @@ from dinov3_ray.doctor.machine_checks import (
 )
 from dinov3_ray.errors import DinoV3Error, PoolError
 from dinov3_ray.features import FeatureSpec
+from dinov3_ray.pool.address import Address
 from dinov3_ray.pool.cluster import Runtime, connect, open_way
 from dinov3_ray.pool.probe import answers
 from dinov3_ray.pool.spec import TeacherGiven
@@ -48,10 +49,11 @@ _PORTS = {"NodeManagerPort": "node manager", "ObjectManagerPort": "object manage
 
 def check_reach(address: str) -> Finding:
     """Check that the head at ``address`` answers, and accepts this machine's token and certificate."""
-    obstacle = open_way(address)
+    head = Address.parse(address)
+    obstacle = None if head is None else open_way(head)
     if obstacle is not None:
         return problem("cluster", obstacle.message, obstacle.remedy)
-    return fine("cluster", f"{address} answers")
+    return fine("cluster", f"{head or 'the Ray that is found here'} answers")
 
 
 def join_cluster(address: str) -> tuple[Finding, Runtime | None]:
@@ -92,7 +94,7 @@ def check_nodes(wanted_gpus: int) -> Iterator[Finding]:
     else:
         least = min(node["Resources"].get("object_store_memory", 0) for node in nodes)
         yield fine("object store", f"{least / 2**30:.1f} GiB or more on each node")
-    closed = [f"{what} of {host}:{port}" for what, host, port in _ports(nodes) if not answers(host, port)]
+    closed = [f"{what} of {address}" for what, address in _ports(nodes) if not answers(address)]
     if closed:
         remedy = "open them between nodes and clients (deploy/README.md lists the ports)"
         yield problem("ports", f"closed to this machine: {', '.join(closed)}", remedy)
@@ -135,11 +137,11 @@ def check_packages(here: Mapping[str, str], timeout: float) -> Finding:
     return fine("nodes' packages", f"{', '.join(here)} have the same versions on each node as here")
 
 
-def _ports(nodes: list[dict[str, Any]]) -> Iterator[tuple[str, str, int]]:
+def _ports(nodes: list[dict[str, Any]]) -> Iterator[tuple[str, Address]]:
     for node in nodes:
         for key, what in _PORTS.items():
             if node.get(key):
-                yield what, node["NodeManagerAddress"], int(node[key])
+                yield what, Address(node["NodeManagerAddress"], int(node[key]))
 
 
 def check_round_trip(root: Path | None, *, in_cluster: bool, timeout: float) -> Finding:
@@ -183,10 +185,15 @@ def examine(root: Path | None, address: str | None, gpus: int, timeout: float) -
 
     Args:
         root: the model directory to check; None skips it.
-        address: ``host:port`` of the cluster; None checks this machine alone.
+        address: of the cluster's head, as :meth:`Address.parse` takes it; None checks this machine alone.
         gpus: GPUs that the cluster, or else this machine, must have.
         timeout: seconds for the nodes' packages, and for the start and each answer of the round trip.
+
+    Raises:
+        ConfigError: the address names no head.
     """
+    if address is not None:
+        Address.parse(address)
     yield check_versions(installed_versions())
     yield check_shared_memory()
     yield check_descriptors()

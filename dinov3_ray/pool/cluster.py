@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import re
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from concurrent import futures
@@ -17,15 +18,16 @@ import ray
 import ray.util.client
 from ray._raylet import Config  # type: ignore[attr-defined] # private, seen in Ray 2.60.0: re-reads the environment
 
+from dinov3_ray.cpus import usable_cpus
 from dinov3_ray.errors import ConfigError, ForkedProcessError, PoolClosedError, PoolError, PoolNotFoundError
 from dinov3_ray.interrupts import wait
 from dinov3_ray.pool import NAMESPACE
+from dinov3_ray.pool.address import Address
 from dinov3_ray.pool.probe import Obstacle, find_obstacle
 
 __all__ = [
     "NAMESPACE",
     "Runtime",
-    "check_address",
     "check_name",
     "connect",
     "controller_name",
@@ -152,16 +154,15 @@ def connect(address: str | None = None, *, may_start: bool = False, **start_opti
     """Use the Ray that this process is connected to; else join ``address`` or RAY_ADDRESS; else start one.
 
     Args:
-        address: ``host:port`` of a running Ray's head, or ``auto``.
+        address: of a running Ray's head, as :meth:`Address.parse` takes it.
         may_start: whether to start a Ray of this process's own if none is named.
         start_options: further arguments of ``ray.init`` for a Ray that is started here.
 
     Raises:
-        ConfigError: the address is one of Ray Client or of the dashboard.
+        ConfigError: the address names no head, such as one of Ray Client or of the dashboard.
         PoolError: if the cluster cannot be reached, or this process is connected to another one.
     """
-    if not may_start or address != "local":
-        check_address(address)
+    wanted = _read(address, "address", may_start)
     if _Fork.happened:
         raise ForkedProcessError(
             f"process {os.getpid()} was forked from one that is connected to Ray, where Ray would hang: keep the "
@@ -175,60 +176,70 @@ def connect(address: str | None = None, *, may_start: bool = False, **start_opti
         )
     if ray.is_initialized():
         here = ray.get_runtime_context().gcs_address
-        if address not in (None, "auto", here):
+        if wanted == "local" or (isinstance(wanted, Address) and not wanted.is_same(Address.of(here))):
             raise PoolError(
                 f"address is {address}, but this process is connected to the Ray at {here}: disconnect first"
             )
         return Runtime(here, owned=False)
     before = os.environ.get(_AUTH_MODE)
-    address = address or os.environ.get("RAY_ADDRESS") or None
-    if may_start and address == "local":
-        address = None  # Ray's word for a new one
-    check_address(address, name="RAY_ADDRESS")
+    wanted = wanted or _read(os.environ.get("RAY_ADDRESS"), "RAY_ADDRESS", may_start)
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "WARNING"}
-    if address is None and not may_start:
+    if wanted is None and not may_start:
         raise PoolError(
             "this process is not connected to Ray, and no address is given: pass address='host:port', set RAY_ADDRESS, "
             "or call ray.init() first"
         )
-    if address is None:
+    if wanted in (None, "local"):
         # "local": without an address, Ray would follow a file in /tmp to a cluster that may be long gone.
-        options |= {"address": "local", "include_dashboard": False, "_system_config": _SYSTEM_CONFIG, **start_options}
+        options |= {"address": "local", "include_dashboard": False, "_system_config": _SYSTEM_CONFIG}
+        options |= {"num_cpus": usable_cpus(), **start_options}
     else:
-        obstacle = open_way(address)
+        obstacle = open_way(wanted) if isinstance(wanted, Address) else None
         if obstacle is not None:
             raise PoolError(f"{obstacle.message}. Remedy: {obstacle.remedy}")
-        options["address"] = address
+        options["address"] = str(wanted)
     try:
-        ray.init(**options)
+        with _sigterm_kept():
+            ray.init(**options)
     except (ConnectionError, RuntimeError, ValueError) as error:
         _restore_auth_mode(before)
         raise PoolError(
-            f"cannot reach Ray at {address or 'a new local instance'}: {error}. Is it running, and does this process "
+            f"cannot reach Ray at {wanted or 'a new local instance'}: {error}. Is it running, and does this process "
             "have its token (RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH)?"
         ) from error
     return Runtime(ray.get_runtime_context().gcs_address, owned=True, auth_mode_before=before)
 
 
-def check_address(address: str | None, *, name: str = "address") -> None:
-    """Refuse what is not the address of a Ray's head.
+@contextlib.contextmanager
+def _sigterm_kept() -> Iterator[None]:
+    """A context for ``ray.init``, which sets a handler of its own for SIGTERM: one that was there before is back after.
 
-    Raises:
-        ConfigError: it is that of Ray Client or of the dashboard, or would start a new Ray.
+    A trainer may save its state by it before a scheduler takes the machine, and the command line cleans up.
     """
-    if address is None or (address != "local" and "://" not in address):
+    before = signal.getsignal(signal.SIGTERM)
+    if not callable(before) or threading.current_thread() is not threading.main_thread():
+        yield
         return
-    host = address.partition("://")[2].partition("/")[0].rpartition(":")[0] or "HOST"
-    why = {"ray": "over Ray Client pools do not work", "http": "the dashboard takes jobs only"}
-    raise ConfigError(
-        f"{name} must be HOST:PORT of a running Ray's head, or auto; got {address!r} "
-        f"({why.get(address.partition('://')[0].rstrip('s'), 'that names no running Ray')}): use '{host}:6379', or the "
-        "port that `ray start --head` printed, on a machine that reaches all nodes, or run the script there as a job "
-        "(`ray job submit`)"
-    )
+    came = False
+    try:
+        yield
+    except SystemExit:
+        came = True  # so Ray's handler ends the process
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        if came:
+            signal.raise_signal(signal.SIGTERM)
 
 
-def open_way(address: str) -> Obstacle | None:
+def _read(text: str | None, name: str, may_start: bool) -> Address | str | None:
+    """The head that ``text`` names; ``auto``; ``local``, which is Ray's word for a new one; None if it says nothing."""
+    if not text or (may_start and text == "local"):
+        return text or None
+    return Address.parse(text, name=name) or text
+
+
+def open_way(address: Address) -> Obstacle | None:
     """Why this process cannot join the head at ``address``; None if no reason was found.
 
     If the cluster asks for a token, RAY_AUTH_MODE is not set, and Ray's token is there, this process shows it from now

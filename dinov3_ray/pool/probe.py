@@ -13,6 +13,8 @@ import grpc
 import ray
 from ray._private.grpc_utils import init_grpc_channel  # private, seen in Ray 2.60.0: a channel with token and TLS
 
+from dinov3_ray.pool.address import Address
+
 __all__ = ["Obstacle", "answers", "find_obstacle"]
 
 _PATIENCE = 10.0
@@ -28,13 +30,10 @@ class Obstacle:
     lacks_token: bool = False
 
 
-def find_obstacle(address: str) -> Obstacle | None:
-    """Why this process cannot join the head at ``host:port``; None if no reason was found, or for another address."""
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdecimal():
-        return None  # "auto" and the like, which Ray resolves
+def find_obstacle(address: Address) -> Obstacle | None:
+    """Why this process cannot join the head at ``address``; None if no reason was found."""
     try:
-        socket.create_connection((host, int(port)), timeout=_PATIENCE).close()
+        socket.create_connection((address.host, address.port), timeout=_PATIENCE).close()
     except OSError as error:
         return Obstacle(
             f"no Ray answers at address {address}: {error}",
@@ -42,7 +41,7 @@ def find_obstacle(address: str) -> Obstacle | None:
         )
     try:
         # With this process's token and certificates, as Ray would.
-        with init_grpc_channel(address) as channel:
+        with init_grpc_channel(str(address)) as channel:
             channel.unary_unary(_QUESTION)(b"", timeout=_PATIENCE)
     except ray.exceptions.AuthenticationError as error:
         reason = str(error).split(". ")[0]
@@ -67,10 +66,10 @@ def find_obstacle(address: str) -> Obstacle | None:
     return None
 
 
-def answers(host: str, port: int) -> bool:
-    """Whether this process can connect to ``host:port``."""
+def answers(address: Address) -> bool:
+    """Whether this process can connect to ``address``."""
     try:
-        socket.create_connection((host, port), timeout=_PATIENCE).close()
+        socket.create_connection((address.host, address.port), timeout=_PATIENCE).close()
     except OSError:
         return False
     return True

@@ -115,6 +115,19 @@ def test_worker_with_tls(token: Path, started: Path, tmp_path: Path) -> None:
         assert line in done.stdout.splitlines()
 
 
+def test_cpus_are_those_that_the_node_may_use(token: Path, started: Path) -> None:
+    one = ["taskset", "--cpu-list", str(min(os.sched_getaffinity(0)))]
+    options = ["--head", "[fd00:77::1]:6379", "--token", token, *PORTS]
+    done = run(*one, RAY / "worker.sh", *options, RAY=str(started), PYTHON=sys.executable)
+    assert done.returncode == 0, done.stderr
+    assert "word --num-cpus\nword 1\n" in done.stdout
+    assert "word --address\nword [fd00:77::1]:6379\n" in done.stdout
+    done = run(RAY / "worker.sh", *options, RAY=str(started), PYTHON="false")
+    assert done.returncode == 0, done.stderr
+    assert "word --num-cpus" not in done.stdout
+    assert "false (set PYTHON) has no dinov3_ray" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("script", "options", "message"),
     [
@@ -125,6 +138,9 @@ def test_worker_with_tls(token: Path, started: Path, tmp_path: Path) -> None:
         ("head.sh", ["--tls", "/nowhere"], "/nowhere/ca.crt is missing"),
         ("head.sh", ["--token", "/nowhere"], "there is no token in /nowhere"),
         ("worker.sh", [], "--head must be HOST:PORT"),
+        ("worker.sh", ["--head", "head"], "got 'head'"),
+        ("worker.sh", ["--head", "fd00::1:6379"], "with an IPv6 address in brackets ([fd00::1]:6379)"),
+        ("worker.sh", ["--head", "ray://head:10001"], "--head must be HOST:PORT"),
         ("make-token.sh", [], "usage:"),
         ("make-certificates.sh", ["x"], "usage:"),
         ("make-certificates.sh", ["certificates", "a b"], "'a b' is neither an address nor a host name"),

@@ -103,11 +103,15 @@ class Host:
 
 
 class Network:
-    """``hosts`` namespaces that reach each other, and nothing else. A context manager."""
+    """``hosts`` namespaces that reach each other by IPv4, or by IPv6 alone, and nothing else. A context manager."""
 
-    def __init__(self, name: str, hosts: int) -> None:
+    def __init__(self, name: str, hosts: int, *, ipv6: bool = False) -> None:
         self._switch = f"{name}s"
-        self.hosts = [Host(f"{name}h{n}", f"10.203.77.{n + 1}") for n in range(hosts)]
+        prefix = "fd00:203:77::" if ipv6 else "10.203.77."
+        self.hosts = [Host(f"{name}h{n}", f"{prefix}{n + 1}") for n in range(hosts)]
+        # As soon as it is added, and not after a second in which nobody else has claimed it.
+        self._options = ("nodad",) if ipv6 else ()
+        self._length, self._family = (64, "-6") if ipv6 else (24, "-4")
 
     def __enter__(self) -> Network:
         try:
@@ -132,11 +136,11 @@ class Network:
                     "netns",
                     self._switch,
                 )
-                _ip("-n", inside, "address", "add", f"{host.address}/24", "dev", "eth0")
+                _ip("-n", inside, "address", "add", f"{host.address}/{self._length}", "dev", "eth0", *self._options)
                 _ip("-n", inside, "link", "set", "lo", "up")
                 _ip("-n", inside, "link", "set", "eth0", "up")
                 # Ray asks the system which address leads out.
-                _ip("-n", inside, "route", "add", "default", "dev", "eth0")
+                _ip("-n", inside, self._family, "route", "add", "default", "dev", "eth0")
                 _ip("-n", self._switch, "link", "set", f"port{n}", "master", "bridge")
                 _ip("-n", self._switch, "link", "set", f"port{n}", "up")
         except BaseException:

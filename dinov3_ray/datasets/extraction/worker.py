@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dinov3_ray.cpus import usable_cpus
 from dinov3_ray.datasets.decode import Decoder, Unreadable, UnreadableKind
 from dinov3_ray.datasets.extraction.attempts import Attempts
 from dinov3_ray.datasets.extraction.blocks import BlockReader
@@ -72,7 +73,7 @@ class TeacherChoice:
         from dinov3_ray.pool.replica.hosted import HostedReplica
 
         # Ray sets one thread for each CPU that an actor reserves; decoding takes the cores only now and then.
-        threads = None if self.threads is None else min(self.threads, _cores())
+        threads = None if self.threads is None else min(self.threads, usable_cpus())
         expand_segments(self.num_gpus, os.environ)
         build = within_share(builder(self.teacher, "cuda" if self.num_gpus else "cpu"), self.num_gpus)
         if self.passes == 1:
@@ -224,11 +225,6 @@ class BlockWorker:
                 "the pool reloaded? Do all nodes compute in the same dtype (DinoV3Config(dtype=...) names it)?"
             )
         return columns
-
-
-def _cores() -> int:
-    """That this process may use; where the system cannot say, all."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _pixels(decoded: Decoded) -> np.ndarray:

@@ -16,10 +16,11 @@ from dinov3_ray.config.preprocessing import Preprocessing
 from dinov3_ray.errors import ForkedProcessError, PoolClosedError, SpecError
 from dinov3_ray.features import Features, FeatureSpec
 from dinov3_ray.images import ImageBatch, Images
+from dinov3_ray.pool.address import Address
 from dinov3_ray.pool.client.request import Handle
 from dinov3_ray.pool.client.router import Router
 from dinov3_ray.pool.client.routing_table import Limits, RoutingStatistics
-from dinov3_ray.pool.cluster import NAMESPACE, check_address, check_name
+from dinov3_ray.pool.cluster import NAMESPACE, check_name
 from dinov3_ray.pool.local import open_transport
 from dinov3_ray.pool.messages import PoolView, TeacherInfo
 from dinov3_ray.teacher import TeacherMixin
@@ -78,7 +79,8 @@ class RemoteTeacher(TeacherMixin[Images]):
         attempt_timeout: float = 120.0,
     ) -> None:
         check_name(name)
-        check_address(address)
+        if address is not None:
+            Address.parse(address)
         self._settings = _Settings(name, address, namespace, timeout, max_in_flight, max_bytes, attempt_timeout)
         self._lock = threading.Lock()
         self._router: Router | None = None

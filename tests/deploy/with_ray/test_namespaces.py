@@ -18,6 +18,8 @@ from network import Host, Network, why_not
 from paths import DEPLOY, SUPPORT
 from waiting import until
 
+from dinov3_ray.pool.address import Address
+
 RAY = DEPLOY / "ray"
 TRAINER = SUPPORT / "namespace_trainer.py"
 PATIENCE = 240.0  # for a machine that does much else; nothing here takes long by itself
@@ -35,7 +37,7 @@ class Cluster:
 
     def __init__(self, hosts: list[Host], folder: Path) -> None:
         self.hosts, self.folder = hosts, folder
-        self.address = f"{hosts[0].address}:6379"
+        self.address = str(Address(hosts[0].address, 6379))
         self.token = folder / "token"
         subprocess.run([RAY / "make-token.sh", self.token], check=True, timeout=60)
         for host in hosts:
@@ -93,11 +95,11 @@ class Cluster:
 
 
 @contextmanager
-def running(hosts: int, *, nodes: int) -> Iterator[Cluster]:
+def running(hosts: int, *, nodes: int, ipv6: bool = False) -> Iterator[Cluster]:
     """A cluster of ``nodes`` nodes in a network of ``hosts``."""
     with (
         tempfile.TemporaryDirectory(prefix="dn-", ignore_cleanup_errors=True) as folder,
-        Network(f"dn{os.getpid()}", hosts) as network,
+        Network(f"dn{os.getpid()}", hosts, ipv6=ipv6) as network,
     ):
         cluster = Cluster(network.hosts, Path(folder))
         cluster.start(0)
@@ -189,3 +191,19 @@ def test_three_nodes_with_tls_one_lost_one_joined(tiny_checkpoint: Path, tmp_pat
         for host in (stays, new, head):
             cluster.nodes[host].wait(60)
             until(lambda host=host: not host.pids(), lambda host=host: f"nothing is left of {host.pids()}", PATIENCE)
+
+
+def test_two_nodes_that_have_ipv6_alone(tiny_checkpoint: Path) -> None:
+    with running(2, nodes=2, ipv6=True) as cluster:
+        head, worker = cluster.hosts
+        options = ["--replicas", 1, "--num-gpus", 0, "--num-cpus", 1, "--label", "role=teacher", "--threads", 1]
+        told = cluster.run("up", "--root", tiny_checkpoint, *options)
+        assert f"address='{cluster.address}'" in told
+        status = json.loads(cluster.run("status", "--json", "--address", cluster.address, number=1))
+        assert status["replicas"][0]["pid"] in worker.pids()
+        # Its exit status is about the rest of this machine, too.
+        _, told = head.run(["dinov3-ray", "doctor"], env=cluster.env(host=head), timeout=PATIENCE)
+        assert f"cluster: {cluster.address} answers" in told
+        assert "of each node answer from here" in told
+        assert "round trip: a replica in the cluster" in told
+        assert "has ended" in cluster.run("down", number=1)

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from dinov3_ray import DinoV3Config, DinoV3Teacher, FeatureSpec, TeacherPool
-from dinov3_ray.images import ImageBatch
-from dinov3_ray.pixels import find_pixel_fault
+from dinov3_ray.images import ImageBatch, find_pixel_fault
 from dinov3_ray.teacher import Teacher
 from dinov3_ray.testing import FakeTeacher
 from dinov3_ray.training.prefetch import prefetch
