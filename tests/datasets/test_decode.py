@@ -409,6 +409,8 @@ def test_shrinking_leaves_at_least_so_many_pixels() -> None:
 def test_strips_are_seamless() -> None:
     large = np.asarray(Image.fromarray(PHOTO).resize((3001, 401)))  # of several strips, and none of them whole
     assert np.array_equal(decoded(encoded(Image.fromarray(large), "PNG", compress_level=1)), large)
+    shrunk = decoded(encoded(Image.fromarray(large), "PNG", compress_level=1), Decoder(shrink_to=100))
+    assert np.array_equal(shrunk, np.asarray(Image.fromarray(large).reduce(4)))
     grey = np.asarray(Image.fromarray(large).convert("L")).astype(np.uint16) * 257
     assert np.array_equal(decoded(encoded(Image.fromarray(grey), "TIFF"))[..., 0], grey // 257)
 

@@ -246,22 +246,19 @@ class Run:
     def _check_errors(self, manifest: Mapping[str, Any]) -> None:
         """Raise StoreError if the finished store has more errors than it may."""
         rows, errors = manifest["rows"], manifest["errors"]
-        if rows and (self.max_errors is None or errors <= self.max_errors * (rows + errors)):
-            return
-        if not errors:
+        if not errors or (rows and (self.max_errors is None or errors <= self.max_errors * (rows + errors))):
             return
         first = self.folder.read_table(ERRORS).slice(0, 1).to_pylist()[0]
         rule = (
             f"at most {self.max_errors:.2%} of the images may be errors (max_errors)" if rows else "no image was read"
         )
-        kinds = ", ".join(f"{count:,} {kind}" for kind, count in manifest["errors_by_kind"].items())
         raise StoreError(
-            f"{rule}; {errors:,} of {rows + errors:,} are errors ({kinds}), such as {first['id']!r}: {first['detail']}"
+            f"{rule}; {errors:,} of {rows + errors:,} are errors ({_kinds(manifest)}), such as {first['id']!r}: {first['detail']}"
             f". {self.folder.join(ERRORS)} lists all"
         )
 
     def _report(self, meter: Meter, manifest: dict[str, Any]) -> None:
-        kinds = ", ".join(f"{count} {kind}" for kind, count in manifest["errors_by_kind"].items())
+        kinds = _kinds(manifest)
         logger.info(
             "extracted %d images into %s (%s): %d rows, %d errors%s",
             meter.images,
@@ -271,6 +268,10 @@ class Run:
             manifest["errors"],
             f" ({kinds})" if kinds else "",
         )
+
+
+def _kinds(manifest: Mapping[str, Any]) -> str:
+    return ", ".join(f"{count:,} {kind}" for kind, count in manifest["errors_by_kind"].items())
 
 
 def _place(blocks: Blocks) -> dict[str, Any]:
