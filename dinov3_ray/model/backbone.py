@@ -32,8 +32,8 @@ def run_backbone(
 ) -> Features:
     """The outputs that ``spec`` asks for, each with memory of its own; maps at the spec's ``map_size``.
 
-    They have the dtype of the weights. Maps are in channels_last order, in which their
-    tokens (or a ConvNeXt's stages) are computed: nothing permutes them.
+    They have the dtype of the weights. Maps are in channels_last order, in which their tokens (or a ConvNeXt's stages)
+    are computed: nothing permutes them.
 
     A ConvNeXt's CLS is its normed global average. Its layers are its four stages, whose widths and strides differ. The
     final norm fits the last stage only and is not applied to the others, as in the official

@@ -1,6 +1,6 @@
 """A pool under fire: replicas killed every few seconds, the controller twice, one client once.
 
-Run longer by hand: ``python tests/support/soak.py --seconds 1800``. The test in test_soak.py runs it for 45 seconds,
+Run longer by hand: ``python tests/support/soak.py --seconds 1800``. The test in test_soak.py runs it for a minute,
 and kills less often: a new replica every two seconds takes all of two cores.
 """
 
@@ -103,10 +103,10 @@ def soak(
                 if victims:
                     os.kill(chance.choice(victims), signal.SIGKILL)
                     kills += 1
-                if tick in (3, 9):
+                if tick in (3, 8):
                     ray.kill(ray.get_actor(controller_name(POOL), namespace=NAMESPACE), no_restart=False)
                     controller_kills += 1
-                if tick == 6:
+                if tick == 5:
                     processes[-1].kill()
             failed = [process.args for process in processes[:-1] if process.wait() != 0]
             assert not failed, failed
