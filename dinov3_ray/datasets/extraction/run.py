@@ -253,8 +253,8 @@ class Run:
             f"at most {self.max_errors:.2%} of the images may be errors (max_errors)" if rows else "no image was read"
         )
         raise StoreError(
-            f"{rule}; {errors:,} of {rows + errors:,} are errors ({_kinds(manifest)}), such as {first['id']!r}: {first['detail']}"
-            f". {self.folder.join(ERRORS)} lists all"
+            f"{rule}; {errors:,} of {rows + errors:,} are errors ({_kinds(manifest)}), such as {first['id']!r}: "
+            f"{first['detail']}. {self.folder.join(ERRORS)} lists all"
         )
 
     def _report(self, meter: Meter, manifest: dict[str, Any]) -> None:
