@@ -14,11 +14,13 @@ from PIL import Image
 from torch import Tensor
 from waiting import until
 
+from dinov3_ray import TeacherPool
 from dinov3_ray.config import DinoV3Config
 from dinov3_ray.datasets import FeatureStore, TargetDataset
 from dinov3_ray.errors import StoreError
 from dinov3_ray.features import FeatureSpec
 from dinov3_ray.model import DinoV3Teacher
+from dinov3_ray.testing import FakeTeacher
 
 
 @pytest.fixture(scope="module")
@@ -93,28 +95,32 @@ def test_too_many_errors_are_a_failure(folder: Path, tiny_checkpoint: Path, ray_
     assert "at most 10.00% of the images may be errors (max_errors); 1 of 7" in " ".join(result.output.split())
 
 
-def test_a_schedulers_sigterm_leaves_what_is_whole(tiny_checkpoint: Path, ray_cluster: str, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_a_schedulers_sigterm_leaves_what_is_whole(ray_cluster: str, tmp_path: Path) -> None:
     source, out = tmp_path / "images", tmp_path / "out"
     source.mkdir()
     Image.new("RGB", (32, 32), "teal").save(tmp_path / "image.png")
     for number in range(60):
-        (source / f"{number:03}.png").symlink_to(tmp_path / "image.png")
-    command = ["extract", source, out, "--root", tiny_checkpoint, "--batch-size", "1", "--block-size", "1"]
-    command += ["--threads", "1", "--address", ray_cluster]
+        (source / f"{number:02}.png").symlink_to(tmp_path / "image.png")
+    command = ["extract", source, out, "--pool", "slow", "--batch-size", "1", "--block-size", "1"]
+    command += ["--address", ray_cluster]
 
     def finished() -> dict[str, int]:
         return {entry.name: entry.stat().st_mtime_ns for entry in (out / "ledger").glob("*.json")}
 
-    words = [sys.executable, "-m", "dinov3_ray", *map(str, command)]
-    with subprocess.Popen(words, text=True, stderr=subprocess.PIPE) as process:
-        until(lambda: len(finished()) >= 2 or process.poll() is not None, "blocks are finished")
-        process.terminate()
-        _, said = process.communicate(timeout=60)
-    assert process.returncode == 143, said
-    assert f"interrupted: finished blocks stay in {out}" in said
-    kept = finished()
-    assert 2 <= len(kept) < 60
-    result = run(*command)
+    # All of it would take 12 s, and it is ended after two blocks.
+    with TeacherPool.start(FakeTeacher.factory(delay=0.2), name="slow", replicas=1) as pool:
+        words = [sys.executable, "-m", "dinov3_ray", *map(str, command)]
+        with subprocess.Popen(words, text=True, stderr=subprocess.PIPE) as process:
+            until(lambda: len(finished()) >= 2 or process.poll() is not None, "blocks are finished")
+            process.terminate()
+            _, said = process.communicate(timeout=60)
+        assert process.returncode == 143, (len(finished()), said)
+        assert f"interrupted: finished blocks stay in {out}" in said
+        kept = finished()
+        assert 2 <= len(kept) < 60
+        pool.reload(FakeTeacher.factory())
+        result = run(*command)
     assert result.exit_code == 0, result.output
     assert "60 rows" in result.output
     after = finished()
