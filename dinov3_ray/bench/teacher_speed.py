@@ -260,6 +260,7 @@ def _measure_mode(
     device, images = work.device, work.images()
     cuda = device.type == "cuda"
     if cuda:
+        torch.cuda.init()  # type: ignore[no-untyped-call] # nothing else may have, and the next line does not
         torch.cuda.reset_peak_memory_stats(device)
     begun = time.perf_counter()
     extract = mode.make(work)

@@ -61,14 +61,18 @@ def _best_kernel(architecture: ViTArchitecture, device: torch.device, dtype: tor
     """The name of the first kernel that runs on ``device``; None if none does."""
     shape = (1, architecture.num_heads, TRIAL_TOKENS)
     trial = torch.zeros(*shape, architecture.hidden_size // shape[1], device=device, dtype=dtype)
-    # In the layout that a model gives: heads side by side in a token.
-    heads = trial.transpose(1, 2).contiguous().transpose(1, 2)
-    trials = {name: partial(_KERNELS[name], heads, heads, heads) for name in _preferred(device)}
+    # In the layouts that a model gives: RoPE writes query and key head by head; a token has its values side by side.
+    value = trial.transpose(1, 2).contiguous().transpose(1, 2)
+    trials = {name: partial(_KERNELS[name], trial, trial, value) for name in _preferred(device, dtype)}
     return next((name for name, once in trials.items() if trial_error(once, device) is None), None)
 
 
-def _preferred(device: torch.device) -> tuple[str, ...]:
+def _preferred(device: torch.device, dtype: torch.dtype) -> tuple[str, ...]:
     if device.type == "cuda":
+        # Called by name, cuDNN's takes any other dtype for float16, without an error: scaled_dot_product_attention,
+        # which looks at the dtype, is not in between (torch's aten/src/ATen/native/cudnn/MHA.cpp).
+        if dtype not in (torch.bfloat16, torch.float16):
+            return ("efficient",)
         on_hopper = torch.cuda.get_device_capability(device)[0] == _HOPPER
         return ("cudnn", "flash", "efficient") if on_hopper else ("flash", "efficient")
     return ("cpu",) if device.type == "cpu" else ()

@@ -37,6 +37,7 @@ def compile_blocks(
 
     Raises:
         ConfigError: ``config.compile`` asks for what torch cannot do here.
+        torch.OutOfMemoryError: the trial found too little memory.
         Exception: the trial fails without compiled code too.
     """
     _leave_plain(blocks)
@@ -55,6 +56,8 @@ def compile_blocks(
     else:
         return
     _leave_plain(blocks)
+    if isinstance(_root_of(failure), torch.OutOfMemoryError):
+        raise failure  # it says nothing of compiling
     trial()  # if it raises again, compiling is not to blame
     reason = _reason_of(failure)
     if config.compile != "auto":
@@ -83,9 +86,15 @@ def _leave_plain(blocks: nn.ModuleList) -> None:
         block._compiled_call_impl = compiled
 
 
-def _reason_of(error: Exception) -> str:
-    """The first line of what went wrong, without torch's wrapping."""
+def _root_of(error: Exception) -> Exception:
+    """What went wrong, without torch's wrapping."""
     while isinstance(inner := getattr(error, "inner_exception", None), Exception):
         error = inner
+    return error
+
+
+def _reason_of(error: Exception) -> str:
+    """The first line of what went wrong."""
+    error = _root_of(error)
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0] if lines else 'no reason given'}"

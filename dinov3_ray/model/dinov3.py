@@ -383,7 +383,7 @@ class DinoV3Teacher(TeacherMixin[Images | ImageBatch]):
         with (
             torch.inference_mode(False),
             torch.no_grad(),
-            torch.autocast(device.type, enabled=False),
+            torch.autocast(device.type, enabled=False, cache_enabled=True),  # compiled code is bound to both
             computing_on(device),
         ):
             yield

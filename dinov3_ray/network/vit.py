@@ -144,7 +144,8 @@ class _Attention(nn.Module):
 
     def forward(self, hidden_BND: Tensor, turns: Turns) -> Tensor:
         query, key, value = (
-            project(hidden_BND).unflatten(-1, (self._heads, -1)).transpose(1, 2)
+            # Not unflatten(), which torch.compile cannot trace where the process has a default device.
+            project(hidden_BND).view(*hidden_BND.shape[:2], self._heads, -1).transpose(1, 2)
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
         attended_BHNC = self.attend(_turned(query, turns), _turned(key, turns), value, scale=self._scale)

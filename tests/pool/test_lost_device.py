@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 
 import pytest
 import torch
@@ -96,6 +97,25 @@ def test_whoever_finds_out_ends_the_process_after_a_line_in_the_log(
         reason, lines = ended.result(WAIT)
     assert reason == "AcceleratorError: CUDA error: an illegal memory access was encountered"
     assert lines == [f"replica hosted has lost its device: {reason}"]
+    hosted.close()
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_nothing_is_answered_while_the_process_ends(place: str) -> None:
+    teacher, pipeline = PLACES[place]
+    futures: list[Future[Features]] = []
+    all_sent = threading.Event()
+    answered: Future[int] = Future()
+
+    def end(_reason: str) -> None:
+        all_sent.wait(WAIT)
+        # As long as it takes to leave the reason with a head that is slow to answer.
+        answered.set_result(len(wait(futures[3:], timeout=0.3).done))
+
+    hosted = HostedReplica(teacher, max_batch=2, pipeline=pipeline, on_device_lost=end)
+    futures += [hosted.submit(images_of(number), CLS) for number in range(6)]
+    all_sent.set()
+    assert answered.result(WAIT) == 0, "an answer would fail in the caller's hands what another replica could compute"
     hosted.close()
 
 

@@ -241,7 +241,7 @@ class FakeStream:
 
 
 class FakeEvent:
-    """An event. ``query`` says that it has been reached, without a wait; nothing is ordered by that."""
+    """An event. ``query`` says that it has been reached, without a wait: the host may use what came before it."""
 
     def __init__(self, cuda: FakeCuda) -> None:
         self._cuda = cuda

@@ -66,6 +66,8 @@ def chosen(dtype: torch.dtype = torch.bfloat16) -> str:
 def test_hopper_gets_cudnns_kernel_and_others_torchs_order(capability: tuple[int, int], kernel: str) -> None:
     with FakeCuda(capability=capability):
         assert chosen() == f"sdpa-{kernel}"
+        assert chosen(torch.float16) == f"sdpa-{kernel}"
+        assert chosen(torch.float32) == "sdpa-efficient", "cuDNN's would read float32 as float16"
 
 
 def test_a_kernel_that_does_not_run_is_passed_over(hopper: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:

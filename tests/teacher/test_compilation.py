@@ -4,6 +4,7 @@ a compile that fails."""
 from __future__ import annotations
 
 import logging
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,33 @@ def test_all_code_is_there_before_the_first_result(tiny_checkpoint: Path, auto_o
             teacher.extract(IMAGES[:rows], FeatureSpec(cls=True, layers=(0, -1)))
         cls = teacher.extract(IMAGES, CLS).cls
     assert torch.equal(cls, plain_bits(config))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_default_device_does_not_matter(
+    tiny_checkpoint: Path, auto_on_cpu: None, backend: Backend, when: str
+) -> None:
+    config = DinoV3Config(tiny_checkpoint, dtype="float32", image_size=64)
+    with torch.device("cpu") if when == "before" else nullcontext():
+        teacher = DinoV3Teacher(config)
+    assert teacher.compiled
+    with torch.device("cpu"):
+        cls = teacher.extract(IMAGES, CLS).cls
+    assert torch.equal(cls, plain_bits(config))  # type: ignore[arg-type]
+
+
+def test_autocast_of_the_caller_needs_no_other_code(tiny_checkpoint: Path, auto_on_cpu: None, backend: Backend) -> None:
+    teacher = DinoV3Teacher(DinoV3Config(tiny_checkpoint, dtype="float32", image_size=64))
+    with torch.compiler.set_stance("fail_on_recompile"), torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+        teacher.extract(IMAGES, CLS)
+
+
+def test_too_little_memory_is_not_taken_for_a_missing_compiler(
+    tiny_checkpoint: Path, auto_on_cpu: None, backend: Backend
+) -> None:
+    backend.fails_at, backend.error = 1, torch.OutOfMemoryError("CUDA out of memory")
+    with pytest.raises(Exception, match="CUDA out of memory"):
+        DinoV3Teacher(DinoV3Config(tiny_checkpoint, dtype="float32", image_size=64))
 
 
 def test_code_does_not_depend_on_what_was_compiled_before(

@@ -50,8 +50,10 @@ _LOST_CODES = {
     999: "unknown error",
 }
 _OUT_OF_MEMORY_CODE = 2
-_LOST_STATUS = ("INTERNAL_ERROR", "EXECUTION_FAILED", "MAPPING_ERROR")
-_MEMORY_STATUS = ("ALLOC_FAILED", "NOT_INITIALIZED")  # a handle is made at the first use: memory is what it lacks
+# cuDNN 9 has statuses for the reasons of these, of which only some lose the device.
+_LOST_STATUS = (r"INTERNAL_ERROR\b", r"EXECUTION_FAILED(?:_CUDART|_CUDA_DRIVER|_CUBLAS)?\b", r"MAPPING_ERROR\b")
+# A handle is made at the first use: memory is what it lacks.
+_MEMORY_STATUS = ("ALLOC_FAILED", "NOT_INITIALIZED", "INTERNAL_ERROR_(?:DEVICE|HOST)_ALLOCATION_FAILED")
 
 _DEVICE = re.compile(r"\b(?:CUDA|HIP)", re.IGNORECASE)
 _LOST = re.compile("|".join(map(re.escape, _LOST_CODES.values())), re.IGNORECASE)
@@ -59,6 +61,8 @@ _LIBRARY = r"(?:CUBLAS|CUBLASLT|CUDNN|CUSOLVER|CUSPARSE|CUFFT|HIPBLAS|MIOPEN)_ST
 _LOST_LIBRARY = re.compile(_LIBRARY + f"(?:{'|'.join(_LOST_STATUS)})", re.IGNORECASE)
 _MEMORY = re.compile(
     r"\bout of memory\b|DefaultCPUAllocator|bad_?alloc|cudaErrorMemoryAllocation|CUDA_ERROR_OUT_OF_MEMORY|"
+    # torch tries cuDNN's convolutions one by one, and says this alone where none has found room for its workspace.
+    r"\b(?:GET|FIND) was unable to find an engine to execute this computation|"
     + _LIBRARY
     + f"(?:{'|'.join(_MEMORY_STATUS)})",
     re.IGNORECASE,

@@ -138,6 +138,7 @@ class Replica:
         self._stopped = False
         self._device: object = None  # the teacher's, if it has one
         self._lost = ""  # why the device is lost
+        self._ending = False  # whether a thread ends the process for it
         self._info = TeacherInfo()
         self._thread = threading.Thread(target=self._run, name=f"dinov3-{replica_id}", daemon=True)
         self._finisher = threading.Thread(target=self._finish_passes, name=f"dinov3-{replica_id}-results", daemon=True)
@@ -265,6 +266,7 @@ class Replica:
         self.loaded.set_result(self._info)
         while job := self._next_job():
             self._begin(job)
+            del job  # with its images, which would lie in the object store until the next one comes
 
     def _warm_up(self, teacher: Extractor) -> None:
         """Run what the teacher names, in the way of requests, so that these find all memory and code in place."""
@@ -347,6 +349,7 @@ class Replica:
             self._finish(ahead)
             del ahead  # with what it held on the device, which others may wait for
             self._end(job)
+            del job
 
     def _finish(self, ahead: _PassInFlight) -> None:
         """Wait for a pass, and answer its requests."""
@@ -446,15 +449,26 @@ class Replica:
         """End the process, or take note that the device is lost, and give the error for whoever asks it for more."""
         with self._changed:
             first, self._lost = not self._lost, self._lost or first_line(error)
+            self._ending = self._ending or (first and self._on_device_lost is not None)
         if first:
             log.critical("replica %s has lost its device: %s", self.replica_id, self._lost)
-        if self._on_device_lost is not None:
-            self._on_device_lost(self._lost)
+            if self._on_device_lost is not None:
+                self._on_device_lost(self._lost)
+                with self._changed:
+                    self._ending = False
+                    self._changed.notify_all()
+        self._wait_for_end()
         return self._device_lost(self._lost, error)
 
     def _require_device(self) -> None:
+        self._wait_for_end()
         if self._lost:
             raise self._device_lost(self._lost)
+
+    def _wait_for_end(self) -> None:
+        """Answer nothing while another thread ends the process: what it leaves open is computed elsewhere."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._ending)
 
     def _device_lost(self, reason: str, cause: BaseException | None = None) -> DeviceLostError:
         error = DeviceLostError(
