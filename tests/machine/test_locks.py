@@ -65,7 +65,7 @@ def test_another_failure_to_lock_is_an_error(tmp_path: Path, monkeypatch: pytest
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     monkeypatch.setattr(fcntl, "flock", fail)
-    with pytest.raises(StoreError, match="cannot be locked against other runs: .*Input/output error"):
+    with pytest.raises(StoreError, match=r"cannot be locked against other runs: .*Input/output error"):
         Folder.at(tmp_path).exclusive().__enter__()
 
 
@@ -80,6 +80,7 @@ def test_a_system_without_them_is_named_where_they_are_needed() -> None:
     """As on Windows: no fcntl, no resource, no forks. What needs none of them is imported there."""
     program = """
 import os, sys
+import ray, torch  # built for this system, they use its forks
 sys.modules["fcntl"] = sys.modules["resource"] = None
 del os.register_at_fork, os.fork
 from dinov3_ray import DinoV3Config, DinoV3Teacher, FeatureSpec, RemoteTeacher
