@@ -26,7 +26,7 @@ MOST_FILES = 12  # in a folder, its __init__.py left out
 FLOORS = {
     "": [
         ["errors"],
-        ["cpus", "feature_spec", "features", "images", "interrupts", "pictures", "teacher", "validation"],
+        ["machine", "feature_spec", "features", "images", "interrupts", "pictures", "teacher", "validation"],
         ["watch"],
         ["config"],
         ["testing", "network"],

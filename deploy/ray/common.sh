@@ -118,7 +118,7 @@ become_ray() {
     require_free "${ports[@]}" "$metrics_port" $((ports_from)) $((ports_from + 1)) $((ports_from + 2)) \
         $((ports_from + 3)) $((ports_from + 4))
     # Ray's own count is of the machine or container, whatever taskset, Slurm or systemd allow.
-    if [[ -z $cpus ]] && ! cpus=$("${PYTHON:-python3}" -m dinov3_ray.cpus 2>/dev/null); then
+    if [[ -z $cpus ]] && ! cpus=$("${PYTHON:-python3}" -m dinov3_ray.machine.cpus 2>/dev/null); then
         echo "${0##*/}: ${PYTHON:-python3} (set PYTHON) has no dinov3_ray to count this process's CPUs: Ray counts" >&2
     fi
     [[ -z $cpus ]] || arguments+=(--num-cpus "$cpus")

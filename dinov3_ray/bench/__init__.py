@@ -9,7 +9,7 @@ import platform
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
-from dinov3_ray.cpus import usable_cpus
+from dinov3_ray.machine.cpus import usable_cpus
 
 if TYPE_CHECKING:
     from rich.table import Table

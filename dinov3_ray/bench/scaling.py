@@ -22,8 +22,8 @@ from rich.table import Table
 from dinov3_ray.bench import describe_machine, new_table
 from dinov3_ray.bench.cost import COPIES, Costs, Line, Spent, Workload
 from dinov3_ray.bench.simulated import Work, simulated_pool
-from dinov3_ray.cpus import usable_cpus
 from dinov3_ray.features import FeatureSpec
+from dinov3_ray.machine.cpus import usable_cpus
 from dinov3_ray.pool.client.remote import RemoteTeacher
 from dinov3_ray.pool.teacher_pool import TeacherPool
 

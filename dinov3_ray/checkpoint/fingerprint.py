@@ -11,7 +11,7 @@ from dataclasses import asdict
 from dinov3_ray.checkpoint.verify import Progress, ignore_progress, verify
 from dinov3_ray.config import DinoV3Config
 from dinov3_ray.config.weights import StoredTensor
-from dinov3_ray.cpus import usable_cpus
+from dinov3_ray.machine.cpus import usable_cpus
 
 __all__ = ["fingerprint"]
 

@@ -16,7 +16,6 @@ WAL needs memory shared between the processes: a local disk, not a network file 
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import sqlite3
@@ -38,6 +37,7 @@ from torch import Tensor
 
 from dinov3_ray.errors import StoreError
 from dinov3_ray.features import Features, copy_row
+from dinov3_ray.machine import locks
 from dinov3_ray.model.upload import Pending
 from dinov3_ray.watch import has_only_finite
 
@@ -109,10 +109,12 @@ class FeatureCache:
             self.path.mkdir(parents=True, exist_ok=True)
             with open(self.path / ".lock", "w") as turn:
                 # One process at a time: where two make a database a WAL at once, SQLite does not wait, but fails.
-                fcntl.flock(turn, fcntl.LOCK_EX)
+                locks.hold(turn, wait=True)
                 self._create()
         except OSError as error:
-            raise StoreError(f"path must be a folder that can be written, or made; got {self.path}: {error}") from error
+            without = locks.lacks_locks(error)
+            rule = "on a disk with file locks, such as a local one" if without else "that can be written, or made"
+            raise StoreError(f"path must be a folder {rule}; got {self.path}: {error}") from error
 
     def get(self, key: bytes) -> Features | None:
         """The features stored under ``key``, on the CPU; None if there are none that are whole."""

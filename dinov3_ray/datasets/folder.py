@@ -15,8 +15,8 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
+import logging
 import os
 import uuid
 from collections.abc import Iterator
@@ -29,12 +29,15 @@ import pyarrow.parquet as pq
 from pyarrow import fs as pafs
 
 from dinov3_ray.errors import StoreError
+from dinov3_ray.machine import locks
 
 __all__ = ["ERRORS", "INDEX", "LEDGER", "MANIFEST", "PARTS", "PLAN", "PLAN_ROWS", "Folder", "open_path"]
 
 PLAN, PLAN_ROWS = "plan.json", "plan.arrow"
 PARTS, LEDGER = "parts", "ledger"
 INDEX, ERRORS, MANIFEST = "index.parquet", "errors.parquet", "manifest.json"
+
+log = logging.getLogger("dinov3_ray")
 
 _TEMPORARY = ".tmp-"
 # An object appears in these only when its upload is complete, and "rename" would copy it.
@@ -165,7 +168,8 @@ class Folder:
     def exclusive(self) -> Iterator[None]:
         """Make the folder, and hold it against other processes, if it is local.
 
-        The lock is the kernel's, and ends with the process, however that ends.
+        The lock is the kernel's, and ends with the process, however that ends. Where the file system has no locks, a
+        warning says so.
 
         Raises:
             StoreError: another process holds it, or it cannot be made.
@@ -179,9 +183,19 @@ class Folder:
             return
         with open(self.join(".lock"), "w") as file:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise StoreError(f"{self.path} is being written by another run: wait for it, or end it") from error
+                held = locks.hold(file)
+            except OSError as error:
+                if not locks.lacks_locks(error):
+                    raise StoreError(f"{self.path} cannot be locked against other runs: {error}") from error
+                held = True
+                log.warning(
+                    "%s is on a file system without locks (%s): see to it that no other run writes there meanwhile, or "
+                    "mount it with them (Lustre: -o flock)",
+                    self.path,
+                    error.strerror,
+                )
+            if not held:
+                raise StoreError(f"{self.path} is being written by another run: wait for it, or end it")
             yield
 
     def sweep(self, folder: str) -> int:

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from dinov3_ray.checkpoint import init_checkpoint
 from dinov3_ray.config import DinoV3Config
-from dinov3_ray.cpus import usable_cpus
 from dinov3_ray.demo.ephemeral_ray import DemoRay, gpus_per_replica, make_folder, remove_folder
 from dinov3_ray.demo.photographs import draw_scene, read_photographs
 from dinov3_ray.demo.report import Display, Summary, save_loss_curve, save_maps, save_summary
@@ -26,6 +25,7 @@ from dinov3_ray.demo.student import Student, Views, crop_centre
 from dinov3_ray.errors import ConfigError
 from dinov3_ray.features import FeatureSpec
 from dinov3_ray.interrupts import Interrupts
+from dinov3_ray.machine.cpus import usable_cpus
 from dinov3_ray.pool.client.remote import RemoteTeacher
 from dinov3_ray.pool.teacher_pool import TeacherPool
 from dinov3_ray.training.losses import DistillationLoss

@@ -19,7 +19,9 @@ from dinov3_ray.doctor.machine_checks import (
     check_descriptors,
     check_disk,
     check_gpus,
+    check_locks,
     check_model_root,
+    check_ray_folder,
     check_shared_memory,
     check_token,
     check_versions,
@@ -197,6 +199,8 @@ def examine(root: Path | None, address: str | None, gpus: int, timeout: float) -
     yield check_versions(installed_versions())
     yield check_shared_memory()
     yield check_descriptors()
+    yield check_ray_folder(os.environ)
+    yield check_locks()
     yield check_disk()
     # If there is a cluster, it must have the GPUs.
     yield check_gpus(0 if address else gpus)

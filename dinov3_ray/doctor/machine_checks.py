@@ -1,10 +1,9 @@
-"""Checks of this machine: versions, shared memory, open files, disk, GPUs, the model directory and the token."""
+"""Checks of this machine: versions, shared memory, open files, folders, disk, GPUs, the model and the token."""
 
 from __future__ import annotations
 
 import os
 import platform
-import resource
 import shutil
 import stat
 import tempfile
@@ -22,6 +21,8 @@ from dinov3_ray.checkpoint import verify
 from dinov3_ray.config import DinoV3Config
 from dinov3_ray.config.preprocessing import misfit_of
 from dinov3_ray.errors import CheckpointError, ConfigError
+from dinov3_ray.machine import locks
+from dinov3_ray.machine.ray_folder import RayFolder
 
 __all__ = [
     "Finding",
@@ -29,7 +30,9 @@ __all__ = [
     "check_descriptors",
     "check_disk",
     "check_gpus",
+    "check_locks",
     "check_model_root",
+    "check_ray_folder",
     "check_shared_memory",
     "check_token",
     "check_versions",
@@ -39,6 +42,12 @@ __all__ = [
     "skipped",
     "warning",
 ]
+
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
 
 
 class Severity(StrEnum):
@@ -126,6 +135,8 @@ _LEAST_FILES, _COMFORTABLE_FILES = 1024, 8192
 
 def check_descriptors() -> Finding:
     """Check how many files a process may open."""
+    if resource is None:
+        return skipped("file descriptors", "this system has no limit of open files")
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     seen = f"{soft} open files allowed (up to {hard})"
     remedy = "ulimit -n 65536 before ray start, or LimitNOFILE=65536 in its systemd unit"
@@ -134,6 +145,29 @@ def check_descriptors() -> Finding:
     if soft < _COMFORTABLE_FILES:
         return warning("file descriptors", f"{seen}; a pool with many clients needs {_COMFORTABLE_FILES}", remedy)
     return fine("file descriptors", seen)
+
+
+def check_ray_folder(environment: Mapping[str, str]) -> Finding:
+    """Check the folder in which a Ray that is started with ``environment`` keeps its files and sockets."""
+    folder = RayFolder(environment)
+    remedy = "set RAY_TMPDIR to a short path of a folder that this user may write to (`ray start --temp-dir` alike)"
+    if not folder.usable:
+        return problem("Ray's folder", folder.trouble, remedy)
+    if folder.trouble:
+        return warning("Ray's folder", f"{folder.trouble}; this package takes {folder.path}", remedy)
+    return fine("Ray's folder", str(folder.path))
+
+
+def check_locks(folder: Path | None = None) -> Finding:
+    """Check that files in ``folder`` (None: that of temporary files) can be locked."""
+    folder = folder or Path(tempfile.gettempdir())
+    with tempfile.TemporaryFile("w", dir=folder) as file:
+        try:
+            locks.hold(file)
+        except OSError as error:
+            remedy = "set TMPDIR to a local disk, or mount it with locks (Lustre: -o flock)"
+            return warning("file locks", f"files in {folder} cannot be locked: {error.strerror}", remedy)
+    return fine("file locks", f"files in {folder} can be locked")
 
 
 _PROBE_BYTES = 64 * 2**20

@@ -18,9 +18,10 @@ import ray
 import ray.util.client
 from ray._raylet import Config  # type: ignore[attr-defined] # private, seen in Ray 2.60.0: re-reads the environment
 
-from dinov3_ray.cpus import usable_cpus
 from dinov3_ray.errors import ConfigError, ForkedProcessError, PoolClosedError, PoolError, PoolNotFoundError
 from dinov3_ray.interrupts import wait
+from dinov3_ray.machine.cpus import usable_cpus
+from dinov3_ray.machine.ray_folder import RayFolder
 from dinov3_ray.pool import NAMESPACE
 from dinov3_ray.pool.address import Address
 from dinov3_ray.pool.probe import Obstacle, find_obstacle
@@ -39,6 +40,7 @@ __all__ = [
     "process_start",
     "replica_name",
     "use_token",
+    "without_uv",
 ]
 
 
@@ -147,7 +149,8 @@ class _Fork:
 
 
 # At import, since there is no other moment: a forked DataLoader worker runs none of our code before it needs to know.
-os.register_at_fork(after_in_child=_Fork.note)
+if hasattr(os, "register_at_fork"):  # Windows has no forks
+    os.register_at_fork(after_in_child=_Fork.note)
 
 
 def connect(address: str | None = None, *, may_start: bool = False, **start_options: Any) -> Runtime:
@@ -160,7 +163,7 @@ def connect(address: str | None = None, *, may_start: bool = False, **start_opti
 
     Raises:
         ConfigError: the address names no head, such as one of Ray Client or of the dashboard.
-        PoolError: if the cluster cannot be reached, or this process is connected to another one.
+        PoolError: if the cluster cannot be reached, or this process is connected to another one, or Ray does not start.
     """
     wanted = _read(address, "address", may_start)
     if _Fork.happened:
@@ -189,25 +192,81 @@ def connect(address: str | None = None, *, may_start: bool = False, **start_opti
             "this process is not connected to Ray, and no address is given: pass address='host:port', set RAY_ADDRESS, "
             "or call ray.init() first"
         )
-    if wanted in (None, "local"):
+    starts = wanted in (None, "local")
+    if starts:
         # "local": without an address, Ray would follow a file in /tmp to a cluster that may be long gone.
         options |= {"address": "local", "include_dashboard": False, "_system_config": _SYSTEM_CONFIG}
         options |= {"num_cpus": usable_cpus(), **start_options}
+        if "_temp_dir" not in options:
+            options["_temp_dir"] = str(_folder())
     else:
         obstacle = open_way(wanted) if isinstance(wanted, Address) else None
         if obstacle is not None:
             raise PoolError(f"{obstacle.message}. Remedy: {obstacle.remedy}")
         options["address"] = str(wanted)
     try:
-        with _sigterm_kept():
+        with _sigterm_kept(), without_uv() if starts else contextlib.nullcontext():
             ray.init(**options)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except Exception as error:  # Ray raises its own, those of the system, and plain ones
+        if not ray.is_initialized():  # as another thread may have done meanwhile
+            ray.shutdown()  # ends what has started already
         _restore_auth_mode(before)
-        raise PoolError(
-            f"cannot reach Ray at {wanted or 'a new local instance'}: {error}. Is it running, and does this process "
-            "have its token (RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH)?"
-        ) from error
+        raise PoolError(_failure(error, None if starts else str(wanted), options.get("_temp_dir"))) from error
     return Runtime(ray.get_runtime_context().gcs_address, owned=True, auth_mode_before=before)
+
+
+def _folder() -> Path:
+    """For the files of a Ray that is started here.
+
+    Raises:
+        PoolError: none will do.
+    """
+    folder = RayFolder(os.environ)
+    if not folder.usable:
+        raise PoolError(
+            f"no Ray can be started, which keeps its files in {folder.path}: {folder.trouble}. Remedy: set RAY_TMPDIR "
+            "to a short path of a folder that this user may write to"
+        )
+    if folder.trouble:
+        log.warning("Ray keeps its files in %s: %s", folder.path, folder.trouble)
+    return folder.path
+
+
+def _failure(error: Exception, address: str | None, folder: str | None) -> str:
+    """Why Ray did not start in ``folder``, or could not be joined at ``address``, and what to do."""
+    cause = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+    if address is None:
+        return (
+            f"Ray does not start on this machine: {cause}. Its logs are in {folder}/session_latest/logs, and "
+            "`dinov3-ray doctor` checks the machine"
+        )
+    if isinstance(error, ray.exceptions.RuntimeEnvSetupError):
+        return (
+            f"the working directory {os.getcwd()} cannot be sent to the Ray at {address}, as Ray does under `uv run`: "
+            f"{cause}. Remedy: name large files in .gitignore or .rayignore; or, where all nodes have the packages, "
+            "set RAY_ENABLE_UV_RUN_RUNTIME_ENV=0, which sends nothing"
+        )
+    return (
+        f"cannot reach Ray at {address}: {cause}. Is it running, and does this process have its token "
+        "(RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH)?"
+    )
+
+
+@contextlib.contextmanager
+def without_uv() -> Iterator[None]:
+    """A context for ``ray.init`` where Ray runs on this machine alone: its workers use this process's environment.
+
+    Under ``uv run``, Ray would pack the working directory for them (12 s for 200 MB, an error from 512), and have uv
+    make another environment from it. The setting is Ray's own, read when Ray is imported, and private thereafter (seen
+    in Ray 2.60.0).
+    """
+    constants = ray._private.ray_constants
+    before = constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV
+    constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV = False
+    try:
+        yield
+    finally:
+        constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV = before
 
 
 @contextlib.contextmanager

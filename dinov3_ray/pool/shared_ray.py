@@ -8,7 +8,6 @@ a process that is gone, however it went: killed processes leave nothing behind t
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import logging
@@ -27,7 +26,8 @@ import ray
 
 import dinov3_ray
 from dinov3_ray.errors import PoolError, PoolTimeoutError
-from dinov3_ray.pool.cluster import Runtime, connect, use_token
+from dinov3_ray.machine import locks
+from dinov3_ray.pool.cluster import Runtime, connect, use_token, without_uv
 from dinov3_ray.pool.spec import Exist
 
 __all__ = ["Rank", "connect_or_share"]
@@ -87,7 +87,8 @@ def connect_or_share(address: str | None, exist: Exist) -> Runtime:
     if rank is None or address or os.environ.get("RAY_ADDRESS") or ray.is_initialized():
         return connect(address, may_start=True)
     if exist == "connect":
-        return connect(_shared_address(rank))
+        with without_uv():
+            return connect(_shared_address(rank))
     if rank.local_rank:
         raise PoolError(
             f"this is rank {rank.local_rank} of several on this node, and each would start a Ray and a pool. Share one "
@@ -106,7 +107,7 @@ def _shared_address(rank: Rank) -> str:
     """
     folder = _folder(rank.launch)
     deadline = time.monotonic() + _PATIENCE
-    _lock(folder / _RANKS, fcntl.LOCK_SH, deadline)  # for as long as this process lives
+    _lock(folder / _RANKS, deadline, shared=True)  # for as long as this process lives
     with _locked(folder / _TURN, deadline):
         if not _is_locked(folder / _KEEPER):
             _start_keeper(folder, deadline)
@@ -147,13 +148,14 @@ def _start_keeper(folder: Path, deadline: float) -> None:
 
 def _keep(folder: Path) -> None:
     """The keeper: a Ray for as long as there are ranks."""
-    _lock(folder / _KEEPER, fcntl.LOCK_EX, time.monotonic() + _PATIENCE)
+    _lock(folder / _KEEPER, time.monotonic() + _PATIENCE)
     with contextlib.closing(connect(may_start=True)) as runtime:
         token = os.environ.get("RAY_AUTH_MODE") == "token"
         draft = folder / f"{_ADDRESS}.new"
         draft.write_text(json.dumps({"address": runtime.address, "token": token}))
         draft.rename(folder / _ADDRESS)
-        fcntl.lockf(_open(folder / _RANKS), fcntl.LOCK_EX)  # waits until no rank is left; later ones wait for its end
+        # Waits until no rank is left; later ones wait for its end.
+        locks.hold(_open(folder / _RANKS), wait=True, of_process=True)
         (folder / _ADDRESS).unlink()
 
 
@@ -175,34 +177,37 @@ def _open(path: Path) -> IO[str]:
     return _locks[path]
 
 
-def _lock(path: Path, kind: int, deadline: float) -> None:
-    while True:
-        try:
-            fcntl.lockf(_open(path), kind | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            if time.monotonic() > deadline:
-                raise PoolTimeoutError(f"another process of this launch has kept {path} for too long") from error
-            time.sleep(_RETRY)
-        else:
-            return
+def _lock(path: Path, deadline: float, *, shared: bool = False) -> None:
+    while not _try(path, shared=shared):
+        if time.monotonic() > deadline:
+            raise PoolTimeoutError(f"another process of this launch has kept {path} for too long")
+        time.sleep(_RETRY)
+
+
+def _try(path: Path, *, shared: bool = False) -> bool:
+    try:
+        return locks.hold(_open(path), shared=shared, of_process=True)
+    except OSError as error:
+        raise PoolError(
+            f"the ranks of this node cannot find each other: {path} cannot be locked ({error.strerror}). Remedy: set "
+            "TMPDIR to a local disk, or start a Ray first and set RAY_ADDRESS"
+        ) from error
 
 
 @contextlib.contextmanager
 def _locked(path: Path, deadline: float) -> Iterator[None]:
-    _lock(path, fcntl.LOCK_EX, deadline)
+    _lock(path, deadline)
     try:
         yield
     finally:
-        fcntl.lockf(_open(path), fcntl.LOCK_UN)
+        locks.release(_open(path))
 
 
 def _is_locked(path: Path) -> bool:
     """Whether another process has it."""
-    try:
-        fcntl.lockf(_open(path), fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    if not _try(path):
         return True
-    fcntl.lockf(_open(path), fcntl.LOCK_UN)
+    locks.release(_open(path))
     return False
 
 

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dinov3_ray.cpus import usable_cpus
 from dinov3_ray.datasets.decode import Decoder, Unreadable, UnreadableKind
 from dinov3_ray.datasets.extraction.attempts import Attempts
 from dinov3_ray.datasets.extraction.blocks import BlockReader
@@ -23,6 +22,7 @@ from dinov3_ray.datasets.store.schema import Row, encode_columns
 from dinov3_ray.datasets.store.writer import BlockWriter, is_finished
 from dinov3_ray.errors import DeviceMemoryError, DinoV3Error, InputError, StoreError
 from dinov3_ray.feature_spec import FeatureSpec
+from dinov3_ray.machine.cpus import usable_cpus
 from dinov3_ray.pool.replica.actor import end_process
 from dinov3_ray.pool.replica.gpu_memory import expand_segments, within_share
 from dinov3_ray.pool.spec import CheckedTeacher, builder

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dinov3_ray.cpus import usable_cpus
+from dinov3_ray.machine.cpus import usable_cpus
 
 V2 = "31 23 0:28 / /sys/fs/cgroup rw,relatime shared:9 - cgroup2 cgroup2 rw,nsdelegate"
 CASES: dict[str, tuple[str, str, dict[str, str], int]] = {

@@ -1,0 +1,1 @@
+"""What this machine gives: CPUs, locks on files, a folder for sockets. Needs neither torch nor Ray."""
