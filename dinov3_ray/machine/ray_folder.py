@@ -9,9 +9,7 @@ from pathlib import Path
 
 __all__ = ["RayFolder"]
 
-# Ray 2.60.0's longest path there, less the folder's own; Linux takes 107 bytes, macOS 103 (unix(7), unix(4)).
-_SOCKET = "/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"
-_LONGEST = (103 if sys.platform == "darwin" else 107) - len(_SOCKET)
+_LONGEST = 103 if sys.platform == "darwin" else 107  # bytes of a socket's path: unix(7), unix(4)
 
 
 class RayFolder:
@@ -36,8 +34,10 @@ class RayFolder:
 
 
 def _trouble(folder: Path) -> str:
-    if len(os.fsencode(folder)) > _LONGEST:
-        return f"{folder} is longer than {_LONGEST} bytes, with which the paths of Ray's sockets are too long"
+    # The longest path that Ray 2.60.0 has there.
+    longest = _LONGEST - len(f"/session_2026-01-01_00-00-00_000000_{os.getpid()}/sockets/plasma_store")
+    if len(os.fsencode(folder)) > longest:
+        return f"{folder} is longer than {longest} bytes, with which the paths of Ray's sockets are too long"
     there = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
     if not there.is_dir():
         return f"{there} is no folder"
