@@ -39,8 +39,8 @@ class PoolKV:
         _internal_kv_put(key, pickle.dumps(process), overwrite=True, namespace=self._namespace)
 
     def load_process(self, replica_id: str) -> Any | None:
-        """The process of ``replica_id``; None if it has not begun."""
-        data = _internal_kv_get(self._key(f"process/{replica_id}"), namespace=self._namespace)
+        """The process of ``replica_id``; None if it has not begun, or the head does not answer."""
+        data = self._read_of_lost(f"process/{replica_id}")
         return None if data is None else pickle.loads(data)  # noqa: S301 - see save_declaration
 
     def begin_suspect(self, replica_id: str, request_id: str) -> None:
@@ -59,11 +59,15 @@ class PoolKV:
 
     def load_end(self, replica_id: str) -> str | None:
         """Why the process of ``replica_id`` has ended itself; None if it has not, or the head does not answer."""
+        data = self._read_of_lost(f"end/{replica_id}")
+        return None if data is None else data.decode()
+
+    def _read_of_lost(self, name: str) -> bytes | None:
         try:
-            data = _internal_kv_get(self._key(f"end/{replica_id}"), namespace=self._namespace)
+            data: bytes | None = _internal_kv_get(self._key(name), namespace=self._namespace)
         except Exception:  # noqa: BLE001 - whatever Ray raises: that a replica is lost must be noticed all the same
             return None
-        return None if data is None else data.decode()
+        return data
 
     def clear(self) -> None:
         """Delete all facts about the pool."""
