@@ -39,6 +39,7 @@ log = logging.getLogger("dinov3_ray")
 
 _FAREWELL = 0.1  # seconds in which the last answers leave this process
 _KILL_SECONDS = 30.0
+_REJOIN_SECONDS = 3.0  # in which clients, which try every half a second, find a controller that was restarted
 _LINGER_SECONDS = 60.0
 _SICK_AFTER_ERRORS = 3  # requests in a row that raised, after which a replica is replaced
 
@@ -82,13 +83,13 @@ class Controller:
         self._publisher = Publisher(name)
         self._wake = asyncio.Event()
         self._published = asyncio.Condition()
-        self._closed = False
-        self._why_closed = ""
+        self._closed, self._why_closed = False, ""
         self._gpus = GpuWatch(name)
         self._ending: set[ReplicaProcess] = set()  # replicas no more, but perhaps still there
         #: Set once running replicas are known, so that no client sees an empty pool before.
         self._found = asyncio.Event()
         self._background: set[asyncio.Task[Any]] = set()
+        self._was_restarted = former is not None
         self._holders = Holders(namespace, name, self._spawn, self._expire)
         if holder is not None:
             if former is not None:
@@ -260,7 +261,7 @@ class Controller:
         kills = [kill_process(process) for process in processes]
         if kills:
             await asyncio.wait([asyncio.ensure_future(kill) for kill in kills], timeout=_KILL_SECONDS)
-        await self._leave(after=0.0)
+        await self._leave(after=_REJOIN_SECONDS if self._was_restarted else 0.0)
 
     async def _leave(self, after: float) -> None:
         """End this actor."""
@@ -294,8 +295,7 @@ class Controller:
         except (TimeoutError, ray.exceptions.RayError) as error:
             # Dead, without an answer, or not placed yet: a successor is as good.
             log.warning("pool %s: replica %s is not taken over: %s", self._name, replica_id, reason_of(error))
-            dead = isinstance(error, ray.exceptions.ActorDiedError)
-            self._end(replica_id, _SupervisedReplica(actor), may_hang=not dead)
+            self._end(replica_id, _SupervisedReplica(actor), may_hang=True)
             return
         self._membership.adopt(replica_id, process.generation, state, time.monotonic())
         self._begin_supervision(replica_id, actor)
