@@ -86,8 +86,8 @@ class RoundTrips:
         for name, seconds in rows.items():
             table.add_row(name, f"{seconds * 1e3:.2f}", f"{1 / seconds:.0f}")
         ratios = (
-            f"map: {self.ratio:.1f} times the rate of the plain actor with torch, {self.numpy_ratio:.2f} times the time "
-            f"of the one with NumPy; token: {self.token_ratio:.1f} times a bare call"
+            f"map: {self.ratio:.1f} times the rate of the plain actor with torch, {self.numpy_ratio:.2f} times the "
+            f"time of the one with NumPy; token: {self.token_ratio:.1f} times a bare call"
         )
         return [table, ratios]
 
