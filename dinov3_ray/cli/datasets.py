@@ -12,7 +12,7 @@ import click
 
 from dinov3_ray.cli.teacher_options import computing_options
 from dinov3_ray.cli.values import Colour, ImageSize, Integers, Outputs, PillowPlugin, address_option
-from dinov3_ray.config import CompileChoice, ComputeDtype, DinoV3Config
+from dinov3_ray.config import CompileChoice, ComputeDtype, open_config
 from dinov3_ray.datasets import MAX_PIXELS
 from dinov3_ray.errors import InputError, StoreError
 from dinov3_ray.feature_spec import RESULT_DTYPES, FeatureSpec
@@ -145,7 +145,7 @@ def extract_command(
 
     config = None
     if root is not None:
-        config = DinoV3Config(root, image_size=image_size, dtype=compute_dtype, compile=compile, attention=attention)
+        config = open_config(root, image_size=image_size, dtype=compute_dtype, compile=compile, attention=attention)
     options = SourceOptions(
         image_column=image_column,
         id_column=id_column,
@@ -231,10 +231,10 @@ def show_command(
         import torch
 
         from dinov3_ray.datasets.decode import Decoder
-        from dinov3_ray.model import DinoV3Teacher
+        from dinov3_ray.model import open_teacher
 
         pixels = Decoder().read(image.read_bytes(), str(image))
-        teacher = DinoV3Teacher(DinoV3Config(root, image_size=image_size, compile=False), device)
+        teacher = open_teacher(root, device, image_size=image_size, compile=False)
         spec = FeatureSpec(feature_map=layer is None, layers=() if layer is None else (layer,), dtype="float32")
         features, name = teacher.extract(torch.from_numpy(pixels), spec), image.name
     else:

@@ -11,7 +11,7 @@ import click
 from dinov3_ray.cli.pool import pool_options, timeout_option
 from dinov3_ray.cli.teacher_options import computing_options
 from dinov3_ray.cli.values import Command, Pair, PoolOption, Replicas
-from dinov3_ray.config import CompileChoice, ComputeDtype, DinoV3Config
+from dinov3_ray.config import CompileChoice, ComputeDtype, open_config
 from dinov3_ray.pool import NAMESPACE
 from dinov3_ray.pool.spec import Batching
 
@@ -97,7 +97,7 @@ def up(
     from dinov3_ray.cli.table import summary
     from dinov3_ray.pool.teacher_pool import TeacherPool
 
-    config = DinoV3Config(root, dtype=dtype, image_size=image_size, compile=compile, attention=attention)
+    config = open_config(root, dtype=dtype, image_size=image_size, compile=compile, attention=attention)
     options = {name: value for name, value in options.items() if value is not None} | dict(others)
     with joined(address) as here, show_progress(f"pool {name}") as report:
         pool = TeacherPool.start(
@@ -177,7 +177,7 @@ def reload(
     from dinov3_ray.cli.table import summary
     from dinov3_ray.pool.teacher_pool import TeacherPool
 
-    config = DinoV3Config(root, dtype=dtype, image_size=image_size, compile=compile, attention=attention)
+    config = open_config(root, dtype=dtype, image_size=image_size, compile=compile, attention=attention)
     with joined(address), TeacherPool.connect(name, namespace=namespace) as pool:
         former = pool.status().fingerprint
         if not wait:

@@ -1,21 +1,21 @@
-"""DinoV3Config: a model directory in transformers' layout, read and checked, and the options to run it with."""
+"""A model directory in transformers' layout, read and checked, and the options to run it with."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Any, Literal, Self, cast, get_args
 
 from pydantic import Field, StrictBool
 
-from dinov3_ray.config.architecture import Architecture, Family
+from dinov3_ray.config.architecture import Architecture, TransformersArchitecture
 from dinov3_ray.config.files import CONFIG_FILE, PositiveInt, read_architecture, read_preprocessing
 from dinov3_ray.config.preprocessing import Preprocessing, Size
 from dinov3_ray.errors import ConfigError
 from dinov3_ray.validation import CheckedModel, check, from_list, rule
 
-__all__ = ["CompileChoice", "CompileMode", "ComputeDtype", "DinoV3Config", "ModelOptions"]
+__all__ = ["CompileChoice", "CompileMode", "ComputeDtype", "DinoV3Config", "ModelConfig", "ModelOptions"]
 
 ComputeDtype = Literal["auto", "float32", "bfloat16", "float16", "float8"]
 """The dtype that the model computes in; ``auto`` is bfloat16 where the device has it in hardware, else float32.
@@ -31,7 +31,7 @@ _AUTO_COMPILES_ON = ("cuda",)  # types of device
 
 
 class ModelOptions(CheckedModel):
-    """The options of a :class:`DinoV3Config`, of ``dinov3-ray up`` and of a pool's file; here they are documented."""
+    """The options of a :class:`ModelConfig`, of ``dinov3-ray up`` and of a pool's file; here they are documented."""
 
     dtype: Annotated[ComputeDtype, rule(f"must be one of {', '.join(get_args(ComputeDtype))}")] = "auto"
     """The dtype that the model computes in. auto: bfloat16 where the device has it in hardware, else float32. float8:
@@ -58,8 +58,9 @@ class ModelOptions(CheckedModel):
 
 
 @dataclass(frozen=True, init=False, repr=False)
-class DinoV3Config:
-    """A model directory and the options under which to run it.
+class ModelConfig:
+    """A model directory and the options under which to run it: what a :class:`DinoV3Config` and a
+    :class:`~dinov3_ray.config.transformers_model.TransformersConfig` have in common.
 
     ``root`` is read and checked on construction, so that a wrong file shows before a pool starts. That needs no weights
     unless config.json lacks keys that only they can complete; they are checked when they are loaded. A pickled object
@@ -86,7 +87,7 @@ class DinoV3Config:
     image_size: Size
     compile: CompileChoice
     attention: str
-    architecture: Architecture = field(init=False)
+    architecture: Architecture | TransformersArchitecture = field(init=False)
     preprocessing: Preprocessing = field(init=False)
 
     # Written out, since the option `image_size` is wider than the attribute that it settles. `dataclasses.replace`
@@ -109,8 +110,7 @@ class DinoV3Config:
         options = check(ModelOptions, given)
         # Absolute, since a relative path means another place in a worker's folder.
         path = _check_root(root)
-        architecture = read_architecture(path)
-        preprocessing = read_preprocessing(path, architecture)
+        architecture, preprocessing = self._read(path)
         if options.image_size is not None:
             size = options.image_size
             preprocessing = preprocessing.resized_to((size, size) if isinstance(size, int) else size)
@@ -128,14 +128,19 @@ class DinoV3Config:
         for name, value in settled.items():
             object.__setattr__(self, name, value)
 
+    @staticmethod
+    def _read(root: Path) -> tuple[Any, Preprocessing]:
+        """The architecture and the preprocessing that the files in ``root`` describe."""
+        raise NotImplementedError
+
     @classmethod
-    def of(cls, config: DinoV3Config | str | PathLike[str]) -> DinoV3Config:
+    def of(cls, config: Self | str | PathLike[str], **options: Any) -> Self:
         """``config`` itself, or the configuration of the directory that it names."""
-        return config if isinstance(config, DinoV3Config) else cls(config)
+        return config if isinstance(config, cls) else cls(cast("str | PathLike[str]", config), **options)
 
     @property
-    def family(self) -> Family:
-        """``vit`` or ``convnext``."""
+    def family(self) -> str:
+        """Of a DINOv3 model, ``vit`` or ``convnext``; of others, transformers' ``model_type``."""
         return self.architecture.family
 
     @property
@@ -150,7 +155,7 @@ class DinoV3Config:
 
     @property
     def num_register_tokens(self) -> int:
-        """R; 0 for a ConvNeXt."""
+        """R; 0 for a ConvNeXt, and for other models without registers."""
         return self.architecture.num_register_tokens
 
     @property
@@ -180,10 +185,21 @@ class DinoV3Config:
     def __repr__(self) -> str:
         size = "x".join(map(str, self.image_size))
         return (
-            f"DinoV3Config({str(self.root)!r}, {self.family}, D={self.hidden_size}, layers={self.num_layers}, "
+            f"{type(self).__name__}({str(self.root)!r}, {self.family}, D={self.hidden_size}, layers={self.num_layers}, "
             f"registers={self.num_register_tokens}, patch={self.patch_size}, image={size}, dtype={self.dtype}, "
             f"attention={self.attention}, compile={self.compile})"
         )
+
+
+class DinoV3Config(ModelConfig):
+    """A directory with a DINOv3 model, and the options under which to run it; see :class:`ModelConfig`."""
+
+    architecture: Architecture
+
+    @staticmethod
+    def _read(root: Path) -> tuple[Architecture, Preprocessing]:
+        architecture = read_architecture(root)
+        return architecture, read_preprocessing(root, architecture)
 
 
 def _check_root(root: object) -> Path:

@@ -33,6 +33,7 @@ __all__ = [
     "PreprocessorFile",
     "ViTFile",
     "read_architecture",
+    "read_json",
     "read_preprocessing",
 ]
 
@@ -157,7 +158,7 @@ def read_architecture(root: Path) -> Architecture:
         CheckpointError: keys are missing, and the weights that would complete it are missing or damaged.
     """
     path = root / CONFIG_FILE
-    values = _read_json(path, remedy="root must be a model directory in transformers' layout")
+    values = read_json(path, remedy="root must be a model directory in transformers' layout")
     family = _family_of(values, path)
     model: type[ViTFile | ConvNextFile] = ViTFile if family == "vit" else ConvNextFile
     required = {field.alias or name: name for name, field in model.model_fields.items() if field.is_required()}
@@ -346,10 +347,15 @@ def read_preprocessing(root: Path, architecture: Architecture) -> Preprocessing:
     """
     path = root / PREPROCESSOR_FILE
     remedy = "copy it from the model's release; its mean, std and size cannot be guessed"
-    return check(PreprocessorFile, _read_json(path, remedy=remedy), path=path, context=architecture).preprocessing()
+    return check(PreprocessorFile, read_json(path, remedy=remedy), path=path, context=architecture).preprocessing()
 
 
-def _read_json(path: Path, *, remedy: str) -> dict[str, Any]:
+def read_json(path: Path, *, remedy: str) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        ConfigError: there is none; ``remedy`` says what to do if the file is missing.
+    """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

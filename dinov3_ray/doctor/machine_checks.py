@@ -18,7 +18,7 @@ import torch
 
 from dinov3_ray import __version__
 from dinov3_ray.checkpoint import verify
-from dinov3_ray.config import DinoV3Config
+from dinov3_ray.config import open_config
 from dinov3_ray.config.preprocessing import misfit_of
 from dinov3_ray.errors import CheckpointError, ConfigError
 from dinov3_ray.machine import locks
@@ -216,7 +216,7 @@ def check_model_root(root: Path | None) -> Finding:
     if root is None:
         return skipped("model", "no model directory is named (--root)")
     try:
-        config = DinoV3Config(root)
+        config = open_config(root)
         weights = verify(config)
     except ConfigError as error:
         return problem(

@@ -129,6 +129,7 @@ class TeacherInfo:
     description: str = ""
     patch_size: int = 1
     hidden_size: int | None = None
+    has_cls: bool = True
     num_register_tokens: int | None = None
     depth: int | None = None
     image_size: tuple[int, int] | None = None

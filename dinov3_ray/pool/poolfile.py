@@ -31,7 +31,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import yaml
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
-from dinov3_ray.config import DinoV3Config
+from dinov3_ray.config import ModelConfig, open_config
 from dinov3_ray.config.config import ModelOptions
 from dinov3_ray.config.files import PositiveInt
 from dinov3_ray.errors import ConfigError
@@ -165,7 +165,7 @@ class PoolFile:
         keys = check(PoolKeys, {} if content is None else content, path=path)
         settings = keys.teacher.model_dump(exclude={"root"})
         try:
-            teacher = DinoV3Config(folder / Path(keys.teacher.root).expanduser(), **settings)
+            teacher = open_config(folder / Path(keys.teacher.root).expanduser(), **settings)
         except ConfigError as error:
             raise ConfigError(f"{path}: {error}" if path else str(error)) from error
         return cls(
@@ -219,7 +219,7 @@ def _entries(spec: PoolSpec) -> dict[str, str]:
         "placement.num_gpus": f"{placement.num_gpus:g}",
         "placement.num_cpus": f"{placement.num_cpus:g}",
     }
-    if isinstance(teacher, DinoV3Config):
+    if isinstance(teacher, ModelConfig):
         found |= {f"teacher.{key}": getattr(teacher, key) for key in TeacherSection.model_fields}
         found["teacher.image_size"] = list(teacher.image_size)
         # What the directory's files said when they were read: the same path may hold another model by now.

@@ -7,12 +7,11 @@ import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Annotated, ClassVar, Literal, Self, get_args
 
 from pydantic import Field
 
-from dinov3_ray.config import DinoV3Config
+from dinov3_ray.config import ModelConfig, open_config
 from dinov3_ray.errors import ConfigError, describe
 from dinov3_ray.teacher import Extractor
 from dinov3_ray.validation import CheckedModel, check, rule
@@ -186,7 +185,7 @@ def parse_replicas(replicas: object, *, auto: int) -> tuple[int, int]:
     raise ConfigError(f'replicas must be a whole number >= 1, "auto", or (min, max) with min >= 1; got {replicas!r}')
 
 
-CheckedTeacher = DinoV3Config | Callable[[], Extractor]
+CheckedTeacher = ModelConfig | Callable[[], Extractor]
 TeacherGiven = CheckedTeacher | str | os.PathLike[str]
 
 
@@ -250,14 +249,15 @@ def check_teacher(teacher: TeacherGiven) -> CheckedTeacher:
     Raises:
         ConfigError: if it is neither; a teacher that is made already, too.
     """
-    if isinstance(teacher, DinoV3Config):
-        return teacher
-    if isinstance(teacher, (str, os.PathLike)):
-        return DinoV3Config(root=Path(teacher))
+    if isinstance(teacher, (ModelConfig, str, os.PathLike)):
+        return open_config(teacher)
+    config = getattr(teacher, "stands_for", None)
+    if isinstance(config, ModelConfig):  # TransformersTeacher.factory(...): the pool chooses the device
+        return config
     # A torch module, whose class is not imported here, and whose repr is long.
     is_module = callable(getattr(teacher, "forward", None)) and not isinstance(teacher, type)
     wanted = (
-        "teacher must be a DinoV3Config, a checkpoint directory, or a callable without arguments that returns an "
+        "teacher must be a DinoV3Config, a model directory, or a callable without arguments that returns an "
         f"object with .extract(images, spec); got {describe(teacher) if is_module else repr(teacher)}"
     )
     if is_module or (isinstance(teacher, Extractor) and not isinstance(teacher, type)):
@@ -302,11 +302,11 @@ def builder(source: CheckedTeacher, device: str) -> Callable[[], Extractor]:
             from dinov3_ray.model.device import settle_thread
 
             settle_thread(torch.device(device))
-        if isinstance(source, DinoV3Config):
-            # Only here: transformers takes seconds to import, and neither a client nor a factory needs it.
-            from dinov3_ray.model import DinoV3Teacher
+        if isinstance(source, ModelConfig):
+            # Only here: torch takes seconds to import, and neither a client nor a factory needs it.
+            from dinov3_ray.model import open_teacher
 
-            return DinoV3Teacher(source, device)
+            return open_teacher(source, device)
         teacher = source()
         if not isinstance(teacher, Extractor):
             raise ConfigError(f"the factory must return an object with .extract(images, spec); got {teacher!r}")

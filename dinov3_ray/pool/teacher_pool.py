@@ -15,7 +15,7 @@ import ray
 import torch
 
 from dinov3_ray.checkpoint import verify
-from dinov3_ray.config import DinoV3Config
+from dinov3_ray.config import ModelConfig
 from dinov3_ray.errors import ConfigError, PoolClosedError, PoolError, PoolExistsError, PoolNotFoundError
 from dinov3_ray.model.device import as_device
 from dinov3_ray.pool.client.remote import RemoteTeacher
@@ -113,8 +113,9 @@ class TeacherPool:
         which ends with the pool.
 
         Args:
-            teacher: a DinoV3Config, a checkpoint directory, or a picklable callable without arguments that returns an
-                object with ``.extract(images, spec)``. A checkpoint must be at the same path on every node.
+            teacher: a DinoV3Config or a TransformersConfig, a model directory, or a picklable callable without
+                arguments that returns an object with ``.extract(images, spec)``. A model directory must be at the same
+                path on every node.
             name: what clients call the pool.
             exist: what to do if a pool of that name runs: raise an error, or connect to it. With ``"connect"``, whoever
                 of several processes comes first starts the pool, and the others join it; the ranks of a node, as
@@ -260,7 +261,7 @@ class TeacherPool:
         """
         self._require_open()
         source = check_teacher(teacher)
-        if isinstance(source, DinoV3Config):
+        if isinstance(source, ModelConfig):
             verify(source)  # a damaged file shows here, and not in replica after replica
         generation = self._control.reload(source)
         if wait:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 import ray.data
 
-from dinov3_ray.config import DinoV3Config
+from dinov3_ray.config import ModelConfig
 from dinov3_ray.datasets.extraction.attempts import MEMORY_REMEDY
 from dinov3_ray.datasets.extraction.blocks import open_blocks
 from dinov3_ray.datasets.extraction.plan import Forecast
@@ -34,7 +34,7 @@ __all__ = ["Extraction", "extract"]
 def extract(
     source: str | os.PathLike[str] | ray.data.Dataset,
     out: str | os.PathLike[str],
-    config: DinoV3Config | str | os.PathLike[str] | Callable[[], Extractor] | None = None,
+    config: ModelConfig | str | os.PathLike[str] | Callable[[], Extractor] | None = None,
     spec: FeatureSpec = FeatureSpec(cls=True, feature_map=True),  # noqa: B008 - frozen
     *,
     pool: str | RemoteTeacher | None = None,
@@ -124,7 +124,7 @@ def extract(
                 pooled=pool is not None,
                 free_cpus=ray.available_resources().get("CPU", 0.0),
                 # Compiled code is not reentrant: torch.compile keeps state. Of other teachers nothing is known.
-                reentrant=isinstance(teacher, DinoV3Config) and teacher.compile_mode("cpu") is None,
+                reentrant=isinstance(teacher, ModelConfig) and teacher.compile_mode("cpu") is None,
             )
             run = Run(
                 folder,

@@ -6,7 +6,7 @@ import contextlib
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -113,7 +113,7 @@ def _probe(teacher: TeacherChoice, spec: FeatureSpec, image: np.ndarray | None) 
         made_by=features.fingerprint,
         computed_in=computed_in(opened),
         # By way of JSON, so that what is compared with a former run's is of the same types.
-        preprocessing=None if rule is None else json.loads(json.dumps(asdict(rule))),
+        preprocessing=None if rule is None else json.loads(json.dumps(rule.described())),
         mixes_sizes=rule is not None and rule.has_fixed_size,
         min_side=opened.patch_size,
         result_dtype=result_dtype,
