@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, cast, get_args
@@ -135,8 +135,10 @@ class ModelConfig:
 
     @classmethod
     def of(cls, config: Self | str | PathLike[str], **options: Any) -> Self:
-        """``config`` itself, or the configuration of the directory that it names."""
-        return config if isinstance(config, cls) else cls(cast("str | PathLike[str]", config), **options)
+        """``config``, or the configuration of the directory that it names, with ``options`` in place of its own."""
+        if isinstance(config, cls):
+            return replace(config, **options) if options else config
+        return cls(cast("str | PathLike[str]", config), **options)
 
     @property
     def family(self) -> str:

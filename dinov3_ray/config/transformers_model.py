@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 __all__ = ["TransformersConfig", "open_config", "read_transformers_config"]
 
 _PROCESSOR_FILE = "processor_config.json"  # into which transformers 5 writes a two-tower model's image processor too
-_FOR_USERS_OF_TEXT = "it must be a vision model whose tokens are the patches of the image"
 
 # What says nothing of what is computed from an image: it may differ between two copies of one model.
 _WITHOUT_EFFECT = re.compile(
@@ -61,16 +60,17 @@ class TransformersConfig(ModelConfig):
 
 def open_config(root: ModelConfig | str | PathLike[str], **options: Any) -> ModelConfig:
     """The configuration of the model directory ``root``: a DinoV3Config where config.json says that it is a DINOv3,
-    else a TransformersConfig. A configuration is given back as it is.
+    else a TransformersConfig.
 
     Args:
+        root: the directory; or a configuration, to which ``options`` are applied.
         options: those of :class:`~dinov3_ray.config.config.ModelOptions`.
 
     Raises:
         ConfigError, CheckpointError: see :class:`~dinov3_ray.config.config.ModelConfig`.
     """
     if isinstance(root, ModelConfig):
-        return root
+        return type(root).of(root, **options)
     named = _model_type_in(root)
     other = isinstance(named, str) and not named.startswith("dinov3")
     return TransformersConfig(root, **options) if other else DinoV3Config(root, **options)
@@ -109,13 +109,15 @@ def read_transformers_config(root: Path) -> tuple[PretrainedConfig, PretrainedCo
 
 def _architecture(vision: PretrainedConfig, path: Path) -> TransformersArchitecture:
     wanted = ("hidden_size", "num_hidden_layers", "patch_size", "image_size")
-    missing = [name for name in wanted if getattr(vision, name, None) is None]
+    plain = _plain(vision)  # to which config.json adds any key that it has, whether the model has such a thing or not
+    missing = [name for name in wanted if not hasattr(plain, name) or getattr(vision, name, None) is None]
     if missing:
         hint = (
             "; siglip2 is NaFlex: take a checkpoint of a fixed size" if vision.model_type.startswith("siglip2") else ""
         )
         raise ConfigError(
-            f"{path}: {_FOR_USERS_OF_TEXT}; got model_type {vision.model_type!r}, whose configuration has no "
+            f"{path}: it must be a vision model whose tokens are the patches of the image; got model_type "
+            f"{vision.model_type!r}, whose configuration has no "
             f"{', '.join(missing)}{hint}"
         )
     if getattr(vision, "num_channels", 3) != 3:
@@ -149,17 +151,21 @@ def _pair_of(name: str, value: object, path: Path) -> Size:
 
 def _settings(vision: PretrainedConfig) -> dict[str, object]:
     """What differs from the defaults of the class: the same however much of it config.json spells out."""
-    try:
-        defaults = type(vision)().to_dict()
-    except (TypeError, ValueError):  # a class without defaults
-        defaults = {}
-    values = vision.to_dict()
-    absent = object()
+    plain = _plain(vision)
+    defaults, absent = {} if plain is vision else plain.to_dict(), object()
     return {
         name: value
-        for name, value in values.items()
+        for name, value in vision.to_dict().items()
         if not _WITHOUT_EFFECT.match(name) and defaults.get(name, absent) != value
     }
+
+
+def _plain(vision: PretrainedConfig) -> PretrainedConfig:
+    """A configuration of the same class with its defaults; ``vision`` itself if the class has none."""
+    try:
+        return type(vision)()
+    except (TypeError, ValueError):
+        return vision
 
 
 # What transformers' image processors have where the file says nothing: class attributes there. Those that are not named
