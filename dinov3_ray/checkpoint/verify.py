@@ -27,18 +27,19 @@ def ignore_progress(nbytes: int) -> None:
 
 
 def verify(config: DinoV3Config, *, values: bool = False, progress: Progress = ignore_progress) -> WeightFiles:
-    """Check the weights in ``config.root`` against the configuration.
+    """Check the weights of ``config`` against it; download those of a model of the hub that this machine lacks.
 
     Args:
-        config: the model directory.
+        config: the model.
         values: read every tensor too, and refuse NaN and infinity.
         progress: called with the bytes of each tensor that was read.
 
     Raises:
         CheckpointError: names what is missing, damaged, unexpected or of the wrong shape: expected and found.
     """
-    weights = WeightFiles.find(config.root)
-    check_shapes(str(config.root), config.architecture.tensors(), weights.shapes)
+    root = config.place.with_weights()
+    weights = WeightFiles.find(root)
+    check_shapes(str(root), config.architecture.tensors(), weights.shapes)
     if values:
         for stored, tensor in read_tensors(weights):
             require_finite(stored, tensor)

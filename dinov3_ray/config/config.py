@@ -10,7 +10,8 @@ from typing import Annotated, Literal, get_args
 from pydantic import Field, StrictBool
 
 from dinov3_ray.config.architecture import Architecture, Family
-from dinov3_ray.config.files import CONFIG_FILE, PositiveInt, read_architecture, read_preprocessing
+from dinov3_ray.config.files import PositiveInt, read_architecture, read_preprocessing
+from dinov3_ray.config.hub import ModelPlace, resolve
 from dinov3_ray.config.preprocessing import Preprocessing, Size
 from dinov3_ray.errors import ConfigError
 from dinov3_ray.validation import CheckedModel, check, from_list, rule
@@ -59,26 +60,33 @@ class ModelOptions(CheckedModel):
 
 @dataclass(frozen=True, init=False, repr=False)
 class DinoV3Config:
-    """A model directory and the options under which to run it.
+    """A model directory, or a model of the Hugging Face Hub, and the options under which to run it.
 
     ``root`` is read and checked on construction, so that a wrong file shows before a pool starts. That needs no weights
-    unless config.json lacks keys that only they can complete; they are checked when they are loaded. A pickled object
-    contains what was read, and looks for the weights at ``root`` again.
+    unless config.json lacks keys that only they can complete; they are checked when they are loaded, and those of a
+    model of the hub are downloaded then. A pickled object contains what was read, and looks for the weights again where
+    it is unpickled: at ``root``, or for the same commit of the hub's model.
 
     Args:
         root: a directory with config.json, preprocessor_config.json and model.safetensors, or
-            model.safetensors.index.json and its shards.
+            model.safetensors.index.json and its shards; or the id of a model on the hub, such as
+            ``facebook/dinov3-vits16-pretrain-lvd1689m``, that has them. A directory goes before an id of the same
+            spelling, as in transformers.
+        revision: with an id: a branch, a tag or a commit; by default ``main``. It is resolved to a commit here.
         dtype, image_size, compile, attention: see :class:`ModelOptions`; ``image_size`` is one int, or
             (h, w), and :meth:`Preprocessing.resized_to` says what becomes of the file's rule.
 
     Attributes:
+        root: the model directory, on the machine that made this configuration; of a model of the hub, in its cache.
+        place: where the model is, also on other machines.
         image_size: (h, w) of the model's input: the option, or else what the file says.
         architecture: what config.json (completed by the weights' shapes) describes.
         preprocessing: what preprocessor_config.json describes, at ``image_size``.
 
     Raises:
         ConfigError: names the file or option, the rule and the value; all complaints about one file at once.
-        CheckpointError: config.json is incomplete, and the weights that could complete it are damaged.
+        CheckpointError: config.json is incomplete, and the weights that could complete it are damaged; or the hub
+            does not give the model: says why.
     """
 
     root: Path
@@ -88,13 +96,16 @@ class DinoV3Config:
     attention: str
     architecture: Architecture = field(init=False)
     preprocessing: Preprocessing = field(init=False)
+    place: ModelPlace = field(init=False)
 
     # Written out, since the option `image_size` is wider than the attribute that it settles. `dataclasses.replace`
-    # passes the settled size back in, which `resized_to` takes for no change.
+    # passes the settled size back in, which `resized_to` takes for no change, and the hub's snapshot as `root`, which
+    # is taken for what it is.
     def __init__(
         self,
         root: str | PathLike[str],
         *,
+        revision: str | None = None,
         dtype: ComputeDtype = "auto",
         image_size: int | Size | None = None,
         compile: CompileChoice = "auto",
@@ -107,10 +118,10 @@ class DinoV3Config:
             "attention": attention,
         }
         options = check(ModelOptions, given)
-        # Absolute, since a relative path means another place in a worker's folder.
-        path = _check_root(root)
-        architecture = read_architecture(path)
-        preprocessing = read_preprocessing(path, architecture)
+        # Its directory is absolute, since a relative path means another place in a worker's folder.
+        place = resolve(root, revision)
+        architecture = read_architecture(place.directory, place.with_weights)
+        preprocessing = read_preprocessing(place.directory, architecture)
         if options.image_size is not None:
             size = options.image_size
             preprocessing = preprocessing.resized_to((size, size) if isinstance(size, int) else size)
@@ -120,7 +131,8 @@ class DinoV3Config:
                 f"got {list(preprocessing.image_size)}"
             )
         settled = given | {
-            "root": path,
+            "root": place.directory,
+            "place": place,
             "image_size": preprocessing.image_size,
             "architecture": architecture,
             "preprocessing": preprocessing,
@@ -132,6 +144,16 @@ class DinoV3Config:
     def of(cls, config: DinoV3Config | str | PathLike[str]) -> DinoV3Config:
         """``config`` itself, or the configuration of the directory that it names."""
         return config if isinstance(config, DinoV3Config) else cls(config)
+
+    @property
+    def hub_id(self) -> str | None:
+        """``owner/name`` of a model of the hub; None for a directory of one's own."""
+        return self.place.hub_id
+
+    @property
+    def revision(self) -> str | None:
+        """The commit of a model of the hub, whatever branch or tag was asked for; None for a directory of one's own."""
+        return self.place.commit
 
     @property
     def family(self) -> Family:
@@ -179,18 +201,9 @@ class DinoV3Config:
 
     def __repr__(self) -> str:
         size = "x".join(map(str, self.image_size))
+        where = repr(self.hub_id or str(self.root)) + (f", revision={self.revision!r}" if self.revision else "")
         return (
-            f"DinoV3Config({str(self.root)!r}, {self.family}, D={self.hidden_size}, layers={self.num_layers}, "
+            f"DinoV3Config({where}, {self.family}, D={self.hidden_size}, layers={self.num_layers}, "
             f"registers={self.num_register_tokens}, patch={self.patch_size}, image={size}, dtype={self.dtype}, "
             f"attention={self.attention}, compile={self.compile})"
         )
-
-
-def _check_root(root: object) -> Path:
-    if not isinstance(root, (str, PathLike)):
-        raise ConfigError(f"root must be the path of a model directory; got {root!r}")
-    path = Path(root).expanduser().absolute()
-    if not path.is_dir():
-        what = "a file" if path.exists() else "missing"
-        raise ConfigError(f"root must be a model directory with {CONFIG_FILE} and weights; {path} is {what}")
-    return path

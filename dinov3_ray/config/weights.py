@@ -16,7 +16,7 @@ from typing import Any
 
 from dinov3_ray.errors import CheckpointError
 
-__all__ = ["INDEX_FILE", "SINGLE_FILE", "StoredTensor", "WeightFiles", "canonical_name"]
+__all__ = ["INDEX_FILE", "SINGLE_FILE", "StoredTensor", "WeightFiles", "canonical_name", "read_weight_map"]
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -106,7 +106,7 @@ class WeightFiles:
 
     @classmethod
     def _of_index(cls, index: Path) -> WeightFiles:
-        weight_map = _read_weight_map(index)
+        weight_map = read_weight_map(index)
         paths = tuple(index.parent / name for name in sorted(set(weight_map.values())))
         missing = [path.name for path in paths if not path.is_file()]
         if missing:
@@ -136,7 +136,12 @@ class WeightFiles:
         return cls(paths, dict(sorted(tensors.items())))
 
 
-def _read_weight_map(index: Path) -> dict[str, str]:
+def read_weight_map(index: Path) -> dict[str, str]:
+    """The file of each tensor, as ``model.safetensors.index.json`` names it.
+
+    Raises:
+        CheckpointError: the file is missing or damaged, or names a file that is not beside it.
+    """
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
