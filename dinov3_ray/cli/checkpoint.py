@@ -39,6 +39,8 @@ _shard_size = click.option(
     show_default=True,
     help="The largest size of one weight file, such as 500MB or 5GB.",
 )
+_model = click.argument("directory", type=click.Path())
+_revision = click.option("--revision", help="With a hub id: a branch, a tag or a commit. [default: main]")
 
 
 @click.group()
@@ -95,12 +97,13 @@ def convert_command(file: Path, directory: Path, statistics: str, image_size: tu
 
 
 @checkpoint.command("verify")
-@click.argument("directory", type=click.Path(path_type=Path))
-def verify_command(directory: Path) -> None:
-    """Check every file and every weight of DIRECTORY."""
+@_model
+@_revision
+def verify_command(directory: str, revision: str | None) -> None:
+    """Check every file and every weight of DIRECTORY, a model directory or a hub id."""
     from dinov3_ray.checkpoint import verify
 
-    config = DinoV3Config(directory)
+    config = DinoV3Config(directory, revision=revision)
     weights = verify(config)
     with _progress("reading weights", weights.nbytes) as report:
         verify(config, values=True, progress=report)
@@ -108,19 +111,20 @@ def verify_command(directory: Path) -> None:
 
 
 @checkpoint.command("info")
-@click.argument("directory", type=click.Path(path_type=Path))
-def info_command(directory: Path) -> None:
-    """Describe the model in DIRECTORY."""
+@_model
+@_revision
+def info_command(directory: str, revision: str | None) -> None:
+    """Describe the model in DIRECTORY, a model directory or a hub id."""
     from rich.console import Console
     from rich.table import Table
 
     from dinov3_ray.checkpoint import fingerprint, verify
 
-    config = DinoV3Config(directory)
+    config = DinoV3Config(directory, revision=revision)
     weights = verify(config)
     with _progress("fingerprinting", weights.nbytes) as report:
         digest = fingerprint(config, progress=report)
-    table = Table(show_header=False, title=str(config.root), title_justify="left")
+    table = Table(show_header=False, title=config.place.origin, title_justify="left")
     for name, value in _facts(config, weights, digest):
         table.add_row(name, value)
     Console().print(table)

@@ -56,11 +56,13 @@ class ModelPlace(PathLike[str]):
     def __fspath__(self) -> str:
         return str(self.directory)
 
-    def __str__(self) -> str:
-        return str(self.directory) if self.hub_id is None else f"{self.hub_id} at commit {self.commit}"
+    @property
+    def origin(self) -> str:
+        """``owner/name@commit`` of a model of the hub, else the directory: the same in all processes, for people."""
+        return str(self.directory) if self.hub_id is None else f"{self.hub_id}@{self.commit}"
 
     def __reduce__(self) -> tuple[type[ModelPlace], tuple[object, ...]]:
-        return ModelPlace, (self.directory, self.hub_id, self.commit, carried_access() or None)
+        return ModelPlace, (self.directory, self.hub_id, self.commit, carried_access())
 
     def with_weights(self) -> Path:
         """The model directory on this machine, with weights; those of a model of the hub are downloaded if need be.

@@ -67,7 +67,7 @@ class DinoV3Teacher(TeacherMixin[Images | ImageBatch]):
     used, so that a student's EMA copies and checkpoints stay small.
 
     Args:
-        config: what to load and how; a path is taken for ``DinoV3Config(path)``.
+        config: what to load and how; a path, or a hub id, is taken for ``DinoV3Config(path)``.
         device: where to compute, as a torch.device or its name.
 
     Attributes:
@@ -243,6 +243,11 @@ class DinoV3Teacher(TeacherMixin[Images | ImageBatch]):
         """
         self._sealed.check()
         return self._fingerprint
+
+    @property
+    def origin(self) -> str:
+        """What it was loaded from: ``owner/name@commit`` of the hub, or a directory."""
+        return self.config.place.origin
 
     @cached_property
     def _fingerprint(self) -> str:
