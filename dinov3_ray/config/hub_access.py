@@ -7,6 +7,7 @@ much before it knows which model it is for.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from collections.abc import Iterator
 from contextvars import ContextVar
@@ -14,6 +15,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 __all__ = ["HubAccess", "carried_access", "carrying_access"]
+
+log = logging.getLogger("dinov3_ray")
 
 _TRUE = {"1", "ON", "YES", "TRUE"}
 _HUB = "https://huggingface.co"
@@ -40,13 +43,11 @@ class HubAccess:
     @classmethod
     def here(cls) -> HubAccess:
         """Of this process."""
-        from huggingface_hub import constants, get_token  # here: a model directory needs none of it
-
         offline = os.environ.get("HF_HUB_OFFLINE") or os.environ.get("TRANSFORMERS_OFFLINE")
         cache, chosen = _cache()
         return cls(
             endpoint=(os.environ.get("HF_ENDPOINT") or "").rstrip("/") or None,
-            token=None if constants.HF_HUB_DISABLE_IMPLICIT_TOKEN else get_token(),
+            token=_token(),
             offline=None if offline is None else offline.upper() in _TRUE,
             cache=cache,
             cache_is_chosen=chosen,
@@ -66,6 +67,18 @@ class HubAccess:
     @property
     def url(self) -> str:
         return self.endpoint or _HUB
+
+
+def _token() -> str | None:
+    from huggingface_hub import constants, get_token  # here: a model directory needs none of it
+
+    if constants.HF_HUB_DISABLE_IMPLICIT_TOKEN:
+        return None
+    try:
+        return get_token()  # type: ignore[no-any-return]
+    except OSError as error:  # such as the file of the colleague whose cache this is
+        log.warning("the token of `hf auth login` cannot be read, so none is used: %s (HF_TOKEN goes before)", error)
+        return None
 
 
 def _cache() -> tuple[Path, bool]:

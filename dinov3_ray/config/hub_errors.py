@@ -14,7 +14,17 @@ from dinov3_ray.errors import CheckpointError, ConfigError, DinoV3Error
 
 __all__ = ["cannot_write", "hub_failures", "is_passing", "reason_of_failure", "refusal"]
 
-_OF_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
+_OF_THE_DISK = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EIO,
+    errno.ENOTDIR,
+    errno.EEXIST,
+}
 _PASSING = {408, 425, 429, 500, 502, 503, 504}  # HTTP: worth another try
 
 
