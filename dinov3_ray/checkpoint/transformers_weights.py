@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,30 +34,31 @@ def load_transformers(config: TransformersConfig, device: torch.device, dtype: t
         CheckpointError: weights are missing, damaged, not finite, or of another model.
         ConfigError: the model is not one whose tokens are patches, or cannot compute with the options.
     """
-    WeightFiles.find(config.root)  # which says of damaged files what is wrong with them
-    whole, vision = read_transformers_config(config.root)
-    model, missing, unexpected = _from_pretrained(config, vision)
+    root = config.place.with_weights()
+    WeightFiles.find(root)  # which says of damaged files what is wrong with them
+    whole, vision = read_transformers_config(root)
+    model, missing, unexpected = _from_pretrained(root, vision, config.attention)
     strange = _of_no_part(unexpected, whole, model)
     if strange:
-        raise _mismatch(config, [f"{name} is unexpected" for name in strange])
+        raise _mismatch(root, [f"{name} is unexpected" for name in strange])
     needed = dict(model.to(device=device, dtype=dtype).named_parameters())
     for name, parameter in needed.items():
         if name not in missing and not torch.isfinite(parameter.sum(dtype=torch.float32)):
             bad = int((~torch.isfinite(parameter)).sum())
             if bad:
                 raise CheckpointError(
-                    f"{config.root}: tensor {name} must be finite; found {bad:,} NaN or infinite values of "
+                    f"{root}: tensor {name} must be finite; found {bad:,} NaN or infinite values of "
                     f"{parameter.numel():,} (as {dtype})"
                 )
     network = TransformersNetwork(model.requires_grad_(False).eval(), config.architecture, config.image_size)
     kept = {id(parameter) for parameter in network.parameters()}
     lacking = sorted(name for name in missing if name not in needed or id(needed[name]) in kept)
     if lacking:
-        raise _mismatch(config, [f"{name} is missing" for name in lacking])
+        raise _mismatch(root, [f"{name} is missing" for name in lacking])
     return network
 
 
-def _from_pretrained(config: TransformersConfig, vision: Any) -> tuple[nn.Module, set[str], set[str]]:
+def _from_pretrained(root: Path, vision: Any, attention: str) -> tuple[nn.Module, set[str], set[str]]:
     """The model in float32 on the CPU, and the names that are missing in the files, and those that it does not have."""
     from transformers import AutoModel  # here, since it takes seconds
 
@@ -65,22 +67,20 @@ def _from_pretrained(config: TransformersConfig, vision: Any) -> tuple[nn.Module
     options = {"dtype": torch.float32, "trust_remote_code": False, "local_files_only": True, "use_safetensors": True}
     with _one_at_a_time, _in_silence(), torch.random.fork_rng(devices=()):
         try:
-            model, found = AutoModel.from_pretrained(config.root, config=vision, output_loading_info=True, **options)
+            model, found = AutoModel.from_pretrained(root, config=vision, output_loading_info=True, **options)
         except Exception as error:
             reason = str(error).strip().partition("\n")[0]
             raise CheckpointError(
-                f"the weights in {config.root} must be those of a {vision.model_type} that transformers' AutoModel can "
+                f"the weights in {root} must be those of a {vision.model_type} that transformers' AutoModel can "
                 f"load; it fails with {type(error).__name__}: {reason}"
             ) from error
-        if config.attention != "auto":
+        if attention != "auto":
             try:
-                model.set_attn_implementation(config.attention)
+                model.set_attn_implementation(attention)
             except (ValueError, ImportError) as error:
-                raise ConfigError(f"attention {config.attention!r} cannot be used: {error}") from error
+                raise ConfigError(f"attention {attention!r} cannot be used: {error}") from error
     if found["mismatched_keys"]:
-        raise _mismatch(
-            config, [f"{entry} has the wrong shape" for entry in sorted(map(str, found["mismatched_keys"]))]
-        )
+        raise _mismatch(root, [f"{entry} has the wrong shape" for entry in sorted(map(str, found["mismatched_keys"]))])
     return model, set(found["missing_keys"]), set(found["unexpected_keys"])
 
 
@@ -118,7 +118,7 @@ def _of_no_part(names: set[str], whole: Any, model: nn.Module) -> list[str]:
     return sorted(name for name in names if name.split(".")[0] not in others)
 
 
-def _mismatch(config: TransformersConfig, problems: list[str]) -> CheckpointError:
+def _mismatch(root: Path, problems: list[str]) -> CheckpointError:
     rest = f"\n  ... and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
     lines = "".join(f"\n  - {problem}" for problem in problems[:_SHOWN])
-    return CheckpointError(f"the weights in {config.root} are not what its configuration describes:{lines}{rest}")
+    return CheckpointError(f"the weights in {root} are not what its configuration describes:{lines}{rest}")

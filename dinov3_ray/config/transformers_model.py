@@ -19,6 +19,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 from dinov3_ray.config.architecture import TransformersArchitecture
 from dinov3_ray.config.config import DinoV3Config, ModelConfig
 from dinov3_ray.config.files import CONFIG_FILE, PREPROCESSOR_FILE, PreprocessorFile, read_json
+from dinov3_ray.config.hub import ModelPlace, resolve
 from dinov3_ray.config.preprocessing import Preprocessing, Resample, Size
 from dinov3_ray.errors import ConfigError
 from dinov3_ray.validation import check, rule, whole_numbers
@@ -48,7 +49,8 @@ class TransformersConfig(ModelConfig):
     architecture: TransformersArchitecture
 
     @staticmethod
-    def _read(root: Path) -> tuple[TransformersArchitecture, Preprocessing]:
+    def _read(place: ModelPlace) -> tuple[TransformersArchitecture, Preprocessing]:
+        root = place.directory
         vision = read_transformers_config(root)[1]
         if vision.model_type.startswith("dinov3"):
             raise ConfigError(
@@ -58,12 +60,13 @@ class TransformersConfig(ModelConfig):
         return _architecture(vision, root / CONFIG_FILE), _read_image_processor(root, vision.model_type)
 
 
-def open_config(root: ModelConfig | str | PathLike[str], **options: Any) -> ModelConfig:
-    """The configuration of the model directory ``root``: a DinoV3Config where config.json says that it is a DINOv3,
-    else a TransformersConfig.
+def open_config(root: ModelConfig | str | PathLike[str], *, revision: str | None = None, **options: Any) -> ModelConfig:
+    """The configuration of the model ``root``: a DinoV3Config where config.json says that it is a DINOv3, else a
+    TransformersConfig.
 
     Args:
-        root: the directory; or a configuration, to which ``options`` are applied.
+        root: the model's directory or hub id; or a configuration, to which ``options`` are applied.
+        revision: with a hub id; see :class:`~dinov3_ray.config.config.ModelConfig`.
         options: those of :class:`~dinov3_ray.config.config.ModelOptions`.
 
     Raises:
@@ -71,19 +74,12 @@ def open_config(root: ModelConfig | str | PathLike[str], **options: Any) -> Mode
     """
     if isinstance(root, ModelConfig):
         return type(root).of(root, **options)
-    named = _model_type_in(root)
+    place = resolve(root, revision)
+    path = place.directory / CONFIG_FILE
+    # Where there is no file, DinoV3Config says so.
+    named = read_json(path, remedy="").get("model_type") if path.is_file() else None
     other = isinstance(named, str) and not named.startswith("dinov3")
-    return TransformersConfig(root, **options) if other else DinoV3Config(root, **options)
-
-
-def _model_type_in(root: object) -> object:
-    """What config.json names; None where there is none, which is left for DinoV3Config to say."""
-    if not isinstance(root, (str, PathLike)):
-        return None
-    try:
-        return read_json(Path(root).expanduser() / CONFIG_FILE, remedy="").get("model_type")
-    except ConfigError:
-        return None
+    return TransformersConfig(place, **options) if other else DinoV3Config(place, **options)
 
 
 def read_transformers_config(root: Path) -> tuple[PretrainedConfig, PretrainedConfig]:

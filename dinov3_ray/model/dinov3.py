@@ -245,6 +245,11 @@ class FrozenTeacher(TeacherMixin[Images | ImageBatch]):
         self._sealed.check()
         return self._fingerprint
 
+    @property
+    def origin(self) -> str:
+        """What it was loaded from: ``owner/name@commit`` of the hub, or a directory."""
+        return self.config.place.origin
+
     @cached_property
     def _fingerprint(self) -> str:
         return fingerprint(self.config)
@@ -402,7 +407,7 @@ class DinoV3Teacher(FrozenTeacher):
     """A frozen DINOv3; see :class:`FrozenTeacher`.
 
     Args:
-        config: what to load and how; a path is taken for ``DinoV3Config(path)``.
+        config: what to load and how; a path, or a hub id, is taken for ``DinoV3Config(path)``.
         device: where to compute, as a torch.device or its name.
     """
 

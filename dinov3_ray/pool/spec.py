@@ -12,6 +12,7 @@ from typing import Annotated, ClassVar, Literal, Self, get_args
 from pydantic import Field
 
 from dinov3_ray.config import ModelConfig, open_config
+from dinov3_ray.config.hub_access import carrying_access
 from dinov3_ray.errors import ConfigError, describe
 from dinov3_ray.teacher import Extractor
 from dinov3_ray.validation import CheckedModel, check, rule
@@ -34,6 +35,7 @@ __all__ = [
     "parse_replicas",
     "pickle_teacher",
     "replicas_for",
+    "unpickle_teacher",
 ]
 
 
@@ -236,11 +238,8 @@ class PoolSpec:
         Raises:
             ImportError, AttributeError: the teacher is a factory that this process does not have.
         """
-        from ray import cloudpickle  # here, since a command's options need no Ray
-
         assert isinstance(self.teacher, bytes)
-        # The pool's own teacher, from the cluster that this process trusts already.
-        return replace(self, teacher=cloudpickle.loads(self.teacher))
+        return replace(self, teacher=unpickle_teacher(self.teacher))
 
 
 def check_teacher(teacher: TeacherGiven) -> CheckedTeacher:
@@ -248,6 +247,7 @@ def check_teacher(teacher: TeacherGiven) -> CheckedTeacher:
 
     Raises:
         ConfigError: if it is neither; a teacher that is made already, too.
+        CheckpointError: it is a model of the hub, which does not give it.
     """
     if isinstance(teacher, (ModelConfig, str, os.PathLike)):
         return open_config(teacher)
@@ -257,8 +257,8 @@ def check_teacher(teacher: TeacherGiven) -> CheckedTeacher:
     # A torch module, whose class is not imported here, and whose repr is long.
     is_module = callable(getattr(teacher, "forward", None)) and not isinstance(teacher, type)
     wanted = (
-        "teacher must be a DinoV3Config, a model directory, or a callable without arguments that returns an "
-        f"object with .extract(images, spec); got {describe(teacher) if is_module else repr(teacher)}"
+        "teacher must be a DinoV3Config, a model directory, a hub id, or a callable without arguments that "
+        f"returns an object with .extract(images, spec); got {describe(teacher) if is_module else repr(teacher)}"
     )
     if is_module or (isinstance(teacher, Extractor) and not isinstance(teacher, type)):
         raise ConfigError(f"{wanted}, which is made already (pass what it is made of, such as teacher.config)")
@@ -274,7 +274,7 @@ def check_teacher(teacher: TeacherGiven) -> CheckedTeacher:
 
 
 def pickle_teacher(teacher: CheckedTeacher) -> bytes:
-    """``teacher`` for other processes.
+    """``teacher`` for other processes; a model of the hub with this process's access to it.
 
     Raises:
         ConfigError: it cannot be pickled.
@@ -282,12 +282,24 @@ def pickle_teacher(teacher: CheckedTeacher) -> bytes:
     from ray import cloudpickle  # here, since a command's options need no Ray
 
     try:
-        return cloudpickle.dumps(teacher)  # type: ignore[no-any-return]
+        with carrying_access():
+            return cloudpickle.dumps(teacher)  # type: ignore[no-any-return]
     except Exception as error:
         raise ConfigError(
             f"teacher must be picklable, since other processes make it; got {teacher!r}, and {type(error).__name__}: "
             f"{error} (a factory that opens its files, locks and models itself can be pickled)"
         ) from error
+
+
+def unpickle_teacher(pickled: bytes) -> CheckedTeacher:
+    """What :func:`pickle_teacher` pickled, in a process of the cluster that this one trusts already.
+
+    Raises:
+        ImportError, AttributeError: it is a factory that this process does not have.
+    """
+    from ray import cloudpickle
+
+    return cloudpickle.loads(pickled)  # type: ignore[no-any-return]
 
 
 def builder(source: CheckedTeacher, device: str) -> Callable[[], Extractor]:

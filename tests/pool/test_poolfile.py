@@ -48,7 +48,7 @@ def test_most_may_be_left_out_and_a_root_is_relative_to_the_file(tiny_checkpoint
         ("teacher: {root: ROOT, dtyp: float32}", "'teacher.dtyp' is not a key of a pool's file; did you mean 'dtype'?"),
         ("teacher: {root: ROOT, dtype: float4}", "dtype must be one of"),
         ("teacher: {root: ROOT, image_size: big}", "image_size must be"),
-        ("teacher: {}", "teacher.root must be the path of a model directory; got None"),
+        ("teacher: {}", "teacher.root must be the path of a model directory, or a hub id (owner/name); got None"),
         ("teacher: ROOT", "teacher must hold `key: value` lines"),
         ("teacher: {root: /nowhere}", "/nowhere is missing"),
         ("options: {max_bach: 3}", "'options.max_bach' is not an option of a pool; did you mean 'max_batch'?"),
@@ -105,7 +105,7 @@ gpus: 2
         "  - name must be 1 to 100 letters, digits, '.', '_' or '-'; got 'a b'",
         "  - replicas=(min, max): max (2) must be >= min (3)",
         "  - teacher.dtype must be one of auto, float32, bfloat16, float16, float8; got 'float4'",
-        "  - teacher.root must be the path of a model directory; got None",
+        "  - teacher.root must be the path of a model directory, or a hub id (owner/name); got None",
         "  - 'teacher.image_sise' is not a key of a pool's file; did you mean 'image_size'?",
         "  - placement.num_gpus must be a number from 0 to 1, since a replica computes on one GPU at most (for more "
         "GPUs, more replicas); got '1'",

@@ -67,7 +67,7 @@ def extract(
             see what it holds. It is read again when it is resumed, and must give its rows in the same order (shuffle
             with a seed); finished rows are dropped from it.
         out: a folder; local, or a URI.
-        config: the teacher: a configuration, the path of a model directory, or a picklable factory.
+        config: the teacher: a configuration, the path of a model directory, a hub id, or a picklable factory.
         spec: what to extract. Its ``dtype`` is the stored one: float32, float16, int8, or native (the compute dtype;
             bfloat16 is stored as float32, without loss).
         pool: the name of a running pool, in place of ``config``; or its client, for a pool in another namespace.
@@ -107,8 +107,7 @@ def extract(
     if max_errors is not None and not (isinstance(max_errors, (int, float)) and 0 <= max_errors <= 1):
         raise ConfigError(f"max_errors must be a share, 0 to 1, or None; got {max_errors!r}")
     teacher = None if config is None else check_teacher(config)
-    if teacher is not None:
-        pickle_teacher(teacher)  # Ray would complain later, in words of its own
+    pickled = None if teacher is None else pickle_teacher(teacher)
     client = None if pool is None else _client(pool)
     folder = Folder.at(out, out_filesystem)
     old = folder.read_json(PLAN, "source", "batch_size", "block_size", "outputs") if folder.exists(PLAN) else None
@@ -129,7 +128,7 @@ def extract(
             run = Run(
                 folder,
                 blocks,
-                TeacherChoice(teacher, client, allocation.num_gpus, allocation.threads, allocation.passes),
+                TeacherChoice(pickled, client, allocation.num_gpus, allocation.threads, allocation.passes),
                 spec,
                 options.decoder(),
                 allocation,
