@@ -13,14 +13,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from hub_server import Fault, HubServer, Repository, serving_hub, use_hub
+from transformers_models import KINDS, write_transformers
 
 from dinov3_ray.checkpoint import fingerprint, init_checkpoint, verify
-from dinov3_ray.config import DinoV3Config, hub
+from dinov3_ray.config import DinoV3Config, TransformersConfig, hub
 from dinov3_ray.config.hub import resolve
 from dinov3_ray.config.hub_access import carrying_access
 from dinov3_ray.config.weights import WeightFiles
 from dinov3_ray.errors import CheckpointError, ConfigError
+from dinov3_ray.model import TransformersTeacher
 
 TINY = "facebook/dinov3-tiny"
 NOT_FOR_US = {"pytorch_model.bin": b"a duplicate", "flax_model.msgpack": b"another", "README.md": b"# a model"}
@@ -418,3 +421,16 @@ def test_a_cache_of_a_data_set(tmp_path: Path) -> None:
     (tmp_path / "datasets--facebook--sa-1b" / "snapshots").mkdir(parents=True)
     with pytest.raises(ConfigError, match="is the hub's cache for a data set"):
         DinoV3Config(tmp_path / "datasets--facebook--sa-1b")
+
+
+def test_another_model_of_transformers_is_found_by_its_id(home: Path, server: HubServer, tmp_path: Path) -> None:
+    root = write_transformers(tmp_path / "model", *KINDS["siglip2"])
+    repository = server.add("google/siglip2-tiny", {path.name: path for path in root.iterdir()})
+    teacher = TransformersTeacher("google/siglip2-tiny", dtype="float32")
+    assert teacher.config.revision == commit_of(repository)
+    images = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    expected = TransformersTeacher(root, dtype="float32").extract_feature_map(images)
+    assert torch.equal(teacher.extract_feature_map(images), expected)
+    factory = pickle.loads(pickle.dumps(TransformersTeacher.factory("google/siglip2-tiny", revision="main")))
+    assert factory.stands_for.revision == commit_of(repository)
+    assert teacher.fingerprint == fingerprint(TransformersConfig(root))
