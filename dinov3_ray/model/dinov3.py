@@ -27,7 +27,7 @@ from dinov3_ray.images import ImageBatch, Images
 from dinov3_ray.model.attention import choose_attention
 from dinov3_ray.model.backbone import Network, run_backbone
 from dinov3_ray.model.compilation import compile_blocks, is_compiled
-from dinov3_ray.model.device import Stopwatch, as_device, choose_dtype, computing_on
+from dinov3_ray.model.device import Stopwatch, as_device, choose_dtype, computing_on, empty_cache
 from dinov3_ray.model.float8 import check_float8, multiply_in_float8
 from dinov3_ray.model.golden import agreement, golden_images
 from dinov3_ray.model.preprocess import preprocess
@@ -219,8 +219,7 @@ class FrozenTeacher(TeacherMixin[Images | ImageBatch]):
         other = "sdpa" if own == "eager" else "eager"
         plain_config = replace(self.config, dtype="float32", compile=False, attention=other)
         reference = type(self)(plain_config, self.device)._compute(images, spec)
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        empty_cache()
         attention = "" if own is None else f", attention {own}"
         path = f"{self.computed_in}{attention}, {'compiled' if self.compiled else 'not compiled'}"
         return agreement(fast, reference, minimum, path)

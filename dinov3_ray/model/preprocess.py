@@ -33,6 +33,8 @@ def preprocess(batch: ImageBatch, rule: Preprocessing, device: torch.device) -> 
     Raises:
         InputError: the rule keeps the images' aspect, so that their sizes differ after the resize.
     """
+    if device.type not in ("cpu", "cuda"):  # on others, such as MPS before torch 2.8, the resize does not exist
+        return preprocess(batch, rule, torch.device("cpu")).to(device)
     if batch.stacked is not None:
         return _transform(batch.stacked, rule, device)
     groups: dict[tuple[torch.Size, torch.device], list[int]] = {}
@@ -75,7 +77,8 @@ def _transform(images_B3HW: Tensor, rule: Preprocessing, device: torch.device) -
         pixels = _center_crop(pixels, rule.crop_size)
     if not rescaled and not any(rule.mean) and set(rule.std) == {1.0}:  # nothing to normalize
         return pixels * rule.rescale_factor
-    mean, std = _statistics(rule.mean, rule.std, 1.0 if rescaled else 1.0 / rule.rescale_factor, device)
+    scale = 1.0 if rescaled else 1.0 / rule.rescale_factor
+    mean, std = _statistics(rule.mean, rule.std, scale, device)
     return pixels.float().sub(mean).div_(std)
 
 

@@ -69,7 +69,10 @@ class TransformersFactory:
         return self.config if self.device is None else None
 
     def __call__(self) -> TransformersTeacher:
-        return TransformersTeacher(self.config, self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if self.device is not None:
+            return TransformersTeacher(self.config, self.device)
+        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        return TransformersTeacher(self.config, accelerator or "cpu")
 
 
 def open_teacher(

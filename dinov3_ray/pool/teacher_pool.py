@@ -426,7 +426,7 @@ def _end(control: _Control, *, shared: bool) -> None:
 
 
 def _open_local(name: str, spec: PoolSpec, exist: Exist) -> tuple[LocalController, bool]:
-    has_gpus = torch.cuda.is_available()
+    has_gpus = torch.cuda.is_available() or torch.backends.mps.is_available()
     placement = spec.placement.resolved(has_gpus=True) if has_gpus else Placement(num_gpus=0)
     running = local_pool(name) if exist == "connect" else None
     if running is not None:
@@ -445,10 +445,13 @@ def _open_local(name: str, spec: PoolSpec, exist: Exist) -> tuple[LocalControlle
 def _own_device(placement: Placement) -> str:
     """Where the replicas of a local pool compute: on this process's GPU, if they are to have one.
 
-    That is the caller's current device. A rank that has not chosen one yet will take that of its number.
+    That is Apple's (MPS), or the caller's current CUDA device. A rank that has not chosen one yet will take that of its
+    number.
     """
     if placement.device != "cuda":
         return placement.device
+    if not torch.cuda.is_available():
+        return "mps:0"
     rank = Rank.of(os.environ)
     if rank is not None and torch.cuda.current_device() == 0 and rank.local_rank < torch.cuda.device_count():
         return f"cuda:{rank.local_rank}"
