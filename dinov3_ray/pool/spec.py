@@ -12,7 +12,7 @@ from typing import Annotated, ClassVar, Literal, Self, get_args
 from pydantic import Field
 
 from dinov3_ray.config import DinoV3Config
-from dinov3_ray.config.hub_access import carrying_access
+from dinov3_ray.config.hub import carrying_access
 from dinov3_ray.errors import ConfigError, describe
 from dinov3_ray.teacher import Extractor
 from dinov3_ray.validation import CheckedModel, check, rule
