@@ -81,7 +81,8 @@ class PoolOptions(CheckedModel):
     hang_timeout: _Seconds = 60.0
     """Seconds that one forward pass may take before its replica is replaced."""
     startup_timeout: _Seconds = 300.0
-    """Seconds that a replica may take to load and check its teacher, once Ray has placed it."""
+    """Seconds that a replica may take to load and check its teacher, once Ray has placed it. The time in which a model
+    of the hub is being downloaded does not count."""
     client_timeout: _Seconds = 30.0
     """Seconds without a sign of life after which a client's queued requests are dropped."""
     idle_seconds: _Seconds = 30.0
