@@ -12,7 +12,7 @@ from typing import Annotated, ClassVar, Literal, Self, get_args
 from pydantic import Field
 
 from dinov3_ray.config import ModelConfig, open_config
-from dinov3_ray.config.hub_access import carrying_access
+from dinov3_ray.config.hub import carrying_access
 from dinov3_ray.errors import ConfigError, describe
 from dinov3_ray.teacher import Extractor
 from dinov3_ray.validation import CheckedModel, check, rule
@@ -81,7 +81,8 @@ class PoolOptions(CheckedModel):
     hang_timeout: _Seconds = 60.0
     """Seconds that one forward pass may take before its replica is replaced."""
     startup_timeout: _Seconds = 300.0
-    """Seconds that a replica may take to load and check its teacher, once Ray has placed it."""
+    """Seconds that a replica may take to load and check its teacher, once Ray has placed it. The time in which a model
+    of the hub is being downloaded does not count."""
     client_timeout: _Seconds = 30.0
     """Seconds without a sign of life after which a client's queued requests are dropped."""
     idle_seconds: _Seconds = 30.0

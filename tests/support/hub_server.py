@@ -225,7 +225,7 @@ class _Handler(BaseHTTPRequestHandler):
             "sha": commit,
             "gated": "manual" if repository.gated else False,
             "private": repository.private,
-            "siblings": [{"rfilename": name} for name in files],
+            "siblings": [{"rfilename": name, "size": len(content)} for name, content in files.items()],
             "tags": [],
         }
         if what == "tree":

@@ -18,9 +18,8 @@ from hub_server import Fault, HubServer, Repository, serving_hub, use_hub
 from transformers_models import KINDS, write_transformers
 
 from dinov3_ray.checkpoint import fingerprint, init_checkpoint, verify
-from dinov3_ray.config import DinoV3Config, TransformersConfig, hub
-from dinov3_ray.config.hub import resolve
-from dinov3_ray.config.hub_access import carrying_access
+from dinov3_ray.config import DinoV3Config, TransformersConfig
+from dinov3_ray.config.hub import carrying_access, repository, resolve
 from dinov3_ray.config.weights import WeightFiles
 from dinov3_ray.errors import CheckpointError, ConfigError
 from dinov3_ray.model import TransformersTeacher
@@ -39,7 +38,7 @@ def server() -> Iterator[HubServer]:
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, server: HubServer) -> Path:
     """HF_HOME of a user who is not logged in, and whose hub is the test's own."""
     use_hub(server, tmp_path / "home", monkeypatch)
-    monkeypatch.setattr(hub, "_PAUSES", (0.01,))
+    monkeypatch.setattr(repository, "_PAUSES", (0.01,))
     return tmp_path / "home"
 
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import ray
 from ray import cloudpickle
 
+from dinov3_ray.config.hub import arrived_bytes
 from dinov3_ray.errors import ReplicaError
 from dinov3_ray.pool.cluster import naming_node, process_start
 from dinov3_ray.pool.kv import PoolKV
@@ -133,6 +134,11 @@ class ReplicaActor:
         if first:
             self._replica.start()
         return self._replica.loaded.result()
+
+    @ray.method(concurrency_group="control")
+    def downloaded(self) -> int | None:
+        """Bytes of a model of the hub that is being downloaded; None if none is."""
+        return arrived_bytes()
 
     @ray.method(concurrency_group="control")
     def state(self) -> MemberState:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 from pathlib import Path
 
-from dinov3_ray.config.hub_access import HubAccess
+from dinov3_ray.config.hub.access import HubAccess
 from dinov3_ray.errors import CheckpointError, ConfigError, DinoV3Error
 
 __all__ = ["cannot_write", "hub_failures", "is_passing", "reason_of_failure", "refusal"]
