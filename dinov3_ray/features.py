@@ -241,6 +241,8 @@ def resample_map(map_BDhw: Tensor, size: tuple[int, int]) -> Tensor:
     height, width = map_BDhw.shape[-2:]
     if (height, width) == size:
         return map_BDhw
+    if map_BDhw.device.type == "mps":  # which pools only where the sizes divide (pytorch issue 143864)
+        return resample_map(map_BDhw.cpu(), size).to(map_BDhw.device)
     smaller = (min(height, size[0]), min(width, size[1]))
     resampled = map_BDhw.to(torch.promote_types(map_BDhw.dtype, torch.float32))
     if smaller != (height, width):

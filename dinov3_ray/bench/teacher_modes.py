@@ -121,8 +121,9 @@ class Peer:
         logging.disable_progress_bar()
         options = {} if attention is None else {"attn_implementation": attention}
         self._task = work
-        self._processor = _load_processor(work.config.root) if processor else None
-        self._model: Any = AutoModel.from_pretrained(work.config.root, dtype=dtype, **options).to(work.device).eval()
+        root = work.config.place.with_weights()
+        self._processor = _load_processor(root) if processor else None
+        self._model: Any = AutoModel.from_pretrained(root, dtype=dtype, **options).to(work.device).eval()
 
     def __call__(self, images: Tensor) -> Features:
         work = self._task

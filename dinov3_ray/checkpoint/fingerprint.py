@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 
 from dinov3_ray.checkpoint.verify import Progress, ignore_progress, verify
-from dinov3_ray.config import DinoV3Config
+from dinov3_ray.config import ModelConfig
 from dinov3_ray.config.weights import StoredTensor
 from dinov3_ray.machine.cpus import usable_cpus
 
@@ -20,7 +20,7 @@ _BLOCK = 4 << 20
 _HEX_DIGITS = 24  # 96 bits: no two teachers that anyone has ever made will share one
 
 
-def fingerprint(config: DinoV3Config, *, progress: Progress = ignore_progress) -> str:
+def fingerprint(config: ModelConfig, *, progress: Progress = ignore_progress) -> str:
     """24 hexadecimal digits of a SHA-256 over weights, architecture and preprocessing (at ``config.image_size``).
 
     It is the same on every machine and path, however the tensors are split into files and however config.json is
@@ -36,7 +36,7 @@ def fingerprint(config: DinoV3Config, *, progress: Progress = ignore_progress) -
     description = {
         "format": _FORMAT,
         "architecture": {"family": config.family, **asdict(config.architecture)},
-        "preprocessing": asdict(config.preprocessing),
+        "preprocessing": config.preprocessing.described(),
     }
     digest = hashlib.sha256(json.dumps(description, sort_keys=True).encode())
     for stored, tensor_digest in _digests(weights.tensors.values(), progress):

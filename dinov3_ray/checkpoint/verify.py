@@ -7,7 +7,9 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 from torch import Tensor
 
-from dinov3_ray.config import DinoV3Config
+from dinov3_ray.checkpoint.transformers_weights import load_transformers
+from dinov3_ray.config import ModelConfig, TransformersConfig
+from dinov3_ray.config.architecture import TransformersArchitecture
 from dinov3_ray.config.weights import StoredTensor, WeightFiles
 from dinov3_ray.errors import CheckpointError
 
@@ -26,19 +28,26 @@ def ignore_progress(nbytes: int) -> None:
     """A :data:`Progress` that nobody watches."""
 
 
-def verify(config: DinoV3Config, *, values: bool = False, progress: Progress = ignore_progress) -> WeightFiles:
-    """Check the weights in ``config.root`` against the configuration.
+def verify(config: ModelConfig, *, values: bool = False, progress: Progress = ignore_progress) -> WeightFiles:
+    """Check the weights of ``config`` against it; download those of a model of the hub that this machine lacks.
 
     Args:
-        config: the model directory.
+        config: the model.
         values: read every tensor too, and refuse NaN and infinity.
         progress: called with the bytes of each tensor that was read.
 
     Raises:
         CheckpointError: names what is missing, damaged, unexpected or of the wrong shape: expected and found.
     """
-    weights = WeightFiles.find(config.root)
-    check_shapes(str(config.root), config.architecture.tensors(), weights.shapes)
+    root = config.place.with_weights()
+    weights = WeightFiles.find(root)
+    if isinstance(config, TransformersConfig):  # transformers knows its tensors only as it loads them
+        if values:
+            load_transformers(config, torch.device("cpu"), torch.float32)
+            progress(weights.nbytes)
+        return weights
+    assert not isinstance(config.architecture, TransformersArchitecture)
+    check_shapes(str(root), config.architecture.tensors(), weights.shapes)
     if values:
         for stored, tensor in read_tensors(weights):
             require_finite(stored, tensor)

@@ -16,7 +16,7 @@ import click
 
 from dinov3_ray.bench import describe_machine
 from dinov3_ray.bench.gpu.budget import PARTS, TOTAL_SECONDS, wanted_parts
-from dinov3_ray.cli.teacher_options import computing_options
+from dinov3_ray.cli.teacher_options import computing_options, model_options
 from dinov3_ray.cli.values import Command, ImageSize, address_option
 from dinov3_ray.interrupts import Interrupts
 
@@ -90,11 +90,7 @@ def pool(replicas: int, batches: int, repeats: int, quick: bool, address: str | 
 
 @bench.command(short_help="One teacher, compared with transformers; sizes a pool.")
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1 ...")
-@click.option(
-    "--root",
-    type=click.Path(path_type=Path, exists=True, file_okay=False),
-    help="Your own checkpoint.",
-)
+@model_options("Your own model")
 @click.option("--variant", default="vitb16", show_default=True, help="Without --root: random weights of this variant.")
 @click.option("--image-size", type=ImageSize(), default="512", show_default=True, help="The model's input size, in px.")
 @click.option("--batch", type=click.IntRange(1), help="Images per batch. [default: 4 on a CPU, else 32]")
@@ -104,7 +100,8 @@ def pool(replicas: int, batches: int, repeats: int, quick: bool, address: str | 
 @_as_json
 def teacher(
     device: str,
-    root: Path | None,
+    root: str | None,
+    revision: str | None,
     variant: str,
     image_size: tuple[int, int],
     batch: int | None,
@@ -129,8 +126,8 @@ def teacher(
     where = as_device(device)
     batch = batch or (4 if where.type == "cpu" else 32)
 
-    def run(path: Path) -> TeacherBench:
-        config = DinoV3Config(path, image_size=image_size)
+    def run(path: str | Path) -> TeacherBench:
+        config = DinoV3Config(path, revision=revision, image_size=image_size)
         name = variant_of(config.architecture) or str(path)
         with Console(stderr=True).status("starting") as status:
             return measure_teacher(

@@ -5,6 +5,7 @@ What reads and writes weights is imported when a command runs, so that the help 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,8 +14,8 @@ from typing import TYPE_CHECKING
 import click
 
 from dinov3_ray.cli.values import Bytes, ImageSize
-from dinov3_ray.config import DinoV3Config
-from dinov3_ray.config.architecture import ViTArchitecture
+from dinov3_ray.config import ModelConfig, open_config
+from dinov3_ray.config.architecture import TransformersArchitecture, ViTArchitecture
 from dinov3_ray.config.preprocessing import Preprocessing
 from dinov3_ray.config.variants import STATISTICS, VARIANTS, find_variant, variant_of
 from dinov3_ray.config.weights import WeightFiles
@@ -39,6 +40,8 @@ _shard_size = click.option(
     show_default=True,
     help="The largest size of one weight file, such as 500MB or 5GB.",
 )
+_model = click.argument("directory", type=click.Path())
+_revision = click.option("--revision", help="With a hub id: a branch, a tag or a commit. [default: main]")
 
 
 @click.group()
@@ -95,43 +98,54 @@ def convert_command(file: Path, directory: Path, statistics: str, image_size: tu
 
 
 @checkpoint.command("verify")
-@click.argument("directory", type=click.Path(path_type=Path))
-def verify_command(directory: Path) -> None:
-    """Check every file and every weight of DIRECTORY."""
+@_model
+@_revision
+def verify_command(directory: str, revision: str | None) -> None:
+    """Check every file and every weight of DIRECTORY, a model directory or a hub id."""
     from dinov3_ray.checkpoint import verify
 
-    config = DinoV3Config(directory)
+    config = open_config(directory, revision=revision)
     weights = verify(config)
     with _progress("reading weights", weights.nbytes) as report:
         verify(config, values=True, progress=report)
-    click.echo(f"{directory}: sound; {len(weights.tensors)} tensors in {len(weights.files)} file(s)")
+    where = config.place.origin if config.hub_id else directory
+    click.echo(f"{where}: sound; {len(weights.tensors)} tensors in {len(weights.files)} file(s)")
 
 
 @checkpoint.command("info")
-@click.argument("directory", type=click.Path(path_type=Path))
-def info_command(directory: Path) -> None:
-    """Describe the model in DIRECTORY."""
+@_model
+@_revision
+def info_command(directory: str, revision: str | None) -> None:
+    """Describe the model in DIRECTORY, a model directory or a hub id."""
     from rich.console import Console
     from rich.table import Table
 
     from dinov3_ray.checkpoint import fingerprint, verify
 
-    config = DinoV3Config(directory)
+    config = open_config(directory, revision=revision)
     weights = verify(config)
     with _progress("fingerprinting", weights.nbytes) as report:
         digest = fingerprint(config, progress=report)
-    table = Table(show_header=False, title=str(config.root), title_justify="left")
+    table = Table(show_header=False, title=config.place.origin, title_justify="left")
     for name, value in _facts(config, weights, digest):
         table.add_row(name, value)
     Console().print(table)
 
 
-def _facts(config: DinoV3Config, weights: WeightFiles, digest: str) -> Iterator[tuple[str, str]]:
+def _facts(config: ModelConfig, weights: WeightFiles, digest: str) -> Iterator[tuple[str, str]]:
     architecture = config.architecture
-    yield "variant", variant_of(architecture) or f"none published ({config.family})"
-    yield "parameters", f"{architecture.num_parameters / 1e6:,.2f} M"
+    if isinstance(architecture, TransformersArchitecture):
+        yield "variant", f"transformers' {config.family}"
+    else:
+        yield "variant", variant_of(architecture) or f"none published ({config.family})"
+    numbers = sum(math.prod(shape) for shape in weights.shapes.values())  # of a text tower too
+    yield "parameters", f"{numbers / 1e6:,.2f} M"
     yield "hidden size", str(config.hidden_size)
-    if isinstance(architecture, ViTArchitecture):
+    if isinstance(architecture, TransformersArchitecture):
+        yield "blocks", str(architecture.num_layers)
+        yield "registers", str(config.num_register_tokens)
+        yield "patch size", str(config.patch_size)
+    elif isinstance(architecture, ViTArchitecture):
         yield "blocks", str(architecture.num_layers)
         yield "heads", f"{architecture.num_heads} of {architecture.hidden_size // architecture.num_heads}"
         yield "MLP", f"{architecture.intermediate_size}, {'SwiGLU' if architecture.gated_mlp else 'plain'}"
@@ -156,13 +170,16 @@ def _size(size: tuple[int, int]) -> str:
 
 def _describe_preprocessing(preprocessing: Preprocessing) -> str:
     """The steps in one line."""
-    steps = [f"x {preprocessing.rescale_factor:.6g}"]
+    steps = []
     if preprocessing.size is not None:
         steps.append(f"resize to {_size(preprocessing.size)}")
     if preprocessing.shortest_edge is not None:
         steps.append(f"resize the shorter side to {preprocessing.shortest_edge}")
+    if preprocessing.resample != "bilinear":
+        steps = [f"{step}, {preprocessing.resample}" for step in steps]
     if preprocessing.crop_size is not None:
         steps.append(f"crop the centre {_size(preprocessing.crop_size)}")
+    steps.insert(0 if preprocessing.rescales_first else len(steps), f"x {preprocessing.rescale_factor:.6g}")
     mean, std = (", ".join(f"{value:g}" for value in values) for values in (preprocessing.mean, preprocessing.std))
     return "; ".join([*steps, f"mean {mean}; std {std}"])
 

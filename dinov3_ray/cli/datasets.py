@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dinov3_ray.cli.teacher_options import computing_options
+from dinov3_ray.cli.teacher_options import computing_options, model_options
 from dinov3_ray.cli.values import Colour, ImageSize, Integers, Outputs, PillowPlugin, address_option
-from dinov3_ray.config import CompileChoice, ComputeDtype, DinoV3Config
+from dinov3_ray.config import CompileChoice, ComputeDtype, open_config
 from dinov3_ray.datasets import MAX_PIXELS
 from dinov3_ray.errors import InputError, StoreError
 from dinov3_ray.feature_spec import RESULT_DTYPES, FeatureSpec
@@ -32,7 +32,7 @@ __all__ = ["extract_command", "show_command"]
 @click.command("extract")
 @click.argument("source")
 @click.argument("out")
-@click.option("--root", type=click.Path(path_type=Path), help="The teacher's model directory.")
+@model_options()
 @click.option("--pool", help="The name of a running pool, instead of --root.")
 @click.option("--namespace", default=NAMESPACE, show_default=True, help="The pool's Ray namespace.")
 @click.option(
@@ -98,7 +98,8 @@ __all__ = ["extract_command", "show_command"]
 def extract_command(
     source: str,
     out: str,
-    root: Path | None,
+    root: str | None,
+    revision: str | None,
     pool: str | None,
     namespace: str,
     outputs: dict[str, bool],
@@ -145,7 +146,14 @@ def extract_command(
 
     config = None
     if root is not None:
-        config = DinoV3Config(root, image_size=image_size, dtype=compute_dtype, compile=compile, attention=attention)
+        config = open_config(
+            root,
+            revision=revision,
+            image_size=image_size,
+            dtype=compute_dtype,
+            compile=compile,
+            attention=attention,
+        )
     options = SourceOptions(
         image_column=image_column,
         id_column=id_column,
@@ -201,7 +209,7 @@ def _client(pool: str, namespace: str) -> RemoteTeacher:
 @click.argument("out", required=False)
 @click.argument("id_", metavar="[ID]", required=False)
 @click.option("--image", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="An image file.")
-@click.option("--root", type=click.Path(path_type=Path), help="With --image: the teacher's model directory.")
+@model_options("With --image: the teacher's model")
 @click.option("--device", default="cpu", show_default=True, help="With --image: where to compute.")
 @click.option(
     "--image-size", type=ImageSize(), help="With --image: the model's input size; a larger one shows more detail."
@@ -212,7 +220,8 @@ def show_command(
     out: str | None,
     id_: str | None,
     image: Path | None,
-    root: Path | None,
+    root: str | None,
+    revision: str | None,
     device: str,
     image_size: tuple[int, int] | None,
     layer: int | None,
@@ -231,10 +240,10 @@ def show_command(
         import torch
 
         from dinov3_ray.datasets.decode import Decoder
-        from dinov3_ray.model import DinoV3Teacher
+        from dinov3_ray.model import open_teacher
 
         pixels = Decoder().read(image.read_bytes(), str(image))
-        teacher = DinoV3Teacher(DinoV3Config(root, image_size=image_size, compile=False), device)
+        teacher = open_teacher(root, device, revision=revision, image_size=image_size, compile=False)
         spec = FeatureSpec(feature_map=layer is None, layers=() if layer is None else (layer,), dtype="float32")
         features, name = teacher.extract(torch.from_numpy(pixels), spec), image.name
     else:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from dinov3_ray.cli.teacher_options import model_options
 from dinov3_ray.cli.values import address_option
 from dinov3_ray.interrupts import Interrupts
 
@@ -23,11 +24,7 @@ __all__ = ["demo"]
 @click.option(
     "--images", type=click.Path(path_type=Path), help="A folder of your own photographs, instead of drawn scenes."
 )
-@click.option(
-    "--root",
-    type=click.Path(path_type=Path),
-    help="The model directory of your own teacher, instead of random weights.",
-)
+@model_options("Your own teacher's model, instead of random weights")
 @click.option("--steps", type=click.IntRange(min=2), default=150, show_default=True, help="Training steps.")
 @click.option(
     "--seconds",
@@ -44,7 +41,8 @@ def demo(
     context: click.Context,
     out: Path,
     images: Path | None,
-    root: Path | None,
+    root: str | None,
+    revision: str | None,
     steps: int,
     seconds: float,
     replicas: int,
@@ -63,7 +61,7 @@ def demo(
                 from dinov3_ray.demo.demonstration import DemoSettings, run_demo
                 from dinov3_ray.demo.report import LOSS_FILE, MAPS_FILE, SUMMARY_FILE, Display
 
-            settings = DemoSettings(out, images, root, steps, seconds, replicas, batch, address)
+            settings = DemoSettings(out, images, root, revision, steps, seconds, replicas, batch, address)
             summary = run_demo(settings, Display(), interrupts)
     except KeyboardInterrupt:
         click.echo(interrupts.last_words, err=True)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+
+from dinov3_ray.cli.teacher_options import model_options
 
 if TYPE_CHECKING:
     from dinov3_ray.doctor.machine_checks import Finding
@@ -17,7 +18,7 @@ __all__ = ["doctor"]
 
 
 @click.command()
-@click.option("--root", type=click.Path(path_type=Path), help="The model directory that the pool will use.")
+@model_options("The model that the pool will use")
 @click.option("--address", metavar="HOST:PORT", help="The cluster to check. [default: RAY_ADDRESS, or none]")
 @click.option(
     "--gpus", type=click.IntRange(min=0), default=0, help="GPUs that this machine, or the cluster, must have."
@@ -28,7 +29,14 @@ __all__ = ["doctor"]
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object per line.")
 @click.pass_context
 def doctor(
-    context: click.Context, /, root: Path | None, address: str | None, gpus: int, timeout: float, as_json: bool
+    context: click.Context,
+    /,
+    root: str | None,
+    revision: str | None,
+    address: str | None,
+    gpus: int,
+    timeout: float,
+    as_json: bool,
 ) -> None:
     """Check this machine and a cluster before a pool uses them, and give a remedy for each finding.
 
@@ -39,7 +47,7 @@ def doctor(
 
     address = address or os.environ.get("RAY_ADDRESS") or None
     worst = Severity.FINE
-    for finding in examine(root, address, gpus, timeout):
+    for finding in examine(root, revision, address, gpus, timeout):
         if finding.verdict is Severity.PROBLEM:
             worst = Severity.PROBLEM
         click.echo(json.dumps(asdict(finding)) if as_json else _line(finding))

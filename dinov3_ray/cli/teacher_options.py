@@ -1,4 +1,4 @@
-"""The options that say how a teacher computes, the same for all commands that make one."""
+"""The options that say which teacher computes, and how: the same for all commands that make one."""
 
 from __future__ import annotations
 
@@ -10,7 +10,36 @@ import click
 from dinov3_ray.cli.values import Command, CompileValue, ImageSize
 from dinov3_ray.config import ComputeDtype
 
-__all__ = ["computing_options"]
+__all__ = ["computing_options", "model_options"]
+
+
+def model_options(what: str = "The teacher's model", *, required: bool = False) -> Callable[[Command], Command]:
+    """``--root`` and ``--revision``, as a DinoV3Config takes them.
+
+    Args:
+        what: begins the help.
+        required: whether the command needs a model.
+    """
+
+    def decorate(command: Command) -> Command:
+        command = click.option(
+            "--revision", help="With a hub id: a branch, a tag or a commit. [default: main]", callback=_needs_root
+        )(command)
+        return click.option(
+            "--root",
+            type=click.Path(),  # as text: a path would lose the second slash of a URL, for which there is a hint
+            required=required,
+            is_eager=True,  # --revision looks whether it is there
+            help=f"{what}: a directory, or a hub id (owner/name).",
+        )(command)
+
+    return decorate
+
+
+def _needs_root(context: click.Context, _: click.Parameter, revision: str | None) -> str | None:
+    if revision is not None and context.params.get("root") is None:
+        raise click.UsageError("--revision belongs to --root")
+    return revision
 
 
 def computing_options(*, dtype: str = "--dtype", image_size: bool = True) -> Callable[[Command], Command]:

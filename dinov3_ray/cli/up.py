@@ -2,29 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
 
 import click
 
 from dinov3_ray.cli.pool import pool_options, timeout_option
-from dinov3_ray.cli.teacher_options import computing_options
-from dinov3_ray.cli.values import Command, Pair, PoolOption, Replicas
-from dinov3_ray.config import CompileChoice, ComputeDtype, DinoV3Config
+from dinov3_ray.cli.teacher_options import computing_options, model_options
+from dinov3_ray.cli.values import Pair, PoolOption, Replicas
+from dinov3_ray.config import CompileChoice, ComputeDtype, open_config
 from dinov3_ray.pool import NAMESPACE
 from dinov3_ray.pool.spec import Batching
 
 __all__ = ["reload", "up"]
 
 
-def _root_option(*, required: bool) -> Callable[[Command], Command]:
-    return click.option(
-        "--root",
-        type=click.Path(path_type=Path),
-        required=required,
-        help="The model directory, at the same path on every node.",
-    )
+_MODEL = "The teacher's model, on every node"
 
 
 @click.command()
@@ -35,7 +28,7 @@ def _root_option(*, required: bool) -> Callable[[Command], Command]:
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
     help="A YAML file that declares the pool, instead of the options below. A running pool is changed to match it.",
 )
-@_root_option(required=False)
+@model_options(_MODEL)
 @computing_options()
 @click.option("--replicas", type=Replicas(auto=True), default="auto", show_default=True, help="auto: one per free GPU.")
 @click.option(
@@ -67,7 +60,8 @@ def up(
     namespace: str,
     file: Path | None,
     dry_run: bool,
-    root: Path | None,
+    root: str | None,
+    revision: str | None,
     dtype: ComputeDtype,
     image_size: tuple[int, int] | None,
     compile: CompileChoice,
@@ -92,12 +86,14 @@ def up(
     if dry_run:
         raise click.UsageError("--dry-run needs --config")
     if root is None:
-        raise click.UsageError("name the model directory with --root, or declare the pool in a file: --config")
+        raise click.UsageError("name the model with --root, or declare the pool in a file: --config")
     from dinov3_ray.cli.session import joined, show_progress
     from dinov3_ray.cli.table import summary
     from dinov3_ray.pool.teacher_pool import TeacherPool
 
-    config = DinoV3Config(root, dtype=dtype, image_size=image_size, compile=compile, attention=attention)
+    config = open_config(
+        root, revision=revision, dtype=dtype, image_size=image_size, compile=compile, attention=attention
+    )
     options = {name: value for name, value in options.items() if value is not None} | dict(others)
     with joined(address) as here, show_progress(f"pool {name}") as report:
         pool = TeacherPool.start(
@@ -151,7 +147,7 @@ def _up_as_declared(file: Path, address: str | None, timeout: float, *, dry_run:
 
 
 @click.command()
-@_root_option(required=True)
+@model_options(_MODEL, required=True)
 @computing_options()
 @click.option("--wait/--no-wait", default=True, show_default=True, help="Wait until all replicas have the new teacher.")
 @timeout_option
@@ -160,7 +156,8 @@ def reload(
     name: str,
     address: str | None,
     namespace: str,
-    root: Path,
+    root: str,
+    revision: str | None,
     dtype: ComputeDtype,
     image_size: tuple[int, int] | None,
     compile: CompileChoice,
@@ -177,7 +174,9 @@ def reload(
     from dinov3_ray.cli.table import summary
     from dinov3_ray.pool.teacher_pool import TeacherPool
 
-    config = DinoV3Config(root, dtype=dtype, image_size=image_size, compile=compile, attention=attention)
+    config = open_config(
+        root, revision=revision, dtype=dtype, image_size=image_size, compile=compile, attention=attention
+    )
     with joined(address), TeacherPool.connect(name, namespace=namespace) as pool:
         former = pool.status().fingerprint
         if not wait:

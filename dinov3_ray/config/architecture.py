@@ -1,4 +1,4 @@
-"""The architecture of a DINOv3 model in plain numbers: enough to build it, and to list the tensors that it has.
+"""The architecture of a model in plain numbers: of a DINOv3, enough to build it, and to list the tensors that it has.
 
 Tensor names and shapes are those of released checkpoints in transformers' layout (``models/dinov3_vit`` and
 ``models/dinov3_convnext``). D hidden size, R register tokens, p patch size.
@@ -16,6 +16,7 @@ __all__ = [
     "Architecture",
     "ConvNextArchitecture",
     "Family",
+    "TransformersArchitecture",
     "ViTArchitecture",
     "heads_for",
     "infer_convnext",
@@ -159,6 +160,29 @@ class ConvNextArchitecture:
 
 
 Architecture = ViTArchitecture | ConvNextArchitecture
+
+
+@dataclass(frozen=True, slots=True)
+class TransformersArchitecture:
+    """A vision model of transformers in plain values.
+
+    Attributes:
+        model_type: transformers' name of the vision model; of a two-tower model, that of its vision tower.
+        native_size: (h, w) of the images that its positions were learned for.
+        settings: what else its configuration says other than its class's defaults, as JSON; for fingerprints.
+    """
+
+    model_type: str
+    hidden_size: int
+    num_layers: int
+    patch_size: int
+    num_register_tokens: int
+    native_size: tuple[int, int]
+    settings: str
+
+    @property
+    def family(self) -> str:
+        return self.model_type
 
 
 def heads_for(hidden_size: int) -> int:

@@ -1,21 +1,22 @@
-"""DinoV3Config: a model directory in transformers' layout, read and checked, and the options to run it with."""
+"""A model directory in transformers' layout, read and checked, and the options to run it with."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Any, Literal, Self, cast, get_args
 
 from pydantic import Field, StrictBool
 
-from dinov3_ray.config.architecture import Architecture, Family
-from dinov3_ray.config.files import CONFIG_FILE, PositiveInt, read_architecture, read_preprocessing
+from dinov3_ray.config.architecture import Architecture, TransformersArchitecture
+from dinov3_ray.config.files import PositiveInt, read_architecture, read_preprocessing
+from dinov3_ray.config.hub import ModelPlace, resolve
 from dinov3_ray.config.preprocessing import Preprocessing, Size
 from dinov3_ray.errors import ConfigError
 from dinov3_ray.validation import CheckedModel, check, from_list, rule
 
-__all__ = ["CompileChoice", "CompileMode", "ComputeDtype", "DinoV3Config", "ModelOptions"]
+__all__ = ["CompileChoice", "CompileMode", "ComputeDtype", "DinoV3Config", "ModelConfig", "ModelOptions"]
 
 ComputeDtype = Literal["auto", "float32", "bfloat16", "float16", "float8"]
 """The dtype that the model computes in; ``auto`` is bfloat16 where the device has it in hardware, else float32.
@@ -31,7 +32,7 @@ _AUTO_COMPILES_ON = ("cuda",)  # types of device
 
 
 class ModelOptions(CheckedModel):
-    """The options of a :class:`DinoV3Config`, of ``dinov3-ray up`` and of a pool's file; here they are documented."""
+    """The options of a :class:`ModelConfig`, of ``dinov3-ray up`` and of a pool's file; here they are documented."""
 
     dtype: Annotated[ComputeDtype, rule(f"must be one of {', '.join(get_args(ComputeDtype))}")] = "auto"
     """The dtype that the model computes in. auto: bfloat16 where the device has it in hardware, else float32. float8:
@@ -58,27 +59,35 @@ class ModelOptions(CheckedModel):
 
 
 @dataclass(frozen=True, init=False, repr=False)
-class DinoV3Config:
-    """A model directory and the options under which to run it.
+class ModelConfig:
+    """A model directory, or a model of the Hugging Face Hub, and the options under which to run it: what a
+    :class:`DinoV3Config` and a :class:`~dinov3_ray.config.transformers_model.TransformersConfig` have in common.
 
     ``root`` is read and checked on construction, so that a wrong file shows before a pool starts. That needs no weights
-    unless config.json lacks keys that only they can complete; they are checked when they are loaded. A pickled object
-    contains what was read, and looks for the weights at ``root`` again.
+    unless config.json lacks keys that only they can complete; they are checked when they are loaded, and those of a
+    model of the hub are downloaded then. A pickled object contains what was read, and looks for the weights again where
+    it is unpickled: at ``root``, or for the same commit of the hub's model.
 
     Args:
         root: a directory with config.json, preprocessor_config.json and model.safetensors, or
-            model.safetensors.index.json and its shards.
+            model.safetensors.index.json and its shards; or the id of a model on the hub, such as
+            ``facebook/dinov3-vits16-pretrain-lvd1689m``, that has them. A directory goes before an id of the same
+            spelling, as in transformers.
+        revision: with an id: a branch, a tag or a commit; by default ``main``. It is resolved to a commit here.
         dtype, image_size, compile, attention: see :class:`ModelOptions`; ``image_size`` is one int, or
             (h, w), and :meth:`Preprocessing.resized_to` says what becomes of the file's rule.
 
     Attributes:
+        root: the model directory, on the machine that made this configuration; of a model of the hub, in its cache.
+        place: where the model is, also on other machines.
         image_size: (h, w) of the model's input: the option, or else what the file says.
         architecture: what config.json (completed by the weights' shapes) describes.
         preprocessing: what preprocessor_config.json describes, at ``image_size``.
 
     Raises:
         ConfigError: names the file or option, the rule and the value; all complaints about one file at once.
-        CheckpointError: config.json is incomplete, and the weights that could complete it are damaged.
+        CheckpointError: config.json is incomplete, and the weights that could complete it are damaged; or the hub
+            does not give the model: says why.
     """
 
     root: Path
@@ -86,15 +95,18 @@ class DinoV3Config:
     image_size: Size
     compile: CompileChoice
     attention: str
-    architecture: Architecture = field(init=False)
+    architecture: Architecture | TransformersArchitecture = field(init=False)
     preprocessing: Preprocessing = field(init=False)
+    place: ModelPlace = field(init=False)
 
     # Written out, since the option `image_size` is wider than the attribute that it settles. `dataclasses.replace`
-    # passes the settled size back in, which `resized_to` takes for no change.
+    # passes the settled size back in, which `resized_to` takes for no change, and the hub's snapshot as `root`, which
+    # is taken for what it is.
     def __init__(
         self,
         root: str | PathLike[str],
         *,
+        revision: str | None = None,
         dtype: ComputeDtype = "auto",
         image_size: int | Size | None = None,
         compile: CompileChoice = "auto",
@@ -107,10 +119,9 @@ class DinoV3Config:
             "attention": attention,
         }
         options = check(ModelOptions, given)
-        # Absolute, since a relative path means another place in a worker's folder.
-        path = _check_root(root)
-        architecture = read_architecture(path)
-        preprocessing = read_preprocessing(path, architecture)
+        # Its directory is absolute, since a relative path means another place in a worker's folder.
+        place = resolve(root, revision)
+        architecture, preprocessing = self._read(place)
         if options.image_size is not None:
             size = options.image_size
             preprocessing = preprocessing.resized_to((size, size) if isinstance(size, int) else size)
@@ -120,7 +131,8 @@ class DinoV3Config:
                 f"got {list(preprocessing.image_size)}"
             )
         settled = given | {
-            "root": path,
+            "root": place.directory,
+            "place": place,
             "image_size": preprocessing.image_size,
             "architecture": architecture,
             "preprocessing": preprocessing,
@@ -128,14 +140,31 @@ class DinoV3Config:
         for name, value in settled.items():
             object.__setattr__(self, name, value)
 
+    @staticmethod
+    def _read(place: ModelPlace) -> tuple[Any, Preprocessing]:
+        """The architecture and the preprocessing that the files in ``place`` describe."""
+        raise NotImplementedError
+
     @classmethod
-    def of(cls, config: DinoV3Config | str | PathLike[str]) -> DinoV3Config:
-        """``config`` itself, or the configuration of the directory that it names."""
-        return config if isinstance(config, DinoV3Config) else cls(config)
+    def of(cls, config: Self | str | PathLike[str], **options: Any) -> Self:
+        """``config``, or the configuration of the directory that it names, with ``options`` in place of its own."""
+        if isinstance(config, cls):
+            return replace(config, **options) if options else config
+        return cls(cast("str | PathLike[str]", config), **options)
 
     @property
-    def family(self) -> Family:
-        """``vit`` or ``convnext``."""
+    def hub_id(self) -> str | None:
+        """``owner/name`` of a model of the hub; None for a directory of one's own."""
+        return self.place.hub_id
+
+    @property
+    def revision(self) -> str | None:
+        """The commit of a model of the hub, whatever branch or tag was asked for; None for a directory of one's own."""
+        return self.place.commit
+
+    @property
+    def family(self) -> str:
+        """Of a DINOv3 model, ``vit`` or ``convnext``; of others, transformers' ``model_type``."""
         return self.architecture.family
 
     @property
@@ -150,7 +179,7 @@ class DinoV3Config:
 
     @property
     def num_register_tokens(self) -> int:
-        """R; 0 for a ConvNeXt."""
+        """R; 0 for a ConvNeXt, and for other models without registers."""
         return self.architecture.num_register_tokens
 
     @property
@@ -179,18 +208,20 @@ class DinoV3Config:
 
     def __repr__(self) -> str:
         size = "x".join(map(str, self.image_size))
+        where = repr(self.hub_id or str(self.root)) + (f", revision={self.revision!r}" if self.revision else "")
         return (
-            f"DinoV3Config({str(self.root)!r}, {self.family}, D={self.hidden_size}, layers={self.num_layers}, "
+            f"{type(self).__name__}({where}, {self.family}, D={self.hidden_size}, layers={self.num_layers}, "
             f"registers={self.num_register_tokens}, patch={self.patch_size}, image={size}, dtype={self.dtype}, "
             f"attention={self.attention}, compile={self.compile})"
         )
 
 
-def _check_root(root: object) -> Path:
-    if not isinstance(root, (str, PathLike)):
-        raise ConfigError(f"root must be the path of a model directory; got {root!r}")
-    path = Path(root).expanduser().absolute()
-    if not path.is_dir():
-        what = "a file" if path.exists() else "missing"
-        raise ConfigError(f"root must be a model directory with {CONFIG_FILE} and weights; {path} is {what}")
-    return path
+class DinoV3Config(ModelConfig):
+    """A DINOv3, and the options under which to run it; see :class:`ModelConfig`."""
+
+    architecture: Architecture
+
+    @staticmethod
+    def _read(place: ModelPlace) -> tuple[Architecture, Preprocessing]:
+        architecture = read_architecture(place.directory, place.with_weights)
+        return architecture, read_preprocessing(place.directory, architecture)

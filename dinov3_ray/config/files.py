@@ -6,6 +6,7 @@ Keys that no model here names are ignored: transformers writes many. null means 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
@@ -33,6 +34,7 @@ __all__ = [
     "PreprocessorFile",
     "ViTFile",
     "read_architecture",
+    "read_json",
     "read_preprocessing",
 ]
 
@@ -149,15 +151,19 @@ class ConvNextFile(_ConfigFile):
         return ConvNextArchitecture(**self.model_dump(exclude={"model_type", "num_channels"}))
 
 
-def read_architecture(root: Path) -> Architecture:
+def read_architecture(root: Path, with_weights: Callable[[], Path]) -> Architecture:
     """What config.json says; keys that it leaves out are inferred from the shapes of the weights.
+
+    Args:
+        root: the model directory.
+        with_weights: gives the directory that has the weights too; called only where they are needed.
 
     Raises:
         ConfigError: the file is missing or wrong; names all its problems.
         CheckpointError: keys are missing, and the weights that would complete it are missing or damaged.
     """
     path = root / CONFIG_FILE
-    values = _read_json(path, remedy="root must be a model directory in transformers' layout")
+    values = read_json(path, remedy="root must be a model directory in transformers' layout")
     family = _family_of(values, path)
     model: type[ViTFile | ConvNextFile] = ViTFile if family == "vit" else ConvNextFile
     required = {field.alias or name: name for name, field in model.model_fields.items() if field.is_required()}
@@ -165,7 +171,7 @@ def read_architecture(root: Path) -> Architecture:
         required["num_register_tokens"] = "num_register_tokens"
     missing = [key for key in required if values.get(key) is None]
     if missing:
-        inferred = _infer(root, family, missing)
+        inferred = _infer(root, with_weights, family, missing)
         values = values | {key: getattr(inferred, required[key]) for key in missing}
     return check(model, values, path=path).architecture()
 
@@ -184,11 +190,11 @@ def _family_of(values: dict[str, Any], path: Path) -> Family:
     return families[model_type]
 
 
-def _infer(root: Path, family: Family, missing: list[str]) -> Architecture:
+def _infer(root: Path, with_weights: Callable[[], Path], family: Family, missing: list[str]) -> Architecture:
     """The architecture by the weights' headers, for keys ``missing`` from config.json."""
     what = f"{root / CONFIG_FILE} lacks {', '.join(missing)}"
     try:
-        shapes = WeightFiles.find(root).shapes
+        shapes = WeightFiles.find(with_weights()).shapes
     except CheckpointError as error:
         raise CheckpointError(f"{what}, and the weights cannot tell: {error}") from error
     inferred = infer_convnext(shapes) if family == "convnext" else infer_vit(shapes)
@@ -346,10 +352,15 @@ def read_preprocessing(root: Path, architecture: Architecture) -> Preprocessing:
     """
     path = root / PREPROCESSOR_FILE
     remedy = "copy it from the model's release; its mean, std and size cannot be guessed"
-    return check(PreprocessorFile, _read_json(path, remedy=remedy), path=path, context=architecture).preprocessing()
+    return check(PreprocessorFile, read_json(path, remedy=remedy), path=path, context=architecture).preprocessing()
 
 
-def _read_json(path: Path, *, remedy: str) -> dict[str, Any]:
+def read_json(path: Path, *, remedy: str) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        ConfigError: there is none; ``remedy`` says what to do if the file is missing.
+    """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
 
-__all__ = ["Misfit", "Preprocessing", "Size", "misfit_of"]
+__all__ = ["Misfit", "Preprocessing", "Resample", "Size", "misfit_of"]
 
 Size = tuple[int, int]
 """(height, width)"""
 
+Resample = Literal["bilinear", "bicubic"]
+"""How a resize interpolates; antialiased in either case."""
+
 
 @dataclass(frozen=True, slots=True)
 class Preprocessing:
-    """Rescale, resize (bilinear, antialiased), crop the centre, normalize: in this order, as transformers does.
+    """Rescale, resize (antialiased), crop the centre, normalize: in this order, as transformers does for DINOv3; the
+    processors of other models resize and crop first, and rescale and normalize then.
 
     At most one of ``size`` and ``shortest_edge`` is set; with neither, images keep their size.
 
@@ -24,6 +29,8 @@ class Preprocessing:
         mean, std: of the channels, in rescaled units; zeros and ones where it says ``do_normalize: false``.
         image_size: (h, w) of the model's input. Where the rule fixes none (a shortest edge without a crop, or no
             resize), that of a square image, or what the file's ``size`` says.
+        resample: how the resize interpolates.
+        rescales_first: the order. Where it is False, uint8 images are resized as such, and rounded.
     """
 
     size: Size | None
@@ -33,6 +40,16 @@ class Preprocessing:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     image_size: Size
+    resample: Resample = "bilinear"
+    rescales_first: bool = True
+
+    def described(self) -> dict[str, Any]:
+        """The rule as plain values, to be hashed or stored. ``resample`` and ``rescales_first`` are left out where they
+        are DINOv3's, as in what was hashed and stored before there were others."""
+        values = asdict(self)
+        if self.resample == "bilinear" and self.rescales_first:
+            del values["resample"], values["rescales_first"]
+        return values
 
     @property
     def has_fixed_size(self) -> bool:

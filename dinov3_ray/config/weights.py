@@ -16,12 +16,14 @@ from typing import Any
 
 from dinov3_ray.errors import CheckpointError
 
-__all__ = ["INDEX_FILE", "SINGLE_FILE", "StoredTensor", "WeightFiles", "canonical_name"]
+__all__ = ["INDEX_FILE", "SINGLE_FILE", "StoredTensor", "WeightFiles", "canonical_name", "read_weight_map"]
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 _ITEM_BYTES = {"F32": 4, "BF16": 2, "F16": 2}
 """The dtypes that a checkpoint may hold, by their names in a safetensors header."""
+
+_COUNTERS = ("position_ids", 8)  # some of CLIP's files hold these buffers too, as I64
 
 _MAX_HEADER = 100_000_000  # the library's own limit
 # transformers 5.5 moved the blocks into an inner `model`; files keep the names without it, but some writers do not.
@@ -106,7 +108,7 @@ class WeightFiles:
 
     @classmethod
     def _of_index(cls, index: Path) -> WeightFiles:
-        weight_map = _read_weight_map(index)
+        weight_map = read_weight_map(index)
         paths = tuple(index.parent / name for name in sorted(set(weight_map.values())))
         missing = [path.name for path in paths if not path.is_file()]
         if missing:
@@ -136,7 +138,12 @@ class WeightFiles:
         return cls(paths, dict(sorted(tensors.items())))
 
 
-def _read_weight_map(index: Path) -> dict[str, str]:
+def read_weight_map(index: Path) -> dict[str, str]:
+    """The file of each tensor, as ``model.safetensors.index.json`` names it.
+
+    Raises:
+        CheckpointError: the file is missing or damaged, or names a file that is not beside it.
+    """
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
@@ -189,9 +196,12 @@ def _stored(path: Path, key: str, entry: Any, data_start: int) -> StoredTensor:
         start, stop = (int(offset) for offset in entry["data_offsets"])
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: the header's entry for {key} is damaged: {entry!r}") from error
-    if dtype not in _ITEM_BYTES:
+    item_bytes = _ITEM_BYTES.get(dtype)
+    if dtype == "I64" and key.endswith(_COUNTERS[0]):
+        item_bytes = _COUNTERS[1]
+    if item_bytes is None:
         raise CheckpointError(f"{path}: tensor {key} must be one of {', '.join(_ITEM_BYTES)}; found {dtype}")
-    expected = math.prod(shape) * _ITEM_BYTES[dtype]
+    expected = math.prod(shape) * item_bytes
     if stop - start != expected or min(shape, default=0) < 0:
         raise CheckpointError(
             f"{path}: tensor {key} of {dtype}{list(shape)} must take {expected:,} bytes; found {stop - start:,}"

@@ -113,6 +113,7 @@ class StoredTeacher(TeacherMixin[Images | str | Sequence[str]]):
     @staticmethod
     def _digest(image: Tensor, index: int) -> bytes:
         """The digest of an image's uint8 pixels, whatever form it came in."""
+        image = image.cpu()  # not every accelerator has float64
         if image.dtype != torch.uint8:
             levels = (image.double() * 255).round()
             # n/255 up to one rounding (some loaders multiply by 1/255), so that a view which was changed a little is
@@ -124,7 +125,7 @@ class StoredTeacher(TeacherMixin[Images | str | Sequence[str]]):
                     f"images[{index}] is not a view that the store holds: its values are not 8-bit pixels / 255"
                 )
             image = levels.to(torch.uint8)
-        return view_digest(np.ascontiguousarray(image.cpu().numpy()))
+        return view_digest(np.ascontiguousarray(image.numpy()))
 
     def _deliver(self, ids: Sequence[str], spec: FeatureSpec) -> Features:
         self._check(spec)

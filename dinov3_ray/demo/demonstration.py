@@ -48,7 +48,8 @@ class DemoSettings:
 
     out: Path
     images: Path | None = None
-    root: Path | None = None
+    root: str | Path | None = None
+    revision: str | None = None
     steps: int = 150
     seconds: float = 40.0
     replicas: int = 2
@@ -99,7 +100,7 @@ def _run(
     settings: DemoSettings, display: Display, interrupts: Interrupts, ray: DemoRay, folder: Path, begun: float
 ) -> Summary:
     root = settings.root or init_checkpoint(_VARIANT, folder / "teacher", image_size=_IMAGE_SIZE)
-    config = DinoV3Config(root)
+    config = DinoV3Config(root, revision=settings.revision)
     pictures, shown = _pictures(settings, display, max(config.image_size))
     with display.phase(f"{'starting' if ray.embedded else 'joining'} Ray"):
         ray.start()

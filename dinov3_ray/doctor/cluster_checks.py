@@ -7,12 +7,14 @@ import time
 from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ray
 import torch
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from dinov3_ray.config import ModelConfig
+from dinov3_ray.config.weights import WeightFiles
 from dinov3_ray.doctor.machine_checks import (
     Finding,
     Severity,
@@ -36,11 +38,19 @@ from dinov3_ray.features import FeatureSpec
 from dinov3_ray.pool.address import Address
 from dinov3_ray.pool.cluster import Runtime, connect, open_way
 from dinov3_ray.pool.probe import answers
-from dinov3_ray.pool.spec import TeacherGiven
+from dinov3_ray.pool.spec import TeacherGiven, pickle_teacher, unpickle_teacher
 from dinov3_ray.pool.teacher_pool import TeacherPool
 from dinov3_ray.testing import FakeTeacher
 
-__all__ = ["check_nodes", "check_packages", "check_reach", "check_round_trip", "examine", "join_cluster"]
+__all__ = [
+    "check_model_on_nodes",
+    "check_nodes",
+    "check_packages",
+    "check_reach",
+    "check_round_trip",
+    "examine",
+    "join_cluster",
+]
 
 
 _LEAST_STORE = 2 * 2**30  # the default of max_queued_bytes, per replica
@@ -117,26 +127,78 @@ def check_packages(here: Mapping[str, str], timeout: float) -> Finding:
                 found[name] = "missing"
         return found
 
-    task = ray.remote(num_cpus=0, max_retries=0)(installed)
-    nodes = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
-    asked = {
-        task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False)).remote([*here]): host
-        for node_id, host in nodes.items()
-    }
-    done, silent = ray.wait([*asked], num_returns=len(asked), timeout=timeout)
-    different = [f"no answer from {asked[ref]} within {timeout:g} s" for ref in silent]
-    for ref in done:
-        try:
-            there = ray.get(ref)
-        except ray.exceptions.RayError as error:
-            different.append(f"{asked[ref]} cannot run a task: {str(error).strip().splitlines()[-1]}")
+    hosts = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
+    different = []
+    for host, reply in _ask_nodes(installed, ([*here],), hosts, timeout):
+        if reply.error:
+            different.append(f"{host} cannot run a task: {reply.error}")
             continue
+        there = reply.value
         wrong = [f"{name} {there[name]} (here {here[name]})" for name in here if there[name] != here[name]]
-        different += [f"{asked[ref]} has {', '.join(wrong)}"] if wrong else []
+        different += [f"{host} has {', '.join(wrong)}"] if wrong else []
     if different:
         remedy = "install the same versions everywhere: pip install -c deploy/constraints.txt . in each checkout"
         return problem("nodes' packages", "; ".join(different), remedy)
     return fine("nodes' packages", f"{', '.join(here)} have the same versions on each node as here")
+
+
+def check_model_on_nodes(config: ModelConfig, timeout: float) -> Finding:
+    """Check that each node has the model, or can download it from the hub, all in ``timeout`` seconds.
+
+    Only nodes with GPUs count, if the cluster has any.
+    """
+    nodes = {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}
+    with_gpus = {node_id: node for node_id, node in nodes.items() if node["Resources"].get("GPU")}
+    hosts = {node_id: node["NodeManagerAddress"] for node_id, node in (with_gpus or nodes).items()}
+    answers_of = _ask_nodes(_look_for_weights, (pickle_teacher(config),), hosts, timeout)
+    lacking = [f"{host}: {answer.error}" for host, answer in answers_of if answer.error]
+    if lacking:
+        remedy = (
+            f"a model of the hub: `hf download {config.hub_id} --revision {config.revision}` there, with HF_TOKEN and "
+            "HF_HOME as Ray's processes have them; a longer --timeout if it is still being downloaded"
+            if config.hub_id
+            else "copy the directory to the same path on each node, or share it"
+        )
+        return problem("model on nodes", "; ".join(lacking), remedy)
+    return fine("model on nodes", f"{len(hosts)} of {len(hosts)} have {config.place.origin}")
+
+
+def _look_for_weights(pickled: bytes) -> str:
+    """Where this node has the weights of a configuration; raises what is wrong with them."""
+    config = unpickle_teacher(pickled)
+    assert isinstance(config, ModelConfig)
+    root = config.place.with_weights()
+    WeightFiles.find(root)
+    return str(root)
+
+
+class _Reply(NamedTuple):
+    """What a node's task returned, or in words why it did not."""
+
+    value: Any = None
+    error: str = ""
+
+
+def _ask_nodes(
+    function: Any, arguments: tuple[Any, ...], hosts: Mapping[str, str], timeout: float
+) -> list[tuple[str, _Reply]]:
+    """Run a task on each of ``hosts`` (node id to address); each address with what came of it."""
+    task = ray.remote(num_cpus=0, max_retries=0)(function)
+    asked = {
+        task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False)).remote(*arguments): host
+        for node_id, host in hosts.items()
+    }
+    done, silent = ray.wait([*asked], num_returns=len(asked), timeout=timeout)
+    replies = [(asked[ref], _Reply(error=f"no answer within {timeout:g} s")) for ref in silent]
+    for ref in silent:
+        ray.cancel(ref, force=True)
+    for ref in done:
+        try:
+            replies.append((asked[ref], _Reply(ray.get(ref))))
+        except ray.exceptions.RayError as error:
+            cause = getattr(error, "cause", None) or error
+            replies.append((asked[ref], _Reply(error=str(cause).strip().splitlines()[-1])))
+    return replies
 
 
 def _ports(nodes: list[dict[str, Any]]) -> Iterator[tuple[str, Address]]:
@@ -146,20 +208,23 @@ def _ports(nodes: list[dict[str, Any]]) -> Iterator[tuple[str, Address]]:
                 yield what, Address(node["NodeManagerAddress"], int(node[key]))
 
 
-def check_round_trip(root: Path | None, *, in_cluster: bool, timeout: float) -> Finding:
+def check_round_trip(source: TeacherGiven | None, *, in_cluster: bool, timeout: float) -> Finding:
     """Send images through a pool of one replica, in the cluster or else in this process.
 
     Args:
-        root: the teacher's model directory; None takes a stand-in without weights.
+        source: what gives the teacher; None takes a stand-in without weights.
         in_cluster: whether to use the joined cluster.
         timeout: seconds for the start, and for each answer.
     """
-    source: TeacherGiven = root or FakeTeacher.factory()
     images = torch.randint(0, 256, (_BATCH, 3, 224, 224), dtype=torch.uint8)
     began = time.monotonic()
     try:
         pool = TeacherPool.start(
-            source, name=f"doctor-{os.getpid()}", replicas=1, local_mode=not in_cluster, timeout=timeout
+            source or FakeTeacher.factory(),
+            name=f"doctor-{os.getpid()}",
+            replicas=1,
+            local_mode=not in_cluster,
+            timeout=timeout,
         )
         with pool, pool.teacher(timeout=timeout) as teacher:
             up = time.monotonic()
@@ -174,7 +239,7 @@ def check_round_trip(root: Path | None, *, in_cluster: bool, timeout: float) -> 
     if not torch.isfinite(tokens_BD).all():
         return problem("round trip", "features are not finite", "dinov3-ray checkpoint verify, and try dtype float32")
     where = "in the cluster" if in_cluster else "in this process"
-    what = "" if root else " (a stand-in without weights: name a model with --root)"
+    what = "" if source else " (a stand-in without weights: name a model with --root)"
     return fine(
         "round trip",
         f"a replica {where}{what} was up after {up - began:.1f} s; {_BATCH} images took {1e3 * (first - up):.0f} ms "
@@ -182,14 +247,17 @@ def check_round_trip(root: Path | None, *, in_cluster: bool, timeout: float) -> 
     )
 
 
-def examine(root: Path | None, address: str | None, gpus: int, timeout: float) -> Iterator[Finding]:
+def examine(
+    root: str | Path | None, revision: str | None, address: str | None, gpus: int, timeout: float
+) -> Iterator[Finding]:
     """Yield the finding of each check; a check that needs what another one found broken is skipped.
 
     Args:
-        root: the model directory to check; None skips it.
+        root: the model directory or hub id to check; None skips it.
+        revision: of the hub id.
         address: of the cluster's head, as :meth:`Address.parse` takes it; None checks this machine alone.
         gpus: GPUs that the cluster, or else this machine, must have.
-        timeout: seconds for the nodes' packages, and for the start and each answer of the round trip.
+        timeout: seconds for the nodes' packages, for their model, and for the start and each answer of the round trip.
 
     Raises:
         ConfigError: the address names no head.
@@ -204,12 +272,12 @@ def examine(root: Path | None, address: str | None, gpus: int, timeout: float) -
     yield check_disk()
     # If there is a cluster, it must have the GPUs.
     yield check_gpus(0 if address else gpus)
-    model = check_model_root(root)
+    model, config = check_model_root(root, revision, weights_here=address is None)
     yield model
     token = check_token(os.environ, address)
     yield token
     if address is None:
-        yield _round_trip(model, root, in_cluster=False, timeout=timeout)
+        yield _round_trip(model, config, in_cluster=False, timeout=timeout)
         return
     reach = check_reach(address)
     yield reach
@@ -228,12 +296,15 @@ def examine(root: Path | None, address: str | None, gpus: int, timeout: float) -
         if packages.verdict is Severity.PROBLEM:
             yield skipped("round trip", "the nodes have other packages than this process")
             return
-        yield _round_trip(model, root, in_cluster=True, timeout=timeout)
+        if config is not None:
+            model = check_model_on_nodes(config, timeout)
+            yield model
+        yield _round_trip(model, config, in_cluster=True, timeout=timeout)
     finally:
         runtime.close()
 
 
-def _round_trip(model: Finding, root: Path | None, *, in_cluster: bool, timeout: float) -> Finding:
+def _round_trip(model: Finding, config: ModelConfig | None, *, in_cluster: bool, timeout: float) -> Finding:
     if model.verdict is Severity.PROBLEM:
         return skipped("round trip", "the model cannot be loaded")
-    return check_round_trip(root, in_cluster=in_cluster, timeout=timeout)
+    return check_round_trip(config, in_cluster=in_cluster, timeout=timeout)

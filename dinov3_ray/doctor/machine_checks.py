@@ -18,7 +18,7 @@ import torch
 
 from dinov3_ray import __version__
 from dinov3_ray.checkpoint import verify
-from dinov3_ray.config import DinoV3Config
+from dinov3_ray.config import ModelConfig, open_config
 from dinov3_ray.config.preprocessing import misfit_of
 from dinov3_ray.errors import CheckpointError, ConfigError
 from dinov3_ray.machine import locks
@@ -211,22 +211,34 @@ def check_gpus(wanted: int) -> Finding:
     return fine("GPUs", ", ".join(names) or "none; replicas compute on CPUs")
 
 
-def check_model_root(root: Path | None) -> Finding:
-    """Check the files of a model by their headers; ``dinov3-ray checkpoint verify`` reads every weight."""
+def check_model_root(
+    root: str | Path | None, revision: str | None = None, *, weights_here: bool = True
+) -> tuple[Finding, ModelConfig | None]:
+    """Check the files of a model by their headers; ``dinov3-ray checkpoint verify`` reads every weight.
+
+    Args:
+        weights_here: whether a model of the hub is needed on this machine, and downloaded if it is not here.
+
+    Returns:
+        What was found, and the model if it can be used.
+    """
     if root is None:
-        return skipped("model", "no model directory is named (--root)")
+        return skipped("model", "no model is named (--root)"), None
+    hint = "a directory is needed at the same path on every node"
     try:
-        config = DinoV3Config(root)
-        weights = verify(config)
+        config = open_config(root, revision=revision)
+        seen = repr(config)
+        if weights_here or config.hub_id is None:
+            seen += f", {verify(config).nbytes / 1e9:.3f} GB"
     except ConfigError as error:
-        return problem(
-            "model", str(error), "name the directory with --root; it is needed at the same path on every node"
-        )
+        return problem("model", str(error), f"name a directory or a hub id with --root; {hint}"), None
     except CheckpointError as error:
-        return problem("model", str(error), "copy the weights again, then `dinov3-ray checkpoint verify` the directory")
-    seen = f"{config!r}, {weights.nbytes / 1e9:.3f} GB"
+        remedy = "where a file is damaged, copy or download it again, then try `dinov3-ray checkpoint verify`"
+        return problem("model", str(error), remedy), None
     misfit = misfit_of(config.image_size, config.patch_size)
-    return fine("model", seen) if misfit is None else warning("model", f"{seen}; {misfit.problem}", misfit.remedy)
+    if misfit is None:
+        return fine("model", seen), config
+    return warning("model", f"{seen}; {misfit.problem}", misfit.remedy), config
 
 
 def check_token(environment: Mapping[str, str], address: str | None) -> Finding:

@@ -5,26 +5,31 @@ The loop over the blocks ends at the last block that is needed, and cuts each ma
 Query, key and value stay three products, as in transformers. One product for them gave the same bits and no speed on a
 CPU (bfloat16, the attention of one ViT-S block, 8 images of 224 px: 247 ms and 249 ms of CPU time).
 
-Shapes: B images, N = 1 + R + h × w tokens (CLS, R registers, patches row by row), D channels.
+Shapes: B images, N = P + h × w tokens (P that come before the patches: of a DINOv3, CLS and R registers; patches row by
+row), D channels.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dinov3_ray.features import Features, FeatureSpec, in_channels_last, resample_map
 from dinov3_ray.network.convnext import ConvNext
+from dinov3_ray.network.transformers_network import TransformersNetwork
 from dinov3_ray.network.vit import ViT
 
-__all__ = ["run_backbone"]
+__all__ = ["Network", "run_backbone"]
+
+Network = ViT | ConvNext | TransformersNetwork
 
 
 def run_backbone(
-    model: ViT | ConvNext,
+    model: Network,
     pixels_B3HW: Tensor,
     spec: FeatureSpec,
     *,
@@ -39,29 +44,26 @@ def run_backbone(
     final norm fits the last stage only and is not applied to the others, as in the official
     ``get_intermediate_layers``. ``compiled``: whether the blocks are.
     """
-    if isinstance(model, ViT):
-        return _run_vit(model, pixels_B3HW, spec, compiled)
-    return _run_convnext(model, pixels_B3HW, spec, compiled)
+    if isinstance(model, ConvNext):
+        return _run_convnext(model, pixels_B3HW, spec, compiled)
+    return _run_vit(model, pixels_B3HW, spec, compiled)
 
 
-def _run_vit(model: ViT, pixels_B3HW: Tensor, spec: FeatureSpec, compiled: bool) -> Features:
-    pixels_B3HW = pixels_B3HW.to(model.norm.weight.dtype)
-    patch = model.architecture.patch_size
+def _run_vit(model: ViT | TransformersNetwork, pixels_B3HW: Tensor, spec: FeatureSpec, compiled: bool) -> Features:
+    patch, prefix = model.architecture.patch_size, model.num_prefix_tokens
     grid = tuple(side // patch for side in pixels_B3HW.shape[-2:])
-    turns = model.rope_embeddings(pixels_B3HW)
-    embedded_BND = model.embeddings(pixels_B3HW)
-    prefix = embedded_BND.shape[1] - grid[0] * grid[1]
+    given: Any  # of the kind that the model's own step() takes
+    embedded_BND, given = model.begin(pixels_B3HW)
 
     def cut(_: int, hidden_BND: Tensor) -> Tensor:
         patches = hidden_BND[:, prefix:]
         return _as_map(model.norm(patches) if spec.norm else _cut_out(patches), grid, spec)
 
     def step(block: nn.Module, hidden_BND: Tensor) -> Tensor:
-        hidden: Tensor = block(hidden_BND, turns)
-        return hidden
+        return model.step(block, hidden_BND, given)
 
     hidden_BND, layers = _run_blocks(model.blocks, embedded_BND, spec, step, cut, compiled)
-    return _finish(model.norm, hidden_BND, prefix, grid, spec, layers)
+    return _finish(model, model.norm, hidden_BND, grid, spec, layers)
 
 
 def _run_convnext(model: ConvNext, pixels_B3HW: Tensor, spec: FeatureSpec, compiled: bool) -> Features:
@@ -79,7 +81,7 @@ def _run_convnext(model: ConvNext, pixels_B3HW: Tensor, spec: FeatureSpec, compi
     if not _wants_final(spec):
         return Features(layers=layers)
     tokens_BND = model.tokens(hidden_BDhw)
-    return _finish(model.layer_norm, tokens_BND, 1, hidden_BDhw.shape[-2:], spec, layers)
+    return _finish(model, model.layer_norm, tokens_BND, hidden_BDhw.shape[-2:], spec, layers)
 
 
 def _run_blocks(
@@ -106,9 +108,9 @@ def _run_blocks(
 
 
 def _finish(
+    model: Network,
     norm: nn.Module,
     hidden_BND: Tensor,
-    prefix: int,
     grid: tuple[int, ...],
     spec: FeatureSpec,
     layers: dict[int, Tensor],
@@ -117,10 +119,11 @@ def _finish(
     if not _wants_final(spec):
         return Features(layers=layers)
     tokens_BND = norm(hidden_BND)
+    prefix = model.num_prefix_tokens
     return Features(
         cls=_cut_out(tokens_BND[:, 0]) if spec.cls else None,
         feature_map=_as_map(_cut_out(tokens_BND[:, prefix:]), grid, spec) if spec.feature_map else None,
-        registers=_cut_out(tokens_BND[:, 1:prefix]) if spec.registers else None,
+        registers=_cut_out(tokens_BND[:, prefix - model.num_register_tokens : prefix]) if spec.registers else None,
         layers=layers,
     )
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dinov3_ray.config import DinoV3Config
+from dinov3_ray.config import ModelConfig
 from dinov3_ray.errors import ConfigError
 
 __all__ = ["compile_blocks", "is_compiled"]
@@ -24,7 +24,7 @@ def is_compiled(blocks: nn.ModuleList) -> bool:
 
 
 def compile_blocks(
-    blocks: nn.ModuleList, config: DinoV3Config, device: torch.device, trial: Callable[[], object]
+    blocks: nn.ModuleList, config: ModelConfig, device: torch.device, trial: Callable[[], object]
 ) -> None:
     """Compile ``blocks`` as ``config`` says for ``device``; with ``compile="auto"``, leave them plain where that fails.
 
@@ -68,7 +68,7 @@ def compile_blocks(
     logger.warning(
         "compile='auto' leaves the model on %s as it is, which is slower, since torch.compile fails there: %s. Install "
         "what is missing: Triton, which comes with torch for CUDA, and a C compiler such as gcc. "
-        "DinoV3Config(compile=False) does not try.",
+        "compile=False does not try.",
         device,
         reason,
     )

@@ -19,6 +19,7 @@ __all__ = [
     "as_device",
     "choose_dtype",
     "computing_on",
+    "empty_cache",
     "settle_thread",
     "trial_error",
 ]
@@ -55,7 +56,16 @@ def as_device(device: torch.device | str | int) -> torch.device:
         )
     if found.type == "cuda" and found.index is None:
         return torch.device("cuda", torch.cuda.current_device())  # as tensors name it
-    return found
+    if found.type in ("cpu", "cuda"):
+        return found
+    try:
+        return torch.empty(0, device=found).device
+    except Exception as error:  # torch has no one kind of error for what it was built without
+        reason = str(error).strip().partition("\n")[0]
+        raise ConfigError(
+            f"device must be one that this process has; got {str(found)!r}, and torch {torch.__version__} says: "
+            f"{reason} (pass device='cpu')"
+        ) from error
 
 
 def choose_dtype(dtype: ComputeDtype, device: torch.device) -> tuple[torch.dtype, str]:
@@ -65,7 +75,12 @@ def choose_dtype(dtype: ComputeDtype, device: torch.device) -> tuple[torch.dtype
     DINOv3's activations may exceed its range. A CPU must have AVX512-BF16 or AMX; without them bfloat16 is emulated and
     slower than float32. Measured with AVX512-BF16 alone (2 cores, 224 px, torch 2.13): ViT-S 1.5 times float32's
     speed, ConvNeXt-T 2.1 times.
+
+    Raises:
+        ConfigError: the type of device has no such dtype at all.
     """
+    if dtype == "float8" and device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"dtype must be another than 'float8' on {device.type}, for which torch has none; use 'auto'")
     if dtype != "auto":
         return _DTYPES[dtype], "as asked"
     if device.type == "cuda":
@@ -115,6 +130,13 @@ def trial_error(trial: Callable[[], object], device: torch.device) -> Exception 
     except (RuntimeError, ValueError) as error:
         return error
     return None
+
+
+def empty_cache() -> None:
+    """Give back what torch's allocators keep of accelerators' memory; without an accelerator, it does nothing."""
+    torch.cuda.empty_cache()
+    if torch.backends.mps.is_available():
+        torch.mps.empty_cache()
 
 
 def computing_on(device: torch.device) -> AbstractContextManager[object]:

@@ -1,4 +1,4 @@
-"""The local teacher: a frozen DINOv3 model on one device.
+"""The local teacher: a frozen model on one device.
 
 Shapes: B images, D channels, h × w patches, R register tokens.
 """
@@ -19,26 +19,25 @@ import torch
 from torch import Tensor, nn
 
 from dinov3_ray.checkpoint import fingerprint, load_model
-from dinov3_ray.config import ComputeDtype, DinoV3Config
+from dinov3_ray.config import ComputeDtype, DinoV3Config, ModelConfig
 from dinov3_ray.config.preprocessing import Preprocessing, Size
 from dinov3_ray.errors import FrozenError, SpecError
 from dinov3_ray.features import Features, FeatureSpec, deliver
 from dinov3_ray.images import ImageBatch, Images
 from dinov3_ray.model.attention import choose_attention
-from dinov3_ray.model.backbone import run_backbone
+from dinov3_ray.model.backbone import Network, run_backbone
 from dinov3_ray.model.compilation import compile_blocks, is_compiled
-from dinov3_ray.model.device import Stopwatch, as_device, choose_dtype, computing_on
+from dinov3_ray.model.device import Stopwatch, as_device, choose_dtype, computing_on, empty_cache
 from dinov3_ray.model.float8 import check_float8, multiply_in_float8
 from dinov3_ray.model.golden import agreement, golden_images
 from dinov3_ray.model.preprocess import preprocess
 from dinov3_ray.model.seal import SealedModel
 from dinov3_ray.model.upload import Upload
-from dinov3_ray.network.convnext import ConvNext
 from dinov3_ray.network.vit import ViT
 from dinov3_ray.teacher import TeacherMixin
 from dinov3_ray.watch import TeacherWatch
 
-__all__ = ["DinoV3Teacher"]
+__all__ = ["DinoV3Teacher", "FrozenTeacher"]
 
 logger = logging.getLogger("dinov3_ray")
 
@@ -48,8 +47,9 @@ _RECORD_PASSES = 3  # torch.compile runs a new shape once as it is, records it, 
 _graph_step = threading.Lock()
 
 
-class DinoV3Teacher(TeacherMixin[Images | ImageBatch]):
-    """A frozen DINOv3 model that turns images into features.
+class FrozenTeacher(TeacherMixin[Images | ImageBatch]):
+    """A frozen model that turns images into features: what a :class:`DinoV3Teacher` and a
+    :class:`~dinov3_ray.model.transformers_teacher.TransformersTeacher` have in common.
 
     It stays as it was loaded. It is not an ``nn.Module``: a student may have it as an attribute, and it is then in none
     of the student's ``modules()``, ``parameters()`` and ``state_dict()``, so that nothing that is called on the student
@@ -67,7 +67,7 @@ class DinoV3Teacher(TeacherMixin[Images | ImageBatch]):
     used, so that a student's EMA copies and checkpoints stay small.
 
     Args:
-        config: what to load and how; a path is taken for ``DinoV3Config(path)``.
+        config: what to load and how.
         device: where to compute, as a torch.device or its name.
 
     Attributes:
@@ -81,19 +81,20 @@ class DinoV3Teacher(TeacherMixin[Images | ImageBatch]):
         CheckpointError: the weights are missing, damaged, or not what the configuration says.
     """
 
-    def __init__(self, config: DinoV3Config | str | PathLike[str], device: torch.device | str = "cpu") -> None:
-        self._settle(DinoV3Config.of(config), as_device(device))
+    def __init__(self, config: ModelConfig, device: torch.device | str = "cpu") -> None:
+        self._settle(config, as_device(device))
         if self.config.dtype == "auto":
             # A warning and not an info: results differ from float32's in the third digit, and the caller did not ask.
             logger.warning(
-                "dtype='auto' computes in %s on %s: %s. DinoV3Config(dtype=...) chooses another.",
+                "dtype='auto' computes in %s on %s: %s. %s(dtype=...) chooses another.",
                 str(self.dtype).removeprefix("torch."),
                 self.device,
                 choose_dtype("auto", self.device)[1],
+                type(self.config).__name__,
             )
         self._sealed = self._load()
 
-    def _settle(self, config: DinoV3Config, device: torch.device) -> None:
+    def _settle(self, config: ModelConfig, device: torch.device) -> None:
         """Become the teacher of ``config``, which loads its weights when they are needed."""
         self.__dict__.clear()
         self.config = config
@@ -120,7 +121,7 @@ class DinoV3Teacher(TeacherMixin[Images | ImageBatch]):
                 multiply_in_float8(model.blocks)
             return self._fitted(model)
 
-    def _fitted(self, model: ViT | ConvNext) -> SealedModel:
+    def _fitted(self, model: Network) -> SealedModel:
         """``model``, which is on :attr:`device`, made to compute as that can."""
         blocks = model.blocks
         float8 = self.config.dtype == "float8"
@@ -138,14 +139,14 @@ class DinoV3Teacher(TeacherMixin[Images | ImageBatch]):
             )
         return SealedModel(model)
 
-    def _try_out(self, model: ViT | ConvNext) -> None:
+    def _try_out(self, model: Network) -> None:
         """Run ``model`` on the two batch sizes that compiled code tells apart: 1, and all others."""
         for size in (2, 1):
             pixels_B3HW = torch.zeros(size, 3, *self.image_size, device=self.device, dtype=self.dtype)
-            self._run(model, pixels_B3HW, FeatureSpec(cls=True))
+            self._run(model, pixels_B3HW, FeatureSpec(feature_map=True))
 
     @property
-    def model(self) -> ViT | ConvNext:
+    def model(self) -> Network:
         """The torch module, to look at; the teacher refuses to compute once its weights were changed."""
         return self._sealed.model
 
@@ -181,7 +182,7 @@ class DinoV3Teacher(TeacherMixin[Images | ImageBatch]):
                 pixels_B3HW = preprocess(self._upload(batch), self.config.preprocessing, self.device)
             return deliver(self._run(self.model, pixels_B3HW, spec.native()), spec)
 
-    def _run(self, model: ViT | ConvNext, pixels_B3HW: Tensor, spec: FeatureSpec) -> Features:
+    def _run(self, model: Network, pixels_B3HW: Tensor, spec: FeatureSpec) -> Features:
         run = functools.partial(run_backbone, model, pixels_B3HW, spec, compiled=is_compiled(model.blocks))
         if not self._records_graphs:
             return run()
@@ -211,15 +212,14 @@ class DinoV3Teacher(TeacherMixin[Images | ImageBatch]):
         Raises:
             NumericsError: the cosine is below ``minimum``, a single token strays far, or a value is not finite.
         """
-        spec = FeatureSpec(cls=True, feature_map=True, registers=self.num_register_tokens > 0)
+        spec = FeatureSpec(cls=self.has_cls, feature_map=True, registers=self.num_register_tokens > 0)
         images = ImageBatch.of(golden_images(*self.image_size))
         fast = self._compute(images, spec)
-        own = self.model.attention if isinstance(self.model, ViT) else None
+        own = getattr(self.model, "attention", None)
         other = "sdpa" if own == "eager" else "eager"
         plain_config = replace(self.config, dtype="float32", compile=False, attention=other)
-        reference = DinoV3Teacher(plain_config, self.device)._compute(images, spec)
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        reference = type(self)(plain_config, self.device)._compute(images, spec)
+        empty_cache()
         attention = "" if own is None else f", attention {own}"
         path = f"{self.computed_in}{attention}, {'compiled' if self.compiled else 'not compiled'}"
         return agreement(fast, reference, minimum, path)
@@ -232,7 +232,7 @@ class DinoV3Teacher(TeacherMixin[Images | ImageBatch]):
         if self.device.type == "cuda":
             images_B3HW = golden_images(*self.image_size)[:1].repeat(rows, 1, 1, 1)
             for _ in range(_RECORD_PASSES if self._records_graphs else 1):
-                yield images_B3HW, FeatureSpec(cls=True, feature_map=True)
+                yield images_B3HW, FeatureSpec(cls=self.has_cls, feature_map=True)
 
     @property
     def fingerprint(self) -> str:
@@ -243,6 +243,11 @@ class DinoV3Teacher(TeacherMixin[Images | ImageBatch]):
         """
         self._sealed.check()
         return self._fingerprint
+
+    @property
+    def origin(self) -> str:
+        """What it was loaded from: ``owner/name@commit`` of the hub, or a directory."""
+        return self.config.place.origin
 
     @cached_property
     def _fingerprint(self) -> str:
@@ -282,6 +287,11 @@ class DinoV3Teacher(TeacherMixin[Images | ImageBatch]):
     def patch_size(self) -> int:
         """Pixels per cell of the feature map, and the smallest side of an image."""
         return self.config.patch_size
+
+    @property
+    def has_cls(self) -> bool:
+        """Whether the model has a CLS token; a ConvNeXt's is its normed global average."""
+        return self.model.has_cls
 
     @property
     def num_register_tokens(self) -> int:
@@ -347,8 +357,9 @@ class DinoV3Teacher(TeacherMixin[Images | ImageBatch]):
         def __getattr__(self, name: str) -> Any:
             if hasattr(nn.Module, name):
                 raise FrozenError(
-                    f"DinoV3Teacher has no {name}(), and is not an nn.Module: it is frozen, and no part of the module "
-                    "that holds it (it has to(), eval(), parameters() and modules(); teacher.model is the module)"
+                    f"{type(self).__name__} has no {name}(), and is not an nn.Module: it is frozen, and no part of the "
+                    "module that holds it (it has to(), eval(), parameters() and modules(); teacher.model is the "
+                    "module)"
                 )
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
@@ -366,13 +377,15 @@ class DinoV3Teacher(TeacherMixin[Images | ImageBatch]):
     def __repr__(self) -> str:
         size = "x".join(map(str, self.image_size))
         return (
-            f"DinoV3Teacher({self.config.family}, D={self.hidden_size}, layers={self.depth}, image={size}, "
+            f"{type(self).__name__}({self.config.family}, D={self.hidden_size}, layers={self.depth}, image={size}, "
             f"device={self.device}, dtype={self.computed_in})"
         )
 
     def _check(self, spec: FeatureSpec) -> None:
         spec.require_outputs()
         spec.blocks(self.depth)
+        if spec.cls and not self.has_cls:
+            raise SpecError("FeatureSpec.cls must be False for this model: it has no CLS token")
         if spec.registers and self.num_register_tokens == 0:
             raise SpecError("FeatureSpec.registers must be False for this model: it has 0 register tokens")
 
@@ -387,3 +400,15 @@ class DinoV3Teacher(TeacherMixin[Images | ImageBatch]):
             computing_on(device),
         ):
             yield
+
+
+class DinoV3Teacher(FrozenTeacher):
+    """A frozen DINOv3; see :class:`FrozenTeacher`.
+
+    Args:
+        config: what to load and how; a path, or a hub id, is taken for ``DinoV3Config(path)``.
+        device: where to compute, as a torch.device or its name.
+    """
+
+    def __init__(self, config: DinoV3Config | str | PathLike[str], device: torch.device | str = "cpu") -> None:
+        super().__init__(DinoV3Config.of(config), device)

@@ -1,20 +1,23 @@
-"""Images to a model's input, with the arithmetic of transformers' DINOv3ViTImageProcessor, on the teacher's device.
+"""Images to a model's input, with the arithmetic of transformers' own image processor, on the teacher's device.
 
-The order is rescale, resize, crop, normalize (``models/dinov3_vit/image_processing_dinov3_vit.py``), all in float32.
-Each step uses the processor's own torch operation, so that on one device the results are the same bits.
+DINOv3's order is rescale, resize, crop, normalize (``models/dinov3_vit/image_processing_dinov3_vit.py``), all in
+float32. Those of other models resize uint8 images as such, crop, and rescale and normalize in one step
+(``TorchvisionBackend`` in ``image_processing_backends.py``); float images are resized as they are. Each step uses the
+processor's own torch operation, so that on one device the results are the same bits.
 
 Shapes: B images, height H and width W before, h and w after.
 """
 
 from __future__ import annotations
 
-from functools import lru_cache
+import platform
+from functools import cache, lru_cache, partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dinov3_ray.config.preprocessing import Preprocessing, Size
+from dinov3_ray.config.preprocessing import Preprocessing, Resample, Size
 from dinov3_ray.errors import InputError
 from dinov3_ray.images import ImageBatch
 
@@ -30,6 +33,8 @@ def preprocess(batch: ImageBatch, rule: Preprocessing, device: torch.device) -> 
     Raises:
         InputError: the rule keeps the images' aspect, so that their sizes differ after the resize.
     """
+    if device.type not in ("cpu", "cuda"):  # on others, such as MPS before torch 2.8, the resize does not exist
+        return preprocess(batch, rule, torch.device("cpu")).to(device)
     if batch.stacked is not None:
         return _transform(batch.stacked, rule, device)
     groups: dict[tuple[torch.Size, torch.device], list[int]] = {}
@@ -43,7 +48,7 @@ def preprocess(batch: ImageBatch, rule: Preprocessing, device: torch.device) -> 
     if len(sizes) > 1:
         raise InputError(
             f"images of one batch must come to one size, but this model's preprocessing keeps their aspect: {sizes}; "
-            "give DinoV3Config an image_size=(h, w), or images of one shape"
+            "give the teacher an image_size=(h, w), or images of one shape"
         )
     if len(parts) == 1:
         return parts[0][1]
@@ -61,14 +66,38 @@ def _transform(images_B3HW: Tensor, rule: Preprocessing, device: torch.device) -
     # Contiguous, as in the processor: for another memory format (a transposed NumPy image) torch may choose another
     # kernel, with other bits.
     images_B3HW = images_B3HW.to(device).contiguous()
-    pixels = images_B3HW.float() if images_B3HW.is_floating_point() else images_B3HW * rule.rescale_factor
+    rescaled = images_B3HW.is_floating_point()
+    pixels = images_B3HW.float() if rescaled else images_B3HW
+    if rule.rescales_first and not rescaled:
+        pixels, rescaled = pixels * rule.rescale_factor, True
     size = _resized(rule, (pixels.shape[-2], pixels.shape[-1]))
     if size != pixels.shape[-2:]:
-        pixels = F.interpolate(pixels, size=size, mode="bilinear", align_corners=False, antialias=True)
+        pixels = _resize(pixels, size, rule.resample)
     if rule.crop_size is not None:
         pixels = _center_crop(pixels, rule.crop_size)
-    mean, std = _statistics(rule.mean, rule.std, device)
-    return pixels.sub(mean).div_(std)
+    if not rescaled and not any(rule.mean) and set(rule.std) == {1.0}:  # nothing to normalize
+        return pixels * rule.rescale_factor
+    scale = 1.0 if rescaled else 1.0 / rule.rescale_factor
+    mean, std = _statistics(rule.mean, rule.std, scale, device)
+    return pixels.float().sub(mean).div_(std)
+
+
+def _resize(pixels: Tensor, size: Size, resample: Resample) -> Tensor:
+    """``pixels`` at another size, in their own dtype, as ``torchvision.transforms.v2.functional.resize`` has it."""
+    resize = partial(F.interpolate, size=size, mode=resample, align_corners=False, antialias=True)
+    if pixels.is_floating_point() or (pixels.device.type == "cpu" and _resizes_uint8(resample)):
+        return resize(pixels)
+    resized = resize(pixels.float())
+    if resample == "bicubic":  # which overshoots
+        resized.clamp_(0, 255)
+    return resized.round_().to(pixels.dtype)
+
+
+@cache
+def _resizes_uint8(resample: Resample) -> bool:
+    """Whether torchvision leaves the resize of uint8 images to torch's integer kernel on this CPU."""
+    fast = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512") or platform.machine() in ("aarch64", "arm64")
+    return resample == "bicubic" or fast
 
 
 def _resized(rule: Preprocessing, size: Size) -> Size:
@@ -93,9 +122,12 @@ def _center_crop(pixels: Tensor, size: Size) -> Tensor:
 
 
 @lru_cache(maxsize=32)
-def _statistics(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Mean and std as [3,1,1], cached: copying them to a GPU for each batch would wait for the work queued there."""
+def _statistics(
+    mean: tuple[float, ...], std: tuple[float, ...], scale: float, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Mean and std, times ``scale``, as [3,1,1], cached: copying them to a GPU for each batch would wait for the work
+    queued there."""
     return (
-        torch.tensor(mean, dtype=torch.float32, device=device).view(3, 1, 1),
-        torch.tensor(std, dtype=torch.float32, device=device).view(3, 1, 1),
+        torch.tensor(mean, dtype=torch.float32, device=device).mul(scale).view(3, 1, 1),
+        torch.tensor(std, dtype=torch.float32, device=device).mul(scale).view(3, 1, 1),
     )

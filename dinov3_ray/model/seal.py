@@ -7,8 +7,7 @@ from collections.abc import Iterator
 from torch import nn
 
 from dinov3_ray.errors import CheckpointError
-from dinov3_ray.network.convnext import ConvNext
-from dinov3_ray.network.vit import ViT
+from dinov3_ray.model.backbone import Network
 
 __all__ = ["SealedModel"]
 
@@ -24,7 +23,7 @@ class SealedModel:
         model: is in eval mode, without gradients.
     """
 
-    def __init__(self, model: ViT | ConvNext) -> None:
+    def __init__(self, model: Network) -> None:
         self.model = model
         self._modules = list(model.modules())
         self._parts = [
@@ -53,7 +52,7 @@ class SealedModel:
         if changed is not None:
             raise CheckpointError(
                 f"a teacher must stay as its checkpoint says, or its fingerprint would name another model; {changed} "
-                "was changed since it was loaded (make a new DinoV3Teacher, and use copies of its modules elsewhere; "
+                "was changed since it was loaded (make a new teacher, and use copies of its modules elsewhere; "
                 "weights of your own go into a checkpoint directory of their own)"
             )
 

@@ -17,6 +17,10 @@ __all__ = ["ConvNext"]
 class ConvNext(nn.Module):
     """The whole network."""
 
+    has_cls = True  # the normed global average
+    num_register_tokens = 0
+    num_prefix_tokens = 1
+
     def __init__(self, architecture: ConvNextArchitecture) -> None:
         super().__init__()
         widths = (3, *architecture.hidden_sizes[:-1])

@@ -32,8 +32,11 @@ class ViT(nn.Module):
 
     Attributes:
         architecture: as given.
+        has_cls, num_register_tokens, num_prefix_tokens: what comes before the patches: a CLS token, R, and 1 + R.
         attention: the name of what computes attention; see :meth:`use_attention`.
     """
+
+    has_cls = True
 
     def __init__(self, architecture: ViTArchitecture) -> None:
         super().__init__()
@@ -43,6 +46,8 @@ class ViT(nn.Module):
         self.layer = nn.ModuleList([_EncoderBlock(architecture) for _ in range(architecture.num_layers)])
         self.norm = nn.LayerNorm(architecture.hidden_size, eps=architecture.layer_norm_eps)
         self.attention = "sdpa"
+        self.num_register_tokens = architecture.num_register_tokens
+        self.num_prefix_tokens = 1 + self.num_register_tokens
 
     @property
     def blocks(self) -> nn.ModuleList:
@@ -56,11 +61,21 @@ class ViT(nn.Module):
             if isinstance(module, _Attention):
                 module.attend = attend
 
+    def begin(self, pixels_B3HW: Tensor) -> tuple[Tensor, Turns]:
+        """The tokens before the first block, [B,N,D], and what else each block is given."""
+        pixels_B3HW = pixels_B3HW.to(self.norm.weight.dtype)
+        return self.embeddings(pixels_B3HW), self.rope_embeddings(pixels_B3HW)
+
+    def step(self, block: nn.Module, hidden_BND: Tensor, turns: Turns) -> Tensor:
+        """The tokens after ``block``."""
+        moved_BND: Tensor = block(hidden_BND, turns)
+        return moved_BND
+
     def forward(self, pixels_B3HW: Tensor) -> Tensor:
         """All tokens after the final norm, [B,N,D]."""
-        hidden_BND, turns = self.embeddings(pixels_B3HW), self.rope_embeddings(pixels_B3HW)
+        hidden_BND, turns = self.begin(pixels_B3HW)
         for block in self.layer:
-            hidden_BND = block(hidden_BND, turns)
+            hidden_BND = self.step(block, hidden_BND, turns)
         tokens_BND: Tensor = self.norm(hidden_BND)
         return tokens_BND
 

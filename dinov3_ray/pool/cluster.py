@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import platform
 import re
 import signal
 import threading
@@ -18,7 +19,14 @@ import ray
 import ray.util.client
 from ray._raylet import Config  # type: ignore[attr-defined] # private, seen in Ray 2.60.0: re-reads the environment
 
-from dinov3_ray.errors import ConfigError, ForkedProcessError, PoolClosedError, PoolError, PoolNotFoundError
+from dinov3_ray.errors import (
+    CheckpointError,
+    ConfigError,
+    ForkedProcessError,
+    PoolClosedError,
+    PoolError,
+    PoolNotFoundError,
+)
 from dinov3_ray.interrupts import wait
 from dinov3_ray.machine.cpus import usable_cpus
 from dinov3_ray.machine.ray_folder import RayFolder
@@ -36,6 +44,7 @@ __all__ = [
     "list_actors",
     "list_named",
     "list_pools",
+    "naming_node",
     "open_way",
     "process_start",
     "replica_name",
@@ -408,3 +417,17 @@ def process_start(pid: int) -> str:
         return ""
     fields = stat.rpartition(")")[2].split()
     return "" if fields[0] in "ZX" else fields[19]
+
+
+@contextlib.contextmanager
+def naming_node() -> Iterator[None]:
+    """Within it, what is wrong with a model says on which node that is: others may have it as it should be.
+
+    Raises:
+        ConfigError, CheckpointError: as raised within it, with the node.
+    """
+    try:
+        yield
+    except (ConfigError, CheckpointError) as error:
+        node = ray.util.get_node_ip_address()
+        raise type(error)(f"{error} (on node {node}, {platform.node()})") from error

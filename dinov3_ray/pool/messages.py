@@ -126,9 +126,11 @@ class TeacherInfo:
     """What a client must know of the teacher to check images before it sends them, and to estimate sizes of results."""
 
     fingerprint: str | None = None
+    origin: str | None = None
     description: str = ""
     patch_size: int = 1
     hidden_size: int | None = None
+    has_cls: bool = True
     num_register_tokens: int | None = None
     depth: int | None = None
     image_size: tuple[int, int] | None = None

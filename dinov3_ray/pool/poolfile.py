@@ -7,7 +7,7 @@
     replicas: [2, 8]                # or 4, or auto
     leave_gpus: 0                   # with auto: GPUs of the cluster that are for others
     teacher:
-      root: /models/dinov3-vitl16   # and the options of DinoV3Config
+      root: /models/dinov3-vitl16   # or a hub id, with its revision; and the options of DinoV3Config
       dtype: bfloat16
     placement:
       num_gpus: 1
@@ -31,10 +31,11 @@ from typing import Annotated, Any, ClassVar, Literal
 import yaml
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
-from dinov3_ray.config import DinoV3Config
+from dinov3_ray.config import ModelConfig, open_config
 from dinov3_ray.config.config import ModelOptions
 from dinov3_ray.config.files import PositiveInt
-from dinov3_ray.errors import ConfigError
+from dinov3_ray.config.hub import resolve
+from dinov3_ray.errors import CheckpointError, ConfigError
 from dinov3_ray.pool.cluster import NAMESPACE, check_name
 from dinov3_ray.pool.spec import Placement, PoolOptions, PoolSpec, ReplicaResources, parse_replicas
 from dinov3_ray.validation import CheckedModel, check, from_list, rule
@@ -55,8 +56,12 @@ _Label = Annotated[str, Field(strict=True, min_length=1), _TEXT]
 class TeacherSection(ModelOptions):
     key_is: ClassVar[str] = _KEY_IS
 
-    root: Annotated[str, Field(strict=True), rule("must be the path of a model directory")]
-    """The model directory, at the same path on every node. A relative path starts at this file's folder."""
+    root: Annotated[str, Field(strict=True), rule("must be the path of a model directory, or a hub id (owner/name)")]
+    """The model directory, at the same path on every node; a relative path starts at this file's folder. Or the id of
+    a model on the Hugging Face Hub, which each node downloads unless its cache has it."""
+    revision: Annotated[str, Field(strict=True, min_length=1), _TEXT] | None = None
+    """With a hub id: a branch, a tag or a commit; main if left out. All replicas serve the commit that it is when the
+    pool is started or changed."""
 
     @model_validator(mode="before")
     @classmethod
@@ -145,7 +150,8 @@ class PoolFile:
 
         Raises:
             ConfigError: the file cannot be read, or keys or values are wrong; names them all.
-            CheckpointError: config.json is incomplete, and the weights that could complete it are damaged.
+            CheckpointError: config.json is incomplete, and the weights that could complete it are damaged; or the
+                hub does not give the model.
         """
         try:
             content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506 (a SafeLoader)
@@ -161,13 +167,15 @@ class PoolFile:
 
         Raises:
             ConfigError: names ``path`` and each key, rule and value.
+            CheckpointError: as in :meth:`read`.
         """
         keys = check(PoolKeys, {} if content is None else content, path=path)
-        settings = keys.teacher.model_dump(exclude={"root"})
+        settings = keys.teacher.model_dump(exclude={"root", "revision"})
         try:
-            teacher = DinoV3Config(folder / Path(keys.teacher.root).expanduser(), **settings)
-        except ConfigError as error:
-            raise ConfigError(f"{path}: {error}" if path else str(error)) from error
+            place = resolve(keys.teacher.root, keys.teacher.revision, folder=folder)
+            teacher = open_config(place, **settings)
+        except (ConfigError, CheckpointError) as error:
+            raise type(error)(f"{path}: {error}" if path else str(error)) from error
         return cls(
             keys.name,
             keys.namespace,
@@ -219,8 +227,9 @@ def _entries(spec: PoolSpec) -> dict[str, str]:
         "placement.num_gpus": f"{placement.num_gpus:g}",
         "placement.num_cpus": f"{placement.num_cpus:g}",
     }
-    if isinstance(teacher, DinoV3Config):
+    if isinstance(teacher, ModelConfig):
         found |= {f"teacher.{key}": getattr(teacher, key) for key in TeacherSection.model_fields}
+        found["teacher.root"] = teacher.hub_id or teacher.root  # the same id is in another folder on another machine
         found["teacher.image_size"] = list(teacher.image_size)
         # What the directory's files said when they were read: the same path may hold another model by now.
         found["teacher (config.json)"] = teacher.architecture

@@ -7,12 +7,12 @@ import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Annotated, ClassVar, Literal, Self, get_args
 
 from pydantic import Field
 
-from dinov3_ray.config import DinoV3Config
+from dinov3_ray.config import ModelConfig, open_config
+from dinov3_ray.config.hub import carrying_access
 from dinov3_ray.errors import ConfigError, describe
 from dinov3_ray.teacher import Extractor
 from dinov3_ray.validation import CheckedModel, check, rule
@@ -35,6 +35,7 @@ __all__ = [
     "parse_replicas",
     "pickle_teacher",
     "replicas_for",
+    "unpickle_teacher",
 ]
 
 
@@ -80,7 +81,8 @@ class PoolOptions(CheckedModel):
     hang_timeout: _Seconds = 60.0
     """Seconds that one forward pass may take before its replica is replaced."""
     startup_timeout: _Seconds = 300.0
-    """Seconds that a replica may take to load and check its teacher, once Ray has placed it."""
+    """Seconds that a replica may take to load and check its teacher, once Ray has placed it. The time in which a model
+    of the hub is being downloaded does not count."""
     client_timeout: _Seconds = 30.0
     """Seconds without a sign of life after which a client's queued requests are dropped."""
     idle_seconds: _Seconds = 30.0
@@ -186,7 +188,7 @@ def parse_replicas(replicas: object, *, auto: int) -> tuple[int, int]:
     raise ConfigError(f'replicas must be a whole number >= 1, "auto", or (min, max) with min >= 1; got {replicas!r}')
 
 
-CheckedTeacher = DinoV3Config | Callable[[], Extractor]
+CheckedTeacher = ModelConfig | Callable[[], Extractor]
 TeacherGiven = CheckedTeacher | str | os.PathLike[str]
 
 
@@ -237,11 +239,8 @@ class PoolSpec:
         Raises:
             ImportError, AttributeError: the teacher is a factory that this process does not have.
         """
-        from ray import cloudpickle  # here, since a command's options need no Ray
-
         assert isinstance(self.teacher, bytes)
-        # The pool's own teacher, from the cluster that this process trusts already.
-        return replace(self, teacher=cloudpickle.loads(self.teacher))
+        return replace(self, teacher=unpickle_teacher(self.teacher))
 
 
 def check_teacher(teacher: TeacherGiven) -> CheckedTeacher:
@@ -249,16 +248,18 @@ def check_teacher(teacher: TeacherGiven) -> CheckedTeacher:
 
     Raises:
         ConfigError: if it is neither; a teacher that is made already, too.
+        CheckpointError: it is a model of the hub, which does not give it.
     """
-    if isinstance(teacher, DinoV3Config):
-        return teacher
-    if isinstance(teacher, (str, os.PathLike)):
-        return DinoV3Config(root=Path(teacher))
+    if isinstance(teacher, (ModelConfig, str, os.PathLike)):
+        return open_config(teacher)
+    config = getattr(teacher, "stands_for", None)
+    if isinstance(config, ModelConfig):  # TransformersTeacher.factory(...): the pool chooses the device
+        return config
     # A torch module, whose class is not imported here, and whose repr is long.
     is_module = callable(getattr(teacher, "forward", None)) and not isinstance(teacher, type)
     wanted = (
-        "teacher must be a DinoV3Config, a checkpoint directory, or a callable without arguments that returns an "
-        f"object with .extract(images, spec); got {describe(teacher) if is_module else repr(teacher)}"
+        "teacher must be a DinoV3Config, a model directory, a hub id, or a callable without arguments that "
+        f"returns an object with .extract(images, spec); got {describe(teacher) if is_module else repr(teacher)}"
     )
     if is_module or (isinstance(teacher, Extractor) and not isinstance(teacher, type)):
         raise ConfigError(f"{wanted}, which is made already (pass what it is made of, such as teacher.config)")
@@ -274,7 +275,7 @@ def check_teacher(teacher: TeacherGiven) -> CheckedTeacher:
 
 
 def pickle_teacher(teacher: CheckedTeacher) -> bytes:
-    """``teacher`` for other processes.
+    """``teacher`` for other processes; a model of the hub with this process's access to it.
 
     Raises:
         ConfigError: it cannot be pickled.
@@ -282,12 +283,24 @@ def pickle_teacher(teacher: CheckedTeacher) -> bytes:
     from ray import cloudpickle  # here, since a command's options need no Ray
 
     try:
-        return cloudpickle.dumps(teacher)  # type: ignore[no-any-return]
+        with carrying_access():
+            return cloudpickle.dumps(teacher)  # type: ignore[no-any-return]
     except Exception as error:
         raise ConfigError(
             f"teacher must be picklable, since other processes make it; got {teacher!r}, and {type(error).__name__}: "
             f"{error} (a factory that opens its files, locks and models itself can be pickled)"
         ) from error
+
+
+def unpickle_teacher(pickled: bytes) -> CheckedTeacher:
+    """What :func:`pickle_teacher` pickled, in a process of the cluster that this one trusts already.
+
+    Raises:
+        ImportError, AttributeError: it is a factory that this process does not have.
+    """
+    from ray import cloudpickle
+
+    return cloudpickle.loads(pickled)  # type: ignore[no-any-return]
 
 
 def builder(source: CheckedTeacher, device: str) -> Callable[[], Extractor]:
@@ -302,11 +315,11 @@ def builder(source: CheckedTeacher, device: str) -> Callable[[], Extractor]:
             from dinov3_ray.model.device import settle_thread
 
             settle_thread(torch.device(device))
-        if isinstance(source, DinoV3Config):
-            # Only here: transformers takes seconds to import, and neither a client nor a factory needs it.
-            from dinov3_ray.model import DinoV3Teacher
+        if isinstance(source, ModelConfig):
+            # Only here: torch takes seconds to import, and neither a client nor a factory needs it.
+            from dinov3_ray.model import open_teacher
 
-            return DinoV3Teacher(source, device)
+            return open_teacher(source, device)
         teacher = source()
         if not isinstance(teacher, Extractor):
             raise ConfigError(f"the factory must return an object with .extract(images, spec); got {teacher!r}")

@@ -15,7 +15,7 @@ import ray
 import torch
 
 from dinov3_ray.checkpoint import verify
-from dinov3_ray.config import DinoV3Config
+from dinov3_ray.config import ModelConfig
 from dinov3_ray.errors import ConfigError, PoolClosedError, PoolError, PoolExistsError, PoolNotFoundError
 from dinov3_ray.model.device import as_device
 from dinov3_ray.pool.client.remote import RemoteTeacher
@@ -113,8 +113,9 @@ class TeacherPool:
         which ends with the pool.
 
         Args:
-            teacher: a DinoV3Config, a checkpoint directory, or a picklable callable without arguments that returns an
-                object with ``.extract(images, spec)``. A checkpoint must be at the same path on every node.
+            teacher: a DinoV3Config or a TransformersConfig, a model directory, or a picklable callable without
+                arguments that returns an object with ``.extract(images, spec)``. A model directory must be at the same
+                path on every node.
             name: what clients call the pool.
             exist: what to do if a pool of that name runs: raise an error, or connect to it. With ``"connect"``, whoever
                 of several processes comes first starts the pool, and the others join it; the ranks of a node, as
@@ -260,7 +261,7 @@ class TeacherPool:
         """
         self._require_open()
         source = check_teacher(teacher)
-        if isinstance(source, DinoV3Config):
+        if isinstance(source, ModelConfig):
             verify(source)  # a damaged file shows here, and not in replica after replica
         generation = self._control.reload(source)
         if wait:
@@ -425,7 +426,7 @@ def _end(control: _Control, *, shared: bool) -> None:
 
 
 def _open_local(name: str, spec: PoolSpec, exist: Exist) -> tuple[LocalController, bool]:
-    has_gpus = torch.cuda.is_available()
+    has_gpus = torch.cuda.is_available() or torch.backends.mps.is_available()
     placement = spec.placement.resolved(has_gpus=True) if has_gpus else Placement(num_gpus=0)
     running = local_pool(name) if exist == "connect" else None
     if running is not None:
@@ -444,10 +445,13 @@ def _open_local(name: str, spec: PoolSpec, exist: Exist) -> tuple[LocalControlle
 def _own_device(placement: Placement) -> str:
     """Where the replicas of a local pool compute: on this process's GPU, if they are to have one.
 
-    That is the caller's current device. A rank that has not chosen one yet will take that of its number.
+    That is Apple's (MPS), or the caller's current CUDA device. A rank that has not chosen one yet will take that of its
+    number.
     """
     if placement.device != "cuda":
         return placement.device
+    if not torch.cuda.is_available():
+        return "mps:0"
     rank = Rank.of(os.environ)
     if rank is not None and torch.cuda.current_device() == 0 and rank.local_rank < torch.cuda.device_count():
         return f"cuda:{rank.local_rank}"

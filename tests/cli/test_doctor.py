@@ -53,12 +53,12 @@ def test_root_missing(tmp_path: Path) -> None:
 
 def test_an_image_size_that_the_patch_does_not_divide(tmp_path: Path) -> None:
     root = init_checkpoint("vit-test", tmp_path / "model", image_size=518)
-    found = check_model_root(root)
+    found, _ = check_model_root(root)
     assert found.verdict is Severity.WARNING, "it works"
     assert "518 px is the size of DINOv2: 6 px at the right and 6 px below are dropped" in found.message
     assert found.remedy.startswith("--image-size 512 (image_size=512) gives a map of the same 32 x 32, aligned")
     root = init_checkpoint("vit-test", tmp_path / "fitting", image_size=512)
-    assert check_model_root(root).verdict is Severity.FINE
+    assert check_model_root(root)[0].verdict is Severity.FINE
 
 
 def test_no_gpu_where_one_is_asked_for() -> None:

@@ -78,7 +78,9 @@ def test_what_makes_no_teacher_is_refused(teacher: Any, tmp_path: Path) -> None:
     for name, enter in entrances(teacher, tmp_path).items():
         if teacher is None and name == "extract":
             continue  # it may name a pool instead
-        with pytest.raises(ConfigError, match=r"teacher must be a DinoV3Config, a checkpoint directory, or a callable"):
+        with pytest.raises(
+            ConfigError, match=r"teacher must be a DinoV3Config, a model directory, a hub id, or a callable"
+        ):
             enter()
 
 

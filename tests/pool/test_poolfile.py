@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
+from hub_server import serving_hub, use_hub
 
 from dinov3_ray import DinoV3Config
 from dinov3_ray.errors import ConfigError
@@ -40,15 +42,45 @@ def test_most_may_be_left_out_and_a_root_is_relative_to_the_file(tiny_checkpoint
     assert read.spec.placement.num_gpus is None
 
 
+def test_a_model_of_the_hub(tmp_path: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its commit is part of the declaration; where a cache is, is not."""
+    with serving_hub() as hub:
+        use_hub(hub, tmp_path / "home", monkeypatch)
+        repository = hub.add("facebook/tiny", tiny_checkpoint)
+        first = repository.revisions["v1"] = repository.revisions["main"]
+
+        def state(**keys: str) -> PoolSpec:
+            return resolved(PoolFile.of({"teacher": {"root": "facebook/tiny", **keys}}, folder=tmp_path))
+
+        before = state()
+        monkeypatch.setenv("HF_HOME", str(tmp_path / "elsewhere"))
+        assert changes_between(before, state()) == ()
+        second = repository.commit({path.name: path for path in tiny_checkpoint.iterdir()})
+        assert changes_between(before, state(revision="v1")) == ()
+        assert changes_between(before, state()) == (Change("teacher.revision", first, second),)
+        assert changes_between(
+            before, resolved(PoolFile.of({"teacher": {"root": str(tiny_checkpoint)}}, folder=tmp_path))
+        )
+        with pytest.raises(ConfigError, match=rf"{tmp_path}/pool.yaml: revision must be a branch, .* no 'v9' of it"):
+            PoolFile.of(
+                {"teacher": {"root": "facebook/tiny", "revision": "v9"}}, folder=tmp_path, path=tmp_path / "pool.yaml"
+            )
+        # A path starts at the file's folder, also where it looks like an id.
+        shutil.copytree(tiny_checkpoint, tmp_path / "facebook" / "tiny")
+        monkeypatch.chdir("/")
+        assert state().given.root == tmp_path / "facebook" / "tiny"  # type: ignore[union-attr]
+
+
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
+        ("teacher: {root: a/b, revision: 1234567}", "teacher.revision must be text (put it in quotes); got 1234567"),
         ("replica: 2", "'replica' is not a key of a pool's file; did you mean 'replicas'?"),
         ("gpus: 2", "'gpus' is not a key of a pool's file (keys: name, namespace,"),
         ("teacher: {root: ROOT, dtyp: float32}", "'teacher.dtyp' is not a key of a pool's file; did you mean 'dtype'?"),
         ("teacher: {root: ROOT, dtype: float4}", "dtype must be one of"),
         ("teacher: {root: ROOT, image_size: big}", "image_size must be"),
-        ("teacher: {}", "teacher.root must be the path of a model directory; got None"),
+        ("teacher: {}", "teacher.root must be the path of a model directory, or a hub id (owner/name); got None"),
         ("teacher: ROOT", "teacher must hold `key: value` lines"),
         ("teacher: {root: /nowhere}", "/nowhere is missing"),
         ("options: {max_bach: 3}", "'options.max_bach' is not an option of a pool; did you mean 'max_batch'?"),
@@ -105,7 +137,7 @@ gpus: 2
         "  - name must be 1 to 100 letters, digits, '.', '_' or '-'; got 'a b'",
         "  - replicas=(min, max): max (2) must be >= min (3)",
         "  - teacher.dtype must be one of auto, float32, bfloat16, float16, float8; got 'float4'",
-        "  - teacher.root must be the path of a model directory; got None",
+        "  - teacher.root must be the path of a model directory, or a hub id (owner/name); got None",
         "  - 'teacher.image_sise' is not a key of a pool's file; did you mean 'image_size'?",
         "  - placement.num_gpus must be a number from 0 to 1, since a replica computes on one GPU at most (for more "
         "GPUs, more replicas); got '1'",

@@ -369,7 +369,7 @@ def test_an_unknown_option_is_refused(tmp_path: Path) -> None:
 def test_missing_and_broken_files(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"root must be a model directory.* is missing"):
         DinoV3Config(tmp_path / "nowhere")
-    with pytest.raises(ConfigError, match="root must be the path of a model directory; got 3"):
+    with pytest.raises(ConfigError, match=r"root must be the path of a model directory, or the id .*; got 3"):
         DinoV3Config(3)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="is a file"):
         DinoV3Config(model_dir(tmp_path) / "config.json")

@@ -242,7 +242,7 @@ def test_a_teacher_whose_weights_were_changed_computes_no_more(
             lambda: cached.extract(IMAGES, EVERYTHING),
             lambda: copy.deepcopy(teacher),
         ):
-            with pytest.raises(CheckpointError, match=r"was changed since it was loaded \(make a new DinoV3Teacher"):
+            with pytest.raises(CheckpointError, match=r"was changed since it was loaded \(make a new teacher"):
                 use()
         assert cached.flush()
         assert cached.statistics().entries == 0

@@ -16,11 +16,14 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
+from transformers_models import BIT, SIGLIP
 
 from dinov3_ray.config.files import PreprocessorFile
-from dinov3_ray.config.preprocessing import Preprocessing
+from dinov3_ray.config.preprocessing import Preprocessing, Resample
+from dinov3_ray.config.transformers_model import _DEFAULTS, ImageProcessorFile
 from dinov3_ray.errors import InputError
 from dinov3_ray.images import ImageBatch
+from dinov3_ray.model import preprocess as preprocess_module
 from dinov3_ray.model.preprocess import preprocess
 
 CPU = torch.device("cpu")
@@ -54,12 +57,28 @@ FILES: dict[str, dict[str, Any]] = {
 }
 
 
+# Those of other models, by the order in which transformers' general image processor has the steps.
+OTHER_FILES: dict[str, dict[str, Any]] = {
+    "DINOv2": BIT,
+    "DINOv2 at 518": BIT | {"size": {"shortest_edge": 592}, "crop_size": {"height": 518, "width": 518}},
+    "SigLIP2": SIGLIP,
+    "SigLIP": SIGLIP | {"resample": 3},
+    "not normalized": SIGLIP | {"do_normalize": False},
+    "not rescaled": SIGLIP | {"do_rescale": False, "image_mean": [127.5] * 3, "image_std": [127.5] * 3},
+}
+
+
 def rule_of(file: dict[str, Any]) -> Preprocessing:
     return PreprocessorFile.model_validate({**STATISTICS, **file}).preprocessing()
 
 
 def run(images: Any, file: dict[str, Any]) -> Tensor:
     return preprocess(ImageBatch.of(images), rule_of(file), CPU)
+
+
+def run_other(images: Any, file: dict[str, Any]) -> Tensor:
+    values = file | {"image_processor_type": file["image_processor_type"].removesuffix("ImageProcessor")}
+    return preprocess(ImageBatch.of(images), ImageProcessorFile.model_validate(values).preprocessing(), CPU)
 
 
 def reference_size(file: dict[str, Any], height: int, width: int) -> tuple[int, int]:
@@ -129,6 +148,68 @@ def test_photographs_come_out_as_from_the_processor_itself(photographs: list[Ten
         floats = image.float() / 255
         assert torch.equal(run(image, file), processor(image, return_tensors="pt")["pixel_values"])
         assert torch.equal(run(floats, file), processor(floats, do_rescale=False, return_tensors="pt")["pixel_values"])
+
+
+def other_reference(image: Tensor, file: dict[str, Any]) -> Tensor:
+    """resize -> center crop -> rescale and normalize in one, of one image, as in transformers' TorchvisionBackend."""
+    mode = {2: "bilinear", 3: "bicubic"}[file["resample"]]
+    size = reference_size(file, *image.shape[1:])
+    # On CPUs with AVX2, torchvision leaves uint8 images to the same operation: it rounds, and ends at 0 and 255.
+    pixels = torch.nn.functional.interpolate(image[None], size, mode=mode, antialias=True)[0]
+    if file.get("do_center_crop"):
+        height, width = file["crop_size"]["height"], file["crop_size"]["width"]
+        top, left = int((size[0] - height) / 2), int((size[1] - width) / 2)
+        pixels = pixels[:, top : top + height, left : left + width]
+    factor = file["rescale_factor"] if image.dtype == torch.uint8 and file["do_rescale"] else 1.0
+    if not file["do_normalize"]:
+        return pixels * factor
+    mean, std = (torch.tensor(file[key])[:, None, None] * (1 / factor) for key in ("image_mean", "image_std"))
+    return (pixels.float() - mean) / std
+
+
+@pytest.mark.parametrize("file", OTHER_FILES.values(), ids=OTHER_FILES)
+def test_for_other_models_photographs_come_out_as_from_the_general_processors_operations_bit_for_bit(
+    photographs: list[Tensor], file: dict[str, Any]
+) -> None:
+    for image in photographs:
+        for given in (image, image.float() / 255):
+            assert torch.equal(run_other(given, file)[0], other_reference(given, file))
+
+
+@pytest.mark.parametrize("file", OTHER_FILES.values(), ids=OTHER_FILES)
+def test_for_other_models_photographs_come_out_as_from_the_processor_itself(
+    photographs: list[Tensor], file: dict[str, Any]
+) -> None:
+    pytest.importorskip("torchvision", reason="transformers' image processors need torchvision")
+    import transformers
+
+    processor = getattr(transformers, file["image_processor_type"])(**file)
+    for image in photographs:
+        floats = image.float() / 255
+        assert torch.equal(run_other(image, file), processor(image, return_tensors="pt")["pixel_values"])
+        assert torch.equal(
+            run_other(floats, file), processor(floats, do_rescale=False, return_tensors="pt")["pixel_values"]
+        )
+
+
+@pytest.mark.parametrize("mode", ["bilinear", "bicubic"])
+def test_uint8_images_are_resized_alike_where_torch_has_no_kernel_for_them(
+    photographs: list[Tensor], mode: Resample, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As on a GPU: in float32, clamped and rounded. torch's integer kernel has coarser weights.
+    by_integers = preprocess_module._resize(photographs[2][None], (224, 300), mode)
+    monkeypatch.setattr(preprocess_module, "_resizes_uint8", lambda _: False)
+    by_floats = preprocess_module._resize(photographs[2][None], (224, 300), mode)
+    assert by_integers.dtype == by_floats.dtype == torch.uint8
+    assert (by_integers.int() - by_floats.int()).abs().max() <= 1
+
+
+def test_what_a_processors_file_leaves_out_is_as_transformers_has_it() -> None:
+    import transformers
+
+    for short, defaults in _DEFAULTS.items():
+        known = getattr(transformers, f"{short}ImageProcessor")
+        assert {name: int(getattr(known, name)) for name in defaults} == defaults
 
 
 def test_a_ragged_batch_equals_its_images_one_by_one_in_order(photographs: list[Tensor]) -> None:

@@ -13,11 +13,12 @@ import pytest
 import torch
 from fake_cuda import FakeCuda
 from planted import planted
+from transformers_models import KINDS, write_transformers
 
 from dinov3_ray import DinoV3Config, DinoV3Teacher, Features, FeatureSpec
 from dinov3_ray.checkpoint import init_checkpoint
 from dinov3_ray.images import Images
-from dinov3_ray.model import backbone, preprocess
+from dinov3_ray.model import TransformersTeacher, backbone, preprocess
 from dinov3_ray.model.device import Stopwatch
 from dinov3_ray.model.float8 import Float8Linear
 from dinov3_ray.model.upload import Pending, Upload, _staged
@@ -78,6 +79,21 @@ def test_a_convnext_too(tmp_path: Path, cuda: FakeCuda) -> None:
     teacher = ready(cuda, DinoV3Config(init_checkpoint("convnext-test", tmp_path / "convnext"), dtype="float16"))
     drive(teacher, FeatureSpec(cls=True, feature_map=True, layers=(0, 3), map_size=(7, 9)), [STACKED, RAGGED])
     assert (cuda.found(), cuda.contexts) == ([], {1})
+
+
+@pytest.mark.parametrize("kind", ["dinov2_with_registers", "siglip2"])
+def test_other_models_of_transformers_too(tmp_path: Path, kind: str) -> None:
+    teacher = TransformersTeacher(write_transformers(tmp_path / kind, *KINDS[kind]), dtype="bfloat16", image_size=112)
+    has_cls = teacher.has_cls
+    with FakeCuda() as cuda:
+        teacher.to(ONE)  # made on the CPU, since it looks at values then
+        spec = FeatureSpec(cls=has_cls, feature_map=True, registers=has_cls, layers=(0, -1), map_size=(7, 9))
+        for images in (STACKED, STACKED / 255):  # each has a mean and a std of its own, which are copied once
+            teacher.extract(images, spec)
+        cuda.forget()
+        for images in IMAGES:
+            assert {tensor.device for _, tensor in teacher.extract(images, spec).named()} == {ONE}
+        assert (cuda.found(), cuda.astray, cuda.contexts) == ([], [], {1})
 
 
 def test_float8_layers_too(tiny_checkpoint: Path, cuda: FakeCuda) -> None:
@@ -156,14 +172,14 @@ FAULTS = {
     ),
     "a mean on the CPU": (
         preprocess._transform,
-        "_statistics(rule.mean, rule.std, device)",
-        "_statistics(rule.mean, rule.std, torch.device('cpu'))",
+        "_statistics(rule.mean, rule.std, scale, device)",
+        "_statistics(rule.mean, rule.std, scale, torch.device('cpu'))",
         "error",
     ),
     "a mean copied for each batch": (
         preprocess._transform,
-        "_statistics(rule.mean, rule.std, device)",
-        "_statistics.__wrapped__(rule.mean, rule.std, device)",
+        "_statistics(rule.mean, rule.std, scale, device)",
+        "_statistics.__wrapped__(rule.mean, rule.std, scale, device)",
         "wait",
     ),
     "indexing by a list": (

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 import ray.data
 
-from dinov3_ray.config import DinoV3Config
+from dinov3_ray.config import ModelConfig
 from dinov3_ray.datasets.extraction.attempts import MEMORY_REMEDY
 from dinov3_ray.datasets.extraction.blocks import open_blocks
 from dinov3_ray.datasets.extraction.plan import Forecast
@@ -34,7 +34,7 @@ __all__ = ["Extraction", "extract"]
 def extract(
     source: str | os.PathLike[str] | ray.data.Dataset,
     out: str | os.PathLike[str],
-    config: DinoV3Config | str | os.PathLike[str] | Callable[[], Extractor] | None = None,
+    config: ModelConfig | str | os.PathLike[str] | Callable[[], Extractor] | None = None,
     spec: FeatureSpec = FeatureSpec(cls=True, feature_map=True),  # noqa: B008 - frozen
     *,
     pool: str | RemoteTeacher | None = None,
@@ -67,7 +67,7 @@ def extract(
             see what it holds. It is read again when it is resumed, and must give its rows in the same order (shuffle
             with a seed); finished rows are dropped from it.
         out: a folder; local, or a URI.
-        config: the teacher: a configuration, the path of a model directory, or a picklable factory.
+        config: the teacher: a configuration, the path of a model directory, a hub id, or a picklable factory.
         spec: what to extract. Its ``dtype`` is the stored one: float32, float16, int8, or native (the compute dtype;
             bfloat16 is stored as float32, without loss).
         pool: the name of a running pool, in place of ``config``; or its client, for a pool in another namespace.
@@ -107,8 +107,7 @@ def extract(
     if max_errors is not None and not (isinstance(max_errors, (int, float)) and 0 <= max_errors <= 1):
         raise ConfigError(f"max_errors must be a share, 0 to 1, or None; got {max_errors!r}")
     teacher = None if config is None else check_teacher(config)
-    if teacher is not None:
-        pickle_teacher(teacher)  # Ray would complain later, in words of its own
+    pickled = None if teacher is None else pickle_teacher(teacher)
     client = None if pool is None else _client(pool)
     folder = Folder.at(out, out_filesystem)
     old = folder.read_json(PLAN, "source", "batch_size", "block_size", "outputs") if folder.exists(PLAN) else None
@@ -124,12 +123,12 @@ def extract(
                 pooled=pool is not None,
                 free_cpus=ray.available_resources().get("CPU", 0.0),
                 # Compiled code is not reentrant: torch.compile keeps state. Of other teachers nothing is known.
-                reentrant=isinstance(teacher, DinoV3Config) and teacher.compile_mode("cpu") is None,
+                reentrant=isinstance(teacher, ModelConfig) and teacher.compile_mode("cpu") is None,
             )
             run = Run(
                 folder,
                 blocks,
-                TeacherChoice(teacher, client, allocation.num_gpus, allocation.threads, allocation.passes),
+                TeacherChoice(pickled, client, allocation.num_gpus, allocation.threads, allocation.passes),
                 spec,
                 options.decoder(),
                 allocation,

@@ -162,6 +162,7 @@ class Run:
         return {
             "format": 1,
             "fingerprint": found.fingerprint,
+            "origin": found.origin,
             "computed_in": found.computed_in,
             "spec": spec_to_json(self.spec),
             "result_dtype": found.result_dtype,

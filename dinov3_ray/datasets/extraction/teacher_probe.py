@@ -6,7 +6,7 @@ import contextlib
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -34,6 +34,7 @@ class Probe:
 
     Attributes:
         fingerprint: the teacher's own.
+        origin: what it was loaded from; None if it does not say.
         made_by: the fingerprint of its results; it differs if the teacher wraps another one.
         computed_in: its precision, such as float32 or float8; None if it is unknown.
         preprocessing: its rule, as JSON values; None of a teacher without one.
@@ -44,6 +45,7 @@ class Probe:
     """
 
     fingerprint: str | None
+    origin: str | None
     made_by: str | None
     computed_in: str | None
     preprocessing: dict[str, Any] | None
@@ -110,10 +112,11 @@ def _probe(teacher: TeacherChoice, spec: FeatureSpec, image: np.ndarray | None) 
     rule = opened.preprocessing
     found = Probe(
         fingerprint=opened.fingerprint or features.fingerprint,
+        origin=opened.info.origin,
         made_by=features.fingerprint,
         computed_in=computed_in(opened),
         # By way of JSON, so that what is compared with a former run's is of the same types.
-        preprocessing=None if rule is None else json.loads(json.dumps(asdict(rule))),
+        preprocessing=None if rule is None else json.loads(json.dumps(rule.described())),
         mixes_sizes=rule is not None and rule.has_fixed_size,
         min_side=opened.patch_size,
         result_dtype=result_dtype,

@@ -23,9 +23,10 @@ from dinov3_ray.datasets.store.writer import BlockWriter, is_finished
 from dinov3_ray.errors import DeviceMemoryError, DinoV3Error, InputError, StoreError
 from dinov3_ray.feature_spec import FeatureSpec
 from dinov3_ray.machine.cpus import usable_cpus
+from dinov3_ray.pool.cluster import naming_node
 from dinov3_ray.pool.replica.actor import end_process
 from dinov3_ray.pool.replica.gpu_memory import expand_segments, within_share
-from dinov3_ray.pool.spec import CheckedTeacher, builder
+from dinov3_ray.pool.spec import builder, unpickle_teacher
 from dinov3_ray.teacher import Extractor, computed_in
 
 if TYPE_CHECKING:
@@ -46,14 +47,15 @@ class TeacherChoice:
     """Which teacher computes, and how it is opened in the process that uses it.
 
     Attributes:
-        teacher: a configuration or a factory, for a replica that is hosted here; None where a ``pool`` computes.
+        teacher: a configuration or a factory, pickled, for a replica that is hosted here; None where a ``pool``
+            computes.
         pool: the client of a pool.
         num_gpus: that its process has; 0 computes on CPUs.
         threads: CPU threads per forward pass; None leaves torch's setting as it is.
         passes: forward passes in flight; 1 unless the teacher is reentrant and computes on the CPU.
     """
 
-    teacher: CheckedTeacher | None
+    teacher: bytes | None
     pool: RemoteTeacher | None
     num_gpus: float
     threads: int | None
@@ -75,13 +77,16 @@ class TeacherChoice:
         # Ray sets one thread for each CPU that an actor reserves; decoding takes the cores only now and then.
         threads = None if self.threads is None else min(self.threads, usable_cpus())
         expand_segments(self.num_gpus, os.environ)
-        build = within_share(builder(self.teacher, "cuda" if self.num_gpus else "cpu"), self.num_gpus)
+        build = within_share(builder(unpickle_teacher(self.teacher), "cuda" if self.num_gpus else "cpu"), self.num_gpus)
         if self.passes == 1:
             pipeline: Callable[[Extractor], DevicePipeline] = pipeline_for
         else:
             pipeline = partial(ConcurrentPipeline, passes=self.passes, threads=threads)
-        # Ray Data starts another actor in its place, and does the blocks again that it had.
-        return HostedReplica(build, max_batch=max_batch, threads=threads, pipeline=pipeline, on_device_lost=end_process)
+        with naming_node():
+            # Ray Data starts another actor in the place of one that ends, and does the blocks again that it had.
+            return HostedReplica(
+                build, max_batch=max_batch, threads=threads, pipeline=pipeline, on_device_lost=end_process
+            )
 
 
 @dataclass(frozen=True)

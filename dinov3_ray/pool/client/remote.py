@@ -278,6 +278,8 @@ def check_spec(spec: FeatureSpec, info: TeacherInfo) -> None:
     if not isinstance(spec, FeatureSpec):
         raise SpecError(f"spec must be a FeatureSpec; got {spec!r}")
     spec.require_outputs()
+    if spec.cls and not info.has_cls:
+        raise SpecError("FeatureSpec.cls: this pool's teacher has no CLS token")
     if spec.registers and info.num_register_tokens == 0:
         raise SpecError("FeatureSpec.registers: this pool's teacher has no register tokens")
     if info.depth is not None:

@@ -24,6 +24,7 @@ from dinov3_ray.pool.control.autoscaler import Autoscaler
 from dinov3_ray.pool.control.declaration import Declaration, PoolChange
 from dinov3_ray.pool.control.gpu_share import GpuWatch
 from dinov3_ray.pool.control.holders import Holders, holding_process
+from dinov3_ray.pool.control.loading import load_teacher
 from dinov3_ray.pool.control.membership import Action, ActionKind, Membership
 from dinov3_ray.pool.control.process_end import end_hung, kill_process
 from dinov3_ray.pool.control.status import PoolStatus, ReplicaRecord, make_status, make_view
@@ -350,7 +351,7 @@ class Controller:
             # No deadline: a replica that Ray cannot place yet makes Ray's autoscaler add a node.
             replica.process = await replica.actor.process.remote()
             replica.record.node_id, replica.record.pid = replica.process.node_id, replica.process.pid
-            replica.record.info = await asyncio.wait_for(replica.actor.load.remote(), options.startup_timeout)
+            replica.record.info = await load_teacher(replica.actor, options)
             self._membership.became_ready(replica_id, time.monotonic())
             self._wake.set()
             while True:
@@ -359,9 +360,7 @@ class Controller:
                 self._require_healthy(seen)
                 await asyncio.sleep(options.health_interval)
         except TimeoutError:
-            ready = replica.record.statistics is not None
-            waited = options.health_timeout if ready else options.startup_timeout
-            self._lose(replica_id, f"no answer to {'health' if ready else 'load'} within {waited:g} s")
+            self._lose(replica_id, f"no answer to health within {options.health_timeout:g} s")
         except ReplicaError as error:
             self._lose(replica_id, reason_of(error))
         except ray.exceptions.RayError as error:

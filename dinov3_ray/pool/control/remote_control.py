@@ -355,4 +355,4 @@ def _waits_for(status: PoolStatus) -> str:
         counts = ", ".join(f"{have.get(key, 0):g} {key}" for key in ("GPU", "CPU"))
         shared = f"; {status.gpus.notice}" if status.gpus and status.gpus.notice else ""
         return f"some wait for a place in the cluster (it has {counts} in all){shared}"
-    return "they are loading their teacher"
+    return "they are loading their teacher (a model of the hub must first be downloaded: give that more time)"

@@ -54,6 +54,8 @@ class PoolStatus:
         recent_errors: why replicas were lost or could not start, newest last.
         gpus: how the pool and others share the cluster's GPUs; None where replicas need none.
         lifetime: ``process`` if it ends with the processes that hold it.
+        origin: what that teacher was loaded from: ``owner/name@commit`` of the hub, or a directory; None if it does not
+            say.
     """
 
     name: str
@@ -73,6 +75,7 @@ class PoolStatus:
     recent_errors: tuple[str, ...]
     gpus: GpuShare | None = None
     lifetime: Lifetime = "process"
+    origin: str | None = None
 
     @property
     def ready(self) -> int:
@@ -183,4 +186,5 @@ def make_status(
         recent_errors=tuple(membership.recent_errors),
         gpus=gpus,
         lifetime=lifetime,
+        origin=info.origin if info else None,
     )

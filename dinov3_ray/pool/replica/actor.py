@@ -17,14 +17,16 @@ from typing import TYPE_CHECKING
 import ray
 from ray import cloudpickle
 
+from dinov3_ray.config.hub import arrived_bytes
 from dinov3_ray.errors import ReplicaError
-from dinov3_ray.pool.cluster import process_start
+from dinov3_ray.pool.cluster import naming_node, process_start
 from dinov3_ray.pool.kv import PoolKV
 from dinov3_ray.pool.messages import Answer, MemberState, Outcome, ReplicaStatistics, TeacherInfo
 from dinov3_ray.pool.metrics import Publisher, Sample
 from dinov3_ray.pool.replica.gpu_memory import expand_segments, within_share
 from dinov3_ray.pool.spec import PoolOptions, PoolSpec, builder
 from dinov3_ray.pool.transport.actors import Reply, frame_answer, open_request
+from dinov3_ray.teacher import Extractor
 
 if TYPE_CHECKING:
     from dinov3_ray.pool.messages import Array
@@ -102,8 +104,7 @@ class ReplicaActor:
         self._setup = setup
         self._replica = Replica(
             setup.replica_id,
-            # Unpickled when it is built: a class that is missing on this node is a reason to report like any other.
-            lambda: within_share(builder(setup.spec.unpickled().given, placement.device), placement.num_gpus)(),
+            self._build,
             setup.spec.options,
             unnamed=f"generation-{setup.generation}",
             threads=setup.threads,
@@ -114,6 +115,12 @@ class ReplicaActor:
         self._loading = False
         self._answering = 0
         self._publisher = Publisher(setup.pool, setup.replica_id)
+
+    def _build(self) -> Extractor:
+        """The teacher, unpickled only now: a class that this node lacks is a reason to report like any other."""
+        spec = self._setup.spec
+        with naming_node():
+            return within_share(builder(spec.unpickled().given, spec.placement.device), spec.placement.num_gpus)()
 
     @ray.method(concurrency_group="control")
     def process(self) -> ReplicaProcess:
@@ -127,6 +134,11 @@ class ReplicaActor:
         if first:
             self._replica.start()
         return self._replica.loaded.result()
+
+    @ray.method(concurrency_group="control")
+    def downloaded(self) -> int | None:
+        """Bytes of a model of the hub that is being downloaded; None if none is."""
+        return arrived_bytes()
 
     @ray.method(concurrency_group="control")
     def state(self) -> MemberState:

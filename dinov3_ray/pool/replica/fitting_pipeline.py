@@ -11,11 +11,11 @@ import logging
 from dataclasses import dataclass, replace
 
 import numpy as np
-import torch
 
 from dinov3_ray.errors import DeviceMemoryError
 from dinov3_ray.features import FeatureSpec
 from dinov3_ray.images import ImageBatch
+from dinov3_ray.model.device import empty_cache
 from dinov3_ray.pool.replica.device_fault import DeviceFault, device_fault, drop_frames, first_line
 from dinov3_ray.pool.replica.device_pipeline import DevicePass, DevicePipeline, Results, pad_batch
 from dinov3_ray.pool.replica.kind_limits import ImageKind, KindLimits
@@ -85,13 +85,13 @@ class FittingPipeline:
             DeviceMemoryError: one image does not fit.
             Exception: as :meth:`DevicePass.result`, and whatever the teacher raises.
         """
-        # The cache is emptied so that a large block can be had in one piece; without CUDA, that does nothing.
+        # The cache is emptied so that a large block can be had in one piece.
         kind, whole = ImageKind.of(batch, spec), self._whole(batch)
         size = min(whole, self._most.of(kind) or whole)
         parts: list[Results] = []
         start = shortages = 0
         if after_shortage:
-            torch.cuda.empty_cache()
+            empty_cache()
         while start < len(batch):
             part = batch.rows(start, start + size)
             results = self._try(part, spec, size)
@@ -99,7 +99,7 @@ class FittingPipeline:
                 parts.append(results)
                 start += len(part)
             else:
-                torch.cuda.empty_cache()
+                empty_cache()
                 shortages += 1
                 size = (size + 1) // 2
         self._remember(kind, whole, size)
