@@ -13,7 +13,16 @@ from dinov3_ray.config.architecture import TransformersArchitecture
 from dinov3_ray.config.weights import StoredTensor, WeightFiles
 from dinov3_ray.errors import CheckpointError
 
-__all__ = ["DTYPES", "Progress", "check_shapes", "ignore_progress", "read_tensors", "require_finite", "verify"]
+__all__ = [
+    "DTYPES",
+    "Progress",
+    "check_shapes",
+    "ignore_progress",
+    "read_tensor",
+    "read_tensors",
+    "require_finite",
+    "verify",
+]
 
 Progress = Callable[[int], None]
 """Called with the number of bytes that were done since the last call."""
@@ -91,7 +100,12 @@ def require_finite(stored: StoredTensor, tensor: Tensor) -> None:
 def read_tensors(weights: WeightFiles) -> Iterator[tuple[StoredTensor, Tensor]]:
     """Every tensor in name order, on the CPU, each in its own memory; none is kept here."""
     for stored in weights.tensors.values():
-        tensor = torch.empty(stored.shape, dtype=DTYPES[stored.dtype])
-        # NumPy has no bfloat16; bytes it has.
-        stored.read_into(tensor.view(-1).view(torch.uint8).numpy().data)
-        yield stored, tensor
+        yield stored, read_tensor(stored)
+
+
+def read_tensor(stored: StoredTensor) -> Tensor:
+    """One tensor, on the CPU, in its own memory."""
+    tensor = torch.empty(stored.shape, dtype=DTYPES[stored.dtype])
+    # NumPy has no bfloat16; bytes it has.
+    stored.read_into(tensor.view(-1).view(torch.uint8).numpy().data)
+    return tensor

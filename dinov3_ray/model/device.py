@@ -20,6 +20,7 @@ __all__ = [
     "choose_dtype",
     "computing_on",
     "empty_cache",
+    "full_float32",
     "settle_thread",
     "trial_error",
 ]
@@ -146,6 +147,32 @@ def computing_on(device: torch.device) -> AbstractContextManager[object]:
     they would cost that one a CUDA context, half a gigabyte.
     """
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """A context in which products of float32 are float32's: not TF32's on a GPU, nor bfloat16's on a CPU.
+
+    These are settings of the whole process: other threads' products are as exact meanwhile.
+    """
+    backends: Any = torch.backends  # its annotations lack what is in place of TF32's flags from torch 2.9 on
+    if hasattr(backends.mkldnn, "matmul"):
+        modes = backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul
+        before = [(mode, "fp32_precision", mode.fp32_precision) for mode in modes]
+        exact: object = "ieee"
+    else:
+        before = [(backends.cudnn, "allow_tf32", backends.cudnn.allow_tf32)]
+        exact = False
+    products = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("highest")
+        for mode, name, _ in before:
+            setattr(mode, name, exact)
+        yield
+    finally:
+        torch.set_float32_matmul_precision(products)
+        for mode, name, value in before:
+            setattr(mode, name, value)
 
 
 def settle_thread(device: object) -> None:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Self, cast
 import torch
 from torch import Tensor, nn
 
-from dinov3_ray.checkpoint import fingerprint, load_model
+from dinov3_ray.checkpoint import fingerprint, load_model, load_reference
 from dinov3_ray.config import ComputeDtype, DinoV3Config, ModelConfig
 from dinov3_ray.config.preprocessing import Preprocessing, Size
 from dinov3_ray.errors import FrozenError, SpecError
@@ -27,7 +27,7 @@ from dinov3_ray.images import ImageBatch, Images
 from dinov3_ray.model.attention import choose_attention
 from dinov3_ray.model.backbone import Network, run_backbone
 from dinov3_ray.model.compilation import compile_blocks, is_compiled
-from dinov3_ray.model.device import Stopwatch, as_device, choose_dtype, computing_on, empty_cache
+from dinov3_ray.model.device import Stopwatch, as_device, choose_dtype, computing_on, empty_cache, full_float32
 from dinov3_ray.model.float8 import check_float8, multiply_in_float8
 from dinov3_ray.model.golden import agreement, golden_images
 from dinov3_ray.model.preprocess import preprocess
@@ -196,15 +196,17 @@ class FrozenTeacher(TeacherMixin[Images | ImageBatch]):
     def _records_graphs(self) -> bool:
         return self.device.type == "cuda" and self.config.compile in _GRAPH_MODES
 
-    def prove(self, minimum: float = 0.999) -> float:
+    def prove(self, minimum: float = 0.999, *, rows: int = 2) -> float:
         """Show that this teacher, as it stands, computes what its checkpoint says; see :mod:`dinov3_ray.model.golden`.
 
         Two fixed images go through the teacher as it is (its dtype, attention and compiled code), and through the
-        checkpoint loaded once more: in float32, not compiled, with eager attention (sdpa if the teacher's is eager).
-        During the check the device holds the float32 weights too.
+        checkpoint once more: in float32 without TF32, not compiled, with eager attention (sdpa if the teacher's is
+        eager). The weights for that are read block by block, so that the device needs room for one block in float32
+        besides the teacher. (A model that is not a DINOv3 does it on the CPU instead.)
 
         Args:
             minimum: the least mean cosine between the two, over images and outputs.
+            rows: a batch of so many images, the two again and again, is compared too: kernels depend on the batch.
 
         Returns:
             That least mean cosine.
@@ -213,16 +215,34 @@ class FrozenTeacher(TeacherMixin[Images | ImageBatch]):
             NumericsError: the cosine is below ``minimum``, a single token strays far, or a value is not finite.
         """
         spec = FeatureSpec(cls=self.has_cls, feature_map=True, registers=self.num_register_tokens > 0)
-        images = ImageBatch.of(golden_images(*self.image_size))
-        fast = self._compute(images, spec)
         own = getattr(self.model, "attention", None)
-        other = "sdpa" if own == "eager" else "eager"
-        plain_config = replace(self.config, dtype="float32", compile=False, attention=other)
-        reference = type(self)(plain_config, self.device)._compute(images, spec)
-        empty_cache()
         attention = "" if own is None else f", attention {own}"
         path = f"{self.computed_in}{attention}, {'compiled' if self.compiled else 'not compiled'}"
-        return agreement(fast, reference, minimum, path)
+        images_23HW = golden_images(*self.image_size)
+        reference = self._reference(images_23HW, spec, attention="sdpa" if own == "eager" else "eager")
+        least = 1.0
+        for size in sorted({2, max(rows, 1)}):
+            images_B3HW = images_23HW.repeat(-(-size // 2), 1, 1, 1)[:size]
+            fast = self._compute(ImageBatch.of(images_B3HW), spec)
+            # In pairs, since the comparison takes memory too.
+            for start in range(0, size, 2):
+                pair = fast.rows(start, min(start + 2, size))
+                found = agreement(pair, reference.rows(0, len(pair)), minimum, f"{path}, {size} images at once")
+                least = min(least, found)
+        return least
+
+    def _reference(self, images_23HW: Tensor, spec: FeatureSpec, *, attention: str) -> Features:
+        """What the checkpoint gives for ``images_23HW`` in plain float32, on the teacher's device."""
+        with self._frozen_pass(), full_float32():
+            config = replace(self.config, dtype="float32", compile=False, attention=attention)
+            model, device = load_reference(config, self.device)
+            if isinstance(model, ViT):
+                choose_attention(model, attention, device, torch.float32)
+            pixels_B3HW = preprocess(ImageBatch.of(images_23HW.to(device)), config.preprocessing, device)
+            with torch.autocast(device.type, enabled=False):  # it may be the CPU, and not the teacher's device
+                features = run_backbone(model, pixels_B3HW, spec).to(self.device)
+        empty_cache()
+        return features
 
     def warm_up_passes(self, rows: int) -> Iterator[tuple[Images, FeatureSpec]]:
         """What would delay the first passes on a CUDA device, to be computed before: it allocates the memory of the

@@ -13,10 +13,14 @@ import torch
 from compile_backend import Backend
 
 from dinov3_ray import DinoV3Config, DinoV3Teacher, FeatureSpec
-from dinov3_ray.checkpoint import init_checkpoint
+from dinov3_ray.checkpoint import init_checkpoint, load_model, load_reference
 from dinov3_ray.errors import NumericsError
 from dinov3_ray.features import Features
+from dinov3_ray.images import ImageBatch
+from dinov3_ray.model.backbone import run_backbone
 from dinov3_ray.model.golden import agreement, golden_images
+from dinov3_ray.network.vit import ViT
+from dinov3_ray.pool.replica.device_pipeline import inspect_teacher
 
 
 def test_the_golden_images_are_the_same_everywhere() -> None:
@@ -149,8 +153,85 @@ def test_the_reference_is_freed_at_once(tiny_checkpoint: Path) -> None:
     gc.collect()
     gc.disable()
     try:
-        before = sum(type(thing) is DinoV3Teacher for thing in gc.get_objects())
+        before = sum(type(thing) is ViT for thing in gc.get_objects())
         teacher.prove()
-        assert sum(type(thing) is DinoV3Teacher for thing in gc.get_objects()) == before
+        assert sum(type(thing) is ViT for thing in gc.get_objects()) == before
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("variant", ["vit-test", "vit-test-gated", "convnext-test"])
+def test_the_reference_holds_one_block_at_a_time_and_equals_the_whole_model(tmp_path: Path, variant: str) -> None:
+    config = DinoV3Config(init_checkpoint(variant, tmp_path / "model"))
+    whole = load_model(config)
+    model, device = load_reference(config, torch.device("cpu"))
+    held: list[set[str]] = []
+
+    def note(_module: torch.nn.Module, _given: object) -> None:
+        held.append({name for name, tensor in model.named_parameters() if tensor.device.type != "meta"})
+
+    parts = [part for child in model.children() for part in (child.children() if child is model.blocks else [child])]
+    for part in parts:
+        part.register_forward_pre_hook(note)
+    pixels = torch.rand(2, 3, 64, 96)
+    layers = tuple(range(len(model.blocks)))
+    for spec in (FeatureSpec(cls=True, feature_map=True), FeatureSpec(layers=layers), FeatureSpec(layers=(0,))):
+        with torch.no_grad():
+            found, expected = run_backbone(model, pixels, spec), run_backbone(whole, pixels, spec)
+        for (name, ours), (_, theirs) in zip(found.named(), expected.named(), strict=True):
+            assert torch.equal(ours, theirs), name
+    largest = max(sum(1 for _ in part.parameters()) for part in parts)
+    assert max(map(len, held)) == largest < len(list(model.parameters()))
+    assert device.type == "cpu"
+    assert all(parameter.device.type == "meta" for parameter in model.parameters())
+
+
+def test_the_reference_is_plain_float32_whatever_the_process_is_set_to(tiny_checkpoint: Path) -> None:
+    teacher = DinoV3Teacher(DinoV3Config(tiny_checkpoint, dtype="float32"))
+    images, spec = golden_images(*teacher.image_size), FeatureSpec(cls=True, feature_map=True)
+    expected = teacher._reference(images, spec, attention="eager")
+    backends: Any = torch.backends
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")  # on many CPUs: products of float32 in bfloat16
+        settings = [mode.fp32_precision for mode in (backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul)]
+        found = teacher._reference(images, spec, attention="eager")
+        assert torch.get_float32_matmul_precision() == "medium"
+        after = [mode.fp32_precision for mode in (backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul)]
+        assert after == settings
+    finally:
+        torch.set_float32_matmul_precision(before)
+    for (name, ours), (_, theirs) in zip(found.named(), expected.named(), strict=True):
+        assert torch.equal(ours, theirs), name
+
+
+def test_a_teacher_that_is_wrong_in_large_batches_alone_is_refused(tiny_checkpoint: Path) -> None:
+    teacher = DinoV3Teacher(DinoV3Config(tiny_checkpoint, dtype="float32"))
+
+    def confuse(_module: torch.nn.Module, _given: object, tokens: torch.Tensor) -> torch.Tensor:
+        return tokens if len(tokens) < 5 else torch.cat([tokens[:-1], -tokens[-1:]])
+
+    teacher.model.norm.register_forward_hook(confuse)
+    assert teacher.prove() > 0.999999
+    assert teacher.prove(rows=4) > 0.999999
+    with pytest.raises(NumericsError, match=r"5 images at once.* got cls -"):
+        teacher.prove(rows=5)
+
+
+def test_a_pool_proves_its_largest_batch_or_what_fits_of_it(tiny_checkpoint: Path) -> None:
+    class Small(DinoV3Teacher):
+        def _compute(self, batch: ImageBatch, spec: FeatureSpec) -> Features:
+            computed.append(len(batch))
+            if len(batch) > fitting:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+            return super()._compute(batch, spec)
+
+    computed: list[int] = []
+    fitting = 5
+    teacher = Small(DinoV3Config(tiny_checkpoint, dtype="float32"))
+    cosine = inspect_teacher(teacher, max_batch=16).golden_cosine
+    assert cosine == pytest.approx(1)
+    assert computed == [2, 16, 2, 8, 2, 4]
+    fitting = 1
+    with pytest.raises(torch.OutOfMemoryError):
+        inspect_teacher(teacher, max_batch=16)

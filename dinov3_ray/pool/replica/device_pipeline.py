@@ -26,6 +26,7 @@ from dinov3_ray.images import ImageBatch
 from dinov3_ray.model.device import Stopwatch, Stretch
 from dinov3_ray.model.upload import Upload
 from dinov3_ray.pool.messages import Array, FeatureLayout, TeacherInfo
+from dinov3_ray.pool.replica.device_fault import DeviceFault, device_fault, drop_frames
 from dinov3_ray.pool.transport.wire import pack_features
 from dinov3_ray.teacher import Extractor
 from dinov3_ray.watch import check_finite, sums_are_finite, unwatched
@@ -41,6 +42,9 @@ __all__ = [
     "pad_batch",
     "pipeline_for",
 ]
+
+
+_LEAST_PROVEN = 2  # images at once: a device that has no memory for them is of no use
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,20 +238,35 @@ class _CudaPass:
         return replace(self.results, preprocess=self.preprocess.seconds)
 
 
-def inspect_teacher(teacher: Extractor) -> TeacherInfo:
+def inspect_teacher(teacher: Extractor, max_batch: int) -> TeacherInfo:
     """What clients need to know of ``teacher``, as far as it says; proves it first if it can be proved.
 
     Raises:
         NumericsError: the teacher's fast path does not agree with plain float32.
     """
-    prove = getattr(teacher, "prove", None)
-    cosine = prove() if callable(prove) else None
+    cosine = _prove(teacher, max_batch)
     known: dict[str, Any] = {name: getattr(teacher, name, None) for name in TeacherInfo.__dataclass_fields__}
     known = {name: value for name, value in known.items() if value is not None}
     for name in ("dtype", "device"):
         if name in known:
             known[name] = str(known[name])
     return replace(TeacherInfo(**known), description=type(teacher).__name__, golden_cosine=cosine)
+
+
+def _prove(teacher: Extractor, rows: int) -> float | None:
+    """What the teacher's ``prove`` gives, for as many rows at once as fit; None if it has none."""
+    prove = getattr(teacher, "prove", None)
+    while callable(prove):
+        try:
+            cosine: float = prove(rows=rows)
+        except Exception as error:
+            if rows <= _LEAST_PROVEN or device_fault(error) is not DeviceFault.MEMORY:
+                raise
+            drop_frames(error)
+            rows = max(rows // 2, _LEAST_PROVEN)
+        else:
+            return cosine
+    return None
 
 
 def join_batches(batches: list[ImageBatch]) -> ImageBatch:

@@ -249,7 +249,7 @@ class Replica:
             teacher = self._build()
             self._device = getattr(teacher, "device", None)
             settle_thread(self._device)
-            info = inspect_teacher(teacher)
+            info = inspect_teacher(teacher, self._options.max_batch)
             pad_to = self._options.max_batch if self._options.batching == "deterministic" else 1
             self._pipeline = FittingPipeline(self.replica_id, self._make_pipeline(teacher), pad_to=pad_to)
             self._warm_up(teacher)
