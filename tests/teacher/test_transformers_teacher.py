@@ -108,7 +108,8 @@ def test_layers_go_through_the_final_norm_if_the_last_hidden_state_does(
     given = teacher.extract(images, FeatureSpec(feature_map=True, layers=(1, 2)))
     model, prefix = transformers_model(directory(kind)), PREFIX[kind][2]
     middle = last_hidden_state(model, pixels_of(teacher, images))[1][1]
-    expected = middle if norm is None else getattr(model, norm)(middle)
+    inner = getattr(model, "vision_model", model)  # as before transformers 5
+    expected = middle if norm is None else getattr(inner, norm)(middle)
     assert torch.equal(as_tokens(given.layers[1]), expected[:, prefix:])
     assert torch.equal(given.layers[2], given.feature_map)  # type: ignore[arg-type]
 
@@ -293,6 +294,14 @@ def test_a_size_that_the_model_cannot_compute_is_refused(directory: Directory, m
     assert TransformersTeacher(directory("siglip2")).grid_size == (4, 4)
     with pytest.raises(ConfigError, match=r"image_size must be one that the model can compute \(its own is 64x64\)"):
         TransformersTeacher(directory("siglip2"), image_size=(64, 80))
+
+
+def test_counters_in_the_weights_file_are_left_alone(copy: Directory, images: Tensor) -> None:
+    root = copy("clip")
+    before = TransformersTeacher(root, dtype="float32").extract_features(images)
+    ids = {f"{tower}_model.embeddings.position_ids": torch.arange(17)[None] for tower in ("vision", "text")}
+    change_weights(root, lambda tensors: tensors.update(ids))
+    assert torch.equal(TransformersTeacher(root, dtype="float32").extract_features(images), before)
 
 
 def test_a_head_that_is_not_used_need_not_be_there(copy: Directory, images: Tensor) -> None:
