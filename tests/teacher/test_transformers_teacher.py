@@ -23,6 +23,7 @@ from dinov3_ray.errors import CheckpointError, ConfigError, SpecError
 from dinov3_ray.images import ImageBatch
 from dinov3_ray.model import TransformersTeacher, open_teacher
 from dinov3_ray.model.preprocess import preprocess
+from dinov3_ray.pool.spec import check_teacher
 
 Directory = Callable[[str], Path]
 
@@ -411,5 +412,8 @@ def test_a_factory_makes_teachers(directory: Directory, images: Tensor) -> None:
     assert pickle.loads(pickle.dumps(factory)) == factory
     teacher = factory()
     assert (teacher.grid_size, teacher.dtype) == ((5, 5), torch.float32)
+    assert check_teacher(factory) == teacher.config  # so that the pool chooses the device, and checks the files
+    chosen = TransformersTeacher.factory(config, device="cpu")
+    assert check_teacher(chosen) is chosen
     with pytest.raises(ConfigError, match=r"is missing"):
         TransformersTeacher.factory(directory("clip") / "nowhere")
