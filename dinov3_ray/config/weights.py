@@ -23,7 +23,7 @@ INDEX_FILE = "model.safetensors.index.json"
 _ITEM_BYTES = {"F32": 4, "BF16": 2, "F16": 2}
 """The dtypes that a checkpoint may hold, by their names in a safetensors header."""
 
-_COUNTERS = ("position_ids", 8)  # some of CLIP's files hold these buffers too, as I64
+_COUNTERS = ("position_ids", "position_index")  # buffers that files of CLIP, BEiT and others hold too, as I64
 
 _MAX_HEADER = 100_000_000  # the library's own limit
 # transformers 5.5 moved the blocks into an inner `model`; files keep the names without it, but some writers do not.
@@ -197,8 +197,8 @@ def _stored(path: Path, key: str, entry: Any, data_start: int) -> StoredTensor:
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: the header's entry for {key} is damaged: {entry!r}") from error
     item_bytes = _ITEM_BYTES.get(dtype)
-    if dtype == "I64" and key.endswith(_COUNTERS[0]):
-        item_bytes = _COUNTERS[1]
+    if dtype == "I64" and key.endswith(_COUNTERS):
+        item_bytes = 8
     if item_bytes is None:
         raise CheckpointError(f"{path}: tensor {key} must be one of {', '.join(_ITEM_BYTES)}; found {dtype}")
     expected = math.prod(shape) * item_bytes

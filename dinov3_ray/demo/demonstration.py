@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dinov3_ray.checkpoint import init_checkpoint
-from dinov3_ray.config import DinoV3Config
+from dinov3_ray.config import open_config
 from dinov3_ray.demo.ephemeral_ray import DemoRay, gpus_per_replica, make_folder, remove_folder
 from dinov3_ray.demo.photographs import draw_scene, read_photographs
 from dinov3_ray.demo.report import Display, Summary, save_loss_curve, save_maps, save_summary
@@ -100,7 +100,7 @@ def _run(
     settings: DemoSettings, display: Display, interrupts: Interrupts, ray: DemoRay, folder: Path, begun: float
 ) -> Summary:
     root = settings.root or init_checkpoint(_VARIANT, folder / "teacher", image_size=_IMAGE_SIZE)
-    config = DinoV3Config(root, revision=settings.revision)
+    config = open_config(root, revision=settings.revision)
     pictures, shown = _pictures(settings, display, max(config.image_size))
     with display.phase(f"{'starting' if ray.embedded else 'joining'} Ray"):
         ray.start()

@@ -81,9 +81,12 @@ class TransformersNetwork(nn.Module):
                 raise self._unlike(f"a block fails with {type(error).__name__}: {error}") from error
             self.norm = self._find_norm(tokens_2ND, expected_2ND)
         self.has_cls = self.num_prefix_tokens > self.num_register_tokens
-        for name, child in list(model.named_children()):
-            if called.isdisjoint(child.modules()):
-                setattr(model, name, None)
+        for holder in list(model.modules()):
+            if not any(isinstance(part, _Gate) for part in holder.modules()):
+                continue
+            for name, child in list(holder.named_children()):
+                if called.isdisjoint(child.modules()):
+                    setattr(holder, name, None)
 
     @property
     def attention(self) -> str:

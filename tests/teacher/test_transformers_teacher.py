@@ -23,6 +23,7 @@ from dinov3_ray.errors import CheckpointError, ConfigError, SpecError
 from dinov3_ray.images import ImageBatch
 from dinov3_ray.model import TransformersTeacher, open_teacher
 from dinov3_ray.model.preprocess import preprocess
+from dinov3_ray.pool.spec import check_teacher
 
 Directory = Callable[[str], Path]
 
@@ -108,7 +109,8 @@ def test_layers_go_through_the_final_norm_if_the_last_hidden_state_does(
     given = teacher.extract(images, FeatureSpec(feature_map=True, layers=(1, 2)))
     model, prefix = transformers_model(directory(kind)), PREFIX[kind][2]
     middle = last_hidden_state(model, pixels_of(teacher, images))[1][1]
-    expected = middle if norm is None else getattr(model, norm)(middle)
+    inner = getattr(model, "vision_model", model)  # as before transformers 5
+    expected = middle if norm is None else getattr(inner, norm)(middle)
     assert torch.equal(as_tokens(given.layers[1]), expected[:, prefix:])
     assert torch.equal(given.layers[2], given.feature_map)  # type: ignore[arg-type]
 
@@ -295,6 +297,14 @@ def test_a_size_that_the_model_cannot_compute_is_refused(directory: Directory, m
         TransformersTeacher(directory("siglip2"), image_size=(64, 80))
 
 
+def test_counters_in_the_weights_file_are_left_alone(copy: Directory, images: Tensor) -> None:
+    root = copy("clip")
+    before = TransformersTeacher(root, dtype="float32").extract_features(images)
+    ids = {f"{tower}_model.embeddings.position_ids": torch.arange(17)[None] for tower in ("vision", "text")}
+    change_weights(root, lambda tensors: tensors.update(ids))
+    assert torch.equal(TransformersTeacher(root, dtype="float32").extract_features(images), before)
+
+
 def test_a_head_that_is_not_used_need_not_be_there(copy: Directory, images: Tensor) -> None:
     root = copy("siglip2")
     before = TransformersTeacher(root, dtype="float32").extract_feature_map(images)
@@ -402,5 +412,8 @@ def test_a_factory_makes_teachers(directory: Directory, images: Tensor) -> None:
     assert pickle.loads(pickle.dumps(factory)) == factory
     teacher = factory()
     assert (teacher.grid_size, teacher.dtype) == ((5, 5), torch.float32)
+    assert check_teacher(factory) == teacher.config  # so that the pool chooses the device, and checks the files
+    chosen = TransformersTeacher.factory(config, device="cpu")
+    assert check_teacher(chosen) is chosen
     with pytest.raises(ConfigError, match=r"is missing"):
         TransformersTeacher.factory(directory("clip") / "nowhere")

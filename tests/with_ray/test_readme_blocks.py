@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from paths import README
+from transformers_models import KINDS, write_transformers
 
 
 def python_blocks() -> list[tuple[int, str]]:
@@ -19,8 +20,9 @@ def python_blocks() -> list[tuple[int, str]]:
 
 @pytest.fixture
 def readers_folder(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The working directory of somebody who follows the README: it holds a model directory named ``dinov3``."""
+    """The working directory of somebody who follows the README: it holds ``dinov3`` and ``siglip2``."""
     shutil.copytree(tiny_checkpoint, tmp_path / "dinov3")
+    write_transformers(tmp_path / "siglip2", *KINDS["siglip2"])
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
