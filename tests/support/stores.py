@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
 import torch
 from torch import Tensor
 
-from dinov3_ray.datasets.decode import Unreadable, view_digest
+from dinov3_ray.datasets import FeatureStore
+from dinov3_ray.datasets.decode import Decoder, Unreadable, view_digest
 from dinov3_ray.datasets.folder import Folder
-from dinov3_ray.datasets.store.schema import Row, encode_columns, spec_to_json
+from dinov3_ray.datasets.sources.open import open_source
+from dinov3_ray.datasets.store.listing import save_rows
+from dinov3_ray.datasets.store.schema import FORMAT, Row, encode_columns, spec_to_json
 from dinov3_ray.datasets.store.writer import BlockWriter, finish
 from dinov3_ray.features import Features, FeatureSpec, deliver
 from dinov3_ray.model import DinoV3Teacher
@@ -27,6 +33,14 @@ def ids() -> list[str]:
     return [f"folder {index % 3}/ä{index:03}.jpg" for index in range(COUNT)]
 
 
+def list_type(dtype: np.dtype | type, shape: Sequence[int]) -> pa.DataType:
+    """Of a column whose rows are arrays of this shape."""
+    kind = pa.from_numpy_dtype(dtype)
+    for size in reversed(shape):
+        kind = pa.list_(pa.field("element", kind, nullable=False), size)
+    return kind
+
+
 def build(out: Path, spec: FeatureSpec, teacher: FakeTeacher | DinoV3Teacher, *, end: bool = True) -> Features:
     """A store of three blocks of COUNT images in all, and one failure; gives what the teacher says for ``spec``."""
     folder = Folder.at(out)
@@ -36,6 +50,7 @@ def build(out: Path, spec: FeatureSpec, teacher: FakeTeacher | DinoV3Teacher, *,
     native = teacher.extract(images, spec.native())
     _, result_dtype = encode_columns(native, spec)
     identity = {
+        "format": FORMAT,
         "fingerprint": teacher.fingerprint,
         "spec": spec_to_json(spec),
         "result_dtype": result_dtype,
@@ -60,3 +75,55 @@ def build(out: Path, spec: FeatureSpec, teacher: FakeTeacher | DinoV3Teacher, *,
     if end:
         finish(folder, identity)
     return deliver(native, spec)
+
+
+def several_shapes(out: Path) -> FeatureStore:
+    """Two rows with a map of 2x3, and one of 4x1."""
+    folder, spec = Folder.at(out), FeatureSpec(feature_map=True)
+    folder.make("parts")
+    folder.make("ledger")
+    identity = {
+        "format": FORMAT,
+        "fingerprint": "f",
+        "spec": spec_to_json(spec),
+        "result_dtype": "float32",
+        "batch_size": 1,
+    }
+    folder.write_json("plan.json", identity)
+    writer = BlockWriter(folder, "0000000", identity)
+    for position, shape in enumerate([(2, 3), (4, 1), (2, 3)]):
+        columns, _ = encode_columns(Features(feature_map=torch.rand(1, 8, *shape)), spec)
+        writer.add([position], [Row(f"{position}.jpg", 9, 9, bytes([position] * 16))], columns)
+    writer.commit()
+    finish(folder, identity)
+    return FeatureStore(out)
+
+
+def store_of(source: Path, out: Path, spec: FeatureSpec = FeatureSpec(cls=True)) -> FeatureStore:  # noqa: B008
+    """The store of a source's images, decoded and computed in this process, as an extraction writes it."""
+    opened, teacher, decoder = open_source(source), FakeTeacher(), Decoder()
+    rows = opened.rows()
+    identity = {
+        "format": FORMAT,
+        "fingerprint": teacher.fingerprint,
+        "spec": spec_to_json(spec),
+        "result_dtype": "float32",
+        "decoding": decoder.describe(),
+        "source": opened.describe(),
+        "batch_size": 1,
+    }
+    folder = Folder.at(out)
+    folder.make("parts")
+    folder.make("ledger")
+    folder.write_json("plan.json", identity)
+    save_rows(folder, rows, [(0, len(rows))])
+    writer = BlockWriter(folder, "0000000", identity)
+    contents = (content for piece in opened.slices(rows) for content in opened.read(piece))
+    for position, (id_, content) in enumerate(contents):
+        assert isinstance(content, bytes)
+        pixels = decoder.read(content, id_)
+        columns, _ = encode_columns(teacher.extract(pixels, spec), spec)
+        writer.add([position], [Row(id_, *pixels.shape[1:], view_digest(pixels))], columns)
+    writer.commit()
+    finish(folder, identity)
+    return FeatureStore(out)
