@@ -8,14 +8,18 @@ import pyarrow.parquet as pq
 import pytest
 
 from dinov3_ray.datasets.store import pages
-from dinov3_ray.datasets.store.pages import write_mappable
+from dinov3_ray.datasets.store.pages import unnest, write_mappable
 
 ID = {"id": pa.array(["a", "b"])}
 
 
 def read(buffer: pa.Buffer, name: str) -> np.ndarray:
-    array: np.ndarray = pq.read_table(pa.BufferReader(buffer))[name].combine_chunks().to_numpy_ndarray()
-    return array
+    column = pq.read_table(pa.BufferReader(buffer))[name]
+    shape, kind = [], column.type
+    while pa.types.is_fixed_size_list(kind):
+        shape.append(kind.list_size)
+        kind = kind.value_type
+    return unnest(column, tuple(shape))
 
 
 @pytest.mark.parametrize("count", [1, 127, 128, 129, 252, 253, 4096, 100_003])

@@ -4,12 +4,21 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dinov3_ray.datasets.extraction.plan import Forecast, batch_note, batches_text, block_size_for, check_same_run
+from dinov3_ray.datasets.extraction.plan import (
+    Forecast,
+    batch_note,
+    batches_text,
+    block_size_for,
+    check_same_run,
+    row_bytes,
+)
 from dinov3_ray.datasets.folder import Folder
+from dinov3_ray.datasets.store.schema import Row, encode_part
 from dinov3_ray.errors import StoreError
 
 
@@ -28,6 +37,15 @@ def test_blocks_of_some_teachers() -> None:
     assert block_size_for(384 * 4, 32) == 512  # CLS tokens of a ViT-S in float32
     assert block_size_for(384 * 4 + 384 * 14 * 14 * 4, 32) == 96  # its maps at 224 px
     assert block_size_for(1024 * 32 * 32 * 2, 32) == 32  # a ViT-L's at 518 px in float16: a batch takes 64 MiB
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, np.int8])
+@pytest.mark.parametrize("shape", [(384,), (4, 384), (384, 14, 14), (64, 32, 32)])
+def test_a_row_takes_what_is_forecast(shape: tuple[int, ...], dtype: type) -> None:
+    values = np.random.default_rng(0).integers(-9, 9, (64, *shape)).astype(dtype)
+    buffer, _ = encode_part([Row(f"{index}.jpg", 9, 9, b"0" * 16) for index in range(64)], {"x": values}, {})
+    forecast = 64 * row_bytes({"x": {"dtype": values.dtype.str, "shape": list(shape)}})
+    assert 0.87 * forecast - 8_000 < buffer.size < 1.01 * forecast + 8_000
 
 
 def test_a_run_is_the_same_with_another_batch_size_and_not_with_another_block_size(tmp_path: Path) -> None:

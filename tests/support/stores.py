@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
 import torch
 from torch import Tensor
 
 from dinov3_ray.datasets.decode import Unreadable, view_digest
 from dinov3_ray.datasets.folder import Folder
-from dinov3_ray.datasets.store.schema import Row, encode_columns, spec_to_json
+from dinov3_ray.datasets.store.schema import FORMAT, Row, encode_columns, spec_to_json
 from dinov3_ray.datasets.store.writer import BlockWriter, finish
 from dinov3_ray.features import Features, FeatureSpec, deliver
 from dinov3_ray.model import DinoV3Teacher
@@ -27,6 +30,14 @@ def ids() -> list[str]:
     return [f"folder {index % 3}/ä{index:03}.jpg" for index in range(COUNT)]
 
 
+def list_type(dtype: np.dtype | type, shape: Sequence[int]) -> pa.DataType:
+    """Of a column whose rows are arrays of this shape."""
+    kind = pa.from_numpy_dtype(dtype)
+    for size in reversed(shape):
+        kind = pa.list_(pa.field("element", kind, nullable=False), size)
+    return kind
+
+
 def build(out: Path, spec: FeatureSpec, teacher: FakeTeacher | DinoV3Teacher, *, end: bool = True) -> Features:
     """A store of three blocks of COUNT images in all, and one failure; gives what the teacher says for ``spec``."""
     folder = Folder.at(out)
@@ -36,6 +47,7 @@ def build(out: Path, spec: FeatureSpec, teacher: FakeTeacher | DinoV3Teacher, *,
     native = teacher.extract(images, spec.native())
     _, result_dtype = encode_columns(native, spec)
     identity = {
+        "format": FORMAT,
         "fingerprint": teacher.fingerprint,
         "spec": spec_to_json(spec),
         "result_dtype": result_dtype,

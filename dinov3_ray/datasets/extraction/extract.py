@@ -19,6 +19,7 @@ from dinov3_ray.datasets.extraction.run import Extraction, Run
 from dinov3_ray.datasets.extraction.worker import TeacherChoice
 from dinov3_ray.datasets.folder import PLAN, Folder
 from dinov3_ray.datasets.sources.open import SourceOptions
+from dinov3_ray.datasets.store.schema import check_format
 from dinov3_ray.errors import ConfigError, DinoV3Error, SpecError, StoreError
 from dinov3_ray.feature_spec import FeatureSpec
 from dinov3_ray.pool.cluster import connect
@@ -112,6 +113,8 @@ def extract(
     client = None if pool is None else _client(pool)
     folder = Folder.at(out, out_filesystem)
     old = folder.read_json(PLAN, "source", "batch_size", "block_size", "outputs") if folder.exists(PLAN) else None
+    if old is not None:
+        check_format(folder.path, old)
     try:
         # A path without images is an error before Ray is started; a Dataset has started it already.
         blocks = open_blocks(source, options, folder, old, moved=source_moved)

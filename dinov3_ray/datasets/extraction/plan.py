@@ -16,6 +16,7 @@ from PIL import features
 
 from dinov3_ray import __version__
 from dinov3_ray.datasets.folder import Folder
+from dinov3_ray.datasets.store.pages import LEVEL_BYTES
 from dinov3_ray.datasets.store.schema import SCALE
 from dinov3_ray.errors import StoreError
 
@@ -98,8 +99,11 @@ def size_text(count: float) -> str:
 
 def row_bytes(outputs: Mapping[str, Mapping[str, Any]]) -> int:
     """Bytes of one row of ``outputs`` (name to dtype and shape), with a little for its id and size."""
-    tensors = sum(np.dtype(value["dtype"]).itemsize * int(np.prod(value["shape"])) for value in outputs.values())
-    return int(tensors) + 64
+    total = 64.0
+    for value in outputs.values():
+        levels = LEVEL_BYTES if len(value["shape"]) > 1 else 0
+        total += (np.dtype(value["dtype"]).itemsize + levels) * int(np.prod(value["shape"]))
+    return int(total)
 
 
 def batch_note(made: Mapping[int, int], batch_size: int) -> str:

@@ -18,7 +18,7 @@ from dinov3_ray.datasets.extraction.teacher_probe import Probe, first_image, pro
 from dinov3_ray.datasets.extraction.worker import BlockWorker, ExtractionJob, TeacherChoice
 from dinov3_ray.datasets.folder import ERRORS, LEDGER, MANIFEST, PARTS, PLAN, Folder
 from dinov3_ray.datasets.sources.ray_dataset import actor_strategy, execution
-from dinov3_ray.datasets.store.schema import spec_to_json
+from dinov3_ray.datasets.store.schema import FORMAT, spec_to_json
 from dinov3_ray.datasets.store.writer import count_batch_sizes
 from dinov3_ray.errors import StoreError
 from dinov3_ray.feature_spec import FeatureSpec
@@ -160,7 +160,7 @@ class Run:
         size = plans.row_bytes(outputs)
         block_size = self.block_size or kept.get("block_size") or plans.block_size_for(size, batch_size)
         return {
-            "format": 1,
+            "format": FORMAT,
             "fingerprint": found.fingerprint,
             "computed_in": found.computed_in,
             "spec": spec_to_json(self.spec),

@@ -9,6 +9,10 @@ for repeats makes what follows them unmappable, and pyarrow's cuts stretches at 
 placeholder without repeats, whose page has a length that is known, and its indices are then replaced by one single
 stretch of all values. Any reader of Parquet decodes that; it takes one byte per value.
 
+A tensor is a list of lists of a fixed size: the one form whose shape pyarrow, Hugging Face's datasets, Polars, Daft and
+Lance all understand (datasets refuses ``arrow.fixed_shape_tensor``). In front of its values, a page notes where each
+list begins, in :data:`LEVEL_BYTES` per value of a map, whatever the size of the values.
+
 What pyarrow wrote is looked at, not trusted: a column that does not have the expected form (another release might cut
 pages otherwise) keeps the form that it has, and readers decode it.
 """
@@ -21,12 +25,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-__all__ = ["write_mappable"]
+__all__ = ["LEVEL_BYTES", "fixed_lists", "unnest", "write_mappable"]
+
+LEVEL_BYTES = 0.25
+"""At most, and per value of a tensor of two or more dimensions: Parquet's repetition levels, 2 bits wide."""
 
 _ONE_PAGE = 2**30  # Parquet's page sizes are 32-bit; a block's columns stay far below
 _STRETCH = 504  # values; 63 groups of 8, which pyarrow's one-byte header can count
 _STRETCH_HEADER = _STRETCH // 8 << 1 | 1
-_LEAF = ".list.element"
 _COMPARED_BYTES = 2**16
 
 
@@ -41,7 +47,8 @@ def write_mappable(
 
     Args:
         plain: ordinary columns.
-        tensors: contiguous arrays [rows, ...], which become ``arrow.fixed_shape_tensor`` columns.
+        tensors: contiguous arrays [rows, ...], which become the columns that :func:`fixed_lists` makes of them. Names
+            have no dots, which separate the fields of a column.
         metadata: of the schema.
         as_it_comes: int8 columns to be left in pyarrow's own form.
 
@@ -52,13 +59,15 @@ def write_mappable(
     # With fewer values than the dictionary has entries, an index would have fewer bits than a byte.
     replaced = {name for name in bytewise if tensors[name].size >= 256} - set(as_it_comes)
     written = {name: _placeholder(array) if name in replaced else array for name, array in tensors.items()}
-    arrays = {name: pa.FixedShapeTensorArray.from_numpy_ndarray(array) for name, array in written.items()}
+    arrays = {name: fixed_lists(array) for name, array in written.items()}
+    fields = [pa.field(name, array.type) for name, array in plain.items()]
+    fields += [pa.field(name, array.type, nullable=False) for name, array in arrays.items()]
     sink = pa.BufferOutputStream()
     pq.write_table(
-        pa.table({**plain, **arrays}).replace_schema_metadata(metadata),
+        pa.table({**plain, **arrays}, pa.schema(fields, metadata)),
         sink,
         compression="none",
-        use_dictionary=[name + _LEAF for name in bytewise] or False,
+        use_dictionary=[name + ".list.element" * (tensors[name].ndim - 1) for name in bytewise] or False,
         write_statistics=["id"],
         data_page_size=_ONE_PAGE,
         row_group_size=max(1, max((len(array) for array in tensors.values()), default=1)),
@@ -83,6 +92,24 @@ def write_mappable(
     return buffer, offsets
 
 
+def fixed_lists(array: np.ndarray) -> pa.Array:
+    """An array [rows, ...], contiguous, as lists of lists, whose sizes are its shape; no copy, and no nulls."""
+    nested = pa.array(array.reshape(-1))
+    for size in reversed(array.shape[1:]):
+        kind = pa.list_(pa.field("element", nested.type, nullable=False), size)
+        nested = pa.FixedSizeListArray.from_arrays(nested, type=kind)
+    return nested
+
+
+def unnest(column: pa.ChunkedArray, shape: tuple[int, ...]) -> np.ndarray:
+    """The reverse of :func:`fixed_lists`, of a column that was read."""
+    values = column.combine_chunks()
+    for _ in shape:
+        values = values.flatten()
+    array: np.ndarray = values.to_numpy().reshape(len(column), *shape)
+    return array
+
+
 def _chunks(buffer: pa.Buffer) -> list[tuple[str, int, int]]:
     """The name of each column, and where its data pages start and stop."""
     group = pq.read_metadata(pa.BufferReader(buffer)).row_group(0)
@@ -91,7 +118,7 @@ def _chunks(buffer: pa.Buffer) -> list[tuple[str, int, int]]:
         chunk = group.column(index)
         first = chunk.dictionary_page_offset if chunk.has_dictionary_page else chunk.data_page_offset
         stop = first + chunk.total_compressed_size
-        found.append((chunk.path_in_schema.removesuffix(_LEAF), chunk.data_page_offset, stop))
+        found.append((chunk.path_in_schema.partition(".")[0], chunk.data_page_offset, stop))
     return found
 
 

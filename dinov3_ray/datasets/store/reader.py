@@ -13,7 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dinov3_ray.datasets.folder import ERRORS, INDEX, MANIFEST, PARTS, PLAN, Folder
-from dinov3_ray.datasets.store.schema import Column, decode_columns, spec_of
+from dinov3_ray.datasets.store.pages import unnest
+from dinov3_ray.datasets.store.schema import Column, check_format, decode_columns, spec_of
 from dinov3_ray.errors import StoreError
 from dinov3_ray.feature_spec import FeatureSpec
 
@@ -41,13 +42,14 @@ class FeatureStore:
         partial: take what is finished of a run that was interrupted, or that is still going on.
 
     Raises:
-        StoreError: ``out`` is not a feature store, or its run is not finished.
+        StoreError: ``out`` is not a feature store of this release's format, or its run is not finished.
     """
 
     def __init__(self, out: str | os.PathLike[str], *, filesystem: Any = None, partial: bool = False) -> None:
         self.folder = Folder.at(out, filesystem)
         """Where it is."""
         plan = self.folder.read_json(PLAN, "fingerprint", "spec", "result_dtype")
+        check_format(self.folder.path, plan)
         self.complete = self.folder.exists(MANIFEST)
         if not self.complete and not partial:
             raise StoreError(
@@ -136,8 +138,9 @@ class FeatureStore:
     def arrays(self, id_: str) -> dict[str, np.ndarray]:
         """What is stored of one image, [...] each, read-only; no copy where it is mapped.
 
-        Names as in :meth:`Features.named`; int8 values come with their ``<name>.scale``. Arrays on mapped memory may be
-        unaligned (``flags.aligned``), which NumPy takes and torch does not.
+        Names are those of the files' columns: ``cls``, ``feature_map``, ``registers``, ``layers_4``, ...; int8 values
+        come with their scales, ``feature_map_scale``. Arrays on mapped memory may be unaligned (``flags.aligned``),
+        which NumPy takes and torch does not.
         """
         place = self.place(id_)
         part, row = self._parts[self._part[place]], int(self._row[place])
@@ -306,10 +309,9 @@ class _Part:
             pieces = []
             for group in range(start // group_rows, (stop - 1) // group_rows + 1):
                 if self._group[0] != group:
-                    # By leaf names: "cls.scale" is a separate column, not a field of "cls".
-                    leaves = [f"{name}.list.element" for name, column in self.columns.items() if column.offset is None]
-                    table = self._parquet.read_row_group(group, columns=leaves, use_threads=False)
-                    arrays = {field: table[field].combine_chunks().to_numpy_ndarray() for field in table.column_names}
+                    names = [name for name, column in self.columns.items() if column.offset is None]
+                    table = self._parquet.read_row_group(group, columns=names, use_threads=False)
+                    arrays = {name: unnest(table[name], self.columns[name].shape) for name in names}
                     self._group = group, arrays
                 first = group * group_rows
                 pieces.append(self._group[1][name][max(start - first, 0) : stop - first])

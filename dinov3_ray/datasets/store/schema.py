@@ -1,8 +1,9 @@
 """What a part (one Parquet file) holds, and how Features become its columns and come back.
 
 One row per image: ``id``, ``height`` and ``width`` of the original, ``view`` (the digest of its decoded pixels, see
-:mod:`~dinov3_ray.datasets.decode`), and each output as an ``arrow.fixed_shape_tensor`` column named as in
-:meth:`Features.named`; an int8 output has a float32 column ``<name>.scale`` too, with one scale per token.
+:mod:`~dinov3_ray.datasets.decode`), and each output as a column of lists of a fixed size (see ``pages``): ``cls`` [D],
+``feature_map`` [D,h,w], ``registers`` [R,D], ``layers_4`` [D,h,w]. An int8 output has a float32 column
+``feature_map_scale`` too, with one scale per token: [1,h,w], or [1] and [R,1]. Names have no dots, which Lance refuses.
 
 Arrow and Parquet have no bfloat16. Values of that dtype are stored as float32, which holds each of them exactly, at
 twice the size, and come back as bfloat16; ``dtype="float16"`` stores them at their own size instead (more mantissa,
@@ -25,7 +26,7 @@ import pyarrow as pa
 
 from dinov3_ray.datasets.decode import DIGEST_SIZE
 from dinov3_ray.datasets.store.pages import write_mappable
-from dinov3_ray.errors import NumericsError
+from dinov3_ray.errors import NumericsError, StoreError
 from dinov3_ray.feature_spec import FeatureSpec
 
 if TYPE_CHECKING:
@@ -34,9 +35,12 @@ if TYPE_CHECKING:
     from dinov3_ray.features import Features
 
 __all__ = [
+    "FORMAT",
     "METADATA_KEY",
+    "SCALE",
     "Column",
     "Row",
+    "check_format",
     "decode_columns",
     "encode_columns",
     "encode_part",
@@ -44,10 +48,14 @@ __all__ = [
     "spec_to_json",
 ]
 
+FORMAT = 2
+"""Of a store: what its parts hold, and where. It is in the run's identity."""
+
 METADATA_KEY = b"dinov3_ray"
 """Of a part's schema metadata: the run's identity as JSON."""
 
-SCALE = ".scale"
+SCALE = "_scale"
+"""Behind the name of an int8 column: the column of its scales."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +88,18 @@ class Row:
     view: bytes
 
 
+def check_format(path: str, plan: Mapping[str, Any]) -> None:
+    """Raise StoreError unless ``plan``, the identity of the run that filled the store at ``path``, says FORMAT."""
+    found = plan.get("format")
+    if found != FORMAT:
+        newer = isinstance(found, int) and found > FORMAT
+        remedy = "install the release that wrote it" if newer else "extract the images again, into another folder"
+        raise StoreError(
+            f"a feature store must have format {FORMAT} for this release; {path} has "
+            f"{'none' if found is None else f'format {found}'}. Remedy: {remedy}"
+        )
+
+
 def spec_to_json(spec: FeatureSpec) -> dict[str, Any]:
     """As plain JSON values, so that what was read equals what was written."""
     value: dict[str, Any] = json.loads(json.dumps(asdict(spec)))
@@ -106,14 +126,15 @@ def encode_columns(features: Features, spec: FeatureSpec) -> tuple[dict[str, np.
 
     columns: dict[str, np.ndarray] = {}
     result_dtype = "float32"
-    for name, tensor in features.named():
-        encoded = encode(tensor, spec.dtype, channel_dim=channel_dim(name))
+    for output, tensor in features.named():
+        encoded = encode(tensor, spec.dtype, channel_dim=channel_dim(output))
         values = encoded.values.float() if encoded.values.dtype == torch.bfloat16 else encoded.values
         if values.dtype == torch.float16 and not torch.isfinite(values).all() and torch.isfinite(tensor).all():
             raise NumericsError(
-                f"dtype float16 holds values up to 65504; output {name} reaches {tensor.float().abs().amax():.4g} "
+                f"dtype float16 holds values up to 65504; output {output} reaches {tensor.float().abs().amax():.4g} "
                 "(store float32 instead)"
             )
+        name = output.replace(".", "_")  # layers.4 is a column layers_4
         columns[name] = values.cpu().numpy()
         if encoded.scale is not None:
             columns[name + SCALE] = encoded.scale.cpu().numpy()
@@ -136,7 +157,7 @@ def decode_columns(columns: Mapping[str, np.ndarray], result_dtype: str, fingerp
         if not name.endswith(SCALE):
             scale = columns.get(name + SCALE)
             scales = None if scale is None else torch.from_numpy(scale)
-            named[name] = decode(Encoded(torch.from_numpy(array), scales, dtype))
+            named[name.replace("layers_", "layers.")] = decode(Encoded(torch.from_numpy(array), scales, dtype))
     return Features.from_named(named, fingerprint)
 
 
