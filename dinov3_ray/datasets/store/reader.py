@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
-import threading
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from dinov3_ray.datasets.folder import ERRORS, INDEX, MANIFEST, PARTS, PLAN, Folder
-from dinov3_ray.datasets.store.pages import unnest
+from dinov3_ray.datasets.store.part import INDEX_COLUMNS, Part
 from dinov3_ray.datasets.store.schema import Column, check_format, decode_columns, spec_of
 from dinov3_ray.errors import StoreError
 from dinov3_ray.feature_spec import FeatureSpec
@@ -24,7 +23,6 @@ if TYPE_CHECKING:
 __all__ = ["ERROR_SCHEMA", "FeatureStore", "errors_table", "index_table"]
 
 ERROR_SCHEMA = pa.schema([("id", pa.string()), ("kind", pa.string()), ("detail", pa.string())])
-_INDEX_COLUMNS = ["id", "height", "width", "view"]
 
 
 class FeatureStore:
@@ -59,7 +57,12 @@ class FeatureStore:
         self.manifest: dict[str, Any] = self.folder.read_json(MANIFEST, "blocks", "rows") if self.complete else plan
         """fingerprint, spec, preprocessing, versions; counts once the run is finished."""
         self._parts = [
-            _Part(self.folder, part["file"], {name: Column.from_json(value) for name, value in part["columns"].items()})
+            Part(
+                self.folder,
+                part["file"],
+                part["rows"],
+                {name: Column.from_json(value) for name, value in part["columns"].items()},
+            )
             for entry in self._ledger()
             for part in entry["parts"]
         ]
@@ -164,6 +167,85 @@ class FeatureStore:
                 yield self.ids[start:stop], self._read_places(np.arange(start, stop))
             start = stop
 
+    def to_datasets(
+        self,
+        *,
+        streaming: bool = False,
+        cache_dir: str | os.PathLike[str] | None = None,
+        num_proc: int | None = None,
+    ) -> Any:
+        """The rows as a dataset of Hugging Face's ``datasets``, in the order of :attr:`ids`.
+
+        Its columns are ``id``, ``height`` and ``width`` of the image, and the outputs: ``cls`` [D] and ``feature_map``
+        [D,h,w] (``Array3D``), ``registers`` [R,D], ``layers_4`` [D,h,w], ... Their values are those that the teacher
+        gave: int8 is multiplied by its scales, and bfloat16 comes as float32, which holds each of its values.
+
+        datasets maps Arrow files of its own: it writes them once, part by part, to ``cache_dir``, where the same store
+        finds them again. They take as many bytes as the store's float values; ``streaming`` writes nothing.
+
+        Args:
+            streaming: give an ``IterableDataset``, which reads the store itself: row after row, a part at a time.
+            cache_dir: where the Arrow files go; by default, where datasets keeps all of its own.
+            num_proc: the number of processes that write them.
+
+        Returns:
+            ``datasets.Dataset``, or ``datasets.IterableDataset`` if it is streaming.
+
+        Raises:
+            ConfigError: datasets is not installed.
+            StoreError: the store has no rows, or rows whose outputs differ in shape; or a part is damaged.
+        """
+        from dinov3_ray.datasets.store.huggingface import huggingface_dataset  # needs an extra
+
+        self._require_rows("to_datasets")
+        if len({part.shapes for part in self._parts}) > 1:
+            raise StoreError(
+                f"to_datasets needs rows whose outputs have one shape, and those of {self!r} differ: extract with "
+                "map_size=(h, w), or take to_ray()"
+            )
+        return huggingface_dataset(
+            self._parts,
+            self.manifest["result_dtype"],
+            self.digest(),
+            streaming=streaming,
+            cache_dir=cache_dir,
+            num_proc=num_proc,
+        )
+
+    def to_ray(self, *, address: str | None = None) -> Any:
+        """The rows as a Dataset of Ray Data, in the order of :attr:`ids`; nothing is read before it is used.
+
+        Its columns are ``id``, ``height`` and ``width`` of the image, and the outputs as arrays: ``cls`` [D],
+        ``feature_map`` [D,h,w], ``registers`` [R,D], ``layers_4`` [D,h,w], ... Their values are those that the teacher
+        gave: int8 is multiplied by its scales, and bfloat16 comes as float32, which holds each of its values. Outputs
+        may differ in shape from row to row.
+
+        Its tasks open the store by its path, which all nodes must reach. Rows keep their order through what is done
+        with the Dataset; ``dataset.context.execution_options.preserve_order = False`` trades that for speed.
+
+        Args:
+            address: the head of a running Ray. By default that which this process is connected to, or the one at
+                RAY_ADDRESS, or else one that is started, and ends with the process (or ``ray.shutdown()``).
+
+        Returns:
+            ``ray.data.Dataset``.
+
+        Raises:
+            StoreError: the store has no rows.
+            ConfigError, PoolError: Ray cannot be reached, or does not start.
+        """
+        from dinov3_ray.datasets.store.datasource import ray_dataset  # here, since Ray takes seconds to import
+
+        self._require_rows("to_ray")
+        return ray_dataset(self._parts, self.manifest["result_dtype"], address)
+
+    def digest(self) -> str:
+        """Identifies what the store holds: what made it, and its images by ids and pixels; 32 hexadecimal digits."""
+        state = hashlib.blake2b(json.dumps(self.manifest, sort_keys=True).encode(), digest_size=16)
+        for id_, view in zip(self.ids, self._views, strict=True):
+            state.update(f"{id_}\n".encode() + view)
+        return state.hexdigest()
+
     def place(self, id_: str) -> int:
         """The position of ``id_`` in :attr:`ids`; raises StoreError."""
         try:
@@ -188,6 +270,10 @@ class FeatureStore:
     def __repr__(self) -> str:
         state = "" if self.complete else ", unfinished"
         return f"FeatureStore({self.folder.path!r}, {len(self)} images, teacher {self.fingerprint}{state})"
+
+    def _require_rows(self, what: str) -> None:
+        if not len(self):
+            raise StoreError(f"{what} needs a store with rows; got {self!r}")
 
     def _why_missing(self, id_: object) -> str:
         if not isinstance(id_, str):
@@ -215,114 +301,11 @@ class FeatureStore:
         return self._decode(columns)
 
 
-@dataclass(eq=False)
-class _Part:
-    """One Parquet file, opened when it is first read."""
-
-    folder: Folder
-    file: str
-    columns: dict[str, Column]
-
-    def __post_init__(self) -> None:
-        self.shapes = tuple((name, column.shape) for name, column in self.columns.items())
-        self._map: np.ndarray | None = None
-        self._row_bytes = {name: column.row_bytes for name, column in self.columns.items()}
-        self._reset()
-
-    def _reset(self) -> None:
-        self._lock = threading.Lock()
-        self._parquet: pq.ParquetFile | None = None
-        self._group: tuple[int, dict[str, np.ndarray]] = (-1, {})
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"folder": self.folder, "file": self.file, "columns": self.columns}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self.__post_init__()
-
-    def copy_rows(self, name: str, start: int, stop: int) -> np.ndarray:
-        """Rows of a column [stop - start, ...], as a new, aligned array."""
-        column = self.columns[name]
-        out = np.empty((stop - start, *column.shape), column.dtype)
-        self.copy_into(out, name, start, stop)
-        return out
-
-    def copy_into(self, out: np.ndarray, name: str, start: int, stop: int) -> None:
-        """Fill ``out`` [stop - start, ...], contiguous, from rows of a column."""
-        column = self.columns[name]
-        if column.offset is None:
-            out[:] = self._decoded(name, start, stop)
-            return
-        # Byte by byte, since a mapped column need not stand at a multiple of its item size.
-        size = self._row_bytes[name]
-        out.reshape(-1).view(np.uint8)[:] = self._bytes(column.offset + start * size, column.offset + stop * size)
-
-    def rows(self, name: str, start: int, stop: int) -> np.ndarray:
-        """Rows of a column, read-only, mapped where they can be."""
-        column = self.columns[name]
-        if column.offset is None:
-            array = self._decoded(name, start, stop)
-        else:
-            size = self._row_bytes[name]
-            raw = self._bytes(column.offset + start * size, column.offset + stop * size)
-            array = raw.view(column.dtype).reshape(stop - start, *column.shape)
-        array.flags.writeable = False
-        return array
-
-    @property
-    def _path(self) -> str:
-        return self.folder.join(f"{PARTS}/{self.file}")
-
-    def _bytes(self, start: int, stop: int) -> np.ndarray:
-        try:
-            if not self.folder.is_local:
-                with self.folder.system.open_input_file(self._path) as file:
-                    found = np.frombuffer(file.read_at(stop - start, start), np.uint8)
-            else:
-                if self._map is None:
-                    # Not Python's mmap, which keeps the file open: a store may have more parts than a process may open.
-                    with pa.memory_map(self._path) as file:
-                        self._map = np.frombuffer(file.read_buffer(), np.uint8)
-                found = self._map[start:stop]
-        except OSError as error:
-            raise self._damage(error) from error
-        if len(found) < stop - start:
-            raise self._damage("the file ends early")
-        return found
-
-    def _damage(self, what: object) -> StoreError:
-        return self.folder.damaged(f"{PARTS}/{self.file}", what)
-
-    def _decoded(self, name: str, start: int, stop: int) -> np.ndarray:
-        """Rows of a column that Parquet must decode.
-
-        A row group's columns are decoded at once, and those of the last one are kept: the next call is for another of
-        its columns, or for its next row.
-        """
-        with self._lock:
-            if self._parquet is None:
-                local = self.folder.is_local
-                source = self._path if local else self.folder.system.open_input_file(self._path)
-                self._parquet = pq.ParquetFile(source, memory_map=local)
-            group_rows = self._parquet.metadata.row_group(0).num_rows
-            pieces = []
-            for group in range(start // group_rows, (stop - 1) // group_rows + 1):
-                if self._group[0] != group:
-                    names = [name for name, column in self.columns.items() if column.offset is None]
-                    table = self._parquet.read_row_group(group, columns=names, use_threads=False)
-                    arrays = {name: unnest(table[name], self.columns[name].shape) for name in names}
-                    self._group = group, arrays
-                first = group * group_rows
-                pieces.append(self._group[1][name][max(start - first, 0) : stop - first])
-        return np.concatenate(pieces)
-
-
 def index_table(folder: Folder, files: Sequence[str]) -> pa.Table:
     """id, height, width, view, part and row of every image, from the parts themselves."""
     tables = []
     for number, file in enumerate(files):
-        table = folder.read_table(f"{PARTS}/{file}", _INDEX_COLUMNS)
+        table = folder.read_table(f"{PARTS}/{file}", INDEX_COLUMNS)
         place = pa.array(np.full(len(table), number, np.int32)), pa.array(np.arange(len(table), dtype=np.int32))
         tables.append(table.append_column("part", place[0]).append_column("row", place[1]).replace_schema_metadata())
     if tables:
