@@ -200,6 +200,7 @@ def _client(pool: str, namespace: str) -> RemoteTeacher:
 @click.command("show")
 @click.argument("out", required=False)
 @click.argument("id_", metavar="[ID]", required=False)
+@click.option("--images", help="Where the store's images lie now, if not where they were: a folder or a URI.")
 @click.option("--image", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="An image file.")
 @click.option("--root", type=click.Path(path_type=Path), help="With --image: the teacher's model directory.")
 @click.option("--device", default="cpu", show_default=True, help="With --image: where to compute.")
@@ -211,6 +212,7 @@ def _client(pool: str, namespace: str) -> RemoteTeacher:
 def show_command(
     out: str | None,
     id_: str | None,
+    images: str | None,
     image: Path | None,
     root: Path | None,
     device: str,
@@ -243,7 +245,7 @@ def show_command(
         from dinov3_ray.datasets import FeatureStore
 
         store = FeatureStore(out, partial=True)
-        features, name, pixels = store[id_], id_, _original(store, id_)
+        features, name, pixels = store[id_], id_, _original(store, id_, images)
     map_Dhw = _map(features, layer)
     picture = PcaBasis.fit(map_Dhw).rgb(map_Dhw)
     title = f"{'feature map' if layer is None else f'block {layer}'}, {map_Dhw.shape[1]} x {map_Dhw.shape[2]}"
@@ -262,12 +264,12 @@ def _map(features: Features, layer: int | None) -> Tensor:
     return found[0].float()
 
 
-def _original(store: FeatureStore, id_: str) -> np.ndarray | None:
+def _original(store: FeatureStore, id_: str, images: str | None) -> np.ndarray | None:
     """The pixels of the image, uint8 [3,H,W]; None if it is no longer there."""
     from dinov3_ray.datasets.stored import Originals
 
     try:
-        return Originals(store)(id_)
+        return Originals(store, images)(id_)
     except (StoreError, InputError) as error:
         click.echo(f"without the image: {error}", err=True)
         return None

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from pyarrow import fs as pafs
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from dinov3_ray.datasets.decode import Decoder, Unreadable, view_digest
+from dinov3_ray.datasets.folder import open_path
 from dinov3_ray.datasets.sources.open import reopen_source
+from dinov3_ray.datasets.sources.source import FileSource, listing
 from dinov3_ray.datasets.store.listing import load_rows
 from dinov3_ray.datasets.store.reader import FeatureStore
 from dinov3_ray.errors import ConfigError, InputError, MissingViewError, NumericsError, SpecError, StoreError
@@ -24,6 +28,8 @@ from dinov3_ray.watch import has_only_finite
 
 __all__ = ["Originals", "StoredTeacher", "TargetDataset"]
 
+_LOOKED_FOR = 16
+
 
 class StoredTeacher(TeacherMixin[Images | str | Sequence[str]]):
     """A teacher that looks its answers up: :meth:`extract` of stored images, without a forward pass.
@@ -33,13 +39,31 @@ class StoredTeacher(TeacherMixin[Images | str | Sequence[str]]):
     or rescaled one, is refused, since the features of the original would be wrong for it. Alternatively, images are
     named by their ids, on the caller's word that the student sees them as they are.
 
+    Neither needs the images' files, and so they may lie anywhere. With ``images``, the folder in which they lie now,
+    paths below it are names too (as in the batches of many detectors), and names are not taken on trust: when an image
+    is first named, its file is read there, and must have the pixels that the teacher saw.
+
     Args:
         store: what to answer from.
         device: of the results.
+        images: as :class:`~dinov3_ray.datasets.stored.Originals` takes it; None takes ids at their word.
+        filesystem: the pyarrow file system of ``images``, for places without a URI.
+
+    Raises:
+        StoreError: nothing is at ``images``.
     """
 
-    def __init__(self, store: FeatureStore, *, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        store: FeatureStore,
+        *,
+        device: torch.device | str = "cpu",
+        images: str | os.PathLike[str] | None = None,
+        filesystem: Any = None,
+    ) -> None:
         self.store = _check_store(store)
+        self._originals = None if images is None else Originals(store, images, filesystem=filesystem)
+        self._seen: set[str] = set()
         self.device = as_device(device)
         self._upload = Upload(self.device)
         self._ids_by_view = store.views()
@@ -55,7 +79,7 @@ class StoredTeacher(TeacherMixin[Images | str | Sequence[str]]):
         """The stored features of ``images``.
 
         Args:
-            images: pixels, or ids in their place.
+            images: pixels, or ids in their place (or paths, where the teacher was told where the images lie).
             spec: at most what the store holds, under the same ``norm`` and ``map_size``. ``native`` gives the dtype
                 that the store was asked for; any other narrows or widens that.
             ids: the images' ids, if they are known: their pixels are then compared with these rows alone.
@@ -63,6 +87,7 @@ class StoredTeacher(TeacherMixin[Images | str | Sequence[str]]):
         Raises:
             SpecError: the store does not hold these outputs.
             MissingViewError: the store does not hold one of these views.
+            InputError, StoreError: the file of a named image is not there, or has other pixels (with ``images`` only).
             NumericsError: float16 was asked for, and cannot hold the values.
         """
         return self._deliver(self._ids(images, ids), spec)
@@ -83,10 +108,7 @@ class StoredTeacher(TeacherMixin[Images | str | Sequence[str]]):
         if isinstance(images, Sequence) and images and isinstance(images[0], str):
             if ids is not None:
                 raise StoreError("ids must be left out where the images are named by their ids already")
-            for id_ in images:
-                if id_ not in self.store:
-                    raise MissingViewError(f"the store holds no view {id_!r}: {self.store!r}")
-            return [str(id_) for id_ in images]
+            return [self._by_name(str(name)) for name in images]
         batch = ImageBatch.of(images)  # type: ignore[arg-type]
         if ids is not None and len(ids) != len(batch):
             raise StoreError(f"ids must name each image once: got {len(ids)} ids for {len(batch)} images")
@@ -100,6 +122,16 @@ class StoredTeacher(TeacherMixin[Images | str | Sequence[str]]):
                     "otherwise?): use a live teacher for augmented views"
                 )
         return list(ids)
+
+    def _by_name(self, name: str) -> str:
+        id_ = name if self._originals is None else self._originals.id_of(name)
+        if id_ not in self.store:
+            root = "" if self._originals is None else f", nor is it a path below {self._originals.root}"
+            raise MissingViewError(f"the store holds no view {name!r}{root}: {self.store!r}")
+        if self._originals is not None and id_ not in self._seen:
+            self._originals(id_)
+            self._seen.add(id_)
+        return id_
 
     def _by_view(self, view: bytes, index: int) -> str:
         try:
@@ -168,22 +200,37 @@ class TargetDataset(Dataset[tuple[Any, Features]]):
     Args:
         store: gives the ids, in its order, and the targets.
         read: gives the image (or any sample: pixels and boxes) of an id, upright as the teacher saw it. By default, the
-            image is read from where it was extracted, uint8 [3,H,W]; see
+            image is read from where it was extracted, or from ``images``, uint8 [3,H,W]; see
             :class:`~dinov3_ray.datasets.stored.Originals`.
         ids: a subset, or another order; all of the store's by default.
+        images: where the images lie now, if not where they were: another folder, disk or machine.
+        filesystem: the pyarrow file system of the images, for places without a URI.
 
     Raises:
-        StoreError: the store has not all of ``ids``, or its source has no images to read.
+        StoreError: the store has not all of ``ids``, its source has no images to read, or they are not in ``images``.
+        ConfigError: both ``read`` and ``images`` are given.
     """
 
     def __init__(
-        self, store: FeatureStore, read: Callable[[str], Any] | None = None, ids: Sequence[str] | None = None
+        self,
+        store: FeatureStore,
+        read: Callable[[str], Any] | None = None,
+        ids: Sequence[str] | None = None,
+        *,
+        images: str | os.PathLike[str] | None = None,
+        filesystem: Any = None,
     ) -> None:
         self.store = _check_store(store)
-        self.read = Originals(store) if read is None else read
         self.ids = store.ids if ids is None else tuple(ids)
         for id_ in self.ids:
             store.place(id_)
+        if read is not None and images is not None:
+            raise ConfigError(f"one of read and images must be given, not both; got images={images!r}")
+        if read is None:
+            read = Originals(store, images, filesystem=filesystem)
+            if images is not None:
+                read.check_there(self.ids)
+        self.read = read
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -204,27 +251,66 @@ class TargetDataset(Dataset[tuple[Any, Features]]):
 class Originals:
     """Gives the image of an id: uint8 RGB [3,H,W], decoded under the rules of the extraction.
 
-    The source must still be where it was; a file is read, a member of a tar, or a row of a Parquet file (which costs
-    those before it in its row group). May be pickled, and used in DataLoader workers.
+    A file is read, a member of a tar, or a row of a Parquet file (which costs those before it in its row group), from
+    where it was, or below ``images`` under the name that it had. What makes it the right one are its pixels: their
+    digest must be that of the extraction (:meth:`FeatureStore.view`). May be pickled, and used in DataLoader workers.
 
     Args:
-        store: of a folder, tar shards or Parquet files.
-        filesystem: the pyarrow file system of the source, for places without a URI.
+        store: of a folder, tar shards or Parquet files; or of a Ray Dataset whose ids are paths below ``images``.
+        images: the folder (or URI) in which the files lie now, if not where they were. Of a source that was a glob, the
+            folder that its names are relative to: ids show them.
+        filesystem: the pyarrow file system of the images, for places without a URI.
 
     Raises:
-        StoreError: the images came as rows of a Ray Dataset, which no store can read again.
+        StoreError: nothing is at ``images``; or the images came as rows of a Ray Dataset, and it is not given.
     """
 
-    def __init__(self, store: FeatureStore, *, filesystem: Any = None) -> None:
-        manifest = store.manifest
-        described, rules = manifest["source"], manifest["decoding"]
-        if "root" not in described:
-            raise StoreError(f"the images of {store!r} were rows of a Ray Dataset: read them from there")
+    def __init__(
+        self, store: FeatureStore, images: str | os.PathLike[str] | None = None, *, filesystem: Any = None
+    ) -> None:
+        described = store.manifest["source"]
+        has_files = "root" in described
+        self._moved = images is not None
+        if images is None:
+            if not has_files:
+                raise StoreError(
+                    f"the images of {store!r} were rows of a Ray Dataset: read them from there, or, where their ids "
+                    "are paths, name the folder that these are relative to (images=...)"
+                )
+            self._source = reopen_source(described, described["path"], filesystem=filesystem)
+        else:
+            system, path = open_path(images, filesystem)
+            if system.get_file_info(path).type == pafs.FileType.NotFound:
+                raise StoreError(f"images must be where the images of {store!r} lie now; there is nothing at {path!r}")
+            kind = described if has_files else {"kind": "files"}
+            self._source = reopen_source(kind, images, filesystem=filesystem, moved=True)
         self._store = store
-        self._source = reopen_source(described, described["path"], filesystem=filesystem)
-        self._decoder = Decoder.from_rules(rules)
-        self._rows = load_rows(store.folder)
+        self._decoder = Decoder.from_rules(store.manifest["decoding"])
+        self._rows = load_rows(store.folder) if has_files else listing((id_, id_, 0, 0) for id_ in store.ids)
         self._places = {id_: place for place, id_ in enumerate(self._rows["id"].to_pylist())}
+
+    @property
+    def root(self) -> str:
+        """The folder that names of files are relative to."""
+        return self._source.root
+
+    def id_of(self, path: str) -> str:
+        """The id of the image at ``path``, if that is below :attr:`root`; anything else comes back as it is."""
+        if path in self._store or not isinstance(self._source, FileSource):
+            return path
+        local = self._source.system.type_name == "local"
+        return (os.path.abspath(path) if local else path).removeprefix(f"{self.root}/")
+
+    def check_there(self, ids: Sequence[str]) -> None:
+        """Raise StoreError if none of the files of the first ``ids`` is there: that is another folder."""
+        files = {self._rows["file"][self._places[id_]].as_py() for id_ in ids[:_LOOKED_FOR]}
+        paths = sorted(f"{self.root}/{file}" for file in files)
+        infos = self._source.system.get_file_info(paths)
+        if paths and all(info.type == pafs.FileType.NotFound for info in infos):
+            raise StoreError(
+                f"images must hold the files of {self._store!r} under the names that they had below its source; none "
+                f"of the first {len(paths)} is there, such as {paths[0]}"
+            )
 
     def __call__(self, id_: str) -> np.ndarray:
         """The image [3,H,W].
@@ -237,7 +323,11 @@ class Originals:
         ((_, content),) = self._source.read(self._rows.slice(self._places[id_], 1))
         image = content if isinstance(content, (np.ndarray, Unreadable)) else self._decoder.decode(content)
         if isinstance(image, Unreadable):
-            raise InputError(f"image {id_!r} cannot be read from its source ({image.kind}): {image.detail}")
+            gone = image.kind == "missing" and not self._moved
+            remedy = "; if it lies elsewhere now, images=FOLDER says where" if gone else ""
+            raise InputError(f"image {id_!r} cannot be read ({image.kind}): {image.detail}{remedy}")
         if view_digest(image) != self._store.view(id_):
-            raise StoreError(f"image {id_!r} has changed since its features were extracted: they are not its own")
+            raise StoreError(
+                f"image {id_!r} in {self.root} is not the one whose features the store has: its pixels have changed"
+            )
         return image

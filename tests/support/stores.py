@@ -10,8 +10,11 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from dinov3_ray.datasets.decode import Unreadable, view_digest
+from dinov3_ray.datasets import FeatureStore
+from dinov3_ray.datasets.decode import Decoder, Unreadable, view_digest
 from dinov3_ray.datasets.folder import Folder
+from dinov3_ray.datasets.sources.open import open_source
+from dinov3_ray.datasets.store.listing import save_rows
 from dinov3_ray.datasets.store.schema import FORMAT, Row, encode_columns, spec_to_json
 from dinov3_ray.datasets.store.writer import BlockWriter, finish
 from dinov3_ray.features import Features, FeatureSpec, deliver
@@ -72,3 +75,33 @@ def build(out: Path, spec: FeatureSpec, teacher: FakeTeacher | DinoV3Teacher, *,
     if end:
         finish(folder, identity)
     return deliver(native, spec)
+
+
+def store_of(source: Path, out: Path) -> FeatureStore:
+    """The store of a source's images, decoded and computed in this process, as an extraction writes it."""
+    opened, teacher, decoder, spec = open_source(source), FakeTeacher(), Decoder(), FeatureSpec(cls=True)
+    rows = opened.rows()
+    identity = {
+        "format": FORMAT,
+        "fingerprint": teacher.fingerprint,
+        "spec": spec_to_json(spec),
+        "result_dtype": "float32",
+        "decoding": decoder.describe(),
+        "source": opened.describe(),
+        "batch_size": 1,
+    }
+    folder = Folder.at(out)
+    folder.make("parts")
+    folder.make("ledger")
+    folder.write_json("plan.json", identity)
+    save_rows(folder, rows, [(0, len(rows))])
+    writer = BlockWriter(folder, "0000000", identity)
+    contents = (content for piece in opened.slices(rows) for content in opened.read(piece))
+    for position, (id_, content) in enumerate(contents):
+        assert isinstance(content, bytes)
+        pixels = decoder.read(content, id_)
+        columns, _ = encode_columns(teacher.extract(pixels, spec), spec)
+        writer.add([position], [Row(id_, *pixels.shape[1:], view_digest(pixels))], columns)
+    writer.commit()
+    finish(folder, identity)
+    return FeatureStore(out)

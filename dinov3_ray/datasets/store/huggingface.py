@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from dinov3_ray.datasets.store.part import Part
-from dinov3_ray.errors import ConfigError, DinoV3Error
+from dinov3_ray.errors import ConfigError, StoreError
 
 __all__ = ["huggingface_dataset"]
 
@@ -46,9 +47,10 @@ def huggingface_dataset(
     try:
         return datasets.Dataset.from_generator(_rows, **given, cache_dir=place, fingerprint=digest, num_proc=num_proc)
     except datasets.exceptions.DatasetGenerationError as error:
-        if isinstance(error.__cause__, DinoV3Error):
-            raise error.__cause__ from error
-        raise
+        told = _store_error(error)
+        if told is None:
+            raise
+        raise told from error
 
 
 def _rows(parts: Sequence[Part], result_dtype: str) -> Iterator[dict[str, Any]]:
@@ -65,6 +67,15 @@ def _feature(datasets: Any, dtype: str, shape: tuple[int, ...]) -> Any:
     if len(shape) == 1:
         return datasets.List(datasets.Value(dtype), length=shape[0])
     return getattr(datasets, f"Array{len(shape)}D")(shape=shape, dtype=dtype)
+
+
+def _store_error(error: Exception) -> StoreError | None:
+    """That which datasets has wrapped in ``error``; what one of its processes raised comes as text."""
+    cause = error.__cause__
+    if isinstance(cause, StoreError):
+        return StoreError(str(cause))
+    found = re.search(r"^dinov3_ray\.errors\.StoreError: (.*)", str(cause), re.MULTILINE)
+    return None if found is None else StoreError(found[1])
 
 
 def _import_datasets() -> Any:
