@@ -6,10 +6,13 @@ from pathlib import Path
 
 import pytest
 from commandline import run_command as run
+from PIL import Image
+from stores import store_of
 
 from dinov3_ray.datasets import SourceOptions
 from dinov3_ray.datasets.extraction.plan import Forecast
 from dinov3_ray.datasets.extraction.run import Extraction
+from dinov3_ray.features import FeatureSpec
 
 
 def test_show_pictures_an_image_by_a_model(folder: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
@@ -22,6 +25,20 @@ def test_show_pictures_an_image_by_a_model(folder: Path, tiny_checkpoint: Path, 
     result = run("show", "--image", folder / "broken.jpg", "--root", tiny_checkpoint)
     assert result.exit_code == 1
     assert "cannot be read as an image (not an image)" in result.output
+
+
+def test_show_finds_a_stored_map_s_image_where_it_lies_now(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (64, 64), "teal").save(tmp_path / "images" / "0.png")
+    store_of(tmp_path / "images", tmp_path / "out", FeatureSpec(feature_map=True))
+    now = (tmp_path / "images").rename(tmp_path / "elsewhere")
+    widths = []
+    for options in ((), ("--images", now)):
+        result = run("show", tmp_path / "out", "0.png", "--to", tmp_path / "x.png", *options)
+        assert result.exit_code == 0, result.output
+        assert ("without the image: image '0.png' cannot be read" in result.output) == (options == ())
+        widths.append(Image.open(tmp_path / "x.png").width)
+    assert widths[1] > 1.5 * widths[0], "the image is beside it"
 
 
 @pytest.mark.parametrize(

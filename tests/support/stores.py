@@ -77,9 +77,31 @@ def build(out: Path, spec: FeatureSpec, teacher: FakeTeacher | DinoV3Teacher, *,
     return deliver(native, spec)
 
 
-def store_of(source: Path, out: Path) -> FeatureStore:
+def several_shapes(out: Path) -> FeatureStore:
+    """Two rows with a map of 2x3, and one of 4x1."""
+    folder, spec = Folder.at(out), FeatureSpec(feature_map=True)
+    folder.make("parts")
+    folder.make("ledger")
+    identity = {
+        "format": FORMAT,
+        "fingerprint": "f",
+        "spec": spec_to_json(spec),
+        "result_dtype": "float32",
+        "batch_size": 1,
+    }
+    folder.write_json("plan.json", identity)
+    writer = BlockWriter(folder, "0000000", identity)
+    for position, shape in enumerate([(2, 3), (4, 1), (2, 3)]):
+        columns, _ = encode_columns(Features(feature_map=torch.rand(1, 8, *shape)), spec)
+        writer.add([position], [Row(f"{position}.jpg", 9, 9, bytes([position] * 16))], columns)
+    writer.commit()
+    finish(folder, identity)
+    return FeatureStore(out)
+
+
+def store_of(source: Path, out: Path, spec: FeatureSpec = FeatureSpec(cls=True)) -> FeatureStore:  # noqa: B008
     """The store of a source's images, decoded and computed in this process, as an extraction writes it."""
-    opened, teacher, decoder, spec = open_source(source), FakeTeacher(), Decoder(), FeatureSpec(cls=True)
+    opened, teacher, decoder = open_source(source), FakeTeacher(), Decoder()
     rows = opened.rows()
     identity = {
         "format": FORMAT,
