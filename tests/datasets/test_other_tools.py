@@ -173,8 +173,13 @@ def test_to_datasets_in_several_processes(tmp_path: Path) -> None:
     pytest.importorskip("datasets", minversion="4.3")
     build(tmp_path / "out", FeatureSpec(**OUTPUTS, dtype="int8"), FakeTeacher(hidden_size=256, depth=6))
     store = FeatureStore(tmp_path / "out")
-    torch.randn(1000, 1000).mul(2).sum()  # now this process has them
-    check_rows(store, list(store.to_datasets(cache_dir=tmp_path / "hf", num_proc=2).with_format("numpy")))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        torch.randn(1000, 1000).mul(2).sum()  # now this process has them
+        check_rows(store, list(store.to_datasets(cache_dir=tmp_path / "hf", num_proc=2).with_format("numpy")))
+    finally:
+        torch.set_num_threads(threads)
     loader = DataLoader(store.to_datasets(streaming=True).with_format("torch"), batch_size=None, num_workers=2)
     assert sorted(row["id"] for row in loader) == sorted(store.ids)
 
