@@ -34,7 +34,7 @@ from dinov3_ray.datasets import MAX_PIXELS
 from dinov3_ray.datasets.formats import Plugin, name_format, without_metadata
 from dinov3_ray.errors import ConfigError, InputError
 
-__all__ = ["DIGEST_SIZE", "Decoder", "Unreadable", "UnreadableKind", "view_digest"]
+__all__ = ["Decoder", "Unreadable", "UnreadableKind", "view_digest"]
 
 
 _T = TypeVar("_T")
@@ -357,7 +357,7 @@ def _as_stored(upright: np.ndarray, orientation: int) -> np.ndarray:
     return stored[:, ::down, ::right]
 
 
-DIGEST_SIZE = 16
+_DIGEST_SIZE = 16
 
 
 def view_digest(image: np.ndarray) -> bytes:
@@ -368,4 +368,4 @@ def view_digest(image: np.ndarray) -> bytes:
     """
     digest = hashlib.sha256(f"{image.dtype.str}{image.shape}".encode())
     digest.update(np.ascontiguousarray(image).reshape(-1).view(np.uint8).data)
-    return digest.digest()[:DIGEST_SIZE]
+    return digest.digest()[:_DIGEST_SIZE]

@@ -310,7 +310,7 @@ def index_table(folder: Folder, files: Sequence[str]) -> pa.Table:
         tables.append(table.append_column("part", place[0]).append_column("row", place[1]).replace_schema_metadata())
     if tables:
         return pa.concat_tables(tables).combine_chunks()
-    fields = [("id", pa.string()), ("height", pa.int32()), ("width", pa.int32()), ("view", pa.binary(16))]
+    fields = [("id", pa.string()), ("height", pa.int32()), ("width", pa.int32()), ("view", pa.binary())]
     return pa.schema([*fields, ("part", pa.int32()), ("row", pa.int32())]).empty_table()
 
 

@@ -24,7 +24,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from dinov3_ray.datasets.decode import DIGEST_SIZE
 from dinov3_ray.datasets.store.pages import write_mappable
 from dinov3_ray.errors import NumericsError, StoreError
 from dinov3_ray.feature_spec import FeatureSpec
@@ -169,7 +168,7 @@ def encode_part(
         "id": pa.array([row.id for row in rows], pa.string()),
         "height": pa.array([row.height for row in rows], pa.int32()),
         "width": pa.array([row.width for row in rows], pa.int32()),
-        "view": pa.array([row.view for row in rows], pa.binary(DIGEST_SIZE)),
+        "view": pa.array([row.view for row in rows], pa.binary()),
     }
     buffer, offsets = write_mappable(plain, columns, {METADATA_KEY: json.dumps(identity)})
     described = {
