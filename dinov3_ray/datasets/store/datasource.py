@@ -11,6 +11,7 @@ import pyarrow as pa
 import ray.data
 from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
+from ray.data.extensions import ArrowTensorArray
 
 from dinov3_ray.datasets.store.part import Part
 from dinov3_ray.pool.cluster import connect
@@ -61,4 +62,4 @@ def _blocks(parts: Sequence[Part], result_dtype: str) -> Iterator[pa.Table]:
 
 
 def _column(values: pa.Array | np.ndarray) -> pa.Array:
-    return pa.FixedShapeTensorArray.from_numpy_ndarray(values) if isinstance(values, np.ndarray) else values
+    return ArrowTensorArray.from_numpy(values) if isinstance(values, np.ndarray) else values
