@@ -107,9 +107,8 @@ def verify_command(directory: str, revision: str | None) -> None:
     weights = verify(config)
     with _progress("reading weights", weights.nbytes) as report:
         verify(config, values=True, progress=report)
-    click.echo(
-        f"{config.place.origin if config.hub_id else directory}: sound; {len(weights.tensors)} tensors in {len(weights.files)} file(s)"
-    )
+    where = config.place.origin if config.hub_id else directory
+    click.echo(f"{where}: sound; {len(weights.tensors)} tensors in {len(weights.files)} file(s)")
 
 
 @checkpoint.command("info")
