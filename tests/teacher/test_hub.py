@@ -82,12 +82,18 @@ def test_what_the_cache_has_is_not_downloaded_again(home: Path, server: HubServe
     assert server.requests == []  # what a commit is does not change
 
 
-def test_a_model_in_shards(home: Path, server: HubServer, tmp_path: Path) -> None:
+def test_a_model_in_shards(home: Path, server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sharded = init_checkpoint("vit-test", tmp_path / "sharded", seed=1, shard_bytes=500_000)
     server.add(TINY, {**{path.name: path for path in sharded.iterdir()}, "onnx-model.safetensors": b"no"})
     weights = verify(DinoV3Config(TINY))
     assert len(weights.files) > 1
     assert "onnx-model.safetensors" not in {path.name for path in weights.files[0].parent.iterdir()}
+    weights.files[-1].unlink()
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(CheckpointError, match=f"has a part of it, without {weights.files[-1].name} "):
+        verify(DinoV3Config(TINY))
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    assert verify(DinoV3Config(TINY)).files == weights.files
 
 
 def test_config_json_that_lacks_keys_is_completed_by_the_weights_of_the_hub(
@@ -122,6 +128,9 @@ def test_revisions(home: Path, tiny: Repository, tiny_checkpoint: Path) -> None:
         assert DinoV3Config(TINY, revision=revision).revision == commit
     with pytest.raises(ConfigError, match=r"revision must be a branch, a tag or a commit of facebook/.*'v9'"):
         DinoV3Config(TINY, revision="v9")
+    del tiny.revisions["v1"]  # that the cache still knows it does not make it one
+    with pytest.raises(ConfigError, match="the hub has no 'v1' of it"):
+        DinoV3Config(TINY, revision="v1")
     with pytest.raises(ConfigError, match="the hub has no '" + "0" * 40):
         DinoV3Config(TINY, revision="0" * 40)
     for revision in ("", "a b", "../../etc", 3):
