@@ -31,7 +31,9 @@ class RoundTrips:
         result_bytes: of one map.
         repeats: results that count.
         pool: a map through ``RemoteTeacher.extract``, with its images.
-        torch_actor: a plain actor that returns the map as a torch tensor, fetched with ``ray.get``.
+        numpy_actor: a plain actor that returns the map as a NumPy array, fetched with ``ray.get``. It looks at nothing:
+            neither whether the images are in order nor whether the results are finite.
+        torch_actor: the same with a torch tensor.
         copy: the bound of the map: one copy in this process's memory.
         token: the CLS token of one image through ``RemoteTeacher.extract``.
         nothing: the bound of the token: an async actor's method that does nothing, fetched with ``ray.get``.
@@ -40,6 +42,7 @@ class RoundTrips:
     result_bytes: int
     repeats: int
     pool: float
+    numpy_actor: float
     torch_actor: float
     copy: float
     token: float
@@ -47,8 +50,13 @@ class RoundTrips:
 
     @property
     def ratio(self) -> float:
-        """The pool's rate over the plain actor's."""
+        """The pool's rate over that of the plain actor with torch tensors."""
         return self.torch_actor / self.pool
+
+    @property
+    def numpy_ratio(self) -> float:
+        """The pool's time over that of the plain actor with NumPy arrays."""
+        return self.pool / self.numpy_actor
 
     @property
     def token_ratio(self) -> float:
@@ -58,6 +66,7 @@ class RoundTrips:
     def as_dict(self) -> dict[str, Any]:
         return asdict(self) | {
             "ratio": self.ratio,
+            "numpy_ratio": self.numpy_ratio,
             "token_ratio": self.token_ratio,
             "machine": describe_machine(),
         }
@@ -68,6 +77,7 @@ class RoundTrips:
         table = new_table(title, f"medians\n{describe_machine()}", "", "ms", "results/s")
         rows = {
             "map, RemoteTeacher.extract": self.pool,
+            "map, plain actor that returns a NumPy array": self.numpy_actor,
             "map, plain actor that returns the torch tensor": self.torch_actor,
             "bound: the map copied once in memory": self.copy,
             "CLS token of one image, RemoteTeacher.extract": self.token,
@@ -75,7 +85,10 @@ class RoundTrips:
         }
         for name, seconds in rows.items():
             table.add_row(name, f"{seconds * 1e3:.2f}", f"{1 / seconds:.0f}")
-        ratios = f"map: {self.ratio:.1f} times the plain actor's rate; token: {self.token_ratio:.1f} times a bare call"
+        ratios = (
+            f"map: {self.ratio:.1f} times the rate of the plain actor with torch, {self.numpy_ratio:.2f} times the "
+            f"time of the one with NumPy; token: {self.token_ratio:.1f} times a bare call"
+        )
         return [table, ratios]
 
 
@@ -88,34 +101,49 @@ class _TorchActor:
     def __init__(self, work: Work) -> None:
         self._teacher = Accelerator(work)
 
-    def infer(self, images: torch.Tensor) -> torch.Tensor:
+    def infer(self, images: Any) -> Any:
         map_BDhw = self._teacher.extract(images, SPEC).feature_map
         assert map_BDhw is not None
         return map_BDhw
 
 
+class _NumpyActor(_TorchActor):
+    def infer(self, images: Any) -> Any:
+        return super().infer(images).view(torch.int16).numpy()
+
+
 def measure_round_trips(work: Work, repeats: int) -> RoundTrips:
     """Measure in the Ray that this process is connected to, ``repeats`` maps and eight times as many tokens."""
     images = work.images()
-    torch_actor: Any = ray.remote(num_cpus=0)(_TorchActor).remote(work)
-    async_actor: Any = ray.remote(num_cpus=0)(_AsyncActor).remote()
+    arrays = images.numpy()
+    torch_actor, numpy_actor, async_actor = (
+        ray.remote(num_cpus=0)(kind).remote(*given)
+        for kind, given in ((_TorchActor, [work]), (_NumpyActor, [work]), (_AsyncActor, []))
+    )
     with simulated_pool(replace(work, replicas=1), "bench-transport") as pool:
         remote = pool.teacher()
-        through_pool = _median(lambda: remote.extract(images, SPEC), repeats)
-        plain = _median(lambda: ray.get(torch_actor.infer.remote(images)), repeats)
-        token = _median(lambda: remote.extract(images[:1], _CLS), 8 * repeats)
-        nothing = _median(lambda: ray.get(async_actor.nothing.remote()), 8 * repeats)
-    for actor in (torch_actor, async_actor):
+        through_pool, as_numpy, as_torch = _medians(
+            repeats,
+            lambda: remote.extract(images, SPEC),
+            lambda: ray.get(numpy_actor.infer.remote(arrays)),
+            lambda: ray.get(torch_actor.infer.remote(images)),
+        )
+        token, nothing = _medians(
+            8 * repeats, lambda: remote.extract(images[:1], _CLS), lambda: ray.get(async_actor.nothing.remote())
+        )
+    for actor in (torch_actor, numpy_actor, async_actor):
         ray.kill(actor)
     memory = torch.ones(work.result_bytes, dtype=torch.uint8)
-    copy = _median(memory.clone, repeats)
-    return RoundTrips(work.result_bytes, repeats, through_pool, plain, copy, token, nothing)
+    (copy,) = _medians(repeats, memory.clone)
+    return RoundTrips(work.result_bytes, repeats, through_pool, as_numpy, as_torch, copy, token, nothing)
 
 
-def _median(once: Callable[[], object], repeats: int) -> float:
-    seconds = []
+def _medians(repeats: int, *contenders: Callable[[], object]) -> list[float]:
+    """The median seconds of each contender; they take turns, so that a slow moment of the machine meets all of them."""
+    seconds: list[list[float]] = [[] for _ in contenders]
     for _ in range(repeats + _WARM_UP):
-        begun = time.perf_counter()
-        once()
-        seconds.append(time.perf_counter() - begun)
-    return statistics.median(seconds[_WARM_UP:])
+        for once, taken in zip(contenders, seconds, strict=True):
+            begun = time.perf_counter()
+            once()
+            taken.append(time.perf_counter() - begun)
+    return [statistics.median(taken[_WARM_UP:]) for taken in seconds]

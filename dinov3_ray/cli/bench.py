@@ -281,8 +281,8 @@ def scaling(seconds: float | None, network: float, quick: bool, address: str | N
 def transport(repeats: int, quick: bool, address: str | None, as_json: bool) -> None:
     """How fast one result reaches the client.
 
-    A map [32, 1024, 14, 14] is compared with a plain actor that returns it as a torch tensor. The CLS token of one
-    image is compared with an async actor's method that does nothing.
+    A map [32, 1024, 14, 14] is compared with plain actors that return it as a NumPy array and as a torch tensor. The
+    CLS token of one image is compared with an async actor's method that does nothing.
     """
     from dinov3_ray.bench.machine import running
     from dinov3_ray.bench.round_trip import measure_round_trips

@@ -27,7 +27,7 @@ from dinov3_ray.features import FeatureSpec
 from dinov3_ray.images import Images
 from dinov3_ray.integrations.loader import TargetLoader
 from dinov3_ray.pool.client.remote import RemoteTeacher
-from dinov3_ray.training.prefetch import AnyTeacher, OnReload, Prefetch
+from dinov3_ray.training.prefetch import AnyTeacher, OnReload, Prefetch, Route
 
 __all__ = ["TeacherTargets"]
 
@@ -39,8 +39,8 @@ class TeacherTargets(Callback):  # type: ignore[misc] # Lightning is treated as 
 
     Args:
         teacher: the name of a pool, to which each rank then connects; or a teacher; or a dict of either by name.
-        spec, images, depth, on_reload: as in :func:`~dinov3_ray.training.prefetch.prefetch`. ``images`` gets a batch as
-            the loader yields it, on the CPU.
+        spec, images, depth, on_reload, route: as in :func:`~dinov3_ray.training.prefetch.prefetch`. ``images`` and
+            ``route`` get a batch as the loader yields it, on the CPU.
         address: of the Ray that pools given by name run in; None takes the one of this process, or RAY_ADDRESS.
     """
 
@@ -52,11 +52,12 @@ class TeacherTargets(Callback):  # type: ignore[misc] # Lightning is treated as 
         images: Callable[[Any], Images] | None = None,
         depth: int | Literal["auto"] = "auto",
         on_reload: OnReload = "warn",
+        route: Route[Any] | None = None,
         address: str | None = None,
     ) -> None:
         self._teacher = teacher
         self._spec = spec
-        self._prefetch = functools.partial(Prefetch, images=images, depth=depth, on_reload=on_reload)
+        self._prefetch = functools.partial(Prefetch, images=images, depth=depth, on_reload=on_reload, route=route)
         self._address = address
         self._clients: list[RemoteTeacher] = []
         self._loaders: list[TargetLoader] = []

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from dinov3_ray.errors import InputError
-from dinov3_ray.images import Images
 
 __all__ = ["BatchGuard"]
 
 Batch = TypeVar("Batch")
+Seen = TypeVar("Seen")
 
 _WATCHED = 8  # parts of a batch that are compared if it is not copied
 _SAMPLE = 4096  # values of a tensor that are compared
@@ -27,7 +27,7 @@ _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # 
 _OPAQUE = (str, bytes, int, float, complex, type(None), type, ModuleType, FunctionType, nn.Module, Dataset, DataLoader)
 
 
-class BatchGuard(Generic[Batch]):
+class BatchGuard(Generic[Batch, Seen]):
     """Keeps a batch, and compares it with itself when it is delivered.
 
     Some loaders yield the same buffers again and again, with new content. A batch that was drawn ahead of the loop
@@ -35,20 +35,20 @@ class BatchGuard(Generic[Batch]):
 
     Args:
         batch: as the loader yielded it.
-        images: its images.
+        seen: what the teachers are given of it, such as its images.
         copies: keep a copy too, which is delivered if the batch has changed.
 
     Attributes:
-        images: the images to compute targets for; of the copy, if there is one.
+        seen: what to give to the teachers; of the copy, if there is one.
         changed: whether :meth:`intact` found the batch changed.
     """
 
-    def __init__(self, batch: Batch, images: Images, *, copies: bool) -> None:
+    def __init__(self, batch: Batch, seen: Seen, *, copies: bool) -> None:
         self.changed = False
         self._batch = batch
-        self._copy: tuple[Batch, Images] | None = _copied((batch, images), {}) if copies else None
-        self.images = images if self._copy is None else self._copy[1]
-        self._parts = list(islice(_parts((images, batch), set()), None if copies else _WATCHED))
+        self._copy: tuple[Batch, Seen] | None = _copied((batch, seen), {}) if copies else None
+        self.seen = seen if self._copy is None else self._copy[1]
+        self._parts = list(islice(_parts((seen, batch), set()), None if copies else _WATCHED))
         self._signatures = [_signature(part) for part in self._parts]
 
     @property

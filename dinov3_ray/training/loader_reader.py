@@ -12,7 +12,6 @@ from typing import Any, Generic, TypeVar
 
 from torch.utils.data import DataLoader
 
-from dinov3_ray.images import Images
 from dinov3_ray.training.batch_guard import BatchGuard
 
 __all__ = ["LoaderReader"]
@@ -20,6 +19,7 @@ __all__ = ["LoaderReader"]
 log = logging.getLogger("dinov3_ray")
 
 Batch = TypeVar("Batch")
+Seen = TypeVar("Seen")
 
 # What accelerate's loaders set when they yield a batch, and its Accelerator reads: whether the batch is the last one,
 # how many of its images are not padding, and where to resume.
@@ -35,7 +35,7 @@ class _LoaderState:
     flags: dict[str, Any] = field(default_factory=dict)
 
 
-class LoaderReader(Generic[Batch]):
+class LoaderReader(Generic[Batch, Seen]):
     """Draws batches ahead of a loop, in one pass over a loader after the other.
 
     The state of a loader is that of the batch that it yielded last. The loop has not seen this batch yet. Here, the
@@ -46,16 +46,16 @@ class LoaderReader(Generic[Batch]):
 
     Args:
         loader: any iterable of batches.
-        images: returns the images of a batch.
+        look: returns what the teachers need of a batch.
     """
 
-    def __init__(self, loader: Iterable[Batch], images: Callable[[Batch], Images]) -> None:
+    def __init__(self, loader: Iterable[Batch], look: Callable[[Batch], Seen]) -> None:
         self.loader = loader
-        self._images = images
+        self._look = look
         self._iterator: Iterator[Batch] | None = None
         self._last_iterator: Callable[[], object] = lambda: None
         self._left: deque[tuple[Batch, _LoaderState]] = deque()  # by the last pass
-        self._waiting: deque[tuple[BatchGuard[Batch], _LoaderState]] = deque()
+        self._waiting: deque[tuple[BatchGuard[Batch, Seen], _LoaderState]] = deque()
         self._delivered: _LoaderState | None = None
         self._last_drawn: _LoaderState | None = None
         self._most_waiting = 0
@@ -105,11 +105,11 @@ class LoaderReader(Generic[Batch]):
         self._has_ended = continues and self._exhausted
         self._iterator, self._exhausted, self._delivered, self._last_drawn = iterator, False, None, None
 
-    def draw(self) -> Images | None:
-        """Draw the next batch, and return its images; None at the end of the pass.
+    def draw(self) -> Seen | None:
+        """Draw the next batch, and return what ``look`` gives of it; None at the end of the pass.
 
         Raises:
-            Exception: of the loader or of ``images``, unchanged.
+            Exception: of the loader or of ``look``, unchanged.
         """
         assert self._iterator is not None
         if not self._left:
@@ -120,13 +120,13 @@ class LoaderReader(Generic[Batch]):
                     log.warning("this pass has no batches: the loader is an iterator that has ended (pass a loader)")
                 return None
             self._left.append((batch, self._state_after_draw()))
-        batch, state = self._left[0]  # it stays there if images() raises
-        guard = BatchGuard(batch, self._images(batch), copies=self._changes or self._trial > 0)
+        batch, state = self._left[0]  # it stays there if look() raises
+        guard = BatchGuard(batch, self._look(batch), copies=self._changes or self._trial > 0)
         self._waiting.append((guard, state))
         self._left.popleft()
         self._last_drawn = state
         self._most_waiting = max(self._most_waiting, len(self._waiting))
-        return guard.images
+        return guard.seen
 
     def deliver(self) -> Batch:
         """The batch that waited longest, for the loop: the loader's state becomes that of this batch.

@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent import futures
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -25,6 +25,7 @@ from dinov3_ray.interrupts import wait
 from dinov3_ray.model.device import as_device, settle_thread
 from dinov3_ray.model.upload import Pending, Upload
 from dinov3_ray.teacher import Extractor
+from dinov3_ray.training.routes import split_images
 from dinov3_ray.watch import TeacherWatch
 
 __all__ = ["Delivered", "Delivery", "LocalSource", "Pipeline", "Submitted", "Submitter", "as_source"]
@@ -103,11 +104,15 @@ class Pipeline:
     def __len__(self) -> int:
         return len(self._entries)
 
-    def put(self, images: Images) -> None:
-        """Send the images of a batch; returns at once. :meth:`take` raises its error."""
+    def put(self, images: Images, route: Sequence[str] | None = None) -> None:
+        """Send the images of a batch; returns at once. :meth:`take` raises its error.
+
+        Args:
+            route: the name of each image's teacher; None sends all images to all teachers.
+        """
         # Images on an accelerator are read on the stream that made them, which is the stream of this thread.
         sender = _Here() if _on_accelerator(images) else self._sender
-        self._entries.append(_Entry(sender.submit(self._submit, images)))
+        self._entries.append(_Entry(sender.submit(self._submit, images, route)))
         self._deliver_ahead()
 
     def ready(self) -> bool:
@@ -116,7 +121,7 @@ class Pipeline:
         return delivered is not None and delivered.done()
 
     def take(self) -> dict[str, Features]:
-        """The targets of the oldest batch, by teacher; waits for them.
+        """The targets of the oldest batch by teacher, each of the images that it was sent; waits for them.
 
         Raises:
             Exception: a teacher's error for this batch, unchanged.
@@ -143,11 +148,12 @@ class Pipeline:
         self._entries.clear()
         self._in_flight.clear()
 
-    def _submit(self, images: Images) -> dict[str, Submitted]:
+    def _submit(self, images: Images, route: Sequence[str] | None) -> dict[str, Submitted]:
         submitted: dict[str, Submitted] = {}
         self._in_flight.append(submitted)
-        for name, source in self._sources.items():
-            submitted[name] = source.submit(images, self._specs[name])
+        given = dict.fromkeys(self._sources, images) if route is None else split_images(images, route, [*self._sources])
+        for name, part in given.items():
+            submitted[name] = self._sources[name].submit(part, self._specs[name])
         return submitted
 
     def _deliver_ahead(self) -> None:

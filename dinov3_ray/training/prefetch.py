@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any, Generic, Literal, TypedDict, TypeVar, Unpack, cast, overload
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dinov3_ray.errors import ConfigError, PoolError, describe
+from dinov3_ray.errors import ConfigError, PoolError, SpecError, describe
 from dinov3_ray.features import Features, FeatureSpec
 from dinov3_ray.images import Images
 from dinov3_ray.model.device import as_device
@@ -20,8 +21,18 @@ from dinov3_ray.teacher import Extractor
 from dinov3_ray.training.depth import Depth
 from dinov3_ray.training.loader_reader import LoaderReader
 from dinov3_ray.training.pipeline import Pipeline, Submitter, as_source
+from dinov3_ray.training.routes import join_targets
 
-__all__ = ["AnyTeacher", "OnReload", "Prefetch", "PrefetchOptions", "PrefetchStatistics", "find_images", "prefetch"]
+__all__ = [
+    "AnyTeacher",
+    "OnReload",
+    "Prefetch",
+    "PrefetchOptions",
+    "PrefetchStatistics",
+    "Route",
+    "find_images",
+    "prefetch",
+]
 
 
 AnyTeacher = Submitter | Extractor
@@ -33,6 +44,9 @@ log = logging.getLogger("dinov3_ray")
 
 Batch = TypeVar("Batch")
 Targets = TypeVar("Targets")
+
+Route = Callable[[Batch], Sequence[str]]
+"""Names, of the B images of a batch, each one's teacher."""
 
 _WARN_SHARE = 0.05
 _WARN_AFTER = 20  # steps
@@ -107,18 +121,21 @@ class Prefetch(Generic[Batch, Targets]):
         depth: int | Literal["auto"] = "auto",
         device: torch.device | str | int | None = None,
         on_reload: OnReload = "warn",
+        route: Route[Batch] | None = None,
     ) -> None:
         if images is not None and not callable(images):
             raise ConfigError(f"images must be a function of a batch, such as lambda batch: batch['img']; got {images}")
         if on_reload not in ("warn", "raise"):
             raise ConfigError(f"on_reload must be 'warn' or 'raise'; got {on_reload!r}")
+        self._images = images or find_images
         self._several = isinstance(teachers, Mapping)
         self._teachers = dict(teachers) if isinstance(teachers, Mapping) else {_THE_ONE: teachers}
         if not self._teachers:
             raise ConfigError("teacher must be a teacher or a dict of at least one; got an empty one")
         self._sources = {name: as_source(teacher) for name, teacher in self._teachers.items()}
         self._specs = _by_teacher(spec, list(self._teachers))
-        self._reader = LoaderReader(loader, images or find_images)
+        self._route = _checked_route(route, self._several, self._specs)
+        self._reader = LoaderReader(loader, self._look)
         self._device = None if device is None else as_device(device)
         self._raise_on_reload = on_reload == "raise"
         self._depth = Depth(_DEPTH_TOGETHER if depth == "auto" and self._reader.draws_together else depth)
@@ -173,25 +190,28 @@ class Prefetch(Generic[Batch, Targets]):
         reader = self._reader
         reader.begin()
         pipeline = Pipeline(self._sources, self._specs, self._device)
+        routes: deque[Sequence[str] | None] = deque()  # of the batches in the pipeline
         loop_began: float | None = None  # when the loop's body began, plus the loader's time since
         try:
             while True:
                 drawn, waited = 0, 0.0
                 while self._wants_more(pipeline, drawn):
                     began = time.perf_counter()
-                    images = reader.draw()
+                    drawn_now = reader.draw()
                     loaded = time.perf_counter()
                     if loop_began is not None:
                         loop_began += loaded - began
-                    if images is not None:
-                        pipeline.put(images)
+                    if drawn_now is not None:
+                        pipeline.put(*drawn_now)
+                        routes.append(drawn_now[1])
                         drawn += 1
-                    del images
+                    del drawn_now
                     waited += time.perf_counter() - loaded
                 if not len(pipeline):
                     return
                 began = time.perf_counter()
                 features = pipeline.take()
+                route = routes.popleft()
                 now = time.perf_counter()
                 waited += now - began
                 self._check_fingerprints(features)
@@ -203,7 +223,7 @@ class Prefetch(Generic[Batch, Targets]):
                     self._count(waited, now - loop_began)
                 loop_began = now
                 batch = reader.deliver()
-                yield batch, self._targets(features)
+                yield batch, self._targets(features, route)
                 del batch, features  # the caller's now: they must not stay in memory here while the next ones come
         finally:
             pipeline.close()
@@ -217,7 +237,13 @@ class Prefetch(Generic[Batch, Targets]):
             return True
         return not pipeline.ready()  # a slow loader must not delay a batch whose targets are ready
 
-    def _targets(self, features: dict[str, Features]) -> Targets:
+    def _look(self, batch: Batch) -> tuple[Images, Sequence[str] | None]:
+        """The images of a batch and, of each, the name of its teacher."""
+        return self._images(batch), None if self._route is None else _names(self._route(batch))
+
+    def _targets(self, features: dict[str, Features], route: Sequence[str] | None) -> Targets:
+        if route is not None:
+            return cast(Targets, join_targets(features, route))
         return cast(Targets, features if self._several else features[_THE_ONE])
 
     def _parallelism(self) -> int:
@@ -268,6 +294,15 @@ def prefetch(
     teacher: Mapping[str, AnyTeacher],
     loader: Iterable[Batch],
     spec: FeatureSpec | Mapping[str, FeatureSpec],
+    *,
+    route: Route[Batch],
+    **options: Unpack[PrefetchOptions[Batch]],
+) -> Prefetch[Batch, Features]: ...
+@overload
+def prefetch(
+    teacher: Mapping[str, AnyTeacher],
+    loader: Iterable[Batch],
+    spec: FeatureSpec | Mapping[str, FeatureSpec],
     **options: Unpack[PrefetchOptions[Batch]],
 ) -> Prefetch[Batch, dict[str, Features]]: ...
 @overload
@@ -297,6 +332,10 @@ def prefetch(teacher: Any, loader: Any, spec: Any, **options: Any) -> Prefetch[A
             nothing on a GPU shared with the student.
         loader: any iterable of batches, such as a DataLoader with workers. The caller's thread draws from it.
         spec: what to compute; with several teachers, one spec for all or a dict of one per teacher.
+        route: with several teachers, a function of a batch that names each image's teacher, such as
+            ``lambda batch: batch["domain"]``. Each teacher then computes its own images only, and ``targets`` are the
+            Features of the whole batch, in its order. So all teachers must give the same outputs, in one shape and
+            dtype.
         options: see :class:`PrefetchOptions`.
 
     Raises:
@@ -314,6 +353,28 @@ def _by_teacher(spec: FeatureSpec | Mapping[str, FeatureSpec], names: list[str])
             raise ConfigError(f"spec must be a FeatureSpec; got {each!r}")
         each.require_outputs()
     return specs
+
+
+def _checked_route(route: Any, several: bool, specs: Mapping[str, FeatureSpec]) -> Any:
+    if route is None:
+        return None
+    if not callable(route):
+        raise ConfigError(f"route must be a function of a batch, such as lambda batch: batch['teacher']; got {route!r}")
+    if not several:
+        raise ConfigError("route needs teachers by name, such as {'dinov3': ..., 'siglip2': ...}; got one teacher")
+    outputs = {name: (spec.cls, spec.feature_map, spec.registers, spec.layers) for name, spec in specs.items()}
+    if len(set(outputs.values())) > 1:
+        raise SpecError(f"with route, all teachers must have the same outputs in their FeatureSpecs; got {dict(specs)}")
+    return route
+
+
+def _names(route: Any) -> list[str]:
+    """What a route gave: a list or tuple of names, or an array of them."""
+    if isinstance(route, np.ndarray):
+        route = route.tolist()
+    if isinstance(route, (str, bytes)) or not isinstance(route, Sequence):
+        raise ConfigError(f"route must give a list of teachers' names, one per image; got {describe(route)}")
+    return [str(name) if isinstance(name, np.str_) else name for name in route]
 
 
 _KEYS = ("img", "images", "pixel_values")

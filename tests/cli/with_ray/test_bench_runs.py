@@ -34,7 +34,7 @@ def test_pool_beside_its_peers(ray_cluster: str) -> None:
 def test_transport(ray_cluster: str) -> None:
     report = run_bench("transport", "--quick", "--address", ray_cluster, in_process=False)
     assert report["result_bytes"] == 32 * 1024 * 14 * 14 * 2
-    assert all(report[name] > 0 for name in ("pool", "torch_actor", "copy", "token", "nothing"))
+    assert all(report[name] > 0 for name in ("pool", "numpy_actor", "torch_actor", "copy", "token", "nothing"))
     print(report)
 
 
