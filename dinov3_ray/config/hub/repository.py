@@ -165,7 +165,7 @@ class Repository:
         total = sum(sizes.get(name, 0) for name in missing) if sizes else 0
         in_log = sizes is not None and not on_terminal
         with watching_download(self.hub_id, self.folder, total, in_log=in_log):
-            self._try(download, commit, patient=False)  # huggingface_hub repeats what fails within a file
+            self._try(download, commit)  # not each version of huggingface_hub repeats what was cut
         missing = [name for name in names if not (self.snapshot(commit) / name).is_file()]
         if missing:  # a hub that went away in between: huggingface_hub then returns what the cache has
             raise CheckpointError(self._unreachable(commit, f"{', '.join(missing)} did not arrive"))
