@@ -16,6 +16,7 @@ __all__ = [
     "Architecture",
     "ConvNextArchitecture",
     "Family",
+    "Shapes",
     "ViTArchitecture",
     "heads_for",
     "infer_convnext",

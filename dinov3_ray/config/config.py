@@ -10,7 +10,8 @@ from typing import Annotated, Literal, get_args
 from pydantic import Field, StrictBool
 
 from dinov3_ray.config.architecture import Architecture, Family
-from dinov3_ray.config.files import CONFIG_FILE, PositiveInt, read_architecture, read_preprocessing
+from dinov3_ray.config.directory import CONFIG_FILE, convert_command
+from dinov3_ray.config.files import PositiveInt, read_architecture, read_preprocessing
 from dinov3_ray.config.preprocessing import Preprocessing, Size
 from dinov3_ray.errors import ConfigError
 from dinov3_ray.validation import CheckedModel, check, from_list, rule
@@ -191,6 +192,8 @@ def _check_root(root: object) -> Path:
         raise ConfigError(f"root must be the path of a model directory; got {root!r}")
     path = Path(root).expanduser().absolute()
     if not path.is_dir():
-        what = "a file" if path.exists() else "missing"
+        what = "missing"
+        if path.exists():
+            what = f"a file: {'name its folder' if (path.parent / CONFIG_FILE).is_file() else convert_command(path)}"
         raise ConfigError(f"root must be a model directory with {CONFIG_FILE} and weights; {path} is {what}")
     return path
