@@ -40,8 +40,9 @@ class Teacher(Extractor, Protocol):
 
     An implementation may also have a ``fingerprint: str`` (what made its outputs), a ``dtype`` (a torch.dtype: that of
     native results), a ``computed_in: str`` (where that says more, as in float8), a ``preprocessing``
-    (:class:`~dinov3_ray.config.preprocessing.Preprocessing`) and a ``patch_size: int`` (the smallest side of an image
-    that it takes); each is looked up by name and may be missing.
+    (:class:`~dinov3_ray.config.preprocessing.Preprocessing`), a ``license: str`` (of its weights, for who gets results)
+    and a ``patch_size: int`` (the smallest side of an image that it takes); each is looked up by name and may be
+    missing.
     """
 
     def extract_features(self, images: Images) -> Tensor:

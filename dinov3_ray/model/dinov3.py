@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from dinov3_ray.checkpoint import fingerprint, load_model
 from dinov3_ray.config import ComputeDtype, DinoV3Config
+from dinov3_ray.config.license import license_text
 from dinov3_ray.config.preprocessing import Preprocessing, Size
 from dinov3_ray.errors import FrozenError, SpecError
 from dinov3_ray.features import Features, FeatureSpec, deliver
@@ -252,6 +253,11 @@ class DinoV3Teacher(TeacherMixin[Images | ImageBatch]):
     def preprocessing(self) -> Preprocessing:
         """How images become the model's input."""
         return self.config.preprocessing
+
+    @property
+    def license(self) -> str:
+        """What the model directory says of its weights' licence, in words."""
+        return license_text(self.config.root)
 
     @property
     def preprocess_seconds(self) -> float:
