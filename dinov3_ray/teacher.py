@@ -39,9 +39,10 @@ class Teacher(Extractor, Protocol):
     """A teacher as a training loop sees it, wherever it computes.
 
     An implementation may also have a ``fingerprint: str`` (what made its outputs), an ``origin: str`` (what it was
-    loaded from), a ``dtype`` (a torch.dtype: that of native results), a ``computed_in: str`` (where that says more, as
-    in float8), a ``preprocessing`` (:class:`~dinov3_ray.config.preprocessing.Preprocessing`) and a ``patch_size: int``
-    (the smallest side of an image that it takes); each is looked up by name and may be missing.
+    loaded from), a ``license: str`` (of its weights, for who gets results), a ``dtype`` (a torch.dtype: that of native
+    results), a ``computed_in: str`` (where that says more, as in float8), a ``preprocessing``
+    (:class:`~dinov3_ray.config.preprocessing.Preprocessing`) and a ``patch_size: int`` (the smallest side of an image
+    that it takes); each is looked up by name and may be missing.
     """
 
     def extract_features(self, images: Images) -> Tensor:

@@ -40,8 +40,8 @@ def model_options(architecture: Architecture) -> dict[str, Any]:
     }
 
 
-def config_json(architecture: Architecture, dtype: str) -> dict[str, Any]:
-    """config.json for ``architecture``, with weights stored as ``dtype``."""
+def config_json(architecture: Architecture, dtype: str, license: str | None = None) -> dict[str, Any]:
+    """config.json for ``architecture``, with weights stored as ``dtype``, and their licence if it is known."""
     vit = architecture.family == "vit"
     return {
         "architectures": ["DINOv3ViTModel" if vit else "DINOv3ConvNextModel"],
@@ -50,23 +50,25 @@ def config_json(architecture: Architecture, dtype: str) -> dict[str, Any]:
         # The name of released files; later versions, which call it dtype, read it too.
         "torch_dtype": dtype,
         **model_options(architecture),
+        **({} if license is None else {"license": license}),
     }
 
 
 def preprocessor_json(preprocessing: Preprocessing) -> dict[str, Any]:
-    """preprocessor_config.json for ``preprocessing``, which must be a plain resize."""
-    assert preprocessing.size is not None
-    assert preprocessing.crop_size is None
-    height, width = preprocessing.size
+    """preprocessor_config.json for ``preprocessing``."""
+    resized = preprocessing.size or preprocessing.image_size
+    size = {"height": resized[0], "width": resized[1]}
+    crop = preprocessing.crop_size
     return {
         # The name of released files; transformers 5, which has no "Fast" any more, takes it too.
         "image_processor_type": "DINOv3ViTImageProcessorFast",
         "do_rescale": True,
         "rescale_factor": preprocessing.rescale_factor,
-        "do_resize": True,
-        "size": {"height": height, "width": width},
+        "do_resize": preprocessing.size is not None or preprocessing.shortest_edge is not None,
+        "size": {"shortest_edge": preprocessing.shortest_edge} if preprocessing.shortest_edge is not None else size,
         "resample": 2,
-        "do_center_crop": False,
+        "do_center_crop": crop is not None,
+        **({} if crop is None else {"crop_size": {"height": crop[0], "width": crop[1]}}),
         "do_normalize": True,
         "image_mean": list(preprocessing.mean),
         "image_std": list(preprocessing.std),

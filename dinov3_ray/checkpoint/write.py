@@ -18,12 +18,11 @@ from torch import Tensor
 from dinov3_ray.checkpoint.hf import config_json, preprocessor_json
 from dinov3_ray.checkpoint.verify import DTYPES, Progress, ignore_progress
 from dinov3_ray.config.architecture import Architecture
-from dinov3_ray.config.files import CONFIG_FILE, PREPROCESSOR_FILE
+from dinov3_ray.config.directory import CONFIG_FILE, INDEX_FILE, PREPROCESSOR_FILE, SINGLE_FILE
 from dinov3_ray.config.preprocessing import Preprocessing
-from dinov3_ray.config.weights import INDEX_FILE, SINGLE_FILE
 from dinov3_ray.errors import CheckpointError, ConfigError
 
-__all__ = ["DEFAULT_SHARD_BYTES", "write_directory"]
+__all__ = ["DEFAULT_SHARD_BYTES", "require_free", "write_directory"]
 
 DEFAULT_SHARD_BYTES = 5 * 10**9
 """transformers' own limit for long; 7B in float32 makes six shards."""
@@ -41,6 +40,7 @@ def write_directory(
     dtype: torch.dtype = torch.float32,
     shard_bytes: int = DEFAULT_SHARD_BYTES,
     progress: Progress = ignore_progress,
+    license: str | None = None,
 ) -> None:
     """Write a whole model directory; one tensor at a time is in memory.
 
@@ -50,6 +50,7 @@ def write_directory(
         dtype: that the tensors are stored in.
         shard_bytes: the largest size of one file; where all fits into one, there is no index.
         progress: called with the bytes of each tensor written.
+        license: of the weights, for config.json.
 
     Raises:
         CheckpointError: ``directory`` is in use or cannot be written.
@@ -60,7 +61,7 @@ def write_directory(
     shapes = architecture.tensors()
     shards = _plan_shards(shapes, dtype.itemsize, shard_bytes)
     with _appearing(directory) as folder:
-        _write_json(folder / CONFIG_FILE, config_json(architecture, str(dtype).removeprefix("torch.")))
+        _write_json(folder / CONFIG_FILE, config_json(architecture, str(dtype).removeprefix("torch."), license))
         _write_json(folder / PREPROCESSOR_FILE, preprocessor_json(preprocessing))
         for file_name, names in shards.items():
             with (folder / file_name).open("wb") as stream:
@@ -112,12 +113,22 @@ def _write_json(path: Path, values: Mapping[str, object]) -> None:
     path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
-@contextmanager
-def _appearing(directory: Path) -> Iterator[Path]:
-    """A temporary folder next to ``directory`` that takes its name at the end, or is removed."""
+def require_free(directory: Path) -> Path:
+    """The absolute path of ``directory``, if a model can be written there.
+
+    Raises:
+        CheckpointError: it exists, and is not an empty directory.
+    """
     directory = Path(directory).expanduser().absolute()
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise CheckpointError(f"{directory} is in use already: choose another directory, or remove it first")
+    return directory
+
+
+@contextmanager
+def _appearing(directory: Path) -> Iterator[Path]:
+    """A temporary folder next to ``directory`` that takes its name at the end, or is removed."""
+    directory = require_free(directory)
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", suffix=".partial", dir=directory.parent))

@@ -70,31 +70,54 @@ def init_command(variant: str, directory: Path, seed: int, image_size: tuple[int
 
 
 @checkpoint.command("convert")
-@click.argument("file", type=click.Path(path_type=Path, exists=True, dir_okay=False))
+@click.argument("source", type=click.Path(path_type=Path, exists=True))
 @click.argument("directory", type=click.Path(path_type=Path))
 @click.option(
     "--statistics",
     type=click.Choice(["auto", *STATISTICS]),
     default="auto",
     show_default=True,
-    help="The channel mean and std to write: those of LVD-1689M (ImageNet's) or SAT-493M; auto: by FILE's name.",
+    help="The channel mean and std to write: those of LVD-1689M (ImageNet's) or SAT-493M; auto: what comes with "
+    "SOURCE, or its name says.",
 )
-@_image_size
+@click.option(
+    "--image-size",
+    type=ImageSize(),
+    help="The model's input size, as written to DIRECTORY: 512, or 384x640 (height x width).  [default: what comes "
+    "with SOURCE, or 224]",
+)
+@click.option("--backbone", help="Which backbone of a training checkpoint to take, such as student.backbone.")
 @_shard_size
-def convert_command(file: Path, directory: Path, statistics: str, image_size: tuple[int, int], shard_size: int) -> None:
-    """Convert the official checkpoint FILE (.pth) to a model directory."""
+def convert_command(
+    source: Path,
+    directory: Path,
+    statistics: str,
+    image_size: tuple[int, int] | None,
+    backbone: str | None,
+    shard_size: int,
+) -> None:
+    """Convert SOURCE to a model directory.
+
+    SOURCE is Meta's, timm's or LightlyTrain's file, a training checkpoint with a DINOv3 in it, a pytorch_model.bin, or
+    a folder of timm's with config.json.
+    """
     from dinov3_ray.checkpoint import convert_checkpoint
 
-    with _progress(f"converting {file.name}", file.stat().st_size) as report:
+    files = [source] if source.is_file() else [entry for entry in source.iterdir() if entry.is_file()]
+    nbytes = 2 * sum(file.stat().st_size for file in files)  # hashed, and written
+    with _progress(f"converting {source.name}", nbytes) as report:
         made = convert_checkpoint(
-            file,
+            source,
             directory,
             statistics=statistics,
             image_size=image_size,
+            backbone=backbone,
             shard_bytes=shard_size,
             progress=report,
         )
     click.echo(f"{directory}: {made.variant or 'unnamed variant'}, statistics of {made.statistics}")
+    for note in made.notes:
+        click.echo(f"note: {note}", err=True)
 
 
 @checkpoint.command("verify")
@@ -161,6 +184,7 @@ def _facts(config: ModelConfig, weights: WeightFiles, digest: str) -> Iterator[t
     dtypes = sorted({tensor.dtype for tensor in weights.tensors.values()})
     yield "weights", f"{weights.nbytes / 1e9:,.3f} GB of {', '.join(dtypes)}"
     yield "files", ", ".join(path.name for path in weights.files)
+    yield "licence", config.license
     yield "fingerprint", digest
 
 

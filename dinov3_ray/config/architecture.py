@@ -16,6 +16,7 @@ __all__ = [
     "Architecture",
     "ConvNextArchitecture",
     "Family",
+    "Shapes",
     "TransformersArchitecture",
     "ViTArchitecture",
     "heads_for",

@@ -12,7 +12,9 @@ from pydantic import Field, StrictBool
 from dinov3_ray.config.architecture import Architecture, TransformersArchitecture
 from dinov3_ray.config.files import PositiveInt, read_architecture, read_preprocessing
 from dinov3_ray.config.hub import ModelPlace, resolve
+from dinov3_ray.config.license import license_text
 from dinov3_ray.config.preprocessing import Preprocessing, Size
+from dinov3_ray.config.weights import WeightFiles
 from dinov3_ray.errors import ConfigError
 from dinov3_ray.validation import CheckedModel, check, from_list, rule
 
@@ -163,6 +165,11 @@ class ModelConfig:
         return self.place.commit
 
     @property
+    def license(self) -> str:
+        """What the model directory says of its weights' licence, in words."""
+        return license_text(self.root, dinov3=not isinstance(self.architecture, TransformersArchitecture))
+
+    @property
     def family(self) -> str:
         """Of a DINOv3 model, ``vit`` or ``convnext``; of others, transformers' ``model_type``."""
         return self.architecture.family
@@ -223,5 +230,5 @@ class DinoV3Config(ModelConfig):
 
     @staticmethod
     def _read(place: ModelPlace) -> tuple[Architecture, Preprocessing]:
-        architecture = read_architecture(place.directory, place.with_weights)
+        architecture = read_architecture(place.directory, lambda: WeightFiles.find(place.with_weights()).shapes)
         return architecture, read_preprocessing(place.directory, architecture)

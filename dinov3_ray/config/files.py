@@ -16,13 +16,16 @@ from dinov3_ray.config.architecture import (
     Architecture,
     ConvNextArchitecture,
     Family,
+    Shapes,
     ViTArchitecture,
     heads_for,
     infer_convnext,
     infer_vit,
 )
+from dinov3_ray.config.directory import CONFIG_FILE, PREPROCESSOR_FILE, convert_hint
+from dinov3_ray.config.filetype import file_type
 from dinov3_ray.config.preprocessing import Preprocessing, Size
-from dinov3_ray.config.weights import WeightFiles
+from dinov3_ray.config.timm import is_timm, read_timm, timm_architecture
 from dinov3_ray.errors import CheckpointError, ConfigError
 from dinov3_ray.validation import broken_rule, check, from_list, rule, whole_numbers
 
@@ -37,9 +40,6 @@ __all__ = [
     "read_json",
     "read_preprocessing",
 ]
-
-CONFIG_FILE = "config.json"
-PREPROCESSOR_FILE = "preprocessor_config.json"
 
 PositiveInt = Annotated[int, Field(strict=True, ge=1)]
 _Count = Annotated[PositiveInt, whole_numbers, rule("must be an integer >= 1")]
@@ -151,19 +151,22 @@ class ConvNextFile(_ConfigFile):
         return ConvNextArchitecture(**self.model_dump(exclude={"model_type", "num_channels"}))
 
 
-def read_architecture(root: Path, with_weights: Callable[[], Path]) -> Architecture:
-    """What config.json says; keys that it leaves out are inferred from the shapes of the weights.
+def read_architecture(root: Path, shapes: Callable[[], Shapes]) -> Architecture:
+    """What config.json says; what it leaves out (timm's: all numbers) is inferred from the shapes of the weights.
 
     Args:
         root: the model directory.
-        with_weights: gives the directory that has the weights too; called only where they are needed.
+        shapes: gives those of the weights, by transformers' names; called only where they are needed.
 
     Raises:
         ConfigError: the file is missing or wrong; names all its problems.
         CheckpointError: keys are missing, and the weights that would complete it are missing or damaged.
     """
     path = root / CONFIG_FILE
-    values = read_json(path, remedy="root must be a model directory in transformers' layout")
+    remedy = convert_hint(root) or "root must be a model directory in transformers' layout"
+    values = read_json(path, remedy=remedy)
+    if is_timm(values):
+        return timm_architecture(root, read_timm(values, path), shapes)
     family = _family_of(values, path)
     model: type[ViTFile | ConvNextFile] = ViTFile if family == "vit" else ConvNextFile
     required = {field.alias or name: name for name, field in model.model_fields.items() if field.is_required()}
@@ -171,7 +174,7 @@ def read_architecture(root: Path, with_weights: Callable[[], Path]) -> Architect
         required["num_register_tokens"] = "num_register_tokens"
     missing = [key for key in required if values.get(key) is None]
     if missing:
-        inferred = _infer(root, with_weights, family, missing)
+        inferred = _infer(root, shapes, family, missing)
         values = values | {key: getattr(inferred, required[key]) for key in missing}
     return check(model, values, path=path).architecture()
 
@@ -190,14 +193,14 @@ def _family_of(values: dict[str, Any], path: Path) -> Family:
     return families[model_type]
 
 
-def _infer(root: Path, with_weights: Callable[[], Path], family: Family, missing: list[str]) -> Architecture:
+def _infer(root: Path, shapes: Callable[[], Shapes], family: Family, missing: list[str]) -> Architecture:
     """The architecture by the weights' headers, for keys ``missing`` from config.json."""
     what = f"{root / CONFIG_FILE} lacks {', '.join(missing)}"
     try:
-        shapes = WeightFiles.find(with_weights()).shapes
+        found = shapes()
     except CheckpointError as error:
         raise CheckpointError(f"{what}, and the weights cannot tell: {error}") from error
-    inferred = infer_convnext(shapes) if family == "convnext" else infer_vit(shapes)
+    inferred = infer_convnext(found) if family == "convnext" else infer_vit(found)
     if inferred is None:
         raise ConfigError(f"{what}, and the weights in {root} are not those of a DINOv3 {family}")
     return inferred
@@ -345,12 +348,14 @@ def _nominal(size: Size | _ShortestEdge | None) -> Size | None:
 
 
 def read_preprocessing(root: Path, architecture: Architecture) -> Preprocessing:
-    """The rule that preprocessor_config.json states.
+    """The rule that preprocessor_config.json states, or else timm's config.json.
 
     Raises:
         ConfigError: the file is missing or wrong, or contradicts ``architecture``; names all its problems.
     """
     path = root / PREPROCESSOR_FILE
+    if not path.exists() and is_timm(values := read_json(root / CONFIG_FILE, remedy="")):
+        return read_timm(values, root / CONFIG_FILE).preprocessing(None, architecture.patch_size)
     remedy = "copy it from the model's release; its mean, std and size cannot be guessed"
     return check(PreprocessorFile, read_json(path, remedy=remedy), path=path, context=architecture).preprocessing()
 
@@ -359,7 +364,7 @@ def read_json(path: Path, *, remedy: str) -> dict[str, Any]:
     """The object in a JSON file.
 
     Raises:
-        ConfigError: there is none; ``remedy`` says what to do if the file is missing.
+        ConfigError: the file is missing (then with ``remedy``), is another thing, or holds another value.
     """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
@@ -368,7 +373,9 @@ def read_json(path: Path, *, remedy: str) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from error
     except (json.JSONDecodeError, RecursionError) as error:
-        raise ConfigError(f"{path} is not valid JSON: {error}") from error
+        found = file_type(path)
+        what = f"; it is {found}" if found.substitute else ""
+        raise ConfigError(f"{path} is not valid JSON: {error}{what}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold a JSON object; got a {type(values).__name__}")
     return values

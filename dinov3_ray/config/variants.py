@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 from dinov3_ray.config.architecture import Architecture, ConvNextArchitecture, ViTArchitecture, heads_for
 from dinov3_ray.config.preprocessing import Preprocessing
 from dinov3_ray.errors import ConfigError
 
-__all__ = ["IMAGENET", "SAT493M", "STATISTICS", "VARIANTS", "find_variant", "preprocessing_for", "variant_of"]
+__all__ = [
+    "IMAGENET",
+    "OFFICIAL_HASHES",
+    "SAT493M",
+    "STATISTICS",
+    "VARIANTS",
+    "find_variant",
+    "preprocessing_for",
+    "variant_of",
+]
 
 
 def _vit(hidden_size: int, layers: int, inner: int, *, swiglu: bool = False, qkv_bias: bool = True) -> ViTArchitecture:
@@ -81,8 +91,17 @@ def _plain(name: str) -> str:
 
 
 def variant_of(architecture: Architecture) -> str | None:
-    """The name of the variant with this architecture; None if there is none."""
-    return next((name for name, known in VARIANTS.items() if known == architecture), None)
+    """The name of the variant with this architecture; None if there is none.
+
+    Biases of query, key and value do not count: timm leaves out those that are zero.
+    """
+    return next((name for name, known in VARIANTS.items() if _biased(known) == _biased(architecture)), None)
+
+
+def _biased(architecture: Architecture) -> Architecture:
+    if isinstance(architecture, ConvNextArchitecture):
+        return architecture
+    return replace(architecture, query_bias=True, key_bias=True, value_bias=True)
 
 
 Statistics = tuple[tuple[float, float, float], tuple[float, float, float]]
@@ -96,6 +115,25 @@ SAT493M: Statistics = ((0.430, 0.411, 0.296), (0.213, 0.156, 0.143))
 
 STATISTICS: dict[str, Statistics] = {"lvd1689m": IMAGENET, "sat493m": SAT493M}
 """By the name of the training set, as checkpoint files are named."""
+
+OFFICIAL_HASHES = {
+    "08c60483": "lvd1689m",  # ViT-S
+    "4057cbaa": "lvd1689m",  # ViT-S+
+    "73cec8be": "lvd1689m",  # ViT-B
+    "8aa4cbdd": "lvd1689m",  # ViT-L
+    "eadcf0ff": "sat493m",  # ViT-L
+    "7c1da9a5": "lvd1689m",  # ViT-H+
+    "a955f4ea": "lvd1689m",  # ViT-7B
+    "a6675841": "sat493m",  # ViT-7B
+    "21b726bb": "lvd1689m",  # ConvNeXt tiny
+    "296db49d": "lvd1689m",  # ConvNeXt small
+    "801f2ba9": "lvd1689m",  # ConvNeXt base
+    "61fa432d": "lvd1689m",  # ConvNeXt large
+}
+"""The training set of Meta's files, by the first digits of their SHA-256, which end their names.
+
+Source: facebookresearch/dinov3, hub/backbones.py.
+"""
 
 
 def preprocessing_for(statistics: Statistics, image_size: int | tuple[int, int], patch_size: int) -> Preprocessing:

@@ -10,16 +10,25 @@ from __future__ import annotations
 import json
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from dinov3_ray.config.directory import INDEX_FILE, SINGLE_FILE, convert_command, convert_hint, missing_target
+from dinov3_ray.config.filetype import file_type
+from dinov3_ray.config.layouts import MASK_TOKEN, layout_of, translate
 from dinov3_ray.errors import CheckpointError
 
-__all__ = ["INDEX_FILE", "SINGLE_FILE", "StoredTensor", "WeightFiles", "canonical_name", "read_weight_map"]
+__all__ = [
+    "INDEX_FILE",
+    "SINGLE_FILE",
+    "StoredTensor",
+    "WeightFiles",
+    "canonical_name",
+    "read_stored",
+    "read_weight_map",
+]
 
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
 _ITEM_BYTES = {"F32": 4, "BF16": 2, "F16": 2}
 """The dtypes that a checkpoint may hold, by their names in a safetensors header."""
 
@@ -73,6 +82,14 @@ class StoredTensor:
             raise CheckpointError(f"{self.file} cannot be read: {error}") from error
 
 
+class _ZeroTensor(StoredTensor):
+    """A tensor that its file leaves out, and that is zero."""
+
+    def read_into(self, buffer: memoryview, offset: int = 0) -> None:
+        del offset
+        buffer[:] = bytes(len(buffer))
+
+
 @dataclass(frozen=True, slots=True)
 class WeightFiles:
     """The weights of one directory: its files and their tensors by canonical name, sorted."""
@@ -93,6 +110,8 @@ class WeightFiles:
     def find(cls, root: Path) -> WeightFiles:
         """Find the weights in ``root`` (one file, or an index and its shards, as transformers looks for them).
 
+        Tensors in timm's layout come under transformers' names, each with its own byte range.
+
         Raises:
             CheckpointError: nothing there, a shard missing, a file truncated or damaged, or the index and its shards
                 disagreeing. Files are compared with their headers to the byte, so that a truncated one is found here.
@@ -102,15 +121,19 @@ class WeightFiles:
             return cls._of_files((single,))
         if index.is_file():
             return cls._of_index(index)
-        other = [path.name for path in sorted(root.glob("*")) if path.suffix in {".bin", ".pth", ".pt", ".safetensors"}]
-        hint = f" (it has {', '.join(other)}; see `dinov3-ray checkpoint convert`)" if other else ""
-        raise CheckpointError(f"{root} must hold {SINGLE_FILE} or {INDEX_FILE}; found neither{hint}")
+        for path in (single, index):
+            if lost := missing_target(path):
+                raise CheckpointError(f"{path} {lost}")
+        hint = convert_hint(root)
+        raise CheckpointError(f"{root} must hold {SINGLE_FILE} or {INDEX_FILE}; found neither{hint and f' ({hint})'}")
 
     @classmethod
     def _of_index(cls, index: Path) -> WeightFiles:
         weight_map = read_weight_map(index)
         paths = tuple(index.parent / name for name in sorted(set(weight_map.values())))
         missing = [path.name for path in paths if not path.is_file()]
+        for lost in (f"{path} {missing_target(path)}" for path in paths if missing_target(path)):
+            raise CheckpointError(lost)
         if missing:
             raise CheckpointError(f"{index} names {len(paths)} shards; missing: {', '.join(missing)}")
         weights = cls._of_files(paths)
@@ -128,14 +151,32 @@ class WeightFiles:
     def _of_files(cls, paths: tuple[Path, ...]) -> WeightFiles:
         tensors: dict[str, StoredTensor] = {}
         for path in paths:
-            for tensor in _read_header(path):
+            for tensor in read_stored(path):
                 other = tensors.setdefault(tensor.name, tensor)
                 if other is not tensor:
                     raise CheckpointError(
                         f"tensor {tensor.name} must be stored once; found as {other.key} in {other.file.name} "
                         f"and as {tensor.key} in {path.name}"
                     )
+        if layout_of(tensors) == "timm":
+            tensors = _translated(tensors, str(paths[0].parent))
         return cls(paths, dict(sorted(tensors.items())))
+
+
+def _translated(tensors: dict[str, StoredTensor], where: str) -> dict[str, StoredTensor]:
+    found = translate({name: tensor.shape for name, tensor in tensors.items()}, where)
+    result: dict[str, StoredTensor] = {}
+    for name, part in found.parts.items():
+        whole = tensors[part.key]
+        third = whole.nbytes // 3 if part.third is not None else whole.nbytes
+        start = whole.start + third * (part.third or 0)
+        result[name] = replace(whole, name=name, shape=part.shape, start=start, stop=start + third)
+    if found.mask_token is not None:
+        like = result["embeddings.cls_token"]
+        result[MASK_TOKEN] = _ZeroTensor(
+            MASK_TOKEN, MASK_TOKEN, like.file, like.dtype, found.mask_token, 0, like.nbytes
+        )
+    return result
 
 
 def read_weight_map(index: Path) -> dict[str, str]:
@@ -147,6 +188,8 @@ def read_weight_map(index: Path) -> dict[str, str]:
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        if index.is_file() and (found := file_type(index)).substitute:
+            raise CheckpointError(f"{index} must be a JSON object with a weight_map, but is {found}") from error
         raise CheckpointError(f"{index} must be a JSON object with a weight_map; got {error!r}") from error
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index}: weight_map must map tensor names to files; got {weight_map!r}")
@@ -157,15 +200,21 @@ def read_weight_map(index: Path) -> dict[str, str]:
     return weight_map
 
 
-def _read_header(path: Path) -> list[StoredTensor]:
+def read_stored(path: Path) -> list[StoredTensor]:
+    """The tensors that the header of a safetensors file lists, in the order of their bytes, under their own names.
+
+    Raises:
+        CheckpointError: the file is truncated or damaged, or is another thing, which the message says.
+    """
     try:
         size = path.stat().st_size
         with path.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
             if size < 8 or length > min(_MAX_HEADER, size - 8):
+                _refuse_other(path)
                 raise CheckpointError(
                     f"{path} is truncated or not a safetensors file: it has {size:,} bytes, "
-                    f"its first eight promise a header of {length:,}"
+                    f"its first eight promise a header of {length:,}; download it again"
                 )
             header = json.loads(stream.read(length))
     except OSError as error:
@@ -173,6 +222,8 @@ def _read_header(path: Path) -> list[StoredTensor]:
     except (ValueError, RecursionError) as error:
         if isinstance(error, CheckpointError):
             raise
+        if (found := file_type(path)).substitute:
+            raise CheckpointError(f"{path} is not a safetensors file, but {found}") from error
         raise CheckpointError(f"{path} has a damaged safetensors header: {error}") from error
     if not isinstance(header, dict):
         raise CheckpointError(f"{path} has a damaged safetensors header: it holds no object")
@@ -186,8 +237,17 @@ def _read_header(path: Path) -> list[StoredTensor]:
         end = tensor.stop
     if end != size:
         what = "truncated" if size < end else "longer than its header says"
-        raise CheckpointError(f"{path} is {what}: expected {end:,} bytes, found {size:,}")
+        raise CheckpointError(f"{path} is {what}: expected {end:,} bytes, found {size:,}; download it again")
     return tensors
+
+
+def _refuse_other(path: Path) -> None:
+    """Refuse a file that is not one of safetensors at all, by saying what it is."""
+    found = file_type(path)
+    if found.format == "torch":
+        raise CheckpointError(f"{path} is not a safetensors file, but {found.what}: {convert_command(path)}")
+    if found.format is None:
+        raise CheckpointError(f"{path} is not a safetensors file, but {found}")
 
 
 def _stored(path: Path, key: str, entry: Any, data_start: int) -> StoredTensor:

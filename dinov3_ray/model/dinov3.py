@@ -279,6 +279,11 @@ class FrozenTeacher(TeacherMixin[Images | ImageBatch]):
         return self.config.preprocessing
 
     @property
+    def license(self) -> str:
+        """What the model directory says of its weights' licence, in words."""
+        return self.config.license
+
+    @property
     def preprocess_seconds(self) -> float:
         """Duration of the last batch's preprocessing, upload included; 0 while a GPU has not finished it."""
         return self.preprocess_watch.seconds

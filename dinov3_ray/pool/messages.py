@@ -141,6 +141,7 @@ class TeacherInfo:
     device: str = "cpu"
     golden_cosine: float | None = None
     preprocessing: Preprocessing | None = None
+    license: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -51,7 +51,7 @@ def test_a_row_takes_what_is_forecast(shape: tuple[int, ...], dtype: type) -> No
 def test_a_run_is_the_same_with_another_batch_size_and_not_with_another_block_size(tmp_path: Path) -> None:
     plan = {"fingerprint": "f", "batch_size": 32, "block_size": 64, "versions": {"torch": "2.6"}}
     folder = Folder.at(tmp_path)
-    check_same_run(folder, plan, {**plan, "batch_size": 8, "versions": {"torch": "2.13"}})
+    check_same_run(folder, plan, {**plan, "batch_size": 8, "versions": {"torch": "2.13"}, "license": "known"})
     with pytest.raises(StoreError, match=r"with this one: block_size is 8, there it is 64\. Repeat"):
         check_same_run(folder, plan, {**plan, "block_size": 8, "batch_size": 8})
     with pytest.raises(StoreError, match=r"source.path is 'b', there it is 'a'.*--source-moved goes on with them"):

@@ -249,7 +249,7 @@ class TestDamage:
 
     def test_no_weights(self, root: Path) -> None:
         (root / "model.safetensors").rename(root / "weights.pth")
-        self.refused(root, r"must hold model\.safetensors or .*found neither \(it has weights\.pth; see `dinov3-ray")
+        self.refused(root, r"must hold model\.safetensors or .*found neither \(it has weights\.pth: `dinov3-ray")
 
     @pytest.mark.parametrize("size", [0, 5, 1000, 100_000])
     def test_truncated(self, root: Path, size: int) -> None:

@@ -26,8 +26,9 @@ __all__ = [
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
-DESCRIPTION_FILES = ("config.json", "preprocessor_config.json", "processor_config.json")
-"""What describes a model, where a repository has it; all that is downloaded before the weights are needed."""
+DESCRIPTION_FILES = ("config.json", "preprocessor_config.json", "processor_config.json", "README.md")
+"""What describes a model and its licence, where a repository has it. Before the weights are needed, no more is
+downloaded."""
 
 
 def id_of_folder(path: Path) -> str | None:

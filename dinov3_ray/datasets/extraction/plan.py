@@ -39,7 +39,7 @@ _BLOCK_BYTES = 2**25
 _BLOCK_ROWS = 512
 # May differ between the runs that fill a store; all else must be the same. These say how it was made, and not what is
 # in it. Another batch size gives the same features but for their last bits, and so each part says its own.
-_MAY_DIFFER = {"batch_size", "origin", "versions"}
+_MAY_DIFFER = {"batch_size", "license", "origin", "versions"}
 
 
 @dataclass(frozen=True, slots=True)

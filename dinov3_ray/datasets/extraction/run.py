@@ -169,6 +169,7 @@ class Run:
             "result_dtype": found.result_dtype,
             "outputs": outputs,
             "preprocessing": found.preprocessing,
+            "license": found.license,
             "decoding": self.decoder.describe(),
             "source": self.blocks.describe(),
             "batch_size": batch_size,

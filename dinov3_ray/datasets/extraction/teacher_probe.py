@@ -38,6 +38,7 @@ class Probe:
         made_by: the fingerprint of its results; it differs if the teacher wraps another one.
         computed_in: its precision, such as float32 or float8; None if it is unknown.
         preprocessing: its rule, as JSON values; None of a teacher without one.
+        license: of its weights, in words; None of a teacher that says nothing.
         mixes_sizes: whether it brings images of different sizes to one, so that they can share a batch.
         min_side: pixels of the smallest side of an image that it takes.
         result_dtype: torch's name of the dtype in which stored results come back.
@@ -49,6 +50,7 @@ class Probe:
     made_by: str | None
     computed_in: str | None
     preprocessing: dict[str, Any] | None
+    license: str | None
     mixes_sizes: bool
     min_side: int
     result_dtype: str
@@ -117,6 +119,7 @@ def _probe(teacher: TeacherChoice, spec: FeatureSpec, image: np.ndarray | None) 
         computed_in=computed_in(opened),
         # By way of JSON, so that what is compared with a former run's is of the same types.
         preprocessing=None if rule is None else json.loads(json.dumps(rule.described())),
+        license=opened.info.license,
         mixes_sizes=rule is not None and rule.has_fixed_size,
         min_side=opened.patch_size,
         result_dtype=result_dtype,

@@ -89,6 +89,7 @@ def test_exact_rows_and_errors(undisturbed: FeatureStore, images: Path) -> None:
     manifest = undisturbed.manifest
     assert (manifest["rows"], manifest["errors"]) == (GOOD + 6, BROKEN)
     assert sum(manifest["errors_by_kind"].values()) == BROKEN
+    assert "DINOv3 License" in manifest["license"]
 
 
 def test_features_equal_the_local_teachers_image_by_image(

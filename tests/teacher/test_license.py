@@ -1,0 +1,64 @@
+"""The licence of a model's weights: what its directory states, and where it is shown."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from commandline import run_command as run
+
+from dinov3_ray import DinoV3Config, DinoV3Teacher, TeacherPool
+from dinov3_ray.checkpoint import init_checkpoint
+from dinov3_ray.config.license import license_text, stated_license
+
+CARD = """---
+license: other
+license_name: dinov3-license
+license_link: https://ai.meta.com/resources/models-and-libraries/dinov3-license
+tags:
+- dinov3
+---
+
+# Model card
+license: mit
+"""
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    return init_checkpoint("vit-test", tmp_path / "model")
+
+
+def test_a_card_states_it(root: Path) -> None:
+    (root / "README.md").write_text(CARD)
+    assert stated_license(root) == "dinov3-license"
+    assert license_text(root).startswith("dinov3-license: DINOv3 License (https://ai.meta.com/")
+    (root / "README.md").write_text(CARD.replace("license_name: dinov3-license\n", ""))
+    assert license_text(root) == "other"
+    (root / "README.md").write_text('---\r\nlicense: "apache-2.0"\r\n---\r\n')
+    assert license_text(root) == "apache-2.0"
+
+
+@pytest.mark.parametrize("card", ["", "license: mit", "---\nlanguage: en\n---\nlicense: mit\n", b"\xff\xfe"])
+def test_what_is_not_stated_is_not_claimed(root: Path, card: str | bytes) -> None:
+    (root / "README.md").write_bytes(card if isinstance(card, bytes) else card.encode())
+    assert stated_license(root) is None
+    assert license_text(root).startswith("not stated in the model directory; weights that Meta released as DINOv3 are")
+
+
+def test_config_json_goes_first(root: Path) -> None:
+    (root / "README.md").write_text(CARD)
+    values = json.loads((root / "config.json").read_text())
+    (root / "config.json").write_text(json.dumps({**values, "license": "mine"}))
+    assert license_text(root) == "mine"
+    assert "mine" in run("checkpoint", "info", root).output
+
+
+def test_teacher_and_pool_say_it(root: Path) -> None:
+    (root / "README.md").write_text(CARD)
+    config = DinoV3Config(root, image_size=32)
+    said = DinoV3Teacher(config, "cpu").license
+    assert "DINOv3 License" in said
+    with TeacherPool.start(config, name="licensed", replicas=1, local_mode=True) as pool:
+        assert pool.teacher().info.license == said
