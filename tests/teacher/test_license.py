@@ -33,25 +33,25 @@ def root(tmp_path: Path) -> Path:
 def test_a_card_states_it(root: Path) -> None:
     (root / "README.md").write_text(CARD)
     assert stated_license(root) == "dinov3-license"
-    assert license_text(root).startswith("dinov3-license: DINOv3 License (https://ai.meta.com/")
+    assert license_text(root, dinov3=True).startswith("dinov3-license: DINOv3 License (https://ai.meta.com/")
     (root / "README.md").write_text(CARD.replace("license_name: dinov3-license\n", ""))
-    assert license_text(root) == "other"
+    assert license_text(root, dinov3=True) == "other"
     (root / "README.md").write_text('---\r\nlicense: "apache-2.0"\r\n---\r\n')
-    assert license_text(root) == "apache-2.0"
+    assert license_text(root, dinov3=True) == "apache-2.0"
 
 
 @pytest.mark.parametrize("card", ["", "license: mit", "---\nlanguage: en\n---\nlicense: mit\n", b"\xff\xfe"])
 def test_what_is_not_stated_is_not_claimed(root: Path, card: str | bytes) -> None:
     (root / "README.md").write_bytes(card if isinstance(card, bytes) else card.encode())
     assert stated_license(root) is None
-    assert license_text(root).startswith("not stated in the model directory; weights that Meta released as DINOv3 are")
+    assert license_text(root, dinov3=True).startswith("not stated in the model directory; weights that Meta released as DINOv3 are")
 
 
 def test_config_json_goes_first(root: Path) -> None:
     (root / "README.md").write_text(CARD)
     values = json.loads((root / "config.json").read_text())
     (root / "config.json").write_text(json.dumps({**values, "license": "mine"}))
-    assert license_text(root) == "mine"
+    assert license_text(root, dinov3=True) == "mine"
     assert "mine" in run("checkpoint", "info", root).output
 
 
