@@ -134,6 +134,12 @@ def test_a_value_that_float16_cannot_hold_is_an_error() -> None:
         encode_columns(features, FeatureSpec(cls=True, dtype="float16"))
 
 
+def test_an_output_without_values_is_refused() -> None:
+    features = Features(registers=torch.zeros(2, 0, 8))
+    with pytest.raises(SpecError, match=r"must have values; registers is \[2, 0, 8\]: leave it out"):
+        encode_columns(features, FeatureSpec(registers=True))
+
+
 def test_what_is_stored_is_not_narrowed_to_infinity(tmp_path: Path) -> None:
     class Large(FakeTeacher):
         def extract(self, images: Images, spec: FeatureSpec) -> Features:

@@ -25,7 +25,7 @@ import numpy as np
 import pyarrow as pa
 
 from dinov3_ray.datasets.store.pages import write_mappable
-from dinov3_ray.errors import NumericsError, StoreError
+from dinov3_ray.errors import NumericsError, SpecError, StoreError
 from dinov3_ray.feature_spec import FeatureSpec
 
 if TYPE_CHECKING:
@@ -117,6 +117,7 @@ def encode_columns(features: Features, spec: FeatureSpec) -> tuple[dict[str, np.
     The arrays keep the features' memory order.
 
     Raises:
+        SpecError: an output has no values, such as the registers of a model without them.
         NumericsError: float16 cannot hold a value.
     """
     import torch  # here and below, since a run is planned, and a store listed, without it
@@ -126,6 +127,8 @@ def encode_columns(features: Features, spec: FeatureSpec) -> tuple[dict[str, np.
     columns: dict[str, np.ndarray] = {}
     result_dtype = "float32"
     for output, tensor in features.named():
+        if not tensor.shape[1:].numel():  # which Parquet's writer may take for a division by zero
+            raise SpecError(f"outputs to be stored must have values; {output} is {list(tensor.shape)}: leave it out")
         encoded = encode(tensor, spec.dtype, channel_dim=channel_dim(output))
         values = encoded.values.float() if encoded.values.dtype == torch.bfloat16 else encoded.values
         if values.dtype == torch.float16 and not torch.isfinite(values).all() and torch.isfinite(tensor).all():
