@@ -261,8 +261,9 @@ class TeacherPool:
         """
         self._require_open()
         source = check_teacher(teacher)
-        if isinstance(source, ModelConfig):
-            verify(source)  # a damaged file shows here, and not in replica after replica
+        if isinstance(source, ModelConfig) and source.hub_id is None:
+            # A damaged file shows here, and not in replica after replica. Weights of the hub need not be here at all.
+            verify(source)
         generation = self._control.reload(source)
         if wait:
             self.wait_ready(timeout, generation=generation, on_status=on_status)

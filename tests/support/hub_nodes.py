@@ -48,23 +48,24 @@ def look(folder: Path) -> dict[str, Any]:
         with TeacherPool.start(config, name="hub", replicas=2, **OPTIONS) as pool:
             seen["commit"], seen["origin"] = config.revision, pool.status().origin
             seen["served"] = [replica.fingerprint for replica in pool.status().replicas]
+            pool.reload(config)
             seen["nodes"] = len({replica.node_id for replica in pool.status().replicas})
             seen["held"] = {name: held(folder, name) for name in ("a", "b", "driver")}
 
             moved = DinoV3Config(TINY)
             hub.accounts["hf_let_in"].clear()
-            seen["doctor"] = check_model_on_nodes(moved, 60).message
+            seen["doctor"] = check_model_on_nodes(moved, 120).message
             try:
                 TeacherPool.start(moved, name="refused", replicas=1, **OPTIONS)
             except ReplicaError as error:
                 seen["refused"] = str(error)
 
             hub.close()
-            seen["doctor, later"] = check_model_on_nodes(config, 60).message
+            seen["doctor, later"] = check_model_on_nodes(config, 120).message
             replica = pool.status().replicas[0]
             assert replica.pid is not None
             os.kill(replica.pid, signal.SIGKILL)
-            until(lambda: pool.status().restarts == 1 and pool.status().ready == 2, "the replica is back")
+            until(lambda: pool.status().restarts == 1 and pool.status().ready == 2, "the replica is back", 200)
             seen["served, later"] = [replica.fingerprint for replica in pool.status().replicas]
         write_pictures(folder / "images", 3)
         manifest = extract(folder / "images", folder / "out", config, progress=False).manifest

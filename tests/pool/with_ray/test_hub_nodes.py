@@ -12,10 +12,11 @@ from paths import SUPPORT
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_each_node_finds_the_commit_of_the_configuration() -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_A", "HF_"))}
     script = [sys.executable, str(SUPPORT / "hub_nodes.py")]
-    ran = subprocess.run(script, env=environment, capture_output=True, text=True, timeout=280, check=False)
+    ran = subprocess.run(script, env=environment, capture_output=True, text=True, timeout=580, check=False)
     assert ran.returncode == 0, ran.stderr[-4000:]
     seen = json.loads(ran.stdout.splitlines()[-1])
     commit, made = seen["commit"], seen["fingerprint"]
