@@ -68,9 +68,10 @@ def compile_blocks(
     logger.warning(
         "compile='auto' leaves the model on %s as it is, which is slower, since torch.compile fails there: %s. Install "
         "what is missing: Triton, which comes with torch for CUDA, and a C compiler such as gcc. "
-        "compile=False does not try.",
+        "%s(compile=False) does not try.",
         device,
         reason,
+        type(config).__name__,
     )
 
 
