@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from hub_server import Fault, HubServer, Repository, serving_hub, use_hub
+from paths import SUPPORT
 from transformers_models import KINDS, write_transformers
 from waiting import until
 
@@ -24,10 +25,10 @@ from dinov3_ray.config import DinoV3Config, TransformersConfig
 from dinov3_ray.config.hub import arrived_bytes, carrying_access, downloads, repository, resolve
 from dinov3_ray.config.weights import WeightFiles
 from dinov3_ray.errors import CheckpointError, ConfigError
-from dinov3_ray.model import TransformersTeacher
+from dinov3_ray.model import DinoV3Teacher, TransformersTeacher
 
 TINY = "facebook/dinov3-tiny"
-NOT_FOR_US = {"pytorch_model.bin": b"a duplicate", "flax_model.msgpack": b"another", "README.md": b"# a model"}
+NOT_FOR_US = {"pytorch_model.bin": b"a duplicate", "flax_model.msgpack": b"another", "LICENSE.md": b"a text"}
 
 
 @pytest.fixture
@@ -97,6 +98,20 @@ def test_a_model_in_shards(home: Path, server: HubServer, tmp_path: Path, monkey
         verify(DinoV3Config(TINY))
     monkeypatch.delenv("HF_HUB_OFFLINE")
     assert verify(DinoV3Config(TINY)).files == weights.files
+
+
+def test_a_model_of_timm(home: Path, server: HubServer) -> None:
+    (folder, *_) = sorted((SUPPORT / "timm_models").glob("vit_*"))
+    server.add("timm/small", folder)
+    config, local = DinoV3Config("timm/small"), DinoV3Config(folder)
+    assert (config.architecture, config.preprocessing) == (local.architecture, local.preprocessing)
+    assert fingerprint(config) == fingerprint(local)
+
+
+def test_the_licence_on_the_card(home: Path, server: HubServer, tiny_checkpoint: Path) -> None:
+    card = b"---\nlicense: other\nlicense_name: dinov3-license\n---\n# a model"
+    server.add(TINY, {**{path.name: path for path in tiny_checkpoint.iterdir()}, "README.md": card})
+    assert DinoV3Teacher(DinoV3Config(TINY)).license.startswith("dinov3-license: DINOv3 License")
 
 
 def test_config_json_that_lacks_keys_is_completed_by_the_weights_of_the_hub(

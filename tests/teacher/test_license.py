@@ -44,7 +44,9 @@ def test_a_card_states_it(root: Path) -> None:
 def test_what_is_not_stated_is_not_claimed(root: Path, card: str | bytes) -> None:
     (root / "README.md").write_bytes(card if isinstance(card, bytes) else card.encode())
     assert stated_license(root) is None
-    assert license_text(root, dinov3=True).startswith("not stated in the model directory; weights that Meta released as DINOv3 are")
+    assert license_text(root, dinov3=True).startswith(
+        "not stated in the model directory; weights that Meta released as DINOv3 are"
+    )
 
 
 def test_config_json_goes_first(root: Path) -> None:
