@@ -113,8 +113,12 @@ class BatchingMachine(RuleBasedStateMachine):
                 and o.header.rows <= one.header.rows
             ]
             assert all(o in batch for o in before) or one is batch[0]
-        if not batch[0].header.urgent:
-            self.count_turn({one.header.client_id for one in batch if not one.header.urgent})
+        served = {one.header.client_id for one in batch if not one.header.urgent}
+        if batch[0].header.urgent:
+            # It is nobody's turn, but who goes with it has had one.
+            self.passed_over.subtract({client: self.passed_over[client] for client in served})
+        else:
+            self.count_turn(served)
         self.waiting = [one for one in self.waiting if one not in batch]
 
     def first_of(self, client: str) -> QueuedRequest:
