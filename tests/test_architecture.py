@@ -52,11 +52,12 @@ FLOORS = {
         ["rollout"],
     ],
     "datasets": [
-        ["cache_db", "formats", "folder"],
+        ["cache_db", "formats", "folder", "meter"],
         ["decode"],
         ["cache", "sources"],
         ["store"],
         ["extraction", "stored"],
+        ["exports"],
     ],
 }
 

@@ -73,6 +73,7 @@ COMMANDS = {
     "checkpoint": Lazy("dinov3_ray.cli.checkpoint:checkpoint", "Make, convert, check and describe checkpoints."),
     "demo": Lazy("dinov3_ray.cli.demo:demo", "Train a small student with a pool of teachers, in about a minute."),
     "doctor": Lazy("dinov3_ray.cli.doctor:doctor", "Check this machine and a cluster before a pool uses them."),
+    "export": Lazy("dinov3_ray.cli.datasets:export_command", "Copy features to Lance, WebDataset or NumPy files."),
     "extract": Lazy("dinov3_ray.cli.datasets:extract_command", "Extract the features of a whole data set."),
     "show": Lazy("dinov3_ray.cli.datasets:show_command", "Draw a feature map."),
     "up": Lazy("dinov3_ray.cli.up:up", "Start a pool in a running Ray, and leave it running."),

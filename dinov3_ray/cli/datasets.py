@@ -1,4 +1,4 @@
-"""The commands ``dinov3-ray extract`` and ``dinov3-ray show``.
+"""The commands ``dinov3-ray extract``, ``dinov3-ray export`` and ``dinov3-ray show``.
 
 What they compute with is imported when they run, so that the help, and a usage that is wrong, are answered at once.
 """
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from dinov3_ray.features import Features
     from dinov3_ray.pool.client.remote import RemoteTeacher
 
-__all__ = ["extract_command", "show_command"]
+__all__ = ["export_command", "extract_command", "show_command"]
 
 
 @click.command("extract")
@@ -195,6 +195,62 @@ def _client(pool: str, namespace: str) -> RemoteTeacher:
     from dinov3_ray.pool.client.remote import RemoteTeacher  # which imports torch
 
     return RemoteTeacher(pool, namespace=namespace)
+
+
+@click.command("export")
+@click.argument("out")
+@click.argument("dest", required=False)
+@click.option("--to", required=True, type=click.Choice(["lance", "webdataset", "npy"]), help="The format to write.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "float16", "int8"]),
+    help="The dtype to write; int8 with its scales. [default: the store's, but int8 in its result dtype]",
+)
+@click.option(
+    "--shard-size",
+    type=click.IntRange(1),
+    help="Images per shard of webdataset, or fragment of Lance. [default: as many as take about 256 MB]",
+)
+@click.option("--force", is_flag=True, help="Start even if the result does not fit the disk.")
+@click.option("--quiet", is_flag=True, help="Show no progress bar.")
+def export_command(
+    out: str, dest: str | None, to: Any, dtype: Any, shard_size: int | None, force: bool, quiet: bool
+) -> None:
+    """Copy the store OUT to DEST, in a format of other tools; the same command resumes it.
+
+    DEST is a local folder, by default OUT with the format as its suffix. It gets this name when all is there; until
+    then it is DEST.partial.
+    """
+    from rich.console import Console
+
+    from dinov3_ray.datasets.exports.export import export
+    from dinov3_ray.datasets.extraction.plan import Forecast
+    from dinov3_ray.datasets.folder import ERRORS
+
+    console = Console(stderr=True)
+
+    def announce(forecast: Forecast) -> None:
+        console.print(str(forecast), highlight=False)
+
+    try:
+        done = export(
+            out,
+            to,
+            dest,
+            dtype=dtype,
+            shard_size=shard_size,
+            progress=False if quiet else None,
+            check_space=not force,
+            on_forecast=announce,
+        )
+    except KeyboardInterrupt:
+        click.echo(
+            "interrupted: what is whole stays in DEST.partial, and the same command continues from there", err=True
+        )
+        raise
+    click.echo(f"{done.path}: {done.manifest['rows']:,} rows")
+    if errors := done.manifest["store"]["errors"]:
+        click.echo(f"  {errors:,} images could not be read, and have no row: see {done.path / ERRORS}")
 
 
 @click.command("show")

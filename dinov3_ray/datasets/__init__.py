@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from dinov3_ray.datasets.cache import CachedTeacher
+    from dinov3_ray.datasets.exports.export import export
     from dinov3_ray.datasets.extraction.extract import extract
     from dinov3_ray.datasets.extraction.resources import Resources
     from dinov3_ray.datasets.sources.open import SourceOptions
@@ -22,6 +23,7 @@ __all__ = [
     "SourceOptions",
     "StoredTeacher",
     "TargetDataset",
+    "export",
     "extract",
 ]
 
@@ -35,6 +37,7 @@ _HOMES = {
     "SourceOptions": "dinov3_ray.datasets.sources.open",
     "StoredTeacher": "dinov3_ray.datasets.stored",
     "TargetDataset": "dinov3_ray.datasets.stored",
+    "export": "dinov3_ray.datasets.exports.export",
     "extract": "dinov3_ray.datasets.extraction.extract",
 }
 

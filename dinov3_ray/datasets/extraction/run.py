@@ -12,11 +12,12 @@ from dinov3_ray.datasets.decode import Decoder
 from dinov3_ray.datasets.extraction import plan as plans
 from dinov3_ray.datasets.extraction.attempts import Attempts
 from dinov3_ray.datasets.extraction.blocks import Blocks
-from dinov3_ray.datasets.extraction.progress import Meter, metering, watching
+from dinov3_ray.datasets.extraction.progress import watching
 from dinov3_ray.datasets.extraction.resources import Allocation
 from dinov3_ray.datasets.extraction.teacher_probe import Probe, first_image, probe_teacher
 from dinov3_ray.datasets.extraction.worker import BlockWorker, ExtractionJob, TeacherChoice
 from dinov3_ray.datasets.folder import ERRORS, LEDGER, MANIFEST, PARTS, PLAN, Folder
+from dinov3_ray.datasets.meter import Meter, metering
 from dinov3_ray.datasets.sources.ray_dataset import actor_strategy, execution
 from dinov3_ray.datasets.store.schema import FORMAT, spec_to_json
 from dinov3_ray.datasets.store.writer import count_batch_sizes
@@ -203,7 +204,7 @@ class Run:
         computed = errors = 0
         total = forecast.images
         done = 0 if total is None or forecast.remaining is None else total - forecast.remaining
-        with metering(progress, total, done) as meter:
+        with metering(progress, total, done, start="starting the teacher", doing="extracting") as meter:
             for result in self._results(job):
                 self.blocks.note(result)
                 if result["computed"]:

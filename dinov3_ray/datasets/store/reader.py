@@ -149,6 +149,11 @@ class FeatureStore:
         part, row = self._parts[self._part[place]], int(self._row[place])
         return {name: part.rows(name, row, row + 1)[0] for name in part.columns}
 
+    def columns(self, id_: str) -> Mapping[str, Column]:
+        """The NumPy dtype and shape of what is stored of one image, by name; reads none of it."""
+        columns: Mapping[str, Column] = self._parts[self._part[self.place(id_)]].columns
+        return columns
+
     def iter_batches(self, batch_size: int, *, drop_last: bool = False) -> Iterator[tuple[tuple[str, ...], Features]]:
         """All rows in order, as (ids, Features) of up to ``batch_size``.
 

@@ -8,15 +8,15 @@ from types import SimpleNamespace
 
 import pytest
 
-from dinov3_ray.datasets.extraction import progress
+from dinov3_ray.datasets import meter as meters
 
 
 def test_the_bar_tells_rates_and_time_left_from_blocks_however_far_apart(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     now = 1000.0
-    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: now))
-    with progress.metering(True, total=1000, done=200) as meter:
+    monkeypatch.setattr(meters, "time", SimpleNamespace(monotonic=lambda: now))
+    with meters.metering(True, total=1000, done=200, start="starting", doing="extracting") as meter:
         assert meter.seconds_left(800) is None
         now += 150  # of which the teacher took 50 to start
         meter.add(100, 50_000_000, 100)
@@ -32,7 +32,7 @@ def test_the_bar_tells_rates_and_time_left_from_blocks_however_far_apart(
 
 def test_no_bar_unless_asked_or_at_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     for show in (False, None):
-        with progress.metering(show, total=None, done=0) as meter:
+        with meters.metering(show, total=None, done=0, start="", doing="") as meter:
             meter.add(3, 5, 0.1)
         assert meter.images == 3
     assert capsys.readouterr().err == ""
@@ -47,7 +47,7 @@ def test_what_ray_data_notes_does_not_stand_amid_the_bar() -> None:
     logger.addHandler(console)
     logger.addHandler(record)
     try:
-        with progress.metering(True, total=1, done=0):
+        with meters.metering(True, total=1, done=0, start="", doing=""):
             logger.getChild("inner").info("finished")
             logger.getChild("inner").warning("too slow")
         logger.info("later")

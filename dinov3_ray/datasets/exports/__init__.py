@@ -1,0 +1,1 @@
+"""Copies of a feature store in the formats of other tools: Lance, WebDataset and NumPy."""
