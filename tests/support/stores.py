@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -125,5 +126,28 @@ def store_of(source: Path, out: Path, spec: FeatureSpec = FeatureSpec(cls=True))
         columns, _ = encode_columns(teacher.extract(pixels, spec), spec)
         writer.add([position], [Row(id_, *pixels.shape[1:], view_digest(pixels))], columns)
     writer.commit()
+    finish(folder, identity)
+    return FeatureStore(out)
+
+
+def fill(out: Path, spec: FeatureSpec, blocks: Sequence[tuple[Sequence[str], Features]]) -> FeatureStore:
+    """A store of one block for each (ids, features in the compute dtype); images are 30 x 40 px."""
+    folder = Folder.at(out)
+    folder.make("parts")
+    folder.make("ledger")
+    identity = {
+        "format": FORMAT,
+        "fingerprint": "random",
+        "spec": spec_to_json(spec),
+        "result_dtype": encode_columns(blocks[0][1], spec)[1],
+        "preprocessing": None,
+        "batch_size": 8,
+    }
+    folder.write_json("plan.json", identity)
+    for number, (names, features) in enumerate(blocks):
+        writer = BlockWriter(folder, f"{number:07}", identity)
+        rows = [Row(name, 30, 40, hashlib.blake2b(name.encode(), digest_size=16).digest()) for name in names]
+        writer.add(range(len(rows)), rows, encode_columns(features, spec)[0])
+        writer.commit()
     finish(folder, identity)
     return FeatureStore(out)

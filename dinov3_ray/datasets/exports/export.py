@@ -34,7 +34,13 @@ _FULL = {errno.ENOSPC, errno.EDQUOT}
 
 
 class ExportWriter(Protocol):
-    """Writes rows to a folder in one format, a shard at a time; made of (folder, rows, shard_size)."""
+    """Writes rows to a folder in one format, a shard at a time; made of (folder, rows, shard_size).
+
+    Attributes:
+        row_overhead: bytes per row, at most, besides its values.
+    """
+
+    row_overhead: int
 
     def describe(self) -> dict[str, Any]:
         """What ``export.json`` says of the format's own."""
@@ -124,16 +130,16 @@ def export(
         "store": {"digest": rows.digest(), **{key: value for key, value in store.manifest.items() if key != "blocks"}},
     }
     written = target.check(former, identity)
-    forecast = Forecast(
-        len(rows), len(rows) - written, row_bytes, len(rows.layouts) == 1, free_bytes(Folder.at(target.partial))
-    )
+    module, _, name = _WRITERS[to].partition(":")
+    make_writer = getattr(import_module(f"{__package__}.{module}"), name)
+    writer: ExportWriter = make_writer(target.partial, rows, shard_size)
+    row_bytes += writer.row_overhead
+    exact = len(rows.layouts) == 1 and not writer.row_overhead
+    forecast = Forecast(len(rows), len(rows) - written, row_bytes, exact, free_bytes(Folder.at(target.partial)))
     if on_forecast is not None:
         on_forecast(forecast)
     if former and target.is_there:
         return Exported(target.path, former)
-    module, _, name = _WRITERS[to].partition(":")
-    make_writer = getattr(import_module(f"{__package__}.{module}"), name)
-    writer: ExportWriter = make_writer(target.partial, rows, shard_size)
     if check_space and not forecast.fits:
         raise StoreError(f"dest must have room for the rows: {forecast} (check_space=False starts all the same)")
     manifest = {**identity, **writer.describe()}

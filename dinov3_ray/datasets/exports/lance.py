@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from dinov3_ray.datasets.exports.rows import StoreRows
+from dinov3_ray.datasets.store.pages import fixed_lists
 from dinov3_ray.datasets.store.schema import METADATA_KEY
 from dinov3_ray.errors import ConfigError, StoreError
 
@@ -23,7 +24,7 @@ _BATCH_BYTES = 2**23
 class LanceWriter:
     """Appends fragments to a dataset with a row per image: ``id``, ``height``, ``width``, and its outputs.
 
-    Outputs are ``arrow.fixed_shape_tensor`` columns. One whose shape differs from row to row is a flat list, beside
+    Outputs are lists of a fixed size, as in the store. One whose shape differs from row to row is a flat list, beside
     which ``<name>_shape`` has the shape.
 
     Raises:
@@ -40,6 +41,7 @@ class LanceWriter:
         self._lance = lance
         self._path = str(folder)
         self._folder = folder
+        self.row_overhead = 0
         self._rows = rows
         names = rows.layouts[0].columns
         self._varying = {name for name in names if len({layout.columns[name] for layout in rows.layouts}) > 1}
@@ -98,7 +100,7 @@ class LanceWriter:
             if name in self._varying:
                 columns |= _as_lists(name, arrays)
             else:
-                columns[name] = pa.FixedShapeTensorArray.from_numpy_ndarray(np.stack(arrays))
+                columns[name] = fixed_lists(np.stack(arrays))
         batch = pa.RecordBatch.from_pydict(columns)
         return batch.replace_schema_metadata({METADATA_KEY: json.dumps(self._identity())})
 

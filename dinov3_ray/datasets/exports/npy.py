@@ -27,6 +27,7 @@ class NpyWriter:
 
     def __init__(self, folder: Path, rows: StoreRows, shard_size: int) -> None:  # noqa: ARG002 - as of other formats
         self._rows = rows
+        self.row_overhead = 0
         several = len(rows.layouts) > 1
         self._parts = [
             (folder / f"part-{number}" if several else folder, layout) for number, layout in enumerate(rows.layouts)

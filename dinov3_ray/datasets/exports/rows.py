@@ -13,7 +13,7 @@ import numpy as np
 
 from dinov3_ray.datasets.store.reader import FeatureStore
 from dinov3_ray.datasets.store.schema import encode_columns
-from dinov3_ray.errors import ConfigError, StoreError
+from dinov3_ray.errors import ConfigError, NumericsError, StoreError
 from dinov3_ray.feature_spec import FeatureSpec
 
 __all__ = ["EXPORT_DTYPES", "ExportDtype", "Layout", "StoreRows"]
@@ -41,7 +41,7 @@ class Layout:
 
 
 class StoreRows:
-    """The rows of ``store``, whose outputs are named ``cls``, ``feature_map``, ``registers``, ``layers_4``, ...
+    """The rows of ``store``, whose outputs have the names of its columns: ``cls``, ``feature_map``, ``layers_4``, ...
 
     Args:
         store: a finished one.
@@ -77,12 +77,15 @@ class StoreRows:
         """
         id_ = self.store.ids[place]
         if self._as_stored:
-            return {_field(name): array for name, array in self.store.arrays(id_).items()}
+            return self.store.arrays(id_)
         features = self.store[id_]
         if self._dtype == "float32":
             features = features.map(lambda _, tensor: tensor.float())
-        columns, _ = encode_columns(features, FeatureSpec(dtype=self._dtype or "native"))
-        return {_field(name): array[0] for name, array in columns.items()}
+        try:
+            columns, _ = encode_columns(features, FeatureSpec(dtype=self._dtype or "native"))
+        except NumericsError as error:
+            raise NumericsError(f"{id_!r}: {error}") from error
+        return {name: array[0] for name, array in columns.items()}
 
     def digest(self) -> str:
         """Identifies the store: what made it, its images by id and pixels, and the files of their rows."""
@@ -109,8 +112,3 @@ class StoreRows:
             columns_of_first = {name: (array.dtype, array.shape) for name, array in first.items()}
             found.append(Layout(columns_of_first, np.asarray(rows)))
         return found
-
-
-def _field(name: str) -> str:
-    """The name of an output in other tools, for which a dot separates the levels of a column."""
-    return name.replace(".", "_")

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from dinov3_ray.datasets.exports.rows import StoreRows
+from dinov3_ray.errors import StoreError
 
 __all__ = ["ShardWriter"]
 
@@ -32,12 +33,17 @@ class ShardWriter:
         self._rows = rows
         self._shard_size = shard_size
         self._keys = _stems(rows.store.ids)
+        # A header of 512 bytes for each member, that of .npy (128 bytes), and zeros up to a multiple of 512.
+        self.row_overhead = 1024 + 1152 * len(rows.layouts[0].columns)
 
     def describe(self) -> dict[str, Any]:
         return {"keys": "number" if self._keys is None else "id", "shards": -(-len(self._rows) // self._shard_size)}
 
     def resume(self, done: int) -> int:
         whole = {self._name(start) for start in range(0, done, self._shard_size)}
+        for name in sorted(whole):
+            if not (self._folder / name).exists():
+                raise StoreError(f"{self._folder / name} is damaged: it is gone; delete {self._folder}, and start anew")
         for path in [*self._folder.glob("*.tar"), *self._folder.glob(f"*.tar{_UNFINISHED}")]:
             if path.name not in whole:
                 path.unlink()
