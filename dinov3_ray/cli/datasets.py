@@ -244,9 +244,7 @@ def export_command(
             on_forecast=announce,
         )
     except KeyboardInterrupt:
-        click.echo(
-            "interrupted: what is whole stays in DEST.partial, and the same command continues from there", err=True
-        )
+        click.echo("interrupted: what is whole stays, and the same command continues from there", err=True)
         raise
     click.echo(f"{done.path}: {done.manifest['rows']:,} rows")
     if errors := done.manifest["store"]["errors"]:

@@ -20,7 +20,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import dinov3_ray.datasets.exports.export  # noqa: F401 - once, before the forks
+import pyarrow.dataset  # noqa: F401 - here and below: once, before the forks
+
+import dinov3_ray.datasets.exports.export
+import dinov3_ray.datasets.exports.npy
+import dinov3_ray.datasets.exports.webdataset  # noqa: F401
 from dinov3_ray.datasets import FeatureStore, export
 
 _OPERATIONS = {"open", "os.mkdir", "os.rename", "os.remove", "os.truncate"}
@@ -66,6 +70,9 @@ def run(store: str, to: Any, dest: Path, shard_size: int, arm: Callable[[], None
     if not child:
         status = 1
         try:
+            os.fsync = lambda _: (
+                None
+            )  # the machine goes on: what was written is there, and waiting takes most of the time
             arm()
             export(store, to, dest, shard_size=shard_size, progress=False)
             status = 0

@@ -127,7 +127,7 @@ def export(
         "to": to,
         "dtype": dtype,
         "shard_size": shard_size,
-        "store": {"digest": rows.digest(), **{key: value for key, value in store.manifest.items() if key != "blocks"}},
+        "store": {"digest": store.digest(), **{key: value for key, value in store.manifest.items() if key != "blocks"}},
     }
     written = target.check(former, identity)
     module, _, name = _WRITERS[to].partition(":")

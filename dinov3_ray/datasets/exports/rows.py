@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -86,13 +84,6 @@ class StoreRows:
         except NumericsError as error:
             raise NumericsError(f"{id_!r}: {error}") from error
         return {name: array[0] for name, array in columns.items()}
-
-    def digest(self) -> str:
-        """Identifies the store: what made it, its images by id and pixels, and the files of their rows."""
-        state = hashlib.blake2b(json.dumps(self.store.manifest, sort_keys=True).encode(), digest_size=16)
-        for id_ in self.store.ids:
-            state.update(f"{id_}\n".encode() + self.store.view(id_))
-        return state.hexdigest()
 
     def _stores(self, dtype: str | None) -> bool:
         """Whether the store has its values as ``dtype`` asks for them."""
