@@ -22,7 +22,7 @@ from dinov3_ray.checkpoint import init_checkpoint
 from dinov3_ray.testing import FakeTeacher
 
 pytest.register_assert_rewrite(
-    "teacher_contract", "lightning_training", "kills"
+    "teacher_contract", "lightning_training", "kills", "export_readers"
 )  # which assert for the tests that use them
 
 # The suite shares few cores with the processes that it starts: threads that wait for a core by spinning cost more than

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from dinov3_ray.datasets.exports.rows import StoreRows
 from dinov3_ray.datasets.store.pages import fixed_lists
 from dinov3_ray.datasets.store.schema import METADATA_KEY
 from dinov3_ray.errors import ConfigError, StoreError
+from dinov3_ray.interrupts import wait
 
 __all__ = ["LanceWriter"]
 
@@ -65,22 +67,38 @@ class LanceWriter:
 
     def write(self, start: int, stop: int) -> None:
         failures: list[BaseException] = []
+        ended, left = threading.Event(), threading.Event()
 
         def batches() -> Iterator[pa.RecordBatch]:
             try:
                 for low in range(start, stop, self._batch):
+                    if ended.is_set():
+                        raise StoreError("interrupted")
                     yield self._read(low, min(low + self._batch, stop))
-            except BaseException as error:  # Lance would make text of it, of Ctrl-C too
+            except BaseException as error:  # Lance would make text of it
                 failures.append(error)
                 raise
 
-        reader = pa.RecordBatchReader.from_batches(self._schema, batches())
+        def append() -> None:
+            reader = pa.RecordBatchReader.from_batches(self._schema, batches())
+            try:
+                self._lance.write_dataset(reader, self._path, mode="append" if start else "create")
+            except BaseException as error:  # noqa: BLE001 - raised below
+                failures.append(error)
+            finally:
+                left.set()
+
+        # Lance's threads call batches(). In the main thread, Ctrl-C would end the wait for them but not them, and they
+        # would end the process with a fault as it exits.
+        thread = threading.Thread(target=append, name="dinov3-ray-lance")
+        thread.start()
         try:
-            self._lance.write_dataset(reader, self._path, mode="append" if start else "create")
-        except Exception:
-            if failures:
-                raise failures[0] from None
-            raise
+            wait(left.wait)  # a join that is interrupted takes the thread for ended (Python 3.11)
+        finally:
+            ended.set()
+            thread.join()
+        if failures:
+            raise failures[0]
 
     def finish(self) -> None:
         self._sweep(self._lance.dataset(self._path))
