@@ -223,12 +223,12 @@ def dataset(
     as_json: bool,
 ) -> None:
     """How fast extract runs, compared with a bare loop over its teacher and plain Ray Data; and how fast a store is
-    read.
+    read, beside Lance and Hugging Face's datasets where they are installed.
 
     The options that say how to compute are those of extract and the bare loop; plain transformers runs in float32, its
     default.
     """
-    from dinov3_ray.bench.dataset import DatasetWork, measure_dataset
+    from dinov3_ray.bench.dataset.extracting import DatasetWork, measure_dataset
     from dinov3_ray.bench.machine import running
 
     work = DatasetWork(images=images, variant=variant, dtype=compute_dtype, compile=compile, attention=attention)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from dinov3_ray.bench.dataset import bare_loop, timed_extract, write_photographs
+from dinov3_ray.bench.dataset.extracting import bare_loop, timed_extract, write_photographs
 from dinov3_ray.bench.gpu.acceptance import BASE
 from dinov3_ray.bench.gpu.setting import Reporter, Workbench
 from dinov3_ray.bench.machine import free_memory, seconds_of

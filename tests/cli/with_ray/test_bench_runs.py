@@ -48,6 +48,11 @@ def test_dataset(ray_cluster: str) -> None:
     reading = report["reading"]
     assert isinstance(reading, list)
     assert [(row["dtype"], row["rows"]) for row in reading] == [("float32", 64), ("float16", 64), ("int8", 64)]
+    peers = report["reading_beside_others"]
+    assert isinstance(peers, list)
+    assert [peer["name"] for peer in peers][:2] == ["FeatureStore", "NumPy memmap of an export"]
+    assert len(peers) == 5
+    assert all(peer["missing"] or peer["median"] > 0 for peer in peers)
     print(report)
 
 

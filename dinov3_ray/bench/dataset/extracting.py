@@ -1,17 +1,16 @@
-"""The speed of extraction, compared with a bare loop and with plain Ray Data; and the speed of reading a store.
+"""The speed of extraction, compared with a bare loop and with plain Ray Data.
 
 Each contender gets the same images in two forms: decoded pixels ([224,224,3], in memory or in Ray's object store),
 which leaves out file system and decoder; and JPEG files of 500 x 375 px, decoded on the same CPUs. Decoding of larger
-files is measured by itself. Reading compares random rows of a store with the same rows of memory-mapped NumPy arrays.
+files, and reading, are measured by themselves.
 """
 
 from __future__ import annotations
 
 import json
-import random
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -26,26 +25,30 @@ from PIL import Image
 from rich.table import Table
 
 from dinov3_ray.bench import describe_machine, new_table
-from dinov3_ray.bench.decoding import LARGE, DecodeRate, decoding_table, measure_decoding
+from dinov3_ray.bench.dataset.decoding import LARGE, DecodeRate, decoding_table, measure_decoding
+from dinov3_ray.bench.dataset.reading import (
+    PeerRead,
+    ReadRate,
+    measure_peers,
+    measure_reading,
+    peers_table,
+    reading_table,
+)
 from dinov3_ray.bench.throughput import quiet_data
 from dinov3_ray.checkpoint import init_checkpoint
 from dinov3_ray.config import CompileChoice, ComputeDtype, DinoV3Config
-from dinov3_ray.datasets import FeatureStore, extract
+from dinov3_ray.datasets import extract
 from dinov3_ray.datasets.decode import Decoder
-from dinov3_ray.datasets.folder import Folder
-from dinov3_ray.datasets.store.schema import Row, decode_columns, encode_columns, spec_to_json
-from dinov3_ray.datasets.store.writer import BlockWriter, finish
-from dinov3_ray.feature_spec import FeatureSpec, ResultDtype
+from dinov3_ray.datasets.store.schema import encode_columns
+from dinov3_ray.feature_spec import FeatureSpec
 from dinov3_ray.model import DinoV3Teacher
 
 __all__ = [
     "DatasetResult",
     "DatasetWork",
     "ImageRate",
-    "ReadRate",
     "bare_loop",
     "measure_dataset",
-    "measure_reading",
     "timed_extract",
     "write_photographs",
 ]
@@ -109,7 +112,7 @@ class ImageRate:
 
 @dataclass(frozen=True, slots=True)
 class DatasetResult:
-    """The rates of decoded images and of JPEG files, each with the bare loop first, and the rates of reading."""
+    """The rates of decoded images and of JPEG files, each with the bare loop first; of decoding; and of reading."""
 
     work: DatasetWork
     computed_in: str
@@ -117,6 +120,7 @@ class DatasetResult:
     files: list[ImageRate]
     decoding: list[DecodeRate]
     reading: list[ReadRate]
+    peers: list[PeerRead]
     machine: str
 
     def as_dict(self) -> dict[str, Any]:
@@ -134,6 +138,7 @@ class DatasetResult:
             "files": rows(self.files),
             "decoding": [asdict(rate) | {"images_per_second": rate.per_second} for rate in self.decoding],
             "reading": [asdict(reading) | {"ratio": reading.ratio} for reading in self.reading],
+            "reading_beside_others": [peer.as_dict(self.peers[0]) for peer in self.peers],
         }
 
     def tables(self) -> list[Table]:
@@ -158,11 +163,8 @@ class DatasetResult:
                     str(rate.images),
                 )
             found.append(table)
-        title = "Reading random ids, one at a time, from the page cache"
-        table = new_table(title, self.machine, "stored as", "store, µs", "NumPy memmap, µs", "ratio")
-        for reading in self.reading:
-            table.add_row(reading.dtype, f"{reading.store:.0f}", f"{reading.memmap:.0f}", f"{reading.ratio:.2f}")
-        return [*found, decoding_table(self.decoding), table]
+        tables = decoding_table(self.decoding), reading_table(self.reading, self.machine), peers_table(self.peers)
+        return [*found, *tables]
 
 
 def measure_dataset(
@@ -210,6 +212,8 @@ def measure_dataset(
         decoding = measure_decoding(write_photographs(folder / "large", 1 if quick else 4, size=LARGE), repeats)
         on_contender("reading")
         reading = measure_reading(folder / "decoded-1-1", folder / "reading", repeats)
+        on_contender("reading beside Lance and datasets")
+        peers = measure_peers(folder / "peers", 64 if quick else 512, repeats)
     return DatasetResult(
         work,
         teacher.computed_in,
@@ -217,6 +221,7 @@ def measure_dataset(
         [rate for rate, _ in sets.get("files", [])],
         decoding,
         reading,
+        peers,
         describe_machine(),
     )
 
@@ -361,90 +366,3 @@ def _square(image: Image.Image) -> np.ndarray:
 
 def _ratio(rate: ImageRate, bound: ImageRate) -> float:
     return rate.per_second / bound.per_second
-
-
-_READS = 1000
-_BLOCK = 256
-_DTYPES: tuple[ResultDtype, ...] = ("float32", "float16", "int8")
-
-
-@dataclass(frozen=True, slots=True)
-class ReadRate:
-    """Microseconds per row, medians of the runs; both ways end in torch tensors that the caller owns.
-
-    Attributes:
-        dtype: of the stored features.
-        rows: of the store.
-        reads: per run.
-        store: through ``FeatureStore``.
-        memmap: from ``numpy.load(mmap_mode="r")``.
-    """
-
-    dtype: str
-    rows: int
-    reads: int
-    store: float
-    memmap: float
-
-    @property
-    def ratio(self) -> float:
-        """The store's time over the memory map's."""
-        return self.store / self.memmap
-
-
-def measure_reading(source: Path, folder: Path, repeats: int) -> list[ReadRate]:
-    """Copy the store ``source`` in each dtype to ``folder``, and read 1,000 random ids of each copy."""
-    original = FeatureStore(source)
-    found = []
-    for dtype in _DTYPES:
-        out = folder / dtype
-        columns, result_dtype = _copy_store(original, out, dtype)
-        store = FeatureStore(out)
-        mapped = {}
-        for name, array in columns.items():
-            np.save(folder / f"{dtype}-{name}.npy", array)
-            mapped[name] = np.load(folder / f"{dtype}-{name}.npy", mmap_mode="r")
-        places = random.Random(0).choices(range(len(store)), k=_READS)  # noqa: S311 - no secret
-        ids = [store.ids[place] for place in places]
-        from_store, from_memmap = [], []
-        for _ in range(repeats + 1):
-            begun = time.perf_counter()
-            for id_ in ids:
-                store[id_]
-            between = time.perf_counter()
-            for place in places:
-                _row(mapped, place, result_dtype)
-            from_store.append((between - begun) / _READS * 1e6)
-            from_memmap.append((time.perf_counter() - between) / _READS * 1e6)
-        # The first run warms up.
-        medians = statistics.median(from_store[1:]), statistics.median(from_memmap[1:])
-        found.append(ReadRate(dtype, len(store), _READS, *medians))
-    return found
-
-
-def _copy_store(original: FeatureStore, out: Path, dtype: ResultDtype) -> tuple[dict[str, np.ndarray], str]:
-    """Write ``original`` to ``out`` in ``dtype``; returns (its columns in the order of its ids, its result dtype)."""
-    folder = Folder.at(out)
-    folder.make("parts")
-    folder.make("ledger")
-    spec = FeatureSpec(cls=True, feature_map=True, dtype=dtype)
-    parts: list[Mapping[str, np.ndarray]] = []
-    identity = dict(original.manifest)
-    for number, (ids, features) in enumerate(original.iter_batches(_BLOCK)):
-        columns, result_dtype = encode_columns(features, spec)
-        identity |= {"spec": spec_to_json(spec), "result_dtype": result_dtype, "batch_size": _BLOCK}
-        writer = BlockWriter(folder, f"{number:07}", identity)
-        rows = [Row(id_, *original.original_size(id_), original.view(id_)) for id_ in ids]
-        writer.add(range(len(ids)), rows, columns)
-        writer.commit()
-        parts.append(columns)
-    folder.write_json("plan.json", identity)
-    finish(folder, identity)
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}, identity["result_dtype"]
-
-
-def _row(mapped: Mapping[str, np.ndarray], place: int, result_dtype: str) -> object:
-    row = {name: np.array(array[place : place + 1]) for name, array in mapped.items()}
-    if any(array.dtype == np.int8 for array in row.values()):
-        return decode_columns(row, result_dtype, None)
-    return {name: torch.from_numpy(array) for name, array in row.items()}
