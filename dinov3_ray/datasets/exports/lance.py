@@ -55,15 +55,16 @@ class LanceWriter:
 
     def resume(self, done: int) -> int:
         """Of a fragment that was cut, nothing is in the dataset, but its file may lie there."""
-        if not any(self._folder.glob("_versions/*.manifest")):
-            if done:
-                raise StoreError(f"{self._path} is damaged: its versions are gone; delete it, and start anew")
+        if not done and not any(self._folder.glob("_versions/*.manifest")):
             for path in self._folder.glob("data/*"):
                 path.unlink()
             return 0
-        dataset = self._lance.dataset(self._path)
-        self._sweep(dataset)
-        return int(dataset.count_rows())
+        try:
+            dataset = self._lance.dataset(self._path)
+            self._sweep(dataset)
+            return int(dataset.count_rows())
+        except (ValueError, OSError) as error:
+            raise StoreError(f"{self._path} is damaged: {error}. Delete {self._path}, and start anew") from error
 
     def write(self, start: int, stop: int) -> None:
         failures: list[BaseException] = []
