@@ -54,15 +54,11 @@ class LanceWriter:
         return {}
 
     def resume(self, done: int) -> int:
-        """Of a fragment that was cut, nothing is in the dataset, but its file may lie there."""
+        """Of a fragment that was cut, nothing is in the dataset; what lies there of its file goes in the end."""
         if not done and not any(self._folder.glob("_versions/*.manifest")):
-            for path in self._folder.glob("data/*"):
-                path.unlink()
             return 0
         try:
-            dataset = self._lance.dataset(self._path)
-            self._sweep(dataset)
-            return int(dataset.count_rows())
+            return int(self._lance.dataset(self._path).count_rows())
         except (ValueError, OSError) as error:
             raise StoreError(f"{self._path} is damaged: {error}. Delete {self._path}, and start anew") from error
 
@@ -102,11 +98,8 @@ class LanceWriter:
             raise failures[0]
 
     def finish(self) -> None:
-        self._sweep(self._lance.dataset(self._path))
-
-    def _sweep(self, dataset: Any) -> None:
         """Delete former versions, and files that belong to none: no other process writes here."""
-        dataset.cleanup_old_versions(datetime.timedelta(0), delete_unverified=True)
+        self._lance.dataset(self._path).cleanup_old_versions(datetime.timedelta(0), delete_unverified=True)
 
     def _read(self, start: int, stop: int) -> pa.RecordBatch:
         store = self._rows.store

@@ -17,8 +17,6 @@ from dinov3_ray.errors import StoreError
 
 __all__ = ["ShardWriter"]
 
-_UNFINISHED = ".unfinished"
-
 
 class ShardWriter:
     """Writes ``000000.tar``, ``000001.tar``, ...
@@ -40,31 +38,26 @@ class ShardWriter:
         return {"keys": "number" if self._keys is None else "id", "shards": -(-len(self._rows) // self._shard_size)}
 
     def resume(self, done: int) -> int:
-        whole = {self._name(start) for start in range(0, done, self._shard_size)}
-        for name in sorted(whole):
-            if not (self._folder / name).exists():
-                raise StoreError(f"{self._folder / name} is damaged: it is gone; delete {self._folder}, and start anew")
-        for path in [*self._folder.glob("*.tar"), *self._folder.glob(f"*.tar{_UNFINISHED}")]:
-            if path.name not in whole:
-                path.unlink()
+        """A shard that was cut is written anew, over it."""
+        for start in range(0, done, self._shard_size):
+            path = self._path(start)
+            if not path.exists():
+                raise StoreError(f"{path} is damaged: it is gone; delete {self._folder}, and start anew")
         return done
 
     def write(self, start: int, stop: int) -> None:
-        path = self._folder / self._name(start)
-        unfinished = path.with_name(path.name + _UNFINISHED)
-        with unfinished.open("wb") as file:
+        with self._path(start).open("wb") as file:
             with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as archive:
                 for place in range(start, stop):
                     self._add(archive, place)
             file.flush()
             os.fsync(file.fileno())
-        unfinished.replace(path)
 
     def finish(self) -> None:
         """Nothing is left to do."""
 
-    def _name(self, start: int) -> str:
-        return f"{start // self._shard_size:06}.tar"
+    def _path(self, start: int) -> Path:
+        return self._folder / f"{start // self._shard_size:06}.tar"
 
     def _add(self, archive: tarfile.TarFile, place: int) -> None:
         store = self._rows.store
