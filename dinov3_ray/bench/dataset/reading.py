@@ -144,7 +144,7 @@ class PeerRead:
     Attributes:
         name: as the table shows it.
         missing: what to install for it; empty if it is there.
-        microseconds: per row, one value per run.
+        microseconds: of the median row, one value per run.
     """
 
     name: str
@@ -153,7 +153,7 @@ class PeerRead:
 
     @property
     def median(self) -> float | None:
-        """Microseconds per row, the median of the runs; None if it is missing."""
+        """Microseconds, the median of the runs; None if it is missing."""
         return statistics.median(self.microseconds) if self.microseconds else None
 
     def times(self, store: PeerRead) -> float | None:
@@ -180,17 +180,29 @@ def measure_peers(folder: Path, rows: int, repeats: int) -> list[PeerRead]:
         found.append(PeerRead(name))
         readers.append((found[-1], make(store, folder)))
     places = random.Random(0).choices(range(rows), k=_PEERS_READS)  # noqa: S311 - no secret
-    expected = [readers[0][1](place) for place in places]
-    for turn in range(repeats + 1):
-        for peer, read in readers:
-            begun = time.perf_counter()
-            maps = [read(place) for place in places]
-            seconds = time.perf_counter() - begun
-            if turn:  # the first run warms up
-                peer.microseconds.append(seconds / len(places) * 1e6)
-            elif not all(map(torch.equal, maps, expected)):
-                raise RuntimeError(f"{peer.name} must give the store's rows")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in a DataLoader's workers; two that share a row wait for each other
+    try:
+        expected = [readers[0][1](place) for place in places]
+        for turn in range(repeats + 1):
+            for peer, read in readers:
+                maps, seconds = _timed(read, places)
+                if turn:  # the first run warms up
+                    peer.microseconds.append(statistics.median(seconds) * 1e6)
+                elif not all(map(torch.equal, maps, expected)):
+                    raise RuntimeError(f"{peer.name} must give the store's rows")
+    finally:
+        torch.set_num_threads(threads)
     return found
+
+
+def _timed(read: _Reader, places: Sequence[int]) -> tuple[list[Tensor], list[float]]:
+    maps, seconds = [], []
+    for place in places:
+        begun = time.perf_counter()
+        maps.append(read(place))
+        seconds.append(time.perf_counter() - begun)
+    return maps, seconds
 
 
 def peers_table(peers: Sequence[PeerRead]) -> Table:
