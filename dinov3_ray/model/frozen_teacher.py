@@ -12,14 +12,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
-from os import PathLike
 from typing import TYPE_CHECKING, Any, Self, cast
 
 import torch
 from torch import Tensor, nn
 
 from dinov3_ray.checkpoint import fingerprint, load_model, load_reference
-from dinov3_ray.config import ComputeDtype, DinoV3Config, ModelConfig
+from dinov3_ray.config import ComputeDtype, ModelConfig
 from dinov3_ray.config.preprocessing import Preprocessing, Size
 from dinov3_ray.errors import FrozenError, SpecError
 from dinov3_ray.features import Features, FeatureSpec, deliver
@@ -37,7 +36,7 @@ from dinov3_ray.network.vit import ViT
 from dinov3_ray.teacher import TeacherMixin
 from dinov3_ray.watch import TeacherWatch
 
-__all__ = ["DinoV3Teacher", "FrozenTeacher"]
+__all__ = ["FrozenTeacher"]
 
 logger = logging.getLogger("dinov3_ray")
 
@@ -48,8 +47,8 @@ _graph_step = threading.Lock()
 
 
 class FrozenTeacher(TeacherMixin[Images | ImageBatch]):
-    """A frozen model that turns images into features: what a :class:`DinoV3Teacher` and a
-    :class:`~dinov3_ray.model.transformers_teacher.TransformersTeacher` have in common.
+    """A frozen model that turns images into features: what a :class:`~dinov3_ray.model.teachers.DinoV3Teacher` and a
+    :class:`~dinov3_ray.model.teachers.TransformersTeacher` have in common.
 
     It stays as it was loaded. It is not an ``nn.Module``: a student may have it as an attribute, and it is then in none
     of the student's ``modules()``, ``parameters()`` and ``state_dict()``, so that nothing that is called on the student
@@ -425,15 +424,3 @@ class FrozenTeacher(TeacherMixin[Images | ImageBatch]):
             computing_on(device),
         ):
             yield
-
-
-class DinoV3Teacher(FrozenTeacher):
-    """A frozen DINOv3; see :class:`FrozenTeacher`.
-
-    Args:
-        config: what to load and how; a path, or a hub id, is taken for ``DinoV3Config(path)``.
-        device: where to compute, as a torch.device or its name.
-    """
-
-    def __init__(self, config: DinoV3Config | str | PathLike[str], device: torch.device | str = "cpu") -> None:
-        super().__init__(DinoV3Config.of(config), device)

@@ -1,4 +1,4 @@
-"""The local teacher for vision models of transformers other than DINOv3: DINOv2, SigLIP2, CLIP, ViT and their like."""
+"""The local teachers: of DINOv3, of other vision models of transformers, and of whichever a directory holds."""
 
 from __future__ import annotations
 
@@ -9,13 +9,25 @@ from typing import Any
 import torch
 
 from dinov3_ray.config import DinoV3Config, ModelConfig, TransformersConfig, open_config
-from dinov3_ray.model.dinov3 import DinoV3Teacher, FrozenTeacher
+from dinov3_ray.model.frozen_teacher import FrozenTeacher
 
-__all__ = ["TransformersFactory", "TransformersTeacher", "open_teacher"]
+__all__ = ["DinoV3Teacher", "TransformersFactory", "TransformersTeacher", "open_teacher"]
+
+
+class DinoV3Teacher(FrozenTeacher):
+    """A frozen DINOv3; see :class:`~dinov3_ray.model.frozen_teacher.FrozenTeacher`.
+
+    Args:
+        config: what to load and how; a path, or a hub id, is taken for ``DinoV3Config(path)``.
+        device: where to compute, as a torch.device or its name.
+    """
+
+    def __init__(self, config: DinoV3Config | str | PathLike[str], device: torch.device | str = "cpu") -> None:
+        super().__init__(DinoV3Config.of(config), device)
 
 
 class TransformersTeacher(FrozenTeacher):
-    """A frozen vision model of transformers; see :class:`~dinov3_ray.model.dinov3.FrozenTeacher`.
+    """A frozen vision model of transformers; see :class:`~dinov3_ray.model.frozen_teacher.FrozenTeacher`.
 
     ``cls``, ``registers`` and ``feature_map`` are parts of transformers' ``last_hidden_state``, and ``layers`` of its
     ``hidden_states``, bit for bit in float32 on the same pixels; ``norm`` applies the model's final norm to layers, if
