@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from dinov3_ray.model.teachers import DinoV3Teacher, TransformersTeacher, open_teacher
+    from dinov3_ray.model.local_teachers import DinoV3Teacher, TransformersTeacher, open_teacher
 
 __all__ = ["DinoV3Teacher", "TransformersTeacher", "open_teacher"]
 
@@ -15,6 +15,6 @@ __all__ = ["DinoV3Teacher", "TransformersTeacher", "open_teacher"]
 def __getattr__(name: str) -> object:
     if name not in __all__:
         raise AttributeError(f"module 'dinov3_ray.model' has no attribute {name!r}")
-    value = getattr(import_module("dinov3_ray.model.teachers"), name)
+    value = getattr(import_module("dinov3_ray.model.local_teachers"), name)
     globals()[name] = value
     return value

@@ -47,8 +47,7 @@ _graph_step = threading.Lock()
 
 
 class FrozenTeacher(TeacherMixin[Images | ImageBatch]):
-    """A frozen model that turns images into features: what a :class:`~dinov3_ray.model.teachers.DinoV3Teacher` and a
-    :class:`~dinov3_ray.model.teachers.TransformersTeacher` have in common.
+    """A frozen model that turns images into features; see :mod:`dinov3_ray.model.local_teachers` for which.
 
     It stays as it was loaded. It is not an ``nn.Module``: a student may have it as an attribute, and it is then in none
     of the student's ``modules()``, ``parameters()`` and ``state_dict()``, so that nothing that is called on the student
