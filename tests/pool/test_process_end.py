@@ -40,7 +40,7 @@ def test_a_process_has_ended_with_its_last_thread(child: subprocess.Popen[bytes]
     assert child.stdout is not None
     assert child.stdout.readline() == b"under way\n"
     until(lambda: process_start(child.pid) == "", "its first thread is a zombie")
-    assert living_threads(child.pid, started) == ["S"]
+    until(lambda: living_threads(child.pid, started) == ["S"], "the other one sleeps")
     assert living_threads(child.pid, "1") == [], "another process, which had this number before"
     os.kill(child.pid, signal.SIGSTOP)
     until(lambda: living_threads(child.pid, started) == ["T"], "it is stopped")
