@@ -171,7 +171,7 @@ class LostInWarmUp(LosesDevice):
 
 
 class LostInProof(FakeTeacher):
-    def prove(self) -> float:
+    def prove(self, *, rows: int) -> float:
         raise sticky()
 
 

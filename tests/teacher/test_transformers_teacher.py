@@ -351,11 +351,11 @@ def test_loading_leaves_the_processes_settings_alone(directory: Directory) -> No
     from transformers.utils import logging
 
     torch.manual_seed(3)
-    state, verbosity = torch.get_rng_state(), logging.get_verbosity()
+    state, verbosity, bar = torch.get_rng_state(), logging.get_verbosity(), logging.is_progress_bar_enabled()
     TransformersTeacher(directory("vit"), dtype="bfloat16")  # whose pooler is drawn at random before it is dropped
     assert torch.equal(torch.get_rng_state(), state)
     assert (torch.get_default_dtype(), logging.get_verbosity()) == (torch.float32, verbosity)
-    assert logging.is_progress_bar_enabled()
+    assert logging.is_progress_bar_enabled() == bar
 
 
 def test_the_fingerprint_is_that_of_the_model_and_not_of_its_spelling(copy: Directory) -> None:
