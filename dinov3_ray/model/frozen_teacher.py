@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from dinov3_ray.checkpoint import fingerprint, load_model, load_reference
 from dinov3_ray.config import ComputeDtype, ModelConfig
 from dinov3_ray.config.preprocessing import Preprocessing, Size
-from dinov3_ray.errors import FrozenError, SpecError
+from dinov3_ray.errors import ConfigError, FrozenError, SpecError
 from dinov3_ray.features import Features, FeatureSpec, deliver
 from dinov3_ray.images import ImageBatch, Images
 from dinov3_ray.model.attention import choose_attention
@@ -210,8 +210,13 @@ class FrozenTeacher(TeacherMixin[Images | ImageBatch]):
             That least mean cosine.
 
         Raises:
+            ConfigError: an argument is wrong.
             NumericsError: the cosine is below ``minimum``, a single token strays far, or a value is not finite.
         """
+        if not isinstance(minimum, (int, float)) or not -1 <= minimum < 1:
+            raise ConfigError(f"minimum must be a cosine from -1 to below 1; got {minimum!r}")
+        if not isinstance(rows, int) or rows < 1:
+            raise ConfigError(f"rows must be an integer >= 1; got {rows!r}")
         spec = FeatureSpec(cls=self.has_cls, feature_map=True, registers=self.num_register_tokens > 0)
         own = getattr(self.model, "attention", None)
         attention = "" if own is None else f", attention {own}"
@@ -219,7 +224,7 @@ class FrozenTeacher(TeacherMixin[Images | ImageBatch]):
         images_23HW = golden_images(*self.image_size)
         reference = self._reference(images_23HW, spec, attention="sdpa" if own == "eager" else "eager")
         least = 1.0
-        for size in sorted({2, max(rows, 1)}):
+        for size in sorted({2, rows}):
             images_B3HW = images_23HW.repeat(-(-size // 2), 1, 1, 1)[:size]
             fast = self._compute(ImageBatch.of(images_B3HW), spec)
             # In pairs, since the comparison takes memory too.

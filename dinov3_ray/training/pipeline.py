@@ -151,7 +151,7 @@ class Pipeline:
     def _submit(self, images: Images, route: Sequence[str] | None) -> dict[str, Submitted]:
         submitted: dict[str, Submitted] = {}
         self._in_flight.append(submitted)
-        given = dict.fromkeys(self._sources, images) if route is None else split_images(images, route, [*self._sources])
+        given = dict.fromkeys(self._sources, images) if route is None else split_images(images, route)
         for name, part in given.items():
             submitted[name] = self._sources[name].submit(part, self._specs[name])
         return submitted

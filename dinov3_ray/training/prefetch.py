@@ -45,8 +45,8 @@ log = logging.getLogger("dinov3_ray")
 Batch = TypeVar("Batch")
 Targets = TypeVar("Targets")
 
-Route = Callable[[Batch], Sequence[str]]
-"""Names, of the B images of a batch, each one's teacher."""
+Route = Callable[[Batch], Sequence[str] | Sequence[int] | np.ndarray | Tensor]
+"""Gives, of the B images of a batch, each one's teacher: its name, or its place among the teachers."""
 
 _WARN_SHARE = 0.05
 _WARN_AFTER = 20  # steps
@@ -239,7 +239,7 @@ class Prefetch(Generic[Batch, Targets]):
 
     def _look(self, batch: Batch) -> tuple[Images, Sequence[str] | None]:
         """The images of a batch and, of each, the name of its teacher."""
-        return self._images(batch), None if self._route is None else _names(self._route(batch))
+        return self._images(batch), None if self._route is None else _names(self._route(batch), [*self._teachers])
 
     def _targets(self, features: dict[str, Features], route: Sequence[str] | None) -> Targets:
         if route is not None:
@@ -332,8 +332,9 @@ def prefetch(teacher: Any, loader: Any, spec: Any, **options: Any) -> Prefetch[A
             nothing on a GPU shared with the student.
         loader: any iterable of batches, such as a DataLoader with workers. The caller's thread draws from it.
         spec: what to compute; with several teachers, one spec for all or a dict of one per teacher.
-        route: with several teachers, a function of a batch that names each image's teacher, such as
-            ``lambda batch: batch["domain"]``. Each teacher then computes its own images only, and ``targets`` are the
+        route: with several teachers, a function of a batch that gives each image's teacher, such as
+            ``lambda batch: batch["domain"]``: its name, or its place in ``teacher``, as a list, an array or a tensor
+            of integers. Each teacher then computes its own images only, and ``targets`` are the
             Features of the whole batch, in its order. So all teachers must give the same outputs, in one shape and
             dtype.
         options: see :class:`PrefetchOptions`.
@@ -368,13 +369,21 @@ def _checked_route(route: Any, several: bool, specs: Mapping[str, FeatureSpec]) 
     return route
 
 
-def _names(route: Any) -> list[str]:
-    """What a route gave: a list or tuple of names, or an array of them."""
-    if isinstance(route, np.ndarray):
-        route = route.tolist()
-    if isinstance(route, (str, bytes)) or not isinstance(route, Sequence):
+def _names(route: Any, names: Sequence[str]) -> list[str]:
+    """What a route gave, as names: it gives a list, an array or a tensor of names, or of places in ``names``."""
+    given = route.tolist() if isinstance(route, (np.ndarray, Tensor)) else route
+    if isinstance(given, (str, bytes)) or not isinstance(given, Sequence):
         raise ConfigError(f"route must give a list of teachers' names, one per image; got {describe(route)}")
-    return [str(name) if isinstance(name, np.str_) else name for name in route]
+    return [_name(one, index, names) for index, one in enumerate(given)]
+
+
+def _name(given: Any, index: int, names: Sequence[str]) -> str:
+    if isinstance(given, (int, np.integer)) and not isinstance(given, bool) and 0 <= given < len(names):
+        return names[int(given)]
+    if given not in names:
+        places = f"{', '.join(names)}; or 0 to {len(names) - 1}, their places"
+        raise ConfigError(f"route must name the teachers ({places}); got {given!r} for image {index}")
+    return str(given)
 
 
 _KEYS = ("img", "images", "pixel_values")

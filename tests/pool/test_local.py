@@ -112,6 +112,24 @@ def test_a_teacher_without_a_name_of_its_own_is_named_by_its_generation() -> Non
         assert remote.extract(IMAGES, CLS).fingerprint == "generation-1"
 
 
+def test_a_client_that_has_not_heard_of_a_reload_asks_before_it_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    registers = FeatureSpec(registers=True)
+    plain = FakeTeacher.factory(num_register_tokens=0, fingerprint="plain")
+    with TeacherPool.start(plain, name="unheard", replicas=1, local_mode=True) as pool, pool.teacher() as remote:
+        with pytest.raises(SpecError, match="no register tokens"):
+            remote.extract(IMAGES, registers)
+        with pytest.raises(InputError, match="16"):
+            remote.extract(IMAGES[..., :8], CLS)
+        router = remote._router
+        assert router is not None
+        monkeypatch.setattr(router, "_on_view", lambda view: None)  # what it is told from now on comes too late
+        pool.reload(FakeTeacher.factory(patch_size=8, fingerprint="new"))
+        assert remote.extract(IMAGES, registers).fingerprint == "new"
+        assert len(remote.extract(IMAGES[..., :8], CLS)) == 2
+        with pytest.raises(InputError, match="8"):
+            remote.extract(IMAGES[..., :4], CLS)
+
+
 def test_a_reload_is_told_that_another_has_overtaken_it(local_pool: TeacherPool) -> None:
     begun, go_on = threading.Event(), threading.Event()
 

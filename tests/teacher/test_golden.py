@@ -14,7 +14,7 @@ from compile_backend import Backend
 
 from dinov3_ray import DinoV3Config, DinoV3Teacher, FeatureSpec
 from dinov3_ray.checkpoint import init_checkpoint, load_model, load_reference
-from dinov3_ray.errors import NumericsError
+from dinov3_ray.errors import ConfigError, NumericsError
 from dinov3_ray.features import Features
 from dinov3_ray.images import ImageBatch
 from dinov3_ray.model.backbone import run_backbone
@@ -216,6 +216,16 @@ def test_a_teacher_that_is_wrong_in_large_batches_alone_is_refused(tiny_checkpoi
     assert teacher.prove(rows=4) > 0.999999
     with pytest.raises(NumericsError, match=r"5 images at once.* got cls -"):
         teacher.prove(rows=5)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{"minimum": float("nan")}, {"minimum": 1.0}, {"minimum": "0.9"}, {"rows": 0}, {"rows": -1}, {"rows": 2.5}],
+)
+def test_wrong_arguments_prove_nothing(tiny_checkpoint: Path, arguments: dict[str, Any]) -> None:
+    (name,) = arguments
+    with pytest.raises(ConfigError, match=f"{name} must be"):
+        DinoV3Teacher(DinoV3Config(tiny_checkpoint, dtype="float32")).prove(**arguments)
 
 
 def test_a_pool_proves_its_largest_batch_or_what_fits_of_it(tiny_checkpoint: Path) -> None:

@@ -308,7 +308,9 @@ def test_a_hub_that_is_away(
     (warned,) = [record.getMessage() for record in caplog.records if record.name == "dinov3_ray"]
     assert f"Going on with commit {commit_of(tiny)}, which the cache {home}/hub has for 'main'" in warned
     verify(DinoV3Config(TINY, revision=commit_of(tiny)))
-    with pytest.raises(CheckpointError, match=rf"has other commits of it: {commit_of(tiny)} \(check the network"):
+    with pytest.raises(
+        CheckpointError, match=rf"has other commits of it, to be named by revision: {commit_of(tiny)} \(check"
+    ):
         DinoV3Config(TINY, revision="v1")
     shutil.rmtree(home)
     for revision in (None, commit_of(tiny)):
@@ -453,6 +455,22 @@ def test_a_folder_of_the_cache_is_the_model_that_it_holds(
             DinoV3Config(whole)
     shutil.rmtree(cache_folder(home) / "refs")
     assert DinoV3Config(cache_folder(home)).revision == commit_of(tiny)  # there is one only
+
+
+def test_a_cache_with_one_commit_and_no_branch(
+    home: Path, server: HubServer, tiny: Repository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    verify(DinoV3Config(TINY))
+    folder, commit = cache_folder(home), commit_of(tiny)
+    shutil.rmtree(folder / "refs")
+    assert DinoV3Config(folder / "snapshots").revision == commit
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(CheckpointError, match=f"other commits of it, to be named by revision: {commit}"):
+        DinoV3Config(TINY)
+    assert DinoV3Config(TINY, revision=commit).revision == commit
+    (folder / "snapshots" / commit / "config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"has a snapshot of it without config\.json"):
+        DinoV3Config(TINY, revision=commit)
 
 
 def test_a_cache_without_snapshots(home: Path, tiny: Repository) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -53,14 +53,20 @@ def batches(count: int = 12, rows: int = 5) -> list[dict[str, Any]]:
     ]
 
 
-@pytest.mark.parametrize("form", ["list", "tuple", "numpy"])
+@pytest.mark.parametrize("form", ["list", "tuple", "numpy", "places", "tensor"])
 @pytest.mark.parametrize("depth", [1, 4, "auto"])
 def test_each_image_has_the_target_of_its_own_teacher(local_pool: TeacherPool, form: str, depth: Any) -> None:
     others = {"b": Counting(fingerprint="b"), "c": Counting(fingerprint="c")}
     teachers = {"a": local_pool.teacher(), **others}
     expected_by = {"a": FakeTeacher(), "b": FakeTeacher(fingerprint="b"), "c": FakeTeacher(fingerprint="c")}
     loader = batches()
-    convert = {"list": list, "tuple": tuple, "numpy": np.array}[form]
+    convert: Callable[[list[str]], Any] = {
+        "list": list,
+        "tuple": tuple,
+        "numpy": np.array,
+        "places": lambda names: [NAMES.index(name) for name in names],
+        "tensor": lambda names: torch.tensor([NAMES.index(name) for name in names]),
+    }[form]
 
     def route(batch: dict[str, Any]) -> Any:
         return convert(batch["teacher"])
@@ -111,10 +117,13 @@ def test_maps_keep_their_memory_order(channels_last: bool) -> None:
     [
         (["a", "b"], "one teacher per image; got 2 names for 4 images"),
         (["a"] * 5, "one teacher per image; got 5 names for 4 images"),
-        (["a", "a", "x", "a"], r"\(a, b\); got 'x' for image 2"),
-        ([0, 1, 0, 1], "got 0 for image 0"),
+        (["a", "a", "x", "a"], r"\(a, b; or 0 to 1, their places\); got 'x' for image 2"),
+        ([0, 1, 2, 1], "got 2 for image 2"),
+        ([0, -1, 0, 1], "got -1 for image 1"),
+        ([True, False, True, False], "got True for image 0"),
         ("abab", "a list of teachers' names.*got"),
-        (torch.zeros(4), "a list of teachers' names.*got"),
+        (torch.zeros(4), "got 0.0 for image 0"),
+        (torch.tensor(1), "a list of teachers' names.*got"),
         (None, "a list of teachers' names.*got"),
     ],
 )
@@ -211,7 +220,7 @@ def test_a_batch_whose_route_changes_in_place_is_not_confused() -> None:
 
 def test_images_are_split_in_order() -> None:
     images = images_of(0, 5)
-    parts = split_images(images, ["b", "a", "b", "b", "a"], ["a", "b", "c"])
+    parts = split_images(images, ["b", "a", "b", "b", "a"])
     assert list(parts) == ["b", "a"]
     assert torch.equal(parts["a"], images[[1, 4]])  # type: ignore[arg-type]
     assert torch.equal(parts["b"], images[[0, 2, 3]])  # type: ignore[arg-type]

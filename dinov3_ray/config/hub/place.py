@@ -169,6 +169,8 @@ def _in_directory(directory: Path, revision: str | None) -> ModelPlace:
     if snapshot is not None:
         _agreed(snapshot, revision)
         return snapshot
+    if directory.name == "snapshots" and id_of_folder(directory.parent):
+        directory = directory.parent
     hub_id = id_of_folder(directory)
     if hub_id is not None:
         return _in_cache(directory, hub_id, revision or _DEFAULT)
@@ -205,7 +207,7 @@ def _in_cache(folder: Path, hub_id: str, revision: str) -> ModelPlace:
         )
     raise CheckpointError(
         f"{folder} is the hub's cache for {hub_id}, but holds no snapshot of it: no download was ever finished (give "
-        f"the id, {hub_id!r}, in place of this folder, and it is downloaded)"
+        f"the id, {hub_id!r}, in place of this folder, and it is downloaded, unless HF_HUB_OFFLINE is set)"
     )
 
 

@@ -223,8 +223,10 @@ class Repository:
                 f"{', whose download was interrupted' if is_interrupted(self.folder) else ''}"
             )
         held = sorted(path.name for path in entries_of(self.folder / "snapshots"))
+        if revision in held:
+            return f"the cache {self.cache} has a snapshot of it without {DESCRIPTION_FILES[0]}"
         if held:
-            return f"the cache {self.cache} has other commits of it: {', '.join(held)}"
+            return f"the cache {self.cache} has other commits of it, to be named by revision: {', '.join(held)}"
         return f"the cache {self.cache} has {'no snapshot' if self.folder.is_dir() else 'nothing'} of it"
 
     def _is_dataset(self, error: Exception) -> bool:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dinov3_ray.config.preprocessing import Preprocessing
-from dinov3_ray.errors import ForkedProcessError, PoolClosedError, SpecError
+from dinov3_ray.errors import ForkedProcessError, InputError, PoolClosedError, SpecError
 from dinov3_ray.features import Features, FeatureSpec
 from dinov3_ray.images import ImageBatch, Images
 from dinov3_ray.pool.address import Address
@@ -30,6 +30,8 @@ from dinov3_ray.watch import TeacherWatch
 __all__ = ["RemoteTeacher"]
 
 Batch = TypeVar("Batch")
+
+_REFRESH_SECONDS = 2.0  # for what the controller knows now, before a request is refused
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,9 +132,15 @@ class RemoteTeacher(TeacherMixin[Images]):
             PoolNotFoundError, PoolTimeoutError: the pool cannot be reached.
         """
         router = self._connected()
-        info = self._view(router).info or TeacherInfo()
-        batch = ImageBatch.of(images, min_side=info.patch_size)
-        check_spec(spec, info)
+        view = self._view(router)
+        try:
+            batch = _checked(images, spec, view)
+        except (InputError, SpecError):
+            # What this client knows may be of the teacher before a reload that is over.
+            fresh = router.refresh(_REFRESH_SECONDS)
+            if fresh.info == view.info:
+                raise
+            batch = _checked(images, spec, fresh)
         self._watch.images(batch)
         handle = router.submit(batch, spec, self._view(router).options.max_batch)
         if not handle.done():
@@ -271,6 +279,14 @@ class RemoteTeacher(TeacherMixin[Images]):
 
 def _rebuild(settings: _Settings) -> RemoteTeacher:
     return RemoteTeacher(**asdict(settings))
+
+
+def _checked(images: Images, spec: FeatureSpec, view: PoolView) -> ImageBatch:
+    """``images``, if the pool of ``view`` can compute ``spec`` of them."""
+    info = view.info or TeacherInfo()
+    batch = ImageBatch.of(images, min_side=info.patch_size)
+    check_spec(spec, info)
+    return batch
 
 
 def check_spec(spec: FeatureSpec, info: TeacherInfo) -> None:

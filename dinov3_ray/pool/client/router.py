@@ -104,6 +104,26 @@ class Router:
             raise PoolTimeoutError(f"the controller of pool {self.pool!r} did not answer within {timeout:g} s")
         return self._view
 
+    def refresh(self, timeout: float) -> PoolView:
+        """The pool as its controller knows it now, or as it was last heard of if that takes over ``timeout`` seconds.
+
+        Raises:
+            PoolTimeoutError: as :meth:`view`.
+        """
+        heard = threading.Event()
+
+        def take(view: PoolView | Gone | Unreachable) -> None:
+            if isinstance(view, PoolView) and not view.closed and (self._view is None or view.epoch > self._view.epoch):
+                self._learn(view)
+            heard.set()
+
+        def ask() -> None:
+            quietly(self._transport.follow, self.client_id, -1, lambda view: self._events.put(lambda: take(view)))
+
+        self._events.put(ask)
+        wait(heard.wait, timeout)
+        return self.view(timeout)
+
     def submit(self, images: ImageBatch, spec: FeatureSpec, max_batch: int) -> Handle:
         """Send a batch in parts of at most ``max_batch`` images; returns at once.
 
@@ -218,6 +238,10 @@ class Router:
             why = "" if isinstance(view, Gone) or not view.why_closed else f": {view.why_closed}"
             self._end(PoolClosedError(f"pool {self.pool!r} was shut down{why}"))
             return
+        self._learn(view)
+        self._follow()
+
+    def _learn(self, view: PoolView) -> None:
         self._view = view
         self._viewed.set()
         self._sizes.learn_teacher(view.info)
@@ -228,7 +252,6 @@ class Router:
             for replica in view.replicas
         )
         self._forget_lost()
-        self._follow()
 
     def _end(self, error: PoolError) -> None:
         """The pool is out of reach for good: fail what is in flight, and what is still to come."""
