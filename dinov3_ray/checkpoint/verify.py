@@ -49,7 +49,7 @@ def verify(config: ModelConfig, *, values: bool = False, progress: Progress = ig
         CheckpointError: names what is missing, damaged, unexpected or of the wrong shape: expected and found.
     """
     root = config.place.with_weights()
-    weights = WeightFiles.find(root)
+    weights = WeightFiles.find(root, buffers=isinstance(config, TransformersConfig))
     if isinstance(config, TransformersConfig):  # transformers knows its tensors only as it loads them
         if values:
             load_transformers(config, torch.device("cpu"), torch.float32)

@@ -189,7 +189,10 @@ def _family_of(values: dict[str, Any], path: Path) -> Family:
     families: dict[str, Family] = {"dinov3_vit": "vit", "dinov3_convnext": "convnext"}
     if not isinstance(model_type, str) or model_type not in families:
         # Alone, since the rules for the other keys are the family's.
-        raise ConfigError(f"{path}: model_type must be dinov3_vit or dinov3_convnext; got {model_type!r}")
+        raise ConfigError(
+            f"{path}: model_type must be dinov3_vit or dinov3_convnext; got {model_type!r} (for other vision models of "
+            "transformers use TransformersTeacher; open_teacher and --root find out which of the two it is)"
+        )
     return families[model_type]
 
 

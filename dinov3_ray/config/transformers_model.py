@@ -167,13 +167,28 @@ def _plain(vision: PretrainedConfig) -> PretrainedConfig:
 # What transformers' image processors have where the file says nothing: class attributes there. Those that are not named
 # here have an arithmetic of their own.
 _DEFAULTS: dict[str, dict[str, object]] = {
+    "Beit": {"resample": 3},
     "Bit": {"resample": 3, "do_center_crop": True, "default_to_square": False},
+    "Blip": {"resample": 3},
     "CLIP": {"resample": 3, "do_center_crop": True, "default_to_square": False},
+    "ChineseCLIP": {"resample": 3, "do_center_crop": True, "default_to_square": False},
     "DeiT": {"resample": 3, "do_center_crop": True},
+    "OwlViT": {"resample": 3},
     "Siglip": {"resample": 3, "default_to_square": False},
     "ViT": {"resample": 2},
 }
-_PROCESSOR_OF = {"dinov2": "Bit", "clip": "CLIP", "deit": "DeiT", "siglip": "Siglip", "vit": "ViT"}
+_PROCESSOR_OF = {  # by the beginning of model_type; the first that fits
+    "beit": "Beit",
+    "blip": "Blip",
+    "chinese_clip": "ChineseCLIP",
+    "clipseg": "ViT",
+    "clip": "CLIP",
+    "deit": "DeiT",
+    "dinov2": "Bit",
+    "metaclip": "CLIP",
+    "siglip": "Siglip",
+    "vit": "ViT",
+}
 _RESAMPLES: dict[int, Resample] = {2: "bilinear", 3: "bicubic"}
 
 
@@ -185,10 +200,11 @@ class ImageProcessorFile(PreprocessorFile):
     """
 
     image_processor_type: Annotated[
-        Literal["Bit", "CLIP", "DeiT", "Siglip", "ViT"],
+        Literal["Beit", "Bit", "Blip", "CLIP", "ChineseCLIP", "DeiT", "OwlViT", "Siglip", "ViT"],
         rule(
             "must be one whose arithmetic is transformers' general one "
-            f"({', '.join(f'{name}ImageProcessor' for name in _DEFAULTS)})"
+            f"({', '.join(f'{name}ImageProcessor' for name in _DEFAULTS)}, or the same as FeatureExtractor); if the "
+            "model's own does nothing else than resize, crop and normalize, name one of these and spell out all keys"
         ),
     ]
     resample: Annotated[Literal[2, 3], whole_numbers, rule("must be 2 (bilinear) or 3 (bicubic)")] = Field()  # type: ignore[assignment]

@@ -20,6 +20,7 @@ from dinov3_ray.config.layouts import MASK_TOKEN, layout_of, translate
 from dinov3_ray.errors import CheckpointError
 
 __all__ = [
+    "FLOATS",
     "INDEX_FILE",
     "SINGLE_FILE",
     "StoredTensor",
@@ -29,10 +30,9 @@ __all__ = [
     "read_weight_map",
 ]
 
-_ITEM_BYTES = {"F32": 4, "BF16": 2, "F16": 2}
-"""The dtypes that a checkpoint may hold, by their names in a safetensors header."""
-
-_COUNTERS = ("position_ids", "position_index")  # buffers that files of CLIP, BEiT and others hold too, as I64
+_ITEM_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+FLOATS = ("F32", "BF16", "F16")
+"""The dtypes that a parameter may have, by their names in a safetensors header."""
 
 _MAX_HEADER = 100_000_000  # the library's own limit
 # transformers 5.5 moved the blocks into an inner `model`; files keep the names without it, but some writers do not.
@@ -107,10 +107,14 @@ class WeightFiles:
         return {name: tensor.shape for name, tensor in self.tensors.items()}
 
     @classmethod
-    def find(cls, root: Path) -> WeightFiles:
+    def find(cls, root: Path, *, buffers: bool = False) -> WeightFiles:
         """Find the weights in ``root`` (one file, or an index and its shards, as transformers looks for them).
 
         Tensors in timm's layout come under transformers' names, each with its own byte range.
+
+        Args:
+            root: the model directory.
+            buffers: also tensors that no parameter may be, such as integers, which the buffers of some models are.
 
         Raises:
             CheckpointError: nothing there, a shard missing, a file truncated or damaged, or the index and its shards
@@ -118,9 +122,9 @@ class WeightFiles:
         """
         single, index = root / SINGLE_FILE, root / INDEX_FILE
         if single.is_file():
-            return cls._of_files((single,))
+            return cls._of_files((single,), buffers)
         if index.is_file():
-            return cls._of_index(index)
+            return cls._of_index(index, buffers)
         for path in (single, index):
             if lost := missing_target(path):
                 raise CheckpointError(f"{path} {lost}")
@@ -128,7 +132,7 @@ class WeightFiles:
         raise CheckpointError(f"{root} must hold {SINGLE_FILE} or {INDEX_FILE}; found neither{hint and f' ({hint})'}")
 
     @classmethod
-    def _of_index(cls, index: Path) -> WeightFiles:
+    def _of_index(cls, index: Path, buffers: bool) -> WeightFiles:
         weight_map = read_weight_map(index)
         paths = tuple(index.parent / name for name in sorted(set(weight_map.values())))
         missing = [path.name for path in paths if not path.is_file()]
@@ -136,7 +140,7 @@ class WeightFiles:
             raise CheckpointError(lost)
         if missing:
             raise CheckpointError(f"{index} names {len(paths)} shards; missing: {', '.join(missing)}")
-        weights = cls._of_files(paths)
+        weights = cls._of_files(paths, buffers)
         expected = {canonical_name(key): name for key, name in weight_map.items()}
         found = {name: tensor.file.name for name, tensor in weights.tensors.items()}
         for name in sorted(expected.keys() | found.keys()):
@@ -148,10 +152,10 @@ class WeightFiles:
         return weights
 
     @classmethod
-    def _of_files(cls, paths: tuple[Path, ...]) -> WeightFiles:
+    def _of_files(cls, paths: tuple[Path, ...], buffers: bool) -> WeightFiles:
         tensors: dict[str, StoredTensor] = {}
         for path in paths:
-            for tensor in read_stored(path):
+            for tensor in read_stored(path, buffers=buffers):
                 other = tensors.setdefault(tensor.name, tensor)
                 if other is not tensor:
                     raise CheckpointError(
@@ -200,8 +204,12 @@ def read_weight_map(index: Path) -> dict[str, str]:
     return weight_map
 
 
-def read_stored(path: Path) -> list[StoredTensor]:
+def read_stored(path: Path, *, buffers: bool = False) -> list[StoredTensor]:
     """The tensors that the header of a safetensors file lists, in the order of their bytes, under their own names.
+
+    Args:
+        path: the file.
+        buffers: as for :meth:`WeightFiles.find`.
 
     Raises:
         CheckpointError: the file is truncated or damaged, or is another thing, which the message says.
@@ -228,7 +236,9 @@ def read_stored(path: Path) -> list[StoredTensor]:
     if not isinstance(header, dict):
         raise CheckpointError(f"{path} has a damaged safetensors header: it holds no object")
     data_start = 8 + length
-    tensors = [_stored(path, key, entry, data_start) for key, entry in header.items() if key != "__metadata__"]
+    entries = [(key, entry) for key, entry in header.items() if key != "__metadata__"]
+    allowed = tuple(_ITEM_BYTES) if buffers else FLOATS
+    tensors = [_stored(path, key, entry, data_start, allowed) for key, entry in entries]
     tensors.sort(key=lambda tensor: (tensor.start, tensor.stop))
     end = data_start
     for tensor in tensors:
@@ -250,18 +260,15 @@ def _refuse_other(path: Path) -> None:
         raise CheckpointError(f"{path} is not a safetensors file, but {found}")
 
 
-def _stored(path: Path, key: str, entry: Any, data_start: int) -> StoredTensor:
+def _stored(path: Path, key: str, entry: Any, data_start: int, allowed: tuple[str, ...]) -> StoredTensor:
     try:
         dtype, shape = entry["dtype"], tuple(int(side) for side in entry["shape"])
         start, stop = (int(offset) for offset in entry["data_offsets"])
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: the header's entry for {key} is damaged: {entry!r}") from error
-    item_bytes = _ITEM_BYTES.get(dtype)
-    if dtype == "I64" and key.endswith(_COUNTERS):
-        item_bytes = 8
-    if item_bytes is None:
-        raise CheckpointError(f"{path}: tensor {key} must be one of {', '.join(_ITEM_BYTES)}; found {dtype}")
-    expected = math.prod(shape) * item_bytes
+    if dtype not in allowed:
+        raise CheckpointError(f"{path}: tensor {key} must be one of {', '.join(allowed)}; found {dtype}")
+    expected = math.prod(shape) * _ITEM_BYTES[dtype]
     if stop - start != expected or min(shape, default=0) < 0:
         raise CheckpointError(
             f"{path}: tensor {key} of {dtype}{list(shape)} must take {expected:,} bytes; found {stop - start:,}"

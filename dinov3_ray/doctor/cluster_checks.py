@@ -13,7 +13,7 @@ import ray
 import torch
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from dinov3_ray.config import ModelConfig
+from dinov3_ray.config import ModelConfig, TransformersConfig
 from dinov3_ray.config.weights import WeightFiles
 from dinov3_ray.doctor.machine_checks import (
     Finding,
@@ -168,7 +168,7 @@ def _look_for_weights(pickled: bytes) -> str:
     config = unpickle_teacher(pickled)
     assert isinstance(config, ModelConfig)
     root = config.place.with_weights()
-    WeightFiles.find(root)
+    WeightFiles.find(root, buffers=isinstance(config, TransformersConfig))
     return str(root)
 
 

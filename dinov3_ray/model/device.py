@@ -21,6 +21,7 @@ __all__ = [
     "computing_on",
     "empty_cache",
     "full_float32",
+    "parse_device",
     "settle_thread",
     "trial_error",
 ]
@@ -46,10 +47,7 @@ def as_device(device: torch.device | str | int) -> torch.device:
     Raises:
         ConfigError: it is not a device, or this process does not have it.
     """
-    try:
-        found = torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise ConfigError(f"device must be a torch device such as 'cpu' or 'cuda:0'; got {device!r}") from error
+    found = parse_device(device)
     if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
         raise ConfigError(
             f"device must be one that this process has; got {str(found)!r}, and it sees {torch.cuda.device_count()} "
@@ -62,11 +60,22 @@ def as_device(device: torch.device | str | int) -> torch.device:
     try:
         return torch.empty(0, device=found).device
     except Exception as error:  # torch has no one kind of error for what it was built without
-        reason = str(error).strip().partition("\n")[0]
         raise ConfigError(
-            f"device must be one that this process has; got {str(found)!r}, and torch {torch.__version__} says: "
-            f"{reason} (pass device='cpu')"
+            f"device must be one that this process has; got {str(found)!r}, and torch {torch.__version__} cannot "
+            "compute there (pass device='cpu')"
         ) from error
+
+
+def parse_device(device: torch.device | str | int) -> torch.device:
+    """``device`` as a torch.device, which another process may have.
+
+    Raises:
+        ConfigError: it is not a device.
+    """
+    try:
+        return torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ConfigError(f"device must be a torch device such as 'cpu' or 'cuda:0'; got {device!r}") from error
 
 
 def choose_dtype(dtype: ComputeDtype, device: torch.device) -> tuple[torch.dtype, str]:

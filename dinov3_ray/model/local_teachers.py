@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from dinov3_ray.config import DinoV3Config, ModelConfig, TransformersConfig, open_config
+from dinov3_ray.model.device import parse_device
 from dinov3_ray.model.frozen_teacher import FrozenTeacher
 
 __all__ = ["DinoV3Teacher", "TransformersFactory", "TransformersTeacher", "open_teacher"]
@@ -62,10 +63,11 @@ class TransformersTeacher(FrozenTeacher):
         """What ``TeacherPool.start`` and ``extract`` take, picklable; the model's files are read at once.
 
         Args:
-            device: None is the one that each replica has.
+            device: None is the one that each replica has. Whether a replica has another one, it finds out itself.
             config, options: as for the teacher itself.
         """
-        return TransformersFactory(_configured(config, options), None if device is None else str(device))
+        named = None if device is None else str(parse_device(device))
+        return TransformersFactory(_configured(config, options), named)
 
 
 @dataclass(frozen=True, slots=True)

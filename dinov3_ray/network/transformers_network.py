@@ -53,35 +53,66 @@ class TransformersNetwork(nn.Module):
         self.num_register_tokens = architecture.num_register_tokens
         pixels_23HW = _two_images(size, architecture.patch_size, next(model.parameters()))
         with torch.no_grad():
-            try:
-                expected_2ND = model(pixel_values=pixels_23HW, **self._options(size)).last_hidden_state
-            except torch.OutOfMemoryError:
-                raise
-            except (RuntimeError, ValueError, TypeError, AttributeError) as error:
-                raise ConfigError(
-                    f"image_size must be one that the model can compute (its own is {_by(architecture.native_size)}); "
-                    f"got {_by(size)}, and {architecture.model_type} of transformers fails with "
-                    f"{type(error).__name__}: {error}"
-                ) from error
+            expected_2ND = self._run_whole(pixels_23HW, size)
             self.blocks = self._take_blocks_out()
-            called: set[nn.Module] = set()
-            hooks = [
-                module.register_forward_pre_hook(lambda module, _: called.add(module)) for module in model.modules()
-            ]
+            tokens_2ND, given, called = self._probe(pixels_23HW)
+            self.num_prefix_tokens = self._count_prefix(tokens_2ND, size)
+            self.norm = self._find_norm(self._run_blocks(tokens_2ND, given), expected_2ND)
+        self.has_cls = self.num_prefix_tokens > self.num_register_tokens
+        self._prune(called)
+
+    def _run_whole(self, pixels_23HW: Tensor, size: Size) -> Tensor:
+        """The last hidden state, [2,N,D], as transformers computes it."""
+        try:
+            expected_2ND: Tensor = self.model(pixel_values=pixels_23HW, **self._options(size)).last_hidden_state
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, ValueError, TypeError, AttributeError, LookupError) as error:
+            why = f"{self.architecture.model_type} of transformers fails with {type(error).__name__}: {error}"
+            own = self._native_size
+            if own[0] != own[1]:
+                why += f" (its code may take square positions only; those of this model are of {_by(own)} px)"
+            if size != own:
+                raise ConfigError(
+                    f"image_size must be one that the model can compute (its own is {_by(own)}); got {_by(size)}, and "
+                    f"{why}"
+                ) from error
+            raise self._unlike(
+                f"at its own size, {_by(own)}, it cannot compute [2,3,{own[0]},{own[1]}]: it takes more than one "
+                f"image's pixel_values (such as text or frames), or other ones; {why}"
+            ) from error
+        return expected_2ND
+
+    def _probe(self, pixels_23HW: Tensor) -> tuple[Tensor, Given, set[nn.Module]]:
+        """What :meth:`begin` returns, and the modules that it called."""
+        called: set[nn.Module] = set()
+        hooks = [
+            module.register_forward_pre_hook(lambda module, _: called.add(module)) for module in self.model.modules()
+        ]
+        try:
             tokens_2ND, given = self.begin(pixels_23HW)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError) as error:
+            raise self._unlike(f"its blocks are not called one after the other ({error})") from error
+        finally:
             for hook in hooks:
                 hook.remove()
-            self.num_prefix_tokens = self._count_prefix(tokens_2ND, size)
-            try:
-                for block in self.blocks:
-                    tokens_2ND = self.step(block, tokens_2ND, given)
-            except torch.OutOfMemoryError:
-                raise
-            except (RuntimeError, ValueError, TypeError) as error:
-                raise self._unlike(f"a block fails with {type(error).__name__}: {error}") from error
-            self.norm = self._find_norm(tokens_2ND, expected_2ND)
-        self.has_cls = self.num_prefix_tokens > self.num_register_tokens
-        for holder in list(model.modules()):
+        return tokens_2ND, given, called
+
+    def _run_blocks(self, tokens_2ND: Tensor, given: Given) -> Tensor:
+        try:
+            for block in self.blocks:
+                tokens_2ND = self.step(block, tokens_2ND, given)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, ValueError, TypeError) as error:
+            raise self._unlike(f"a block fails with {type(error).__name__}: {error}") from error
+        return tokens_2ND
+
+    def _prune(self, called: set[nn.Module]) -> None:
+        """Remove what comes after the blocks: of their holders, the parts that were not ``called``."""
+        for holder in list(self.model.modules()):
             if not any(isinstance(part, _Gate) for part in holder.modules()):
                 continue
             for name, child in list(holder.named_children()):
@@ -145,16 +176,17 @@ class TransformersNetwork(nn.Module):
         """P, by where the first row's last patch went, in which alone the two images differ."""
         patch = self.architecture.patch_size
         rows, columns = (side // patch for side in size)
-        change_N = (tokens_2ND[0].float() - tokens_2ND[1].float()).abs().amax(dim=-1) if tokens_2ND.ndim == 3 else None
-        if change_N is not None:
+        if tokens_2ND.ndim == 3 and len(tokens_2ND) == 2:
+            change_N = (tokens_2ND[0].float() - tokens_2ND[1].float()).abs().amax(dim=-1)
             changed = (change_N > change_N.max() / 64).nonzero().flatten().tolist()
             prefix = changed[0] - (columns - 1) if changed else -1
             alone = len(changed) == 1 and prefix == len(change_N) - rows * columns
             if alone and prefix >= self.num_register_tokens:
                 return prefix
         raise self._unlike(
-            f"of {_by(size)} px in patches of {patch} px, its first block gets {list(tokens_2ND.shape[1:])}, which are "
-            f"not {rows} x {columns} patches row by row after {self.num_register_tokens} registers and a CLS token"
+            f"of {_by(size)} px in patches of {patch} px, its first block gets {list(tokens_2ND.shape)} for 2 "
+            f"images, which are not {rows} x {columns} patches row by row after {self.num_register_tokens} registers "
+            "and a CLS token"
         )
 
     def _find_norm(self, tokens_2ND: Tensor, expected_2ND: Tensor) -> nn.Module:

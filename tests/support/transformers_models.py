@@ -10,7 +10,16 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-__all__ = ["BIT", "KINDS", "SIGLIP", "last_hidden_state", "transformers_model", "write_transformers"]
+__all__ = [
+    "BIT",
+    "KINDS",
+    "OTHERS",
+    "SIGLIP",
+    "TOWERS",
+    "last_hidden_state",
+    "transformers_model",
+    "write_transformers",
+]
 
 _RESCALE = {"do_rescale": True, "rescale_factor": 0.00392156862745098}
 _IMAGENET = {"do_normalize": True, "image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
@@ -77,6 +86,58 @@ KINDS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         SIGLIP,
     ),
 }
+
+_TOWERS = {"vision_config": _AT_64, "text_config": _TEXT}
+_OPT = {
+    "model_type": "opt",
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "ffn_dim": 64,
+    "vocab_size": 50,
+    "word_embed_proj_dim": 32,
+    "max_position_embeddings": 64,
+}
+_LLAMA = {**_TOWER, "model_type": "llama", "vocab_size": 50}
+_BLIP2 = {
+    "vision_config": _AT_64,
+    "qformer_config": {**_TOWER, "encoder_hidden_size": 32, "vocab_size": 50},
+    "text_config": _OPT,
+}
+
+TOWERS: dict[str, tuple[dict[str, Any], str]] = {
+    "MetaClip2Model": (_TOWERS, "vision_model"),
+    "BlipModel": (_TOWERS, "vision_model"),
+    "BlipForConditionalGeneration": (_TOWERS, "vision_model"),
+    "AltCLIPModel": (
+        {"vision_config": _AT_64, "text_config": {**_TEXT, "project_dim": 16, "pad_token_id": 1}},
+        "vision_model",
+    ),
+    "CLIPSegModel": (_TOWERS, "vision_model"),
+    "OwlViTModel": (_TOWERS, "vision_model"),
+    "OwlViTForObjectDetection": (_TOWERS, "owlvit.vision_model"),
+    "Owlv2Model": (_TOWERS, "vision_model"),
+    "Blip2Model": (_BLIP2, "vision_model"),
+    "Aimv2Model": (_TOWERS, "vision_model"),
+    "LlavaForConditionalGeneration": (
+        {"vision_config": {**_AT_64, "model_type": "clip_vision_model"}, "text_config": _LLAMA},
+        "model.vision_tower",
+    ),
+    "BlipVisionModel": (_AT_64, ""),
+    "CLIPSegVisionModel": (_AT_64, ""),
+    "MetaClip2VisionModel": (_AT_64, ""),
+}
+"""Classes whose vision tower AutoModel does not open alone: the configuration, and where the tower is."""
+
+OTHERS: dict[str, tuple[dict[str, Any], str]] = {
+    "RadioModel": (_AT_64, ""),
+    "BeitForMaskedImageModeling": (_AT_64, "beit"),
+    "ViTForMaskedImageModeling": (_AT_64, "vit"),
+    "DeiTForMaskedImageModeling": (_AT_64, "deit"),
+    "IJepaModel": (_AT_64, ""),
+    "BeitModel": (_AT_64, ""),
+}
+"""Classes whose files hold more than AutoModel's parameters, and others that README names."""
 
 
 def write_transformers(

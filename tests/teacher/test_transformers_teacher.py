@@ -128,7 +128,10 @@ def test_it_finds_out_which_kind_a_directory_holds(directory: Directory, tiny_ch
     assert isinstance(open_teacher(tiny_checkpoint), DinoV3Teacher)
     assert isinstance(open_config(directory("dinov2")), TransformersConfig)
     assert isinstance(open_teacher(directory("dinov2")), TransformersTeacher)
-    with pytest.raises(ConfigError, match=r"model_type must be dinov3_vit or dinov3_convnext; got 'dinov2'"):
+    with pytest.raises(
+        ConfigError,
+        match=r"model_type must be dinov3_vit or dinov3_convnext; got 'dinov2' \(for .* TransformersTeacher",
+    ):
         DinoV3Teacher(directory("dinov2"))
     with pytest.raises(ConfigError, match=r"model_type must be of another model than 'dinov3_vit', which DinoV3Config"):
         TransformersTeacher(tiny_checkpoint)
@@ -176,7 +179,7 @@ def without(name: str) -> Callable[[dict[str, Tensor]], object]:
         (
             "dinov2",
             lambda tensors: tensors.update({"layernorm.bias": torch.ones(31)}),
-            r"must be those of a dinov2 that transformers' AutoModel can load",
+            r"not what its configuration describes:\n  - layernorm\.bias: expected \[32\], found \[31\]$",
         ),
     ],
     ids=["no CLS", "no last block", "no norm", "surplus", "surplus beside two towers", "surplus block", "NaN", "shape"],
@@ -271,7 +274,7 @@ def test_the_processors_file_must_be_there_alone_or_in_that_of_both_towers(copy:
         (
             "ViTMAEModel",
             {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 64, "patch_size": 16},
-            r"its first block gets \[5, 32\], which are not 4 x 4 patches row by row",
+            r"its first block gets \[2, 5, 32\] for 2 images, which are not 4 x 4 patches row by row",
         ),
     ],
 )
@@ -417,3 +420,6 @@ def test_a_factory_makes_teachers(directory: Directory, images: Tensor) -> None:
     assert check_teacher(chosen) is chosen
     with pytest.raises(ConfigError, match=r"is missing"):
         TransformersTeacher.factory(directory("clip") / "nowhere")
+    with pytest.raises(ConfigError, match=r"device must be a torch device such as 'cpu' or 'cuda:0'; got 'gpu'"):
+        TransformersTeacher.factory(config, device="gpu")
+    assert TransformersTeacher.factory(config, device="cuda:7").device == "cuda:7"  # which a replica may have
