@@ -42,8 +42,8 @@ class TransformersConfig(ModelConfig):
     """A directory with a vision model of transformers, and the options under which to run it; see
     :class:`~dinov3_ray.config.config.ModelConfig`.
 
-    The model is any that transformers' ``AutoModel`` opens and whose last hidden state holds the patches of an image as
-    tokens, or the vision tower of a two-tower model. Code that comes with a model is never run.
+    The model is any that transformers can load and whose last hidden state holds the patches of an image as
+    tokens, or the vision tower in a larger model. Code that comes with a model is never run.
     """
 
     architecture: TransformersArchitecture
