@@ -6,8 +6,11 @@ What each kind becomes, in a file or as a decoded array:
 - Transparent pixels (RGBA, LA, palette transparency) are composited on a background, white by default, as a
   browser shows them. Dropping the alpha channel would bring up colours that nobody sees.
 - Grey is repeated to three channels; 16-bit grey is scaled to 8 bits (Pillow's own conversion clips it to white);
-  16-bit RGB keeps its high bytes; floating point is taken as [0, 1].
-- 16-bit pixels that use at most 12 bits are refused: whether they are dark or of another range, they do not say.
+  16-bit colour in files keeps its high bytes, which are all that Pillow hands over; floating point is taken as [0, 1].
+- 16-bit pixels, grey or colour, that use at most 12 bits are refused, and so are those that are at most 1 of 255:
+  whether they are dark or of another range, they do not say. 16-bit colour in a file is also refused where all its
+  high bytes are 0.
+- TIFF's tags that change what pixels mean are heeded (white as 0), or the file is refused (signed bytes).
 - CMYK and YCCK are converted without a colour profile, as Pillow, torchvision and transformers do; embedded profiles
   are ignored for the same reason.
 - Metadata that have no say in this are left out where Pillow stumbles over them.
@@ -20,6 +23,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import re
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -31,7 +35,7 @@ import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from dinov3_ray.datasets import MAX_PIXELS
-from dinov3_ray.datasets.formats import Plugin, name_format, without_metadata
+from dinov3_ray.datasets.formats import Plugin, foreign_plugins, name_format, without_metadata
 from dinov3_ray.errors import ConfigError, InputError
 
 __all__ = ["Decoder", "Unreadable", "UnreadableKind", "view_digest"]
@@ -53,8 +57,8 @@ UnreadableKind = Literal[
     "out of memory",
     "crashed the decoder",
 ]
-"""Why an image has no features; ``refused`` is the teacher's own InputError; ``out of memory`` says that its
-device does not hold even one such image."""
+"""Why an image has no features; ``refused`` is the teacher's own InputError; ``out of memory`` says that the node
+could not decode it, or that the teacher's device does not hold even one such image."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +75,7 @@ _STRIP_PIXELS = 2**18
 
 _MAY_BE_METADATA = ("corrupt", "truncated", "not an image")
 _NARROW = 4095  # the largest value of 12 bits
+_TRIVIAL = 16  # images of fewer pixels may be of any range
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,8 +122,13 @@ class Decoder:
 
     @classmethod
     def from_rules(cls, rules: Mapping[str, Any]) -> Decoder:
-        """The decoder of a store whose manifest has ``rules``; plug-ins must be registered in this process."""
-        return cls(rules["max_pixels"], rules["min_side"], tuple(rules["background"]), rules.get("shrink_to"))
+        """The decoder of a store whose manifest has ``rules``; plug-ins must be registered in this process.
+
+        It carries them to others.
+        """
+        plugins = tuple(plugin for plugin in foreign_plugins() if plugin.form in (rules.get("plugins") or ()))
+        background = tuple(rules["background"])
+        return cls(rules["max_pixels"], rules["min_side"], background, rules.get("shrink_to"), plugins)
 
     def decode(self, data: bytes | memoryview) -> np.ndarray | Unreadable:
         """uint8 RGB [3,H,W], contiguous, or why there is none. Never raises for what the bytes hold."""
@@ -164,17 +174,21 @@ class Decoder:
             return trouble
         if array.dtype.kind not in "fiub":
             return Unreadable("unsupported", f"pixels must be numbers; got {array.dtype}")
-        if array.dtype != np.uint8:
-            if array.dtype.kind in "iu" and array.dtype.itemsize >= 4 and array.min() >= 0 and array.max() <= 255:
-                array = array.astype(np.uint8)  # bytes that went through Python's integers
-            trouble = _check_range(array.dtype, array.min(), array.max())
-            if trouble is not None:
-                return trouble
-            array = _scaled(array)
-        if len(array) in (2, 4):
+        least, most = array.min(), array.max()
+        if array.dtype.kind in "iu" and array.dtype.itemsize >= 4 and least >= 0 and most <= 255:
+            array = array.astype(np.uint8)  # bytes that went through Python's integers
+        has_alpha = len(array) in (2, 4)
+        brightest = array[:-1].max() if has_alpha and array.dtype != np.uint8 else most
+        trouble = _check_range(array.dtype, least, most, brightest, array[0].size)
+        if trouble is not None:
+            return trouble
+        array = _scaled(array)
+        if has_alpha:
             rgba = np.concatenate([np.broadcast_to(array[:-1], (3, *array.shape[1:])), array[-1:]])
             shown = self._to_rgb(Image.fromarray(np.ascontiguousarray(rgba.transpose(1, 2, 0))))
             array = np.asarray(shown).transpose(2, 0, 1)
+            if (trouble := _check_shown(array)) is not None:
+                return trouble
         return np.ascontiguousarray(np.broadcast_to(array, (3, *array.shape[1:])))
 
     def _check_size(self, height: int, width: int) -> Unreadable | None:
@@ -199,6 +213,9 @@ class Decoder:
             trouble = self._check_size(image.height, image.width) or _unfit(image)
             if trouble is not None:
                 return trouble
+            stored = _stored_as(image, data)
+            if isinstance(stored, Unreadable):
+                return stored
             factor, size = self._shrinking(*image.size), image.size
             if factor > 1:
                 smaller = image.width // factor, image.height // factor
@@ -207,7 +224,7 @@ class Decoder:
             if isinstance(loaded, Unreadable):
                 return loaded
             try:
-                return self._pixels(image, factor if image.size == size else 1)
+                return self._pixels(image, factor if image.size == size else 1, stored)
             except MemoryError:
                 return _OUT_OF_MEMORY
 
@@ -217,33 +234,45 @@ class Decoder:
         least = max(self.shrink_to, self.min_side)
         return next((factor for factor in (8, 4, 2) if min(width, height) // factor >= least), 1)
 
-    def _pixels(self, image: Image.Image, factor: int) -> np.ndarray | Unreadable:
+    def _pixels(self, image: Image.Image, factor: int, form: _Stored) -> np.ndarray | Unreadable:
         """Those of a loaded image, shrunk by ``factor``: [3,H,W], upright."""
         rows = max(1, _STRIP_PIXELS // (image.width * factor)) * factor
         boxes = [(0, top, image.width, min(top + rows, image.height)) for top in range(0, image.height, rows)]
         if _is_wide(image):
             ranges = [(values.min(), values.max()) for values in (np.asarray(image.crop(box)) for box in boxes)]
             least, most = min(least for least, _ in ranges), max(most for _, most in ranges)
-            trouble = _check_range(np.asarray(image.crop((0, 0, 1, 1))).dtype, least, most)
+            dtype = np.asarray(image.crop((0, 0, 1, 1))).dtype
+            trouble = _check_range(dtype, least, most, most, image.width * image.height)
             if trouble is not None:
                 return trouble
         height, width = -(-image.height // factor), -(-image.width // factor)
         orientation = _orientation(image)
         upright = np.empty((3, width, height) if orientation >= 5 else (3, height, width), np.uint8)
         stored = _as_stored(upright, orientation)
+        brightest = 0
         for box in boxes:
-            strip = self._to_rgb(image.crop(box))
+            crop = image.crop(box)
+            if brightest <= form.narrow:
+                brightest = max(brightest, _brightest(crop))
+            strip = self._to_rgb(crop, form.inverted)
             if isinstance(strip, Unreadable):
                 return strip
             pixels = np.asarray(strip if factor == 1 else strip.reduce(factor))
             top = box[1] // factor
             stored[:, top : top + len(pixels)] = pixels.transpose(2, 0, 1)
-        return upright
+        if _is_wide(image):
+            return upright
+        # Where no high byte has a bit, black lines may still show on their background.
+        if form.narrow > 1 and brightest <= form.narrow and (brightest or not upright.any()):
+            return Unreadable("unsupported", f"16-bit pixels of at most 12 bits: {_UNCERTAIN}")
+        trouble = _check_shown(upright)
+        return upright if trouble is None else trouble
 
-    def _to_rgb(self, image: Image.Image) -> Image.Image | Unreadable:
+    def _to_rgb(self, image: Image.Image, inverted: bool = False) -> Image.Image | Unreadable:
         if _is_wide(image):
             values = np.asarray(image)
-            rgb = np.repeat(_scaled(values)[:, :, None], 3, axis=2)
+            grey = _scaled(values)
+            rgb = np.repeat((255 - grey if inverted else grey)[:, :, None], 3, axis=2)
             transparent = image.info.get("transparency")
             if isinstance(transparent, int):
                 rgb[values == transparent] = self.background
@@ -258,7 +287,8 @@ class Decoder:
 
 _CHANNELS = 1, 2, 3, 4
 _PILLOWS_LIMIT = Unreadable("too large", "beyond Pillow's own limit")
-_OUT_OF_MEMORY = Unreadable("too large", "decoding ran out of memory")
+_OUT_OF_MEMORY = Unreadable("out of memory", "the node had too little memory to decode it")
+_UNCERTAIN = "black if their range is that of their type; scale them to it, or to 8 bits"
 
 
 def _pillow(step: Callable[[], _T], data: bytes | memoryview) -> _T | Unreadable:
@@ -269,8 +299,7 @@ def _pillow(step: Callable[[], _T], data: bytes | memoryview) -> _T | Unreadable
         found = name_format(bytes(data[:4096]))
         if found is None:
             return Unreadable("not an image", f"no image format that Pillow knows; begins with {bytes(data[:8])!r}")
-        is_image, words = found
-        return Unreadable("unsupported" if is_image else "not an image", words)
+        return Unreadable(*found)
     except Image.DecompressionBombError:
         return _PILLOWS_LIMIT
     except MemoryError:
@@ -316,19 +345,76 @@ def _is_wide(image: Image.Image) -> bool:
     return image.mode.startswith("I") or image.mode == "F"
 
 
-def _check_range(dtype: np.dtype[Any], least: float, most: float) -> Unreadable | None:
-    """Why pixels of this dtype and range have no meaning as colours that is certain."""
+@dataclass(frozen=True, slots=True)
+class _Stored:
+    """How a file's pixels differ from those that Pillow hands over.
+
+    Attributes:
+        narrow: colours of which the largest, as Pillow hands it over, is at most this are of 12 bits in 16.
+        inverted: 0 is white, and Pillow leaves it so.
+    """
+
+    narrow: int = 1
+    inverted: bool = False
+
+
+def _stored_as(image: Image.Image, data: bytes | memoryview) -> _Stored | Unreadable:
+    """What the header of an opened image, not yet loaded, says of its pixels; each format has its own place for it."""
+    args = [tile[3] if isinstance(tile[3], tuple) else (tile[3],) for tile in getattr(image, "tile", ())]
+    drops_low_bytes = not _is_wide(image) and any(_WIDE_RAWMODE.search(str(arg[0])) for arg in args if arg)
+    if image.format == "TIFF":
+        tags = image.tag_v2  # type: ignore[attr-defined]
+        bits, kinds = (_pillow(lambda tag=tag: tuple(tags.get(tag, (1,))), b"") for tag in (258, 339))
+        if isinstance(bits, Unreadable) or isinstance(kinds, Unreadable):
+            return _Stored()
+        if 2 in kinds and 8 in bits:
+            return Unreadable("unsupported", "TIFF of signed 8-bit pixels, which Pillow takes for unsigned ones")
+        if max(bits) > 8 and not _is_wide(image) and not drops_low_bytes:
+            return Unreadable("unsupported", f"TIFF of {max(bits)}-bit pixels in separate planes: Pillow misreads them")
+        return _Stored(15 if drops_low_bytes else 1, _is_wide(image) and tags.get(262) == 0)
+    if image.format == "PPM" and not _is_wide(image) and args and len(args[0]) > 1 and isinstance(args[0][1], int):
+        return _Stored(round(_NARROW * 255 / args[0][1])) if args[0][1] > 32767 else _Stored()
+    if image.format == "JPEG2000" and not _is_wide(image):
+        start = bytes(data).find(b"\xff\x4f\xff\x51")  # SOC and SIZ; the depth of the first component is 42 bytes on
+        drops_low_bytes = start >= 0 and (data[start + 42 : start + 43] or b"\0")[0] & 0x7F == 15
+    return _Stored(15) if drops_low_bytes else _Stored()
+
+
+_WIDE_RAWMODE = re.compile(r"^(L|LA|La|RGB|RGBA|RGBa|RGBX+|CMYK|R|G|B|A);16[BLNS]?$")
+
+
+def _brightest(image: Image.Image) -> int:
+    """The largest value of its colours, without alpha."""
+    found = image.getextrema()
+    bands = found if isinstance(found[0], tuple) else (found,)
+    named = zip(image.getbands(), bands, strict=True)
+    return max(int(most) for band, (_, most) in named if band not in "Aa")  # type: ignore[misc, arg-type]
+
+
+def _check_range(dtype: np.dtype[Any], least: float, most: float, brightest: float, pixels: int) -> Unreadable | None:
+    """Why pixels of this dtype and range have no meaning as colours that is certain.
+
+    ``brightest`` is the largest value without alpha.
+    """
+    if dtype.kind == "b":
+        return None
     if dtype.kind == "f":
         if not (least >= 0 and most <= 1):  # nor with NaN
             return Unreadable("unsupported", "floating-point pixels outside [0, 1]")
+        narrow = 1 / 255 + 1e-6
     elif least < 0 or most > 65535:
         return Unreadable("unsupported", f"integer pixels of {dtype} outside 0..65535")
-    elif dtype.kind != "b" and dtype != np.uint8 and 0 < most <= _NARROW:
-        return Unreadable(
-            "unsupported",
-            f"pixels of {dtype} of which the largest is {most}: black if their range is 16 bits; scale them to that, "
-            "or to 8 bits",
-        )
+    else:
+        narrow = 1 if dtype == np.uint8 else _NARROW
+    if 0 < brightest <= narrow and (pixels >= _TRIVIAL or narrow == _NARROW):
+        return Unreadable("unsupported", f"pixels of {dtype} of which the largest is {brightest:g}: {_UNCERTAIN}")
+    return None
+
+
+def _check_shown(image: np.ndarray) -> Unreadable | None:
+    """Why an image [3,H,W] of 8 bits a colour is more likely a mask of 0 and 1 than a picture."""
+    if image[0, 0].max() <= 1 and image[0].size >= _TRIVIAL and image.max() == 1:
+        return Unreadable("unsupported", f"8-bit pixels of which the largest is 1: {_UNCERTAIN}")
     return None
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from PIL import Image
 
@@ -37,8 +37,9 @@ class Plugin:
     accept: Any
 
     def register(self) -> None:
-        """Let Pillow read it in this process, too."""
-        if self.form not in Image.OPEN:
+        """Let Pillow read it in this process, too, and in this way where Pillow has one of its own."""
+        if Image.OPEN.get(self.form) != (self.factory, self.accept):
+            Image.init()  # or Pillow would register its own formats later, in place of this one
             Image.register_open(self.form, self.factory, self.accept)
 
 
@@ -73,21 +74,34 @@ _OTHERS: tuple[tuple[str, Callable[[bytes], bool]], ...] = (
 )
 
 
-def name_format(data: bytes) -> tuple[bool, str] | None:
-    """(whether it is an image, what it is in words) of bytes that Pillow does not know; None if nor does this."""
+def name_format(data: bytes) -> tuple[Literal["unsupported", "corrupt", "not an image"], str] | None:
+    """(the kind of trouble, what it is in words) of bytes that Pillow does not identify; None if nor does this."""
     form = None
     if data[4:8] == b"ftyp":  # ISO base media: a major brand, then compatible ones
         brands = {data[8:12], *(data[start : start + 4] for start in range(16, min(64, len(data)), 4))}
         form = "AVIF" if brands & {b"avif", b"avis"} else "HEIC" if brands & _HEIC else None
     elif data.startswith((b"\xff\x0a", b"\0\0\0\x0cJXL \r\n\x87\n")):
         form = "JPEG XL"
-    if form is not None:
+    if form is not None and not any(_accepts(name, data) for name in _REGISTERED[form]):
         remedy = "in the program that calls extract (dinov3-ray extract has --plugin); the workers take it from there"
-        return True, f"{form}; {_PACKAGES[form]} {remedy}"
+        return "unsupported", f"{form}; {_PACKAGES[form]} {remedy}"
     for number, (words, fits) in enumerate(_OTHERS):
         if fits(data):
-            return number == 0, words
-    return None
+            return ("not an image", "unsupported")[number == 0], words
+    form = form or next((name for name in Image.OPEN if _accepts(name, data)), None)
+    return None if form is None else ("corrupt", f"damaged, or of a kind of {form} that Pillow does not read")
+
+
+_REGISTERED = {"HEIC": ("HEIF", "HEIC"), "AVIF": ("AVIF",), "JPEG XL": ("JXL",)}  # names that their plug-ins have
+
+
+def _accepts(form: str, data: bytes) -> bool:
+    """Whether a format is registered with Pillow, and takes these bytes for its own."""
+    _, accept = Image.OPEN.get(form, (None, None))
+    try:
+        return accept is not None and accept(data[:16]) is True
+    except Exception:  # noqa: BLE001 - a plug-in's own code, on bytes that may be damaged
+        return False
 
 
 def without_metadata(data: bytes) -> bytes | None:
@@ -108,19 +122,22 @@ def without_metadata(data: bytes) -> bytes | None:
 
 
 _SHORT = 2**16
+_SHORT_IN_ALL = 2**20
 _PNG_KEPT = {b"tRNS", b"eXIf", b"acTL", b"fcTL", b"fdAT"}
 
 
 def _png_spans(data: bytes) -> Iterator[tuple[int, int]]:
     yield 0, 8
-    start = 8
+    start, texts = 8, 0
     while start + 8 <= len(data):
         (length,) = struct.unpack(">I", data[start : start + 4])
         name = data[start + 4 : start + 8]
         stop = start + 12 + length
         plain = name == b"tEXt" or (name == b"iTXt" and data[start + 8 : stop].partition(b"\0")[2][:1] == b"\0")
+        texts += length if plain and length <= _SHORT else 0
+        plain = plain and length <= _SHORT and texts <= _SHORT_IN_ALL
         is_critical = not name[:1].islower()
-        if is_critical or name in _PNG_KEPT or (plain and length <= _SHORT):
+        if is_critical or name in _PNG_KEPT or plain:
             yield start, min(stop, len(data))
         start = stop
 

@@ -6,7 +6,10 @@ Both kinds have the same face, so that a run asks once, at the door, which one i
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping
+import pickle
+import re
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -14,19 +17,20 @@ import numpy as np
 import pyarrow as pa
 import ray
 import ray.data
+from ray.exceptions import RayError
 
 from dinov3_ray.datasets.extraction.decode_tasks import Piece
 from dinov3_ray.datasets.extraction.plan import cut_blocks
 from dinov3_ray.datasets.folder import Folder
 from dinov3_ray.datasets.sources.open import SourceOptions, check_there, open_source, reopen_source
 from dinov3_ray.datasets.sources.ray_dataset import Columns, DatasetRows, name_of
-from dinov3_ray.datasets.sources.source import Source
+from dinov3_ray.datasets.sources.source import Content, Source
 from dinov3_ray.datasets.store.listing import block_name, block_rows, load_block, save_rows
 from dinov3_ray.datasets.store.reader import FeatureStore
 from dinov3_ray.datasets.store.writer import check_rows, finish
 from dinov3_ray.errors import ConfigError
 
-__all__ = ["BlockReader", "Blocks", "DatasetBlocks", "ListedBlocks", "open_blocks"]
+__all__ = ["BlockReader", "Blocks", "DatasetBlocks", "ListedBlocks", "open_blocks", "unifying"]
 
 _PROBED_IMAGES = 8
 
@@ -75,8 +79,8 @@ class Blocks(Protocol):
         """
         ...
 
-    def todo(self) -> ray.data.Dataset | None:
-        """What remains, for Ray Data; None if nothing does."""
+    def todo(self, tasks: int) -> ray.data.Dataset | None:
+        """What remains, for Ray Data, prepared by so many tasks at a time; None if nothing does."""
         ...
 
     def reader(self, batch_size: int) -> BlockReader: ...
@@ -112,7 +116,9 @@ def open_blocks(
         StoreError: it has no images.
     """
     if isinstance(source, ray.data.Dataset):
-        return DatasetBlocks(DatasetRows(source, options.image_column, options.id_column), folder)
+        with unifying(options.image_column):
+            rows = DatasetRows(source, options.image_column, options.id_column)
+        return DatasetBlocks(rows, folder)
     if not isinstance(source, (str, os.PathLike)):
         raise ConfigError(f"source must be a path, a glob, a URI or a Ray Dataset; got {type(source).__name__}")
     if old is not None and "root" in old["source"]:
@@ -175,7 +181,7 @@ class ListedBlocks:
         elif self._todo:
             check_there(self._source, load_block(self._folder, self._todo[0]), moved=self._moved)
 
-    def todo(self) -> ray.data.Dataset | None:
+    def todo(self, tasks: int) -> ray.data.Dataset | None:  # noqa: ARG002 - there is nothing to prepare
         if not self._todo:
             return None
         return ray.data.from_items([{"block": index} for index in self._todo], override_num_blocks=len(self._todo))
@@ -190,15 +196,53 @@ class ListedBlocks:
         return finish(self._folder, identity)
 
 
+@contextmanager
+def unifying(column: str | None = None) -> Iterator[None]:
+    """Raise StoreError where Ray Data stumbles over arrays of several dtypes, of which it makes one column."""
+    try:
+        yield
+    except (pa.ArrowException, ValueError, TypeError, RayError) as error:
+        words = str(error)
+        found = next((line.strip() for line in reversed(words.splitlines()) if _MIXED.search(line)), None)
+        if found is None:
+            raise
+        raise StoreError(
+            f"image_column must have arrays of one dtype, and no nulls among them, where the Dataset's own steps join "
+            f"blocks (repartition, batches of several); column {column or 'of images'!r} has more: {found}. Remedy: "
+            "before these steps, bring all to uint8, or to encoded bytes"
+        ) from error
+
+
+_MIXED = re.compile(r"unify tensor types|unsupported tensor type|tensor.*(null|divergent)|ArrowTensorType.*ArrowTensor")
+
+
+@dataclass(frozen=True)
+class _Packing:
+    """A row of a Dataset as one column of bytes: blocks may differ in the types of their cells, and Ray Data, which
+    joins them before a worker sees them, makes one type of them or fails.
+    """
+
+    columns: Columns
+
+    def __call__(self, row: Mapping[str, Any]) -> dict[str, bytes]:
+        return {"row": pickle.dumps((row[self.columns.id], row[self.columns.image]), protocol=5)}
+
+    def contents(self, batch: Mapping[str, np.ndarray]) -> list[tuple[str, Content]]:
+        cells = [pickle.loads(row) for row in batch["row"]]  # noqa: S301 - by this run's own tasks
+        return self.columns.contents(
+            {self.columns.id: [id_ for id_, _ in cells], self.columns.image: [image for _, image in cells]}
+        )
+
+
 @dataclass(frozen=True)
 class _DatasetReader:
-    columns: Columns
+    packing: _Packing
     batch_size: int
     finished_ids: Any  # a reference: they are many, and the same for all workers
 
     def pieces(self, batch: Mapping[str, np.ndarray]) -> tuple[str, list[Piece]]:
         """The rows that are not finished, under the name of all of them: it is the same when the run is resumed."""
-        contents = self.columns.contents(batch)
+        contents = self.packing.contents(batch)
         finished: frozenset[str] = ray.get(self.finished_ids)
         rows = [row for row in contents if row[0] not in finished]
         whole = Piece(0, [id_ for id_, _ in rows], None, rows)
@@ -244,11 +288,13 @@ class DatasetBlocks:
     def record(self) -> None:
         """A Dataset is read again when it is resumed: nothing of it is kept."""
 
-    def todo(self) -> ray.data.Dataset:
-        return self._rows.dataset
+    def todo(self, tasks: int) -> ray.data.Dataset:
+        # They reserve nothing: while one waits until its rows are taken, decoding must find a CPU.
+        few = ray.data.TaskPoolStrategy(size=tasks)
+        return self._rows.dataset.map(_Packing(self._rows.columns), num_cpus=0, compute=few)
 
     def reader(self, batch_size: int) -> BlockReader:
-        return _DatasetReader(self._rows.columns, batch_size, ray.put(self._finished))
+        return _DatasetReader(_Packing(self._rows.columns), batch_size, ray.put(self._finished))
 
     def note(self, result: Mapping[str, Any]) -> None:
         self._order.append(str(result["block"]))

@@ -11,7 +11,7 @@ from typing import Any
 from dinov3_ray.datasets.decode import Decoder
 from dinov3_ray.datasets.extraction import plan as plans
 from dinov3_ray.datasets.extraction.attempts import Attempts
-from dinov3_ray.datasets.extraction.blocks import Blocks
+from dinov3_ray.datasets.extraction.blocks import Blocks, unifying
 from dinov3_ray.datasets.extraction.progress import watching
 from dinov3_ray.datasets.extraction.resources import Allocation
 from dinov3_ray.datasets.extraction.teacher_probe import Probe, first_image, probe_teacher
@@ -226,7 +226,7 @@ class Run:
 
     def _results(self, job: ExtractionJob) -> Iterator[dict[str, Any]]:
         """What the workers report of each block, as they finish."""
-        dataset = self.blocks.todo()
+        dataset = self.blocks.todo(self.allocation.replicas)
         if dataset is None:
             return
         dataset = dataset.map_batches(
@@ -238,7 +238,8 @@ class Run:
             num_gpus=self.allocation.num_gpus or None,
             **actor_strategy(self.allocation.replicas),
         )
-        with watching(self.allocation), execution(dataset.context, ordered=self.blocks.ordered):
+        column = self.blocks.describe().get("image_column")
+        with unifying(column), watching(self.allocation), execution(dataset.context, ordered=self.blocks.ordered):
             for batch in dataset.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=0):
                 for values in zip(*batch.values(), strict=True):
                     result = dict(zip(batch, values, strict=True))

@@ -118,18 +118,51 @@ def test_arrays_of_all_kinds_share_a_column(ray_cluster: str, tmp_path: Path, ca
     ]
     arrays.append(np.dstack([rgb[..., :1], alpha]))
     rows = [{"id": str(index), "image": array} for index, array in enumerate(arrays)]
+    arrays += [rgb.astype(np.uint16) * 257, rgb[..., 0] > 100, rgb / 255, rgb.astype(np.int64)]
+    rows = [{"id": str(index), "image": array} for index, array in enumerate(arrays)]
+    rows += [{"id": "null", "image": None}, {"id": "bytes", "image": png(0)}]
+    rows += [{"id": "named", "image": {"bytes": png(0), "path": "0.png"}}]
     with caplog.at_level(logging.WARNING, "dinov3_ray"):
-        extract(ray.data.from_items(rows, override_num_blocks=1), tmp_path / "out", FakeTeacher.factory(), SPEC)
+        # A block for each row; the worker's batches are of several.
+        dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
+        extract(dataset, tmp_path / "out", FakeTeacher.factory(), SPEC, block_size=5, batch_size=5)
     assert "arrays [H,W] of column 'image' are taken as grey" in caplog.text
     store = FeatureStore(tmp_path / "out")
-    assert store.manifest["errors"] == 0, store.errors.to_pylist()
-    assert store.view("0") == store.view("1")
+    assert [(error["id"], error["kind"]) for error in store.errors.to_pylist()] == [("null", "missing")]
+    assert store.ids == tuple(row["id"] for row in rows if row["id"] != "null"), "in the Dataset's order"
+    for same in ("1", "6", "8", "9", "bytes", "named"):
+        assert store.view("0") == store.view(same), same
     assert store.view("4") == store.view("5")
-    # Ray Data widens arrays of one shape and several dtypes: what they were is lost, and told.
-    mixed = [{"id": "8", "image": rgb}, {"id": "16", "image": rgb.astype(np.uint16) * 257}]
-    extract(ray.data.from_items(mixed, override_num_blocks=1), tmp_path / "mixed", FakeTeacher.factory(), SPEC)
-    (error,) = FeatureStore(tmp_path / "mixed").errors.to_pylist()
-    assert (error["id"], error["kind"]) == ("8", "unsupported")
+
+
+def test_nulls_among_arrays_and_ids_of_two_types_share_a_block(ray_cluster: str, tmp_path: Path) -> None:
+    rows: list[dict[str, object]] = [{"id": index, "image": pixels(index)} for index in range(3)]
+    rows[1:1] = [{"id": "null", "image": None}]
+    for blocks in (len(rows), 2, 1):
+        # Ids of two types share a Dataset, not a block, which is Ray Data's own matter.
+        some = [{**row, "id": str(row["id"])} for row in rows] if blocks < len(rows) else rows
+        extract(
+            ray.data.from_items(some, override_num_blocks=blocks), tmp_path / str(blocks), FakeTeacher.factory(), SPEC
+        )
+        store = FeatureStore(tmp_path / str(blocks))
+        assert store.ids == ("0", "1", "2")
+        assert store.errors["id"].to_pylist() == ["null"]
+
+
+def test_what_ray_data_widens_or_cannot_join_is_told(ray_cluster: str, tmp_path: Path) -> None:
+    # In a block of its own making, Ray Data widens arrays of one shape and several dtypes: what they were is lost.
+    rgb = pixels(0)
+    wide = {"id": "wide", "image": rgb.astype(np.uint16) * 257}
+    for name, image, other in (("8 bits", rgb, wide["image"]), ("bool", rgb[..., 0] > 100, rgb[..., 1])):
+        rows = [{"id": name, "image": image}, {"id": "other", "image": other}]
+        extract(ray.data.from_items(rows, override_num_blocks=1), tmp_path / name, FakeTeacher.factory(), SPEC)
+        (error,) = FeatureStore(tmp_path / name).errors.to_pylist()
+        assert (error["id"], error["kind"]) == (name, "unsupported")
+    joined = ray.data.from_items([{"id": "8 bits", "image": rgb}, wide], override_num_blocks=2).map_batches(
+        lambda batch: batch, batch_size=2
+    )
+    with pytest.raises(StoreError, match=r"(?s)column 'image' has more: .*uint8.*uint16.*Remedy: .* bring all to uint8"):
+        extract(joined, tmp_path / "joined", FakeTeacher.factory(), SPEC, options=SourceOptions(image_column="image"))
 
 
 def test_a_source_that_has_moved_goes_on_where_it_lies_now(ray_cluster: str, tmp_path: Path) -> None:
