@@ -28,7 +28,7 @@ from dinov3_ray.datasets.sources.source import Content, Source
 from dinov3_ray.datasets.store.listing import block_name, block_rows, load_block, save_rows
 from dinov3_ray.datasets.store.reader import FeatureStore
 from dinov3_ray.datasets.store.writer import check_rows, finish
-from dinov3_ray.errors import ConfigError
+from dinov3_ray.errors import ConfigError, StoreError
 
 __all__ = ["BlockReader", "Blocks", "DatasetBlocks", "ListedBlocks", "open_blocks", "unifying"]
 
