@@ -364,7 +364,7 @@ def _stored_as(image: Image.Image, data: bytes | memoryview) -> _Stored | Unread
     drops_low_bytes = not _is_wide(image) and any(_WIDE_RAWMODE.search(str(arg[0])) for arg in args if arg)
     if image.format == "TIFF":
         tags = image.tag_v2  # type: ignore[attr-defined]
-        bits, kinds = (_pillow(lambda tag=tag: tuple(tags.get(tag, (1,))), b"") for tag in (258, 339))
+        bits, kinds = _pillow(lambda: tuple(tags.get(258, (1,))), b""), _pillow(lambda: tuple(tags.get(339, (1,))), b"")
         if isinstance(bits, Unreadable) or isinstance(kinds, Unreadable):
             return _Stored()
         if 2 in kinds and 8 in bits:
@@ -388,7 +388,7 @@ def _brightest(image: Image.Image) -> int:
     found = image.getextrema()
     bands = found if isinstance(found[0], tuple) else (found,)
     named = zip(image.getbands(), bands, strict=True)
-    return max(int(most) for band, (_, most) in named if band not in "Aa")  # type: ignore[misc, arg-type]
+    return max(int(most) for band, (_, most) in named if band not in "Aa")
 
 
 def _check_range(dtype: np.dtype[Any], least: float, most: float, brightest: float, pixels: int) -> Unreadable | None:

@@ -166,7 +166,9 @@ def test_what_ray_data_widens_or_cannot_join_is_told(ray_cluster: str, tmp_path:
     joined = ray.data.from_items([{"id": "8 bits", "image": rgb}, wide], override_num_blocks=2).map_batches(
         lambda batch: batch, batch_size=2
     )
-    with pytest.raises(StoreError, match=r"(?s)column 'image' has more: .*uint8.*uint16.*Remedy: .* bring all to uint8"):
+    with pytest.raises(
+        StoreError, match=r"(?s)column 'image' has more: .*uint8.*uint16.*Remedy: .* bring all to uint8"
+    ):
         extract(joined, tmp_path / "joined", FakeTeacher.factory(), SPEC, options=SourceOptions(image_column="image"))
 
 
