@@ -16,6 +16,8 @@ from PIL import Image, PngImagePlugin
 from pyarrow import fs as pafs
 
 from dinov3_ray.datasets.decode import Unreadable
+from dinov3_ray.datasets.extraction.blocks import ListedBlocks
+from dinov3_ray.datasets.folder import Folder
 from dinov3_ray.datasets.sources.open import check_there, matches, open_source, reopen_source
 from dinov3_ray.datasets.sources.source import Source, content_of
 from dinov3_ray.errors import StoreError
@@ -59,10 +61,11 @@ def test_labels_caches_and_archives_beside_images_are_left_out_and_told(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     contents = write(tmp_path, ["images/1.JPG", "images/2.heic", "3.Png"])
-    write(tmp_path, ["labels/1.txt", "labels/2.TXT", "train.cache", "data.yaml", "LICENSE", "all.tar", "boxes.parquet"])
+    write(tmp_path, ["labels/1.txt", "labels/2.TXT", "train.cache", "data.yaml", "LICENSE", "all.zip"])
+    pq.write_table(pa.table({"file_name": ["3.Png"], "box": [[0.0, 1.0]]}), tmp_path / "boxes.parquet")
     assert everything(open_source(tmp_path)) == contents
     assert "left out are files whose names are not those of images: 2 .txt, 1 " in caplog.text
-    assert all(f"1 {extension}" in caplog.text for extension in (".yaml", "no extension", ".tar", ".parquet"))
+    assert all(f"1 {extension}" in caplog.text for extension in (".yaml", "no extension", ".zip", ".parquet"))
     caplog.clear()
     assert everything(open_source(tmp_path / "images")).keys() == {"1.JPG", "2.heic"}
     assert not caplog.text
@@ -140,6 +143,16 @@ def test_matches_is_exact() -> None:
 def test_a_folder_with_brackets_in_its_name_is_that_folder(tmp_path: Path) -> None:
     write(tmp_path, ["set [1]/x.jpg"])
     assert list(everything(open_source(tmp_path / "set [1]"))) == ["x.jpg"]
+    write(tmp_path, ["set {a,b}/sub [2]/y.jpg", "set a/z.jpg", "set 1/1.jpg"])
+    for pattern, ids in {
+        "set [1]/*.jpg": ["x.jpg"],
+        "set {a,b}/**/*.{jpg,png}": ["sub [2]/y.jpg"],
+        "set {a,b}/sub [2]/*": ["y.jpg"],
+        "set [0-9]/*.jpg": ["set 1/1.jpg"],
+    }.items():
+        assert list(everything(open_source(tmp_path / pattern))) == ids, pattern
+    with pytest.raises(StoreError, match=r"source must exist; there is nothing at .*typo\.jpg"):
+        open_source(tmp_path / "set [1]" / "typo.jpg")
 
 
 def test_any_pyarrow_file_system(tmp_path: Path) -> None:
@@ -235,6 +248,52 @@ def test_one_form_at_a_time(tmp_path: Path) -> None:
         open_source(tmp_path / "[z-a]*")
 
 
+@pytest.mark.parametrize("other", ["data/train.parquet", "data/0.tar", "data/0.tar.gz", "data/damaged.parquet"])
+def test_images_beside_archives_of_images_are_not_taken_for_the_data_set(other: str, tmp_path: Path) -> None:
+    write(tmp_path, ["assets/logo.png", other])
+    if other == "data/train.parquet":
+        pq.write_table(pa.table({"image": [b"x"], "key": ["x"]}), tmp_path / other)
+    with pytest.raises(StoreError, match=r"has both image and \.(tar|parquet) files: choose with a glob, such as"):
+        open_source(tmp_path)
+    assert everything(open_source(tmp_path / "**" / "*.{jpg,png}")).keys() == {"assets/logo.png"}
+    if other == "data/train.parquet":
+        assert everything(open_source(tmp_path / "**" / "*.parquet")).keys() == {"x"}
+        with pytest.raises(StoreError, match="in one form"):
+            open_source(tmp_path, image_column="image")
+
+
+def test_shards_have_the_rule_of_folders(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with tarfile.open(tmp_path / "0.tar", "w") as archive:
+        for name in ("images/1.jpg", "images/._1.jpg", "._images/2.jpg", "labels/1.txt", "data.yaml", ".DS_Store"):
+            add(archive, name, name.encode())
+        link = tarfile.TarInfo("images/3.jpg")
+        link.type, link.linkname = tarfile.SYMTYPE, "._1.jpg"
+        archive.addfile(link)
+    with tarfile.open(tmp_path / "1.tar", "w") as archive:
+        add(archive, "images/lost.txt", b"a sample whose image is not there")
+        add(archive, "./labels/lost.txt", b"x")
+    found = everything(open_source(tmp_path))
+    lost = found.pop("images/lost")
+    assert isinstance(lost, Unreadable)
+    assert lost.kind == "missing"
+    assert found == {"images/1": b"images/1.jpg", "images/3": b"images/._1.jpg"}
+    assert caplog.text.count("left out are files whose names are not those of images: 2 .txt, 1 .yaml") == 1
+
+
+@pytest.mark.parametrize("name", ["0.parquet", "0.tar", "labels.tar"])
+def test_files_without_an_image_are_a_source_without_one(name: str, tmp_path: Path) -> None:
+    if name == "0.parquet":
+        empty = pa.table({"image": pa.array([], pa.binary()), "id": pa.array([], pa.string())})
+        pq.write_table(empty, tmp_path / name)
+    else:
+        with tarfile.open(tmp_path / name, "w") as archive:
+            if name == "labels.tar":
+                add(archive, "labels/1.txt", b"1")
+    with pytest.raises(StoreError, match=rf"source must hold images; the files of '{tmp_path}' have none"):
+        ListedBlocks(open_source(tmp_path), Folder.at(tmp_path / "out"), resumed=False)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_source_is_read_on_without_being_listed_again(tmp_path: Path) -> None:
     contents = write(tmp_path / "files", ["1.jpg", "a/2.jpg"])
     with tarfile.open(tmp_path / "s.tar", "w") as archive:
@@ -310,6 +369,17 @@ def test_folders_that_hold_one_another(tmp_path: Path) -> None:
     (tmp_path / "images" / "a" / "up").symlink_to("..")
     with pytest.raises(StoreError, match=r"source must not hold a link to a folder around it; .*a/up leads to"):
         open_source(tmp_path / "images")
+    # A circle of several links, none of which leads upwards; and a folder that is linked to twice, which is not one.
+    write(tmp_path, ["circle/a/1.jpg", "circle/b/2.jpg", "twice/a/1.jpg"])
+    (tmp_path / "circle" / "a" / "l").symlink_to("../b")
+    (tmp_path / "circle" / "b" / "m").symlink_to("../a")
+    with pytest.raises(StoreError, match=r"a link to a folder around it; .*circle/(a/l/m|b/m/l) leads to"):
+        open_source(tmp_path / "circle")
+    (tmp_path / "twice" / "b").symlink_to("a")
+    (tmp_path / "twice" / "self.jpg").symlink_to("self.jpg")
+    found = everything(open_source(tmp_path / "twice"))
+    assert found.pop("self.jpg") == Unreadable("missing", "a link that leads nowhere")
+    assert found.keys() == {"a/1.jpg", "b/1.jpg"}
 
 
 def test_cells_that_are_no_images_or_no_keys(tmp_path: Path) -> None:

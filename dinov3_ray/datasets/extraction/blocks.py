@@ -24,7 +24,7 @@ from dinov3_ray.datasets.sources.source import Source
 from dinov3_ray.datasets.store.listing import block_name, block_rows, load_block, save_rows
 from dinov3_ray.datasets.store.reader import FeatureStore
 from dinov3_ray.datasets.store.writer import check_rows, finish
-from dinov3_ray.errors import ConfigError
+from dinov3_ray.errors import ConfigError, StoreError
 
 __all__ = ["BlockReader", "Blocks", "DatasetBlocks", "ListedBlocks", "open_blocks"]
 
@@ -145,6 +145,8 @@ class ListedBlocks:
     def __init__(self, source: Source, folder: Folder, *, resumed: bool, moved: bool = False) -> None:
         self._source, self._folder, self._moved = source, folder, moved
         self._listed: pa.Table | None = None if resumed else source.rows()
+        if self._listed is not None and not len(self._listed):
+            raise StoreError(f"source must hold images; the files of {source.describe()['path']!r} have none")
         self._spans: list[tuple[int, int]] = []
         self._todo: list[int] = []
 

@@ -249,6 +249,8 @@ class Run:
     def _check_errors(self, manifest: Mapping[str, Any]) -> None:
         """Raise StoreError if the finished store has more errors than it may."""
         rows, errors = manifest["rows"], manifest["errors"]
+        if not rows and not errors:  # a store of an earlier version, or a Dataset whose rows have gone
+            raise StoreError(f"source must hold images; {self.folder.path} has neither rows nor errors")
         if not errors or (rows and (self.max_errors is None or errors <= self.max_errors * (rows + errors))):
             return
         first = self.folder.read_table(ERRORS).slice(0, 1).to_pylist()[0]

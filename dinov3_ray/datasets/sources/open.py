@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import re
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+import stat
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
@@ -19,13 +18,19 @@ from dinov3_ray.datasets.decode import Decoder
 from dinov3_ray.datasets.folder import open_path
 from dinov3_ray.datasets.formats import foreign_plugins, has_image_name
 from dinov3_ray.datasets.sources.parquet import ParquetSource
-from dinov3_ray.datasets.sources.source import DANGLING, IRREGULAR, FileSource, Source
+from dinov3_ray.datasets.sources.source import (
+    DANGLING,
+    IRREGULAR,
+    FileSource,
+    Source,
+    extension_of,
+    is_hidden,
+    tell_left_out,
+)
 from dinov3_ray.datasets.sources.tar import TarSource
 from dinov3_ray.errors import ConfigError, StoreError
 
 __all__ = ["SourceOptions", "check_there", "matches", "open_source", "reopen_source"]
-
-logger = logging.getLogger("dinov3_ray")
 
 _LOOKED_FOR = 16
 
@@ -86,60 +91,50 @@ def open_source(
 
     Where files have an image's extension, those are the images: labels, caches and whatever else lies beside them is
     left out, and told. Else, if some are Parquet or tar, those are read; else each file is an image, whatever its name.
+    Of image files, tar files and Parquet files with a column of images, a source has one kind only.
     Files and folders whose names begin with a dot are left out.
 
     Args:
         exclude: a path below which nothing is listed: the output folder, should it lie within the source.
 
     Raises:
-        StoreError: nothing is there, or the columns of a Parquet source cannot be found.
+        StoreError: nothing is there, it holds images in several forms, or the columns of a Parquet source cannot be
+            found.
     """
     system, path = open_path(source, filesystem)
     path = path.rstrip("/") or "/"
-    if exclude is not None and f"{path}/".startswith(exclude.rstrip("/") + "/"):
+    if _is_within(path, exclude):
         raise StoreError(f"out must not contain the source's images; {exclude} holds {path}")
     root, infos = _find(system, path, exclude)
     if not infos:
         raise StoreError(f"source {os.fspath(source)!r} must hold images; no file is there")
     name = _name(source, path)
     images = tuple(file for file in infos if has_image_name(file[0]))
+    parquet, tars = ([file for file in infos if extension_of(file[0]) == form] for form in ("parquet", "tar"))
+    packed = [file for file, _ in infos if file.lower().endswith((".tar.gz", ".tgz", ".tar.zst", ".tar.bz2"))]
     if images:
-        _tell_left_out(name, [file for file, _ in infos if not has_image_name(file)])
+        parquet = [file for file in parquet if ParquetSource.may_hold_images(system, f"{root}/{file[0]}", image_column)]
+    forms = {"image": images, ".parquet": parquet, ".tar": [*tars, *packed]}
+    found = [form for form, files in forms.items() if files]
+    if len(found) > 1:
+        raise StoreError(
+            f"source must hold images in one form; {name!r} has {'both ' if len(found) == 2 else ''}"
+            f"{' and '.join(found)} files: choose with a glob, such as FOLDER/**/*"
+            f"{found[-1] if not images else '.{jpg,png}'}"
+        )
+    if images:
+        tell_left_out(name, [file for file, _ in infos if not has_image_name(file)])
         return FileSource(system, root, name, images)
-    parquet, tars = ([file for file in infos if _extension(file[0]) == form] for form in ("parquet", "tar"))
     gone = [file for file, size in (*parquet, *tars) if size == DANGLING]
     if gone:
         raise StoreError(f"source must hold its files; {gone[0]!r} is a link that leads nowhere")
-    if parquet and tars:
-        raise StoreError(
-            f"source must hold images in one form; {name!r} has both .parquet and .tar files: choose with a glob, "
-            "such as FOLDER/*.tar"
-        )
     if parquet:
         return ParquetSource.open(system, root, name, parquet, image_column, id_column)
-    packed = [file for file, _ in infos if file.endswith((".tar.gz", ".tgz", ".tar.zst", ".tar.bz2"))]
     if packed:
         raise StoreError(f"source must hold uncompressed .tar shards, which can be read anywhere; got {packed[0]!r}")
     if tars:
         return TarSource(system, root, name, tuple(file for file, _ in tars))
     return FileSource(system, root, name, tuple(infos))
-
-
-def _extension(name: str) -> str:
-    return name.rpartition("/")[2].rpartition(".")[2].lower()
-
-
-def _tell_left_out(source: str, names: Sequence[str]) -> None:
-    """Say once which files are passed over, by their extensions."""
-    if names:
-        counts = Counter(f".{_extension(name)}" if "." in name.rpartition("/")[2] else "no extension" for name in names)
-        text = ", ".join(f"{count:,} {extension}" for extension, count in counts.most_common(8))
-        logger.warning(
-            "of %s, images are read; left out are files whose names are not those of images: %s%s",
-            source,
-            text,
-            ", ..." if len(counts) > 8 else "",
-        )
 
 
 def reopen_source(
@@ -239,25 +234,69 @@ def _find(system: Any, path: str, exclude: str | None) -> tuple[str, list[tuple[
     path, pattern, name = _root(system, path)
     if name is not None:
         return path, [(name, system.get_file_info(f"{path}/{name}").size)]
-    infos = system.get_file_info(pafs.FileSelector(path, recursive=True, allow_not_found=True))
     prefix = path.rstrip("/") + "/"
+    listed = _walk(path, exclude) if system.type_name == "local" else _select(system, path)
     files = []
-    for info in infos:
+    for full, size in listed:
+        file = full.removeprefix(prefix)
+        if (pattern is None or matches(pattern, file)) and not is_hidden(file) and not _is_within(full, exclude):
+            files.append((file, size))
+    return path.rstrip("/"), sorted(files)
+
+
+def _select(system: Any, path: str) -> Iterator[tuple[str, int]]:
+    """The files below a folder of any file system, and their sizes."""
+    for info in system.get_file_info(pafs.FileSelector(path, recursive=True, allow_not_found=True)):
         try:
-            name = info.path.removeprefix(prefix)
+            name = info.path
         except UnicodeDecodeError as error:
-            name = error.object.decode(errors="backslashreplace")
-            raise StoreError(f"names of files must be UTF-8, since ids are made of them; rename {name!r}") from error
-        if info.type == pafs.FileType.Directory:
-            if system.type_name == "local" and not _is_hidden(name, info.path, exclude):
-                _check_link(info.path)
-        else:
-            irregular = info.type == pafs.FileType.Unknown
-            files.append((name, IRREGULAR if irregular else info.size or 0))
-    if system.type_name == "local":
-        files += [(link.removeprefix(prefix), DANGLING) for link in _dangling(path)]
-    chosen = (file for file in files if pattern is None or matches(pattern, file[0]))
-    return path.rstrip("/"), sorted(file for file in chosen if not _is_hidden(file[0], prefix + file[0], exclude))
+            raise _misnamed(error.object) from error
+        if info.type != pafs.FileType.Directory:
+            yield name, IRREGULAR if info.type == pafs.FileType.Unknown else info.size or 0
+
+
+def _walk(root: str, exclude: str | None) -> Iterator[tuple[str, int]]:
+    """The files below a local folder, and their sizes; links are followed, and those that lead nowhere are DANGLING.
+
+    pyarrow's own listing passes over such links, and follows links in a circle again and again.
+
+    Raises:
+        StoreError: a link leads to a folder around it, a name is not UTF-8, or a folder cannot be read.
+    """
+    stack: list[tuple[str, frozenset[str]]] = [(root, frozenset())]
+    while stack:
+        folder, around = stack.pop()
+        real = os.path.realpath(folder)
+        if real in around:
+            raise StoreError(f"source must not hold a link to a folder around it; {folder} leads to {real}")
+        try:
+            with os.scandir(folder) as entries:
+                held = list(entries)
+        except FileNotFoundError:
+            continue  # it went away since, or a glob begins with a folder that is not there
+        except OSError as error:
+            raise StoreError(f"source must be a folder that can be listed: {error}") from error
+        for entry in held:
+            if is_hidden(entry.name) or _is_within(entry.path, exclude):
+                continue
+            try:
+                entry.path.encode()
+            except UnicodeEncodeError as error:
+                raise _misnamed(os.fsencode(entry.path)) from error
+            try:
+                status = entry.stat()
+            except OSError:  # a link to nowhere or to itself, or a file that reading it will say more about
+                yield entry.path, DANGLING if entry.is_symlink() else 0
+                continue
+            if stat.S_ISDIR(status.st_mode):
+                stack.append((entry.path, around | {real}))
+            else:
+                yield entry.path, status.st_size if stat.S_ISREG(status.st_mode) else IRREGULAR
+
+
+def _misnamed(path: bytes) -> StoreError:
+    name = path.decode(errors="backslashreplace")
+    return StoreError(f"names of files must be UTF-8, since ids are made of them; rename {name!r}")
 
 
 def _root(system: Any, path: str) -> tuple[str, str | None, str | None]:
@@ -273,35 +312,23 @@ def _root(system: Any, path: str) -> tuple[str, str | None, str | None]:
     if info.type != pafs.FileType.NotFound:
         return path, None, None
     parts = PurePosixPath(path).parts
-    wild = next((index for index, part in enumerate(parts) if re.search(r"[*?\[{]", part)), None)
+    # A folder that is there is itself, whatever brackets its name has.
+    wild = next(
+        (
+            index
+            for index, part in enumerate(parts)
+            if re.search(r"[*?\[{]", part) and not _is_there(system, str(PurePosixPath(*parts[: index + 1])))
+        ),
+        None,
+    )
     if wild is None:
         raise StoreError(f"source must exist; there is nothing at {path!r}")
     return str(PurePosixPath(*parts[:wild])), "/".join(parts[wild:]), None
 
 
-def _is_hidden(name: str, path: str, exclude: str | None) -> bool:
-    hidden = any(part.startswith(".") for part in PurePosixPath(name).parts)
-    return hidden or (exclude is not None and f"{path}/".startswith(exclude.rstrip("/") + "/"))
+def _is_there(system: Any, path: str) -> bool:
+    return bool(system.get_file_info(path).type != pafs.FileType.NotFound)
 
 
-def _dangling(folder: str) -> Iterator[str]:
-    """Links below ``folder`` that lead nowhere, which pyarrow's listing passes over."""
-    try:
-        entries = list(os.scandir(folder))
-    except OSError:
-        return  # pyarrow's listing has said so, or the folder went away since
-    for entry in entries:
-        if entry.name.startswith("."):
-            continue
-        if entry.is_symlink() and not os.path.exists(entry.path):
-            yield entry.path
-        elif entry.is_dir():
-            yield from _dangling(entry.path)
-
-
-def _check_link(folder: str) -> None:
-    """Raise StoreError if ``folder`` is a link to one that holds it: its images would be listed again and again."""
-    if os.path.islink(folder):
-        target = os.path.realpath(folder)
-        if f"{os.path.realpath(os.path.dirname(folder))}/".startswith(target.rstrip("/") + "/"):
-            raise StoreError(f"source must not hold a link to a folder around it; {folder} leads to {target}")
+def _is_within(path: str, folder: str | None) -> bool:
+    return folder is not None and f"{path}/".startswith(folder.rstrip("/") + "/")

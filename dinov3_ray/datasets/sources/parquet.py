@@ -67,6 +67,18 @@ class ParquetSource:
         id_ = _choose_fitting(id_column, "id_column", schema, ID_COLUMNS, _holds_keys)
         return cls(system, root, name, tuple(file for file, _ in files), image, id_ or ROW_NUMBER)
 
+    @staticmethod
+    def may_hold_images(system: Any, path: str, image_column: str | None) -> bool:
+        """Whether a Parquet file beside image files has images of its own; of a damaged one, nobody knows."""
+        try:
+            with system.open_input_file(path) as file:
+                schema = pq.read_schema(file)
+        except (pa.ArrowException, OSError):
+            return True
+        if image_column is not None:
+            return image_column in schema.names
+        return _choose_fitting(None, "image_column", schema, IMAGE_COLUMNS, _holds_bytes) is not None
+
     def describe(self) -> dict[str, Any]:
         columns = {"image_column": self.image_column, "id_column": self.id_column}
         return {"kind": "parquet", "path": self.name, "root": self.root, **columns}

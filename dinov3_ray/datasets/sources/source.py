@@ -6,9 +6,12 @@ then on, any rows of that table can be read anywhere, in any order. Nothing here
 
 from __future__ import annotations
 
+import logging
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 from typing import Any, Protocol
 
 import numpy as np
@@ -28,10 +31,15 @@ __all__ = [
     "Source",
     "check_unique",
     "content_of",
+    "extension_of",
+    "is_hidden",
     "key_of",
     "listing",
     "read_whole",
+    "tell_left_out",
 ]
+
+logger = logging.getLogger("dinov3_ray")
 
 LISTING = pa.schema([("id", pa.string()), ("file", pa.string()), ("offset", pa.int64()), ("size", pa.int64())])
 
@@ -125,6 +133,31 @@ def listing(rows: Iterator[tuple[str, str, int, int]]) -> pa.Table:
     """Rows of (id, file, offset, size) as a table."""
     columns = list(zip(*rows, strict=True)) or [(), (), (), ()]
     return pa.table([pa.array(column, field.type) for column, field in zip(columns, LISTING, strict=True)], LISTING)
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a part of a path begins with a dot, as ``.git/x`` and macOS's ``._a.jpg``: such files are left out."""
+    return any(part.startswith(".") and part != ".." for part in PurePosixPath(name).parts)
+
+
+def extension_of(name: str) -> str:
+    """What follows the last dot of a file's name, in lower case; the name itself without one."""
+    return name.rpartition("/")[2].rpartition(".")[2].lower()
+
+
+def tell_left_out(source: str, names: Sequence[str]) -> None:
+    """Say once which files beside images are passed over, by their extensions."""
+    if names:
+        counts = Counter(
+            f".{extension_of(name)}" if "." in name.rpartition("/")[2] else "no extension" for name in names
+        )
+        text = ", ".join(f"{count:,} {extension}" for extension, count in counts.most_common(8))
+        logger.warning(
+            "of %s, images are read; left out are files whose names are not those of images: %s%s",
+            source,
+            text,
+            ", ..." if len(counts) > 8 else "",
+        )
 
 
 def content_of(cell: Any, beside: Beside | None = None) -> Content:

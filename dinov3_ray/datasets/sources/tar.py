@@ -13,7 +13,14 @@ import pyarrow as pa
 
 from dinov3_ray.datasets.decode import Unreadable
 from dinov3_ray.datasets.formats import has_image_name
-from dinov3_ray.datasets.sources.source import Content, check_unique, listing, read_whole
+from dinov3_ray.datasets.sources.source import (
+    Content,
+    check_unique,
+    is_hidden,
+    listing,
+    read_whole,
+    tell_left_out,
+)
 
 __all__ = ["TarSource"]
 
@@ -26,6 +33,9 @@ _SLICE = 32
 @dataclass(frozen=True)
 class TarSource:
     """Images in uncompressed tar shards; the id is the sample's key.
+
+    Members whose names begin with a dot, and samples without an image in folders without one, as those of labels, are
+    left out; a sample without an image in a folder that has some is an error.
 
     Where a key occurs in several shards, ids are ``shard/key``. A sample with several images has an id
     ``key.extension`` for each. Members are listed once, and then read by their offsets: a block costs its own bytes
@@ -42,7 +52,16 @@ class TarSource:
         return {"kind": "webdataset", "path": self.name, "root": self.root}
 
     def rows(self) -> pa.Table:
-        rows = [row for file in self.files for row in self._members(file)]
+        rows: list[tuple[str, str, int, int]] = []
+        bare: dict[tuple[str, str], list[str]] = {}
+        for file in self.files:
+            members, names = self._members(file)
+            rows += members
+            bare |= {(key, file): others for key, others in names.items()}
+        with_images = {_folder_of(row[0]) for row in rows if row[3] not in (_NO_IMAGE, _DAMAGED)}
+        left = {key for key in bare if _folder_of(key[0]) not in with_images}
+        tell_left_out(self.name, [name for key in left for name in bare[key]])
+        rows = [row for row in rows if row[3] != _NO_IMAGE or row[:2] not in left]
         anew = len({row[0] for row in rows}) < len(rows)
         if anew:
             rows = [(f"{file.removesuffix('.tar')}/{id_}", file, start, size) for id_, file, start, size in rows]
@@ -69,7 +88,8 @@ class TarSource:
                     data = Unreadable("truncated", f"{row['file']} ends within this member")
                 yield row["id"], data
 
-    def _members(self, file: str) -> Iterator[tuple[str, str, int, int]]:
+    def _members(self, file: str) -> tuple[list[tuple[str, str, int, int]], dict[str, list[str]]]:
+        """The rows of a shard, and the names of the members of each sample that has no image."""
         samples: dict[str, list[tuple[str, str]]] = {}  # by key: extension, and the member that has the content
         places: dict[str, tuple[int, int]] = {}
         damaged = None
@@ -89,20 +109,30 @@ class TarSource:
                             content = posixpath.normpath(posixpath.join(folder, member.linkname))
                         else:
                             continue
+                        if is_hidden(member.name):
+                            continue  # a link may lead to it all the same
                         samples.setdefault(key, []).append((extension, content))
                     if not _ends(stream, archive.offset):
                         damaged = archive.offset
             except tarfile.TarError:
                 damaged = stream.tell()
+        rows: list[tuple[str, str, int, int]] = []
+        bare: dict[str, list[str]] = {}
         for key, members in samples.items():
             images = [member for member in members if has_image_name(member[0])]
             for extension, content in images:
                 place = places.get(content, (0, _DANGLING))
-                yield (key if len(images) == 1 else f"{key}.{extension}"), file, *place
+                rows.append((key if len(images) == 1 else f"{key}.{extension}", file, *place))
             if not images:
-                yield key, file, 0, _NO_IMAGE
+                rows.append((key, file, 0, _NO_IMAGE))
+                bare[key] = [f"{key}.{extension}" if extension else key for extension, _ in members]
         if damaged is not None:
-            yield file, file, damaged, _DAMAGED
+            rows.append((file, file, damaged, _DAMAGED))
+        return rows, bare
+
+
+def _folder_of(key: str) -> str:
+    return posixpath.dirname(posixpath.normpath(key))
 
 
 def _ends(stream: Any, offset: int) -> bool:

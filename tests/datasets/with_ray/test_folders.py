@@ -49,6 +49,11 @@ def test_a_run_without_one_readable_image_is_an_error(ray_cluster: str, tmp_path
         with pytest.raises(StoreError, match=words):
             extract(root, tmp_path / "out", FakeTeacher.factory(), SPEC)
     assert len(FeatureStore(tmp_path / "out").errors) == 3
+    # As older versions finished the store of a source without rows.
+    path = tmp_path / "out" / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "errors": 0}))
+    with pytest.raises(StoreError, match=r"source must hold images; .*out has neither rows nor errors"):
+        extract(root, tmp_path / "out", FakeTeacher.factory(), SPEC)
 
 
 def test_more_than_a_share_of_errors_is_an_error(ray_cluster: str, tmp_path: Path) -> None:
