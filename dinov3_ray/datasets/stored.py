@@ -297,7 +297,9 @@ class Originals:
             named = zip(store.ids, names_below(self._source, store.ids), strict=True)
             self._rows = listing((id_, file, 0, 0) for id_, file in named)
         # Where ids are paths of other places, they are not the names of files below the root.
-        self._ids = {} if has_files else dict(zip(self._rows["file"].to_pylist(), store.ids, strict=True))
+        self._ids: dict[str, str] = (
+            {} if has_files else dict(zip(self._rows["file"].to_pylist(), store.ids, strict=True))
+        )
         self._places = {id_: place for place, id_ in enumerate(self._rows["id"].to_pylist())}
 
     @property
@@ -310,7 +312,7 @@ class Originals:
         if path in self._store or not isinstance(self._source, FileSource):
             return path
         local = self._source.system.type_name == "local"
-        name = (os.path.abspath(path) if local else path).removeprefix(f"{self.root}/")
+        name: str = (os.path.abspath(path) if local else path).removeprefix(f"{self.root}/")
         return self._ids.get(name, name)
 
     def check_there(self, ids: Sequence[str]) -> None:

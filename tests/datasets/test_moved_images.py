@@ -155,7 +155,7 @@ def test_ids_that_are_paths_of_another_place_are_found_below_the_new_one(old: st
     store.manifest["source"] = {"kind": "dataset", "image_column": "image", "id_column": "path"}
     now = root if levels == 0 else tmp_path  # what was the folder of all images, or one around it
     dataset = TargetDataset(store, images=now)
-    assert np.array_equal(dataset[4][0], Decoder().read(PICTURES[NAMES[4]], "4"))
+    assert np.array_equal(dataset.read(names[4]), Decoder().read(PICTURES[NAMES[4]], "4"))
     teacher, expected = StoredTeacher(store, images=now), store.read(names[:2]).cls
     assert expected is not None
     for asked in ([root / name for name in NAMES[:2]], names[:2]):
