@@ -15,7 +15,7 @@ _LONGEST = 103 if sys.platform == "darwin" else 107  # bytes of a socket's path:
 class RayFolder:
     """Which folder a Ray takes: ``path``, and ``trouble``, what is wrong with Ray's own choice; "" if nothing is.
 
-    Ray takes ``ray`` in RAY_TMPDIR, TMPDIR or /tmp; a variable that is empty counts as unset here. TMPDIR is often long,
+    Ray takes ``ray`` in RAY_TMPDIR, TMPDIR or /tmp; an empty variable counts as unset here. TMPDIR is often long,
     and /tmp/ray another user's: then a folder of this user's below ``fallback`` takes its place. A RAY_TMPDIR is
     obeyed, whatever is wrong with it.
 
