@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 from dinov3_ray.datasets.decode import Decoder, Unreadable, view_digest
 from dinov3_ray.datasets.folder import open_path
-from dinov3_ray.datasets.sources.open import reopen_source
+from dinov3_ray.datasets.sources.reopen import check_there, names_below, reopen_source
 from dinov3_ray.datasets.sources.source import FileSource, listing
 from dinov3_ray.datasets.store.listing import load_rows
 from dinov3_ray.datasets.store.reader import FeatureStore
@@ -28,10 +28,12 @@ from dinov3_ray.watch import has_only_finite
 
 __all__ = ["Originals", "StoredTeacher", "TargetDataset"]
 
-_LOOKED_FOR = 16
+
+Names = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
+"""Ids, or paths, of stored images."""
 
 
-class StoredTeacher(TeacherMixin[Images | str | Sequence[str]]):
+class StoredTeacher(TeacherMixin[Images | Names]):
     """A teacher that looks its answers up: :meth:`extract` of stored images, without a forward pass.
 
     Images are recognised by their pixels: uint8 as they were decoded for the store (see
@@ -73,9 +75,7 @@ class StoredTeacher(TeacherMixin[Images | str | Sequence[str]]):
         """Of the teacher that filled the store."""
         return self.store.fingerprint
 
-    def extract(
-        self, images: Images | str | Sequence[str], spec: FeatureSpec, *, ids: Sequence[str] | None = None
-    ) -> Features:
+    def extract(self, images: Images | Names, spec: FeatureSpec, *, ids: Sequence[str] | None = None) -> Features:
         """The stored features of ``images``.
 
         Args:
@@ -92,7 +92,7 @@ class StoredTeacher(TeacherMixin[Images | str | Sequence[str]]):
         """
         return self._deliver(self._ids(images, ids), spec)
 
-    def extract_feature_map(self, images: Images | str | Sequence[str]) -> Tensor:
+    def extract_feature_map(self, images: Images | Names) -> Tensor:
         """Patch tokens as a map, float32 [B, D, h, w], of the stored map size; errors as in :meth:`extract`."""
         spec = FeatureSpec(feature_map=True, map_size=self.store.spec.map_size, dtype="float32")
         feature_map = self.extract(images, spec).feature_map
@@ -102,13 +102,13 @@ class StoredTeacher(TeacherMixin[Images | str | Sequence[str]]):
     def __repr__(self) -> str:
         return f"StoredTeacher({self.store!r}, device={str(self.device)!r})"
 
-    def _ids(self, images: Images | str | Sequence[str], ids: Sequence[str] | None) -> list[str]:
-        if isinstance(images, str):
+    def _ids(self, images: Images | Names, ids: Sequence[str] | None) -> list[str]:
+        if isinstance(images, (str, os.PathLike)):
             images = [images]
-        if isinstance(images, Sequence) and images and isinstance(images[0], str):
+        if isinstance(images, Sequence) and images and isinstance(images[0], (str, os.PathLike)):
             if ids is not None:
                 raise StoreError("ids must be left out where the images are named by their ids already")
-            return [self._by_name(str(name)) for name in images]
+            return [self._by_name(os.fspath(name)) for name in images]  # type: ignore[arg-type]
         batch = ImageBatch.of(images)  # type: ignore[arg-type]
         if ids is not None and len(ids) != len(batch):
             raise StoreError(f"ids must name each image once: got {len(ids)} ids for {len(batch)} images")
@@ -281,13 +281,25 @@ class Originals:
             self._source = reopen_source(described, described["path"], filesystem=filesystem)
         else:
             system, path = open_path(images, filesystem)
-            if system.get_file_info(path).type == pafs.FileType.NotFound:
-                raise StoreError(f"images must be where the images of {store!r} lie now; there is nothing at {path!r}")
-            kind = described if has_files else {"kind": "files"}
-            self._source = reopen_source(kind, images, filesystem=filesystem, moved=True)
+            nothing = f"images must be where the images of {store!r} lie now; there is nothing at {path!r}"
+            try:
+                kind = described if has_files else {"kind": "files"}
+                self._source = reopen_source(kind, images, filesystem=filesystem, moved=True)
+            except StoreError as error:
+                raise StoreError(nothing) from error
+            if system.get_file_info(self._source.root).type == pafs.FileType.NotFound:  # of a glob
+                raise StoreError(nothing)
         self._store = store
         self._decoder = Decoder.from_rules(store.manifest["decoding"])
-        self._rows = load_rows(store.folder) if has_files else listing((id_, id_, 0, 0) for id_ in store.ids)
+        if has_files:
+            self._rows = load_rows(store.folder)
+        else:
+            named = zip(store.ids, names_below(self._source, store.ids), strict=True)
+            self._rows = listing((id_, file, 0, 0) for id_, file in named)
+        # Where ids are paths of other places, they are not the names of files below the root.
+        self._ids: dict[str, str] = (
+            {} if has_files else dict(zip(self._rows["file"].to_pylist(), store.ids, strict=True))
+        )
         self._places = {id_: place for place, id_ in enumerate(self._rows["id"].to_pylist())}
 
     @property
@@ -300,18 +312,14 @@ class Originals:
         if path in self._store or not isinstance(self._source, FileSource):
             return path
         local = self._source.system.type_name == "local"
-        return (os.path.abspath(path) if local else path).removeprefix(f"{self.root}/")
+        name: str = (os.path.abspath(path) if local else path).removeprefix(f"{self.root}/")
+        return self._ids.get(name, name)
 
     def check_there(self, ids: Sequence[str]) -> None:
         """Raise StoreError if none of the files of the first ``ids`` is there: that is another folder."""
-        files = {self._rows["file"][self._places[id_]].as_py() for id_ in ids[:_LOOKED_FOR]}
-        paths = sorted(f"{self.root}/{file}" for file in files)
-        infos = self._source.system.get_file_info(paths)
-        if paths and all(info.type == pafs.FileType.NotFound for info in infos):
-            raise StoreError(
-                f"images must hold the files of {self._store!r} under the names that they had below its source; none "
-                f"of the first {len(paths)} is there, such as {paths[0]}"
-            )
+        places = [self._places[id_] for id_ in ids]
+        told = f"images must hold the files of {self._store!r} under the names that they had below its source."
+        check_there(self._source, self._rows.take(places), told=told)
 
     def __call__(self, id_: str) -> np.ndarray:
         """The image [3,H,W].

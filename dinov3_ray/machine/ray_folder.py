@@ -15,15 +15,16 @@ _LONGEST = 103 if sys.platform == "darwin" else 107  # bytes of a socket's path:
 class RayFolder:
     """Which folder a Ray takes: ``path``, and ``trouble``, what is wrong with Ray's own choice; "" if nothing is.
 
-    Ray takes ``ray`` in RAY_TMPDIR, TMPDIR or /tmp. TMPDIR is often long, and /tmp/ray another user's: then a folder
-    of this user's below ``fallback`` takes its place. A RAY_TMPDIR is obeyed, whatever is wrong with it.
+    Ray takes ``ray`` in RAY_TMPDIR, TMPDIR or /tmp; an empty variable counts as unset here. TMPDIR is often long,
+    and /tmp/ray another user's: then a folder of this user's below ``fallback`` takes its place. A RAY_TMPDIR is
+    obeyed, whatever is wrong with it.
 
     Args:
         environment: such as ``os.environ``.
     """
 
     def __init__(self, environment: Mapping[str, str], fallback: Path = Path("/tmp")) -> None:  # noqa: S108
-        self.variable = next((name for name in ("RAY_TMPDIR", "TMPDIR") if name in environment), "")
+        self.variable = next((name for name in ("RAY_TMPDIR", "TMPDIR") if environment.get(name)), "")
         self.path = Path(environment.get(self.variable, "/tmp"), "ray")  # noqa: S108 - Ray's own choice
         self.trouble = _trouble(self.path)
         self.usable = not self.trouble
@@ -34,6 +35,8 @@ class RayFolder:
 
 
 def _trouble(folder: Path) -> str:
+    if not folder.is_absolute():
+        return f"{folder} is relative, and the processes of Ray have other working directories"
     # The longest path that Ray 2.60.0 has there.
     longest = _LONGEST - len(f"/session_2026-01-01_00-00-00_000000_{os.getpid()}/sockets/plasma_store")
     if len(os.fsencode(folder)) > longest:

@@ -19,7 +19,9 @@ from pyarrow import fs as pafs
 from stores import store_of
 
 from dinov3_ray.datasets import FeatureStore, StoredTeacher, TargetDataset
-from dinov3_ray.datasets.decode import Decoder
+from dinov3_ray.datasets.decode import Decoder, Unreadable
+from dinov3_ray.datasets.sources.open import open_source
+from dinov3_ray.datasets.sources.reopen import reopen_source
 from dinov3_ray.datasets.stored import Originals
 from dinov3_ray.errors import ConfigError, InputError, MissingViewError, StoreError
 from dinov3_ray.features import FeatureSpec
@@ -70,6 +72,10 @@ def test_images_are_read_where_they_lie_now(kind: str, tmp_path: Path) -> None:
     system, root = pafs.SubTreeFileSystem(str(tmp_path), pafs.LocalFileSystem()), "elsewhere"
     subset = TargetDataset(store, ids=store.ids[3:4], images=root, filesystem=system)
     assert np.array_equal(subset[0][0], before[3])
+    if kind == "glob":
+        assert len(TargetDataset(store, images=now / "*" / "*.png")) == len(NAMES)
+        with pytest.raises(StoreError, match=r"images must be where .*; there is nothing at '/no/where/\*"):
+            TargetDataset(store, images="/no/where/*.png")
     if source.suffix == ".tar":
         assert len(TargetDataset(store, images=now / source.name)) == len(NAMES)
 
@@ -89,7 +95,7 @@ def test_where_they_are_no_longer_the_error_names_the_way_out(moved: tuple[Featu
         TargetDataset(store, images="/no/where")
     # A folder above the right one, or below it, has none of them.
     for wrong in (now.parent, now / "1"):
-        with pytest.raises(StoreError, match=rf"images must hold the files of .* none of the first 6 .* {wrong}/"):
+        with pytest.raises(StoreError, match=rf"images must hold the files of .* None of the next 6 files .* {wrong}/"):
             TargetDataset(store, images=wrong)
     with pytest.raises(ConfigError, match="one of read and images must be given, not both"):
         TargetDataset(store, len, images=now)
@@ -116,7 +122,8 @@ def test_a_stored_teacher_takes_paths_below_the_images(
     assert expected is not None
     monkeypatch.chdir(now.parent)
     relative = os.path.join(now.name, NAMES[0])
-    for names in (NAMES[:2], [str(now / name) for name in NAMES[:2]], [relative, NAMES[1]]):
+    paths = [now / name for name in NAMES[:2]]
+    for names in (NAMES[:2], [str(path) for path in paths], [relative, NAMES[1]], paths, [Path(relative), NAMES[1]]):
         found = teacher.extract(names, CLS).cls
         assert found is not None
         assert torch.equal(found, expected)
@@ -137,3 +144,57 @@ def test_rows_of_a_dataset_are_read_where_their_ids_are_paths(moved: tuple[Featu
         TargetDataset(store)
     dataset = TargetDataset(store, images=now)
     assert np.array_equal(dataset[4][0], Decoder().read(PICTURES[store.ids[4]], "4"))
+
+
+@pytest.mark.parametrize("old", ["/mnt/old/photographs", "bucket/photographs", "s3://bucket/photographs"])
+@pytest.mark.parametrize("levels", [0, 1])
+def test_ids_that_are_paths_of_another_place_are_found_below_the_new_one(old: str, levels: int, tmp_path: Path) -> None:
+    names = [f"{old}/train/{name}" for name in NAMES]
+    root = write_source("folder", tmp_path / "train")
+    store = store_of(root, tmp_path / "out", names=dict(zip(NAMES, names, strict=True)))
+    store.manifest["source"] = {"kind": "dataset", "image_column": "image", "id_column": "path"}
+    now = root if levels == 0 else tmp_path  # what was the folder of all images, or one around it
+    dataset = TargetDataset(store, images=now)
+    assert np.array_equal(dataset.read(names[4]), Decoder().read(PICTURES[NAMES[4]], "4"))
+    teacher, expected = StoredTeacher(store, images=now), store.read(names[:2]).cls
+    assert expected is not None
+    for asked in ([root / name for name in NAMES[:2]], names[:2]):
+        found = teacher.extract(asked, CLS).cls
+        assert found is not None
+        assert torch.equal(found, expected)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(StoreError, match=r"images must hold the files of .* None of the next 6 files is there"):
+        TargetDataset(store, images=tmp_path / "empty")
+
+
+@pytest.mark.parametrize("layout", ["below", "beside"])
+def test_paths_in_rows_have_moved_with_their_parquet_files(layout: str, tmp_path: Path) -> None:
+    before, now = tmp_path / "before", tmp_path / "now"
+    before.mkdir()
+    images = write_source("folder", before / "images")
+    cells = [{"bytes": None, "path": str(images / name)} for name in NAMES]
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    root = before if layout == "below" else before / "meta"
+    root.mkdir(exist_ok=True)
+    pq.write_table(pa.table({"id": NAMES, "image": pa.array(cells, kind)}), root / "0.parquet")
+    store = store_of(root / "*.parquet", tmp_path / "out")
+    before.rename(now)
+    with pytest.raises(InputError, match=r"cannot be read \(missing\).*images=FOLDER says where"):
+        TargetDataset(store)[0]
+    new_root = now if layout == "below" else now / "meta"
+    dataset = pickle.loads(pickle.dumps(TargetDataset(store, images=new_root)))
+    assert np.array_equal(dataset[3][0], Decoder().read(PICTURES[NAMES[3]], "3"))
+    # The same, of a run that goes on there: its new description says whence it came, however often it moves.
+    described = store.manifest["source"]
+    for place in (new_root, now.rename(tmp_path / "third") / new_root.relative_to(now)):
+        source = reopen_source(described, place / "*.parquet", moved=True)
+        described = source.describe()
+        assert described["moved_from"] == str(root)
+    again = reopen_source(described, described["path"])
+    assert again.describe() == described
+    rows = open_source(described["path"]).rows()
+    assert dict(again.read(rows)) == PICTURES
+    (tmp_path / "third" / "images" / NAMES[0]).unlink()
+    gone = dict(again.read(rows))[NAMES[0]]
+    assert isinstance(gone, Unreadable)
+    assert f"its path '{images / NAMES[0]}' leads to nothing (looked at {tmp_path / 'third'}" in gone.detail

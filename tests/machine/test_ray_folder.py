@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,17 +16,28 @@ NOBODY = 65534
 
 
 @pytest.fixture
-def short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder whose path, relative to the present one, is short."""
+def short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder whose path is short."""
     monkeypatch.chdir(tmp_path)
-    Path("f").mkdir()
-    return Path("f")
+    with tempfile.TemporaryDirectory(dir="/tmp") as name:
+        yield Path(name)
 
 
 def test_rays_own_choice(short: Path) -> None:
     assert (RayFolder({}).path, RayFolder({}).variable) == (Path("/tmp/ray"), "")
     chosen = RayFolder({"TMPDIR": "elsewhere", "RAY_TMPDIR": str(short)})
     assert (chosen.path, chosen.trouble, chosen.usable) == (short / "ray", "", True)
+
+
+@pytest.mark.parametrize("name", ["TMPDIR", "RAY_TMPDIR"])
+def test_an_empty_variable_is_not_set_and_a_relative_one_is_left(short: Path, name: str) -> None:
+    empty = RayFolder({name: ""}, fallback=short)
+    assert (empty.path, empty.variable, empty.trouble) == (Path("/tmp/ray"), "", "")
+    assert RayFolder({"RAY_TMPDIR": "", "TMPDIR": str(short)}).path == short / "ray"
+    relative = RayFolder({name: "tmp"}, fallback=short)
+    assert "tmp/ray is relative" in relative.trouble
+    taken = (True, short / f"ray-{os.getuid()}") if name == "TMPDIR" else (False, Path("tmp/ray"))
+    assert (relative.usable, relative.path) == taken
 
 
 def test_a_long_tmpdir_is_left_and_a_long_ray_tmpdir_is_refused(short: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -100,8 +100,16 @@ def several_shapes(out: Path) -> FeatureStore:
     return FeatureStore(out)
 
 
-def store_of(source: Path, out: Path, spec: FeatureSpec = FeatureSpec(cls=True)) -> FeatureStore:  # noqa: B008
-    """The store of a source's images, decoded and computed in this process, as an extraction writes it."""
+def store_of(
+    source: Path,
+    out: Path,
+    spec: FeatureSpec = FeatureSpec(cls=True),  # noqa: B008
+    names: Mapping[str, str] | None = None,
+) -> FeatureStore:
+    """The store of a source's images, decoded and computed in this process, as an extraction writes it.
+
+    ``names`` are ids in place of the source's.
+    """
     opened, teacher, decoder = open_source(source), FakeTeacher(), Decoder()
     rows = opened.rows()
     identity = {
@@ -124,6 +132,7 @@ def store_of(source: Path, out: Path, spec: FeatureSpec = FeatureSpec(cls=True))
         assert isinstance(content, bytes)
         pixels = decoder.read(content, id_)
         columns, _ = encode_columns(teacher.extract(pixels, spec), spec)
+        id_ = id_ if names is None else names[id_]
         writer.add([position], [Row(id_, *pixels.shape[1:], view_digest(pixels))], columns)
     writer.commit()
     finish(folder, identity)

@@ -41,7 +41,17 @@ class Destination:
         path = Path(os.path.realpath(os.path.expanduser(text)))
         if os.path.ismount(path):
             raise StoreError(f"dest must not be a mount point, but may be a folder in one; got {path}")
-        return cls(path)
+        if path == Path(os.path.realpath(os.getcwd())):  # which the finished folder would replace
+            raise StoreError(f"dest must not be the working directory, but may be a folder in it; got {text!r}")
+        found = cls(path)
+        for folder in (found.path, found.partial):
+            try:
+                folder.lstat()
+            except (FileNotFoundError, NotADirectoryError):
+                continue
+            except OSError as error:
+                raise StoreError(f"dest must be where a folder can be made; got {folder}: {error.strerror}") from error
+        return found
 
     @property
     def partial(self) -> Path:

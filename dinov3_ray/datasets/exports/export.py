@@ -72,6 +72,9 @@ class Exported:
     seconds: float = 0.0
 
 
+_WITHOUT_SHARDS = ("npy",)
+
+
 def export(
     store: FeatureStore | str | os.PathLike[str],
     to: ExportFormat,
@@ -120,7 +123,9 @@ def export(
     target = Destination.at(_beside(store, to) if dest is None else dest)
     former = target.former()
     row_bytes = sum(layout.row_bytes * len(layout.places) for layout in rows.layouts) // len(rows)
-    if shard_size is None:
+    if former and to in _WITHOUT_SHARDS:
+        shard_size = former["shard_size"]  # another size gives the same files
+    elif shard_size is None:
         shard_size = former["shard_size"] if former else max(1, _SHARD_BYTES // row_bytes)
     identity = {
         "format": 1,

@@ -22,8 +22,9 @@ from ray.exceptions import RayError
 from dinov3_ray.datasets.extraction.decode_tasks import Piece
 from dinov3_ray.datasets.extraction.plan import cut_blocks
 from dinov3_ray.datasets.folder import Folder
-from dinov3_ray.datasets.sources.open import SourceOptions, check_there, open_source, reopen_source
+from dinov3_ray.datasets.sources.open import SourceOptions, open_source
 from dinov3_ray.datasets.sources.ray_dataset import Columns, DatasetRows, name_of
+from dinov3_ray.datasets.sources.reopen import check_there, reopen_source
 from dinov3_ray.datasets.sources.source import Content, Source
 from dinov3_ray.datasets.store.listing import block_name, block_rows, load_block, save_rows
 from dinov3_ray.datasets.store.reader import FeatureStore
@@ -116,6 +117,8 @@ def open_blocks(
         StoreError: it has no images.
     """
     if isinstance(source, ray.data.Dataset):
+        if moved:
+            raise ConfigError("source_moved must be left out where source is a Ray Dataset, which knows its own files")
         with unifying(options.image_column):
             rows = DatasetRows(source, options.image_column, options.id_column)
         return DatasetBlocks(rows, folder)
@@ -174,8 +177,10 @@ class ListedBlocks:
         self._todo = [index for index in range(len(sizes)) if block_name(index) not in finished]
         return sum(sizes), sum(sizes[index] for index in self._todo)
 
-    def check_finished(self, manifest: Mapping[str, Any]) -> None:
-        """Of a finished run nothing is read again: its source need not even be there."""
+    def check_finished(self, manifest: Mapping[str, Any]) -> None:  # noqa: ARG002 - its listing says how many
+        """Of a finished run nothing is read again: its source need not even be there, unless it is told to be."""
+        if self._moved and len(block_rows(self._folder)):
+            check_there(self._source, load_block(self._folder, 0), moved=True)
 
     def record(self) -> None:
         if self._listed is not None:

@@ -121,6 +121,11 @@ class Run:
         if is_whole:
             manifest = self.folder.read_json(MANIFEST, "rows", "errors", "blocks")
             self.blocks.check_finished(manifest)
+            if self.moved and self.old is not None and manifest["source"] != self.old["source"]:
+                manifest = {**manifest, "source": self.old["source"]}
+                self.folder.write_json(PLAN, self.old)
+                self.folder.write_json(MANIFEST, manifest)
+                logger.info("%s: its images lie at %s from now on", self.folder.path, manifest["source"]["path"])
             self._check_errors(manifest)
             return Extraction(forecast, manifest)
         if check_space and not forecast.fits:
@@ -283,4 +288,4 @@ def _kinds(manifest: Mapping[str, Any]) -> str:
 def _place(blocks: Blocks) -> dict[str, Any]:
     """Where the images of ``blocks`` lie, as their description has it."""
     described = blocks.describe()
-    return {key: described[key] for key in ("path", "root") if key in described}
+    return {key: described[key] for key in ("path", "root", "moved_from") if key in described}

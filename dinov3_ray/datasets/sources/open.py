@@ -5,12 +5,11 @@ from __future__ import annotations
 import os
 import re
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
-import pyarrow as pa
 from pyarrow import fs as pafs
 
 from dinov3_ray.datasets import MAX_PIXELS
@@ -30,9 +29,7 @@ from dinov3_ray.datasets.sources.source import (
 from dinov3_ray.datasets.sources.tar import TarSource
 from dinov3_ray.errors import ConfigError, StoreError
 
-__all__ = ["SourceOptions", "check_there", "matches", "open_source", "reopen_source"]
-
-_LOOKED_FOR = 16
+__all__ = ["SourceOptions", "find_root", "matches", "open_source", "source_name"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,7 +105,7 @@ def open_source(
     root, infos = _find(system, path, exclude)
     if not infos:
         raise StoreError(f"source {os.fspath(source)!r} must hold images; no file is there")
-    name = _name(source, path)
+    name = source_name(source, path)
     images = tuple(file for file in infos if has_image_name(file[0]))
     parquet, tars = ([file for file in infos if extension_of(file[0]) == form] for form in ("parquet", "tar"))
     packed = [file for file, _ in infos if file.lower().endswith((".tar.gz", ".tgz", ".tar.zst", ".tar.bz2"))]
@@ -135,55 +132,6 @@ def open_source(
     if tars:
         return TarSource(system, root, name, tuple(file for file, _ in tars))
     return FileSource(system, root, name, tuple(infos))
-
-
-def reopen_source(
-    described: Mapping[str, Any],
-    source: str | os.PathLike[str],
-    *,
-    filesystem: Any = None,
-    image_column: str | None = None,
-    id_column: str | None = None,
-    moved: bool = False,
-) -> Source:
-    """Reopen a source that ``describe`` described, to read more of its rows.
-
-    Nothing is listed or opened here, so the source need not exist. Where it has ``moved``, its files are looked for
-    below ``source``, under the names that they had.
-
-    ``source`` and the columns are those that are given now, so that its own description differs where they do.
-    """
-    system, path = open_path(source, filesystem)
-    path = path.rstrip("/") or "/"
-    name, root = _name(source, path), _root(system, path)[0] if moved else described["root"]
-    if described["kind"] == "files":
-        return FileSource(system, root, name)
-    if described["kind"] == "webdataset":
-        return TarSource(system, root, name, ())
-    columns = image_column or described["image_column"], id_column or described["id_column"]
-    return ParquetSource(system, root, name, (), *columns)
-
-
-def check_there(source: Source, rows: pa.Table, *, moved: bool = False) -> None:
-    """Raise StoreError if none of ``rows``' files exists: an unmounted disk is not a set of missing images.
-
-    Nor may those of a source that has ``moved`` be of another size than when they were listed.
-    """
-    files = rows["file"].unique().to_pylist()[:_LOOKED_FOR]
-    infos = source.system.get_file_info([f"{source.root}/{file}" for file in files])
-    if all(info.type == pafs.FileType.NotFound for info in infos):
-        raise StoreError(
-            f"source must still hold the images that remain; none of the next {len(files)} files is there, such as "
-            f"{source.root}/{files[0]}: is its disk mounted?"
-        )
-    if moved and isinstance(source, FileSource):
-        listed = dict(zip(rows["file"].to_pylist(), rows["size"].to_pylist(), strict=True))
-        for file, info in zip(files, infos, strict=True):
-            if info.type == pafs.FileType.File and listed[file] >= 0 and info.size != listed[file]:
-                raise StoreError(
-                    f"a source that has moved must hold the same files; {source.root}/{file} has {info.size} bytes, "
-                    f"and had {listed[file]}"
-                )
 
 
 def matches(pattern: str, path: str) -> bool:
@@ -224,14 +172,14 @@ def _expression(pattern: str) -> str:
     return expression
 
 
-def _name(source: str | os.PathLike[str], path: str) -> str:
+def source_name(source: str | os.PathLike[str], path: str) -> str:
     """What a run's identity calls the source: the URI, or the absolute path."""
     return os.fspath(source).rstrip("/") if "://" in os.fspath(source) else path
 
 
 def _find(system: Any, path: str, exclude: str | None) -> tuple[str, list[tuple[str, int]]]:
     """The root, and the files below it with their sizes, sorted by path."""
-    path, pattern, name = _root(system, path)
+    path, pattern, name = find_root(system, path)
     if name is not None:
         return path, [(name, system.get_file_info(f"{path}/{name}").size)]
     prefix = path.rstrip("/") + "/"
@@ -299,7 +247,7 @@ def _misnamed(path: bytes) -> StoreError:
     return StoreError(f"names of files must be UTF-8, since ids are made of them; rename {name!r}")
 
 
-def _root(system: Any, path: str) -> tuple[str, str | None, str | None]:
+def find_root(system: Any, path: str) -> tuple[str, str | None, str | None]:
     """(the folder that names are relative to, a glob below it, the one file in it) of a source's path.
 
     Raises:

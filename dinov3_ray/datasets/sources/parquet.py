@@ -5,6 +5,7 @@ What a path names is read: an absolute one, a URI, or one that is relative to th
 
 from __future__ import annotations
 
+import posixpath
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -17,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dinov3_ray.datasets.decode import Unreadable
-from dinov3_ray.datasets.sources.source import PAUSES, Content, check_unique, content_of, key_of, listing
+from dinov3_ray.datasets.sources.source import PAUSES, Beside, Content, check_unique, content_of, key_of, listing
 from dinov3_ray.errors import StoreError
 
 __all__ = ["ID_COLUMNS", "IMAGE_COLUMNS", "ROW_NUMBER", "ParquetSource"]
@@ -42,6 +43,8 @@ class ParquetSource:
     image_column: str
     id_column: str
     by_file: bool = True
+    #: The root that it had when it was listed, if it lies elsewhere now: absolute paths in its rows are of there.
+    moved_from: str | None = None
 
     @classmethod
     def open(
@@ -81,7 +84,8 @@ class ParquetSource:
 
     def describe(self) -> dict[str, Any]:
         columns = {"image_column": self.image_column, "id_column": self.id_column}
-        return {"kind": "parquet", "path": self.name, "root": self.root, **columns}
+        moved = {} if self.moved_from is None else {"moved_from": self.moved_from}
+        return {"kind": "parquet", "path": self.name, "root": self.root, **columns, **moved}
 
     def rows(self) -> pa.Table:
         rows = [row for file in self.files for row in self._rows(file)]
@@ -107,8 +111,9 @@ class ParquetSource:
                     if wanted and offset == wanted[0][0]:
                         yield wanted.popleft()[1], content
             except (pa.ArrowException, OSError) as error:
-                trouble = Unreadable("corrupt", f"{file}, row group {group}: {error}")
-                if pause is None or isinstance(error, pa.ArrowException):
+                gone = isinstance(error, FileNotFoundError)
+                trouble = Unreadable("missing" if gone else "corrupt", f"{file}, row group {group}: {error}")
+                if pause is None or gone or isinstance(error, pa.ArrowException):
                     break
             else:
                 return
@@ -120,7 +125,8 @@ class ParquetSource:
         """(row in the file, content) of a row group's rows, up to ``last``."""
         with self.system.open_input_file(f"{self.root}/{file}") as stream:
             parquet = pq.ParquetFile(stream)
-            beside = self.system, f"{self.root}/{file}".rpartition("/")[0]
+            moved = None if self.moved_from is None else _parting(self.moved_from, self.root)
+            beside = Beside(self.system, f"{self.root}/{file}".rpartition("/")[0], moved)
             row = sum(parquet.metadata.row_group(before).num_rows for before in range(group))
             for batch in parquet.iter_batches(_READ_ROWS, row_groups=[group], columns=[self.image_column]):
                 yield from ((row + index, content_of(cell.as_py(), beside)) for index, cell in enumerate(batch[0]))
@@ -150,6 +156,13 @@ class ParquetSource:
                 for index, id_ in enumerate(ids):
                     yield id_, file, row + index, group
                 row += count
+
+
+def _parting(old: str, new: str) -> tuple[str, str]:
+    """Two paths without the last folders that they have in common: files beside these have moved with them."""
+    while posixpath.basename(old) and posixpath.basename(old) == posixpath.basename(new):
+        old, new = posixpath.dirname(old), posixpath.dirname(new)
+    return old.rstrip("/"), new.rstrip("/")
 
 
 def _choose_fitting(given: str | None, option: str, schema: Any, names: Sequence[str], fits: Any) -> str | None:

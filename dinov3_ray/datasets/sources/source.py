@@ -46,8 +46,20 @@ LISTING = pa.schema([("id", pa.string()), ("file", pa.string()), ("offset", pa.i
 Content = bytes | np.ndarray | Unreadable
 """What a source has of one image: encoded bytes, decoded pixels, or why it has neither."""
 
-Beside = tuple[Any, str]
-"""A pyarrow file system, and a folder in it."""
+
+@dataclass(frozen=True, slots=True)
+class Beside:
+    """A folder whose rows name files.
+
+    Attributes:
+        system, path: a pyarrow file system, and the folder in it.
+        moved: (old, new): the folder that lay around it, and where that lies now.
+    """
+
+    system: Any
+    path: str
+    moved: tuple[str, str] | None = None
+
 
 IRREGULAR = -1
 """In place of a size: a pipe, a socket or a device, which might never end."""
@@ -181,17 +193,24 @@ def content_of(cell: Any, beside: Beside | None = None) -> Content:
 
 
 def _read_named(file: str, beside: Beside | None) -> bytes | Unreadable:
-    try:
-        if beside is None or "://" in file or file.startswith("/"):
-            if "://" not in file and not file.startswith("/"):
-                return Unreadable(
-                    "missing", f"the row has no bytes, and its path is relative to no known place: {file}"
-                )
-            return read_whole(*open_path(file))
-    except StoreError as error:
-        return Unreadable("unsupported", f"the row has no bytes, but a path that cannot be opened: {error}")
-    system, folder = beside
-    return read_whole(system, f"{folder}/{file}")
+    places: list[tuple[Any, str]] = []
+    if "://" in file or file.startswith("/"):
+        if beside is not None and beside.moved is not None and file.startswith(f"{beside.moved[0]}/"):
+            places.append((beside.system, beside.moved[1] + file.removeprefix(beside.moved[0])))
+        try:
+            places.append(open_path(file))
+        except StoreError as error:
+            return Unreadable("unsupported", f"the row has no bytes, but a path that cannot be opened: {error}")
+    elif beside is not None:
+        places.append((beside.system, f"{beside.path}/{file}"))
+    else:
+        return Unreadable("missing", f"the row has no bytes, and its path is relative to no known place: {file}")
+    for system, path in places:
+        data = read_whole(system, path)
+        if not (isinstance(data, Unreadable) and data.kind == "missing"):
+            return data
+    looked = " and ".join(path for _, path in places)
+    return Unreadable("missing", f"the row has no bytes, and its path {file!r} leads to nothing (looked at {looked})")
 
 
 def key_of(cell: Any, column: str) -> str:

@@ -192,6 +192,22 @@ def test_a_source_that_has_moved_goes_on_where_it_lies_now(ray_cluster: str, tmp
     assert len(TargetDataset(store)) == 8
     assert np.array_equal(TargetDataset(store)[7][0], pixels(7).transpose(2, 0, 1))
     assert extract(now, out, FakeTeacher.factory(), SPEC).manifest == done.manifest, "from now on, it lies there"
+    # A finished store learns it, too, if the files are there.
+    third = now.rename(tmp_path / "third")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(StoreError, match=r"must still hold the images .* None of the next 4 files is there, such as"):
+        extract(tmp_path / "empty", out, FakeTeacher.factory(), SPEC, source_moved=True)
+    extract(third, out, FakeTeacher.factory(), SPEC, source_moved=True, dry_run=True)
+    assert FeatureStore(out).manifest == done.manifest
+    told = extract(third, out, FakeTeacher.factory(), SPEC, source_moved=True)
+    store = FeatureStore(out)
+    assert told.manifest == store.manifest == {**done.manifest, "source": store.manifest["source"]}  # type: ignore[dict-item]
+    assert (
+        store.manifest["source"]["root"] == json.loads((out / "plan.json").read_text())["source"]["root"] == str(third)
+    )
+    assert np.array_equal(TargetDataset(store)[7][0], pixels(7).transpose(2, 0, 1))
+    with pytest.raises(ConfigError, match="source_moved must be left out where source is a Ray Dataset"):
+        extract(ray.data.range(1), tmp_path / "other", FakeTeacher.factory(), SPEC, source_moved=True)
 
 
 def test_images_that_are_shrunk_are_told_in_the_manifest_and_found_again(ray_cluster: str, tmp_path: Path) -> None:
