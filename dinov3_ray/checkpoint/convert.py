@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
@@ -21,12 +21,12 @@ from dinov3_ray.checkpoint.wrapped import Backbone, find_backbone, read_files, s
 from dinov3_ray.checkpoint.write import DEFAULT_SHARD_BYTES, require_free, write_directory
 from dinov3_ray.config.architecture import Architecture, ViTArchitecture, infer_convnext, infer_vit
 from dinov3_ray.config.directory import CONFIG_FILE, PREPROCESSOR_FILE, statistics_named
-from dinov3_ray.config.files import read_architecture, read_preprocessing
+from dinov3_ray.config.files import read_architecture, read_json, read_preprocessing
 from dinov3_ray.config.layouts import MASK_TOKEN, StoredPart, translate
 from dinov3_ray.config.license import DINOV3_LICENSE, stated_license
 from dinov3_ray.config.preprocessing import Preprocessing
 from dinov3_ray.config.timm import TimmFile, is_timm, read_timm, timm_heads
-from dinov3_ray.config.variants import OFFICIAL_HASHES, STATISTICS, preprocessing_for, variant_of
+from dinov3_ray.config.variants import OFFICIAL_HASHES, STATISTICS, VARIANTS, preprocessing_for, variant_of
 from dinov3_ray.errors import CheckpointError, ConfigError
 
 __all__ = ["Conversion", "convert_checkpoint"]
@@ -34,6 +34,8 @@ __all__ = ["Conversion", "convert_checkpoint"]
 _BLOCK = 16 << 20
 _DEFAULT_SIZE = 224
 _OFFICIAL_NAME = re.compile(r"dinov3_\w+_(?:lvd1689m|sat493m)\w*?(?:-([0-9a-f]{8}))?(?![0-9a-z])", re.IGNORECASE)
+_HASH = re.compile(r"(?<![0-9a-z])[0-9a-f]{8}(?![0-9a-z])", re.IGNORECASE)
+_TRAILING_HASH = re.compile(r"[-_.]([0-9a-f]{8})(?: \(\d+\)|-copy)?(?:\.[a-z]+)+$", re.IGNORECASE)
 _EUPE_LICENSE = "fair-noncommercial-research-license"
 
 
@@ -70,7 +72,7 @@ def convert_checkpoint(
     The architecture comes from the shapes. In a training checkpoint the backbone is found in whatever dicts and names
     are around it (``model``, ``state_dict``, ``teacher.backbone``, ``module.``, ``_orig_mod.``); a teacher's is taken
     before a student's. Pickles are read with ``weights_only=True``: they cannot run code. Damage is found by the hash
-    in an official name, and by the checksums in torch's files.
+    in an official name, and by the checksums in torch's files; torch's older format and safetensors have none.
 
     Args:
         source: a file in Meta's or timm's layout, or of transformers' (``pytorch_model.bin``); safetensors or torch's
@@ -110,6 +112,7 @@ def convert_checkpoint(
             tensors[MASK_TOKEN] = torch.zeros(translation.mask_token, dtype=tensors["embeddings.cls_token"].dtype)
         head = translation.head
     architecture = _architecture(found, tensors, located, timm, path)
+    _check_depth(architecture, located, path)
     check_shapes(str(path), architecture.tensors(), shapes_of(tensors))
     dtype = _common_dtype(path, tensors)
     evidence = _Evidence(path, located, found, architecture, digest)
@@ -125,7 +128,7 @@ def convert_checkpoint(
         progress=progress,
         license=_license(evidence, timm),
     )
-    notes = [*found.notes]
+    notes = [*found.notes, *_unusual_depth(architecture)]
     if head:
         notes.append(f"left out, since a teacher has no head: {_some(head)}")
     if doubt:
@@ -169,15 +172,30 @@ def _check_hash(located: Located, progress: Progress) -> tuple[str | None, bool]
         while block := stream.read(_BLOCK):
             digest.update(block)
             progress(len(block))
-    official = _OFFICIAL_NAME.search(path.name)
-    promised = official[1].lower() if official and official[1] else ""
+    promised = _promised(path.name)
     if not digest.hexdigest().startswith(promised):
         raise CheckpointError(
             f"{path} is damaged or changed: the SHA-256 of the official file begins with {promised}, as its name says, "
             f"but this file's with {digest.hexdigest()[:8]}. Download it again; or, if it was changed on purpose, take "
-            f"-{promised} out of its name"
+            f"{promised} out of its name"
         )
     return digest.hexdigest(), bool(promised)
+
+
+def _promised(name: str) -> str:
+    """The first digits of the SHA-256 that the file of this name has; empty if it names none.
+
+    A number alone may be a date, and is taken for a hash in Meta's own names only.
+    """
+    official = _OFFICIAL_NAME.search(name)
+    if official and official[1]:
+        return official[1].lower()
+    words = [word.lower() for word in _HASH.findall(name)]
+    known = [word for word in words if word in OFFICIAL_HASHES]
+    trailing = _TRAILING_HASH.search(name) if "dinov3" in name.lower() else None
+    if trailing and not known and not trailing[1].isdecimal():
+        return trailing[1].lower()
+    return known[-1] if known else ""
 
 
 def _timm_of(located: Located) -> TimmFile | None:
@@ -215,12 +233,57 @@ def _architecture(
         return read_architecture(located.folder, lambda: shapes)
     if timm is not None:
         return timm_heads(timm, architecture)
-    if vit is not None and vit.hidden_size % 64:
+    if vit is not None and not vit.num_heads:
         raise CheckpointError(
             f"{path} does not say the number of heads of its hidden size {vit.hidden_size}, which no published model "
             "has: put it in a folder, as model.safetensors or pytorch_model.bin, with the config.json that does"
         )
     return architecture
+
+
+def _check_depth(architecture: Architecture, located: Located, path: Path) -> None:
+    """Refuse a part of a model: weights of fewer, or more, layers than the config.json beside them has."""
+    described = located.files[0].parent / CONFIG_FILE
+    try:
+        values = located.config or read_json(described, remedy="")
+    except ConfigError:  # it is not there, or another program's: the file stands for itself
+        return
+    if isinstance(values.get("model_args"), dict):
+        values = values["model_args"]
+    if isinstance(architecture, ViTArchitecture):
+        sizes, keys = (architecture.hidden_size, architecture.num_layers), ("num_hidden_layers", "depth")
+        width = values.get("hidden_size", values.get("embed_dim"))
+    else:
+        sizes, keys = (list(architecture.hidden_sizes), list(architecture.depths)), ("depths",)
+        width = values.get("hidden_sizes", values.get("dims"))
+    for key in keys:
+        if key in values and width == sizes[0] and values[key] != sizes[1]:
+            raise CheckpointError(
+                f"{path} has {sizes[1]} layers, but {described} says {key} {values[key]}: take all files of the model; "
+                "or, if they belong to two models, move one of them"
+            )
+
+
+def _unusual_depth(architecture: Architecture) -> Iterator[str]:
+    """What a user should know where the shapes alone say how deep the model is, and may say it of a part of one."""
+    kind, width = type(architecture), architecture.hidden_size
+    known = {_depth(other) for other in VARIANTS.values() if isinstance(other, kind) and other.hidden_size == width}
+    if not known:  # a width of its own
+        known = {_depth(other) for name, other in VARIANTS.items() if isinstance(other, kind) and "test" not in name}
+    if _depth(architecture) not in known:
+        listed = " or ".join(_listed(depth) for depth in sorted(known))
+        yield (
+            f"it has {_listed(_depth(architecture))} layers, where published models have {listed}: if the "
+            "file is a part of a model, convert the whole"
+        )
+
+
+def _listed(depth: tuple[int, ...]) -> str:
+    return "-".join(map(str, depth))
+
+
+def _depth(architecture: Architecture) -> tuple[int, ...]:
+    return (architecture.num_layers,) if isinstance(architecture, ViTArchitecture) else architecture.depths
 
 
 def _with_heads(architecture: ViTArchitecture, periods: Tensor, path: Path) -> Architecture:

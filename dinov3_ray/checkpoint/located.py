@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +12,15 @@ from dinov3_ray.config.directory import (
     SINGLE_FILE,
     TORCH_FILE,
     TORCH_INDEX_FILE,
+    convert_command,
+    foreign_type,
     missing_target,
+    shards_of_file,
 )
 from dinov3_ray.config.files import read_json
-from dinov3_ray.errors import CheckpointError, ConfigError
+from dinov3_ray.config.filetype import file_type
+from dinov3_ray.config.weights import read_weight_map
+from dinov3_ray.errors import CheckpointError
 
 __all__ = ["Located", "locate"]
 
@@ -49,47 +52,77 @@ def locate(path: Path) -> Located:
     if not path.exists():
         raise CheckpointError(f"{path} cannot be read: it {missing_target(path) or 'is missing'}")
     if path.name in (INDEX_FILE, TORCH_INDEX_FILE):
-        return Located(tuple(_shards(path)), path.parent, _config(path.parent))
+        _refuse_foreign(path, path.parent)
+        return Located(_indexed(path), path.parent, _config(path.parent))
     if not path.is_dir():
         # On the hub, weights have these names, and a config.json beside them is theirs.
-        shared = path.name in (SINGLE_FILE, TORCH_FILE) and (path.parent / CONFIG_FILE).is_file()
-        return Located((path,), path.parent, _config(path.parent)) if shared else Located((path,), None, {})
+        files = _files_of(path)
+        shared = path.name in (SINGLE_FILE, TORCH_FILE) or len(files) > 1
+        shared = shared and (path.parent / CONFIG_FILE).is_file()
+        if shared:
+            _refuse_foreign(path, path.parent)
+        return Located(files, path.parent, _config(path.parent)) if shared else Located(files, None, {})
     config = _config(path)
-    if str(config.get("model_type", "")).startswith("dinov3") and any(
-        (path / name).is_file() for name in (SINGLE_FILE, INDEX_FILE)
-    ):
+    if "model_type" in config and _has_safetensors(path):
         raise CheckpointError(f"{path} is a model directory already: give it as it is (`--root {path}`)")
+    _refuse_foreign(path, path)
     for name in (SINGLE_FILE, TORCH_FILE):
         if (path / name).is_file():
             return Located((path / name,), path, config)
     for name in (INDEX_FILE, TORCH_INDEX_FILE):
         if (path / name).is_file():
-            return Located(tuple(_shards(path / name)), path, config)
-    return Located((_only_file(path),), path, config)
+            return Located(_indexed(path / name), path, config)
+    return Located(_only_model(path), path, config)
+
+
+def _has_safetensors(folder: Path) -> bool:
+    single = folder / SINGLE_FILE
+    return (folder / INDEX_FILE).is_file() or (single.is_file() and file_type(single).format == "safetensors")
+
+
+def _refuse_foreign(path: Path, folder: Path) -> None:
+    """Refuse a model of transformers that is not a DINOv3: nothing here converts it, and only its format may be wrong.
+
+    Raises:
+        CheckpointError: says what to do.
+    """
+    if model_type := foreign_type(folder):
+        remedy = f"give it as it is (`--root {folder}`)" if _has_safetensors(folder) else convert_command(folder)
+        raise CheckpointError(f"{path} is not a DINOv3, but a {model_type} of transformers: {remedy}")
 
 
 def _config(folder: Path) -> dict[str, Any]:
     return read_json(folder / CONFIG_FILE, remedy="") if (folder / CONFIG_FILE).is_file() else {}
 
 
-def _shards(index: Path) -> Iterator[Path]:
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{index} must be a JSON object with a weight_map; got {error!r}") from error
-    for name in names:
-        if Path(name).name != name:  # it could point anywhere on the machine
-            raise ConfigError(f"{index}: weight_map must name files in that directory; got {name!r}")
-        if not (index.parent / name).exists():
-            raise CheckpointError(f"{index} names {name}, which is missing: download it again")
-        yield index.parent / name
+def _indexed(index: Path) -> tuple[Path, ...]:
+    return _all_there([index.parent / name for name in sorted(set(read_weight_map(index).values()))], f"{index} names")
 
 
-def _only_file(folder: Path) -> Path:
+def _files_of(path: Path) -> tuple[Path, ...]:
+    """The files of the model to which the file ``path`` belongs: a shard is a model only with its others."""
+    for index in (path.parent / INDEX_FILE, path.parent / TORCH_INDEX_FILE):
+        if index.is_file() and path.name in read_weight_map(index).values():
+            return _indexed(index)
+    shards = shards_of_file(path)
+    return _all_there(shards, f"{path} is one of {len(shards)} parts of a model; with it belong") if shards else (path,)
+
+
+def _all_there(paths: list[Path], what: str) -> tuple[Path, ...]:
+    if missing := [path.name for path in paths if not path.exists()]:
+        raise CheckpointError(
+            f"{what} {', '.join(missing[:6])}{', ...' if len(missing) > 6 else ''}, which "
+            f"{'is' if len(missing) == 1 else 'are'} missing: download it again"
+        )
+    return tuple(paths)
+
+
+def _only_model(folder: Path) -> tuple[Path, ...]:
     names = sorted(entry.name for entry in folder.iterdir())
     files = [name for name in names if name.endswith(_SUFFIXES)]
-    if len(files) == 1:
-        return folder / files[0]
+    models = {tuple(shards_of_file(folder / name) or [folder / name]) for name in files}
+    if len(models) == 1:
+        return _files_of(folder / files[0])
     if files:
         raise CheckpointError(f"{folder} is a folder with several files of weights: name one of {', '.join(files)}")
     if any(name.endswith(".distcp") for name in names):

@@ -186,17 +186,23 @@ class TransformersArchitecture:
         return self.model_type
 
 
-def heads_for(hidden_size: int) -> int:
-    """The number of heads where config.json does not say it.
+# Of published models by hidden size: DINOv3's, EUPE's T (192), and the variants for tests (128).
+_HEADS = {128: 2, 192: 3, 384: 6, 768: 12, 1024: 16, 1280: 20, 4096: 32}
 
-    RoPE leaves no trace of the head size in the weights. Every published variant has heads of size 64, except 7B, which
-    has heads of size 128.
+
+def heads_for(hidden_size: int) -> int:
+    """The number of heads of the published models of this size; 0 if there are none.
+
+    RoPE leaves no trace of the head size in the weights: of other models, something else must say it.
     """
-    return hidden_size // (128 if hidden_size == 4096 else 64)
+    return _HEADS.get(hidden_size, 0)
 
 
 def infer_vit(shapes: Shapes) -> ViTArchitecture | None:
-    """The architecture of a ViT checkpoint by its tensors' shapes; None where a needed tensor is missing."""
+    """The architecture of a ViT checkpoint by its tensors' shapes; None where a needed tensor is missing.
+
+    The number of heads is that of published models of its size, or 0 if there are none.
+    """
     patches = shapes.get("embeddings.patch_embeddings.weight", ())
     registers = shapes.get("embeddings.register_tokens", ())
     up = shapes.get("layer.0.mlp.up_proj.weight", ())

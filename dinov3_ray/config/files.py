@@ -104,7 +104,9 @@ class ViTFile(_ConfigFile):
         hidden_size = info.data.get("hidden_size")
         if hidden_size is None:  # it is wrong itself
             return heads
-        heads = heads or max(heads_for(hidden_size), 1)
+        heads = heads or heads_for(hidden_size)
+        if not heads:
+            raise broken_rule(f"must be given, since no published model has hidden_size {hidden_size}")
         if hidden_size % (4 * heads):
             rule = f"must divide hidden_size ({hidden_size}) into heads whose size is a multiple of 4 (for RoPE)"
             raise broken_rule(rule)

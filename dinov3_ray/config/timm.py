@@ -112,7 +112,7 @@ def timm_heads(file: TimmFile, architecture: Architecture) -> Architecture:
         ConfigError: it does not divide the hidden size, or is missing for a size that no published model has.
     """
     heads = file.model_args.get("num_heads")
-    if not isinstance(architecture, ViTArchitecture) or (heads is None and architecture.hidden_size % 64 == 0):
+    if not isinstance(architecture, ViTArchitecture) or (heads is None and architecture.num_heads):
         return architecture
     if type(heads) is not int or heads < 1 or architecture.hidden_size % (4 * heads):
         raise ConfigError(f"model_args.num_heads must divide the hidden size {architecture.hidden_size}; got {heads!r}")

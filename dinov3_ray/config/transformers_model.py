@@ -18,6 +18,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from dinov3_ray.config.architecture import TransformersArchitecture
 from dinov3_ray.config.config import DinoV3Config, ModelConfig
+from dinov3_ray.config.directory import PROCESSOR_FILE
 from dinov3_ray.config.files import CONFIG_FILE, PREPROCESSOR_FILE, PreprocessorFile, read_json
 from dinov3_ray.config.hub import ModelPlace, resolve
 from dinov3_ray.config.preprocessing import Preprocessing, Resample, Size
@@ -28,8 +29,6 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 __all__ = ["TransformersConfig", "open_config", "read_transformers_config"]
-
-_PROCESSOR_FILE = "processor_config.json"  # into which transformers 5 writes a two-tower model's image processor too
 
 # What says nothing of what is computed from an image: it may differ between two copies of one model.
 _WITHOUT_EFFECT = re.compile(
@@ -230,7 +229,7 @@ def _read_image_processor(root: Path, model_type: str) -> Preprocessing:
     Raises:
         ConfigError: the file is missing or wrong; names all its problems.
     """
-    path, both = root / PREPROCESSOR_FILE, root / _PROCESSOR_FILE
+    path, both = root / PREPROCESSOR_FILE, root / PROCESSOR_FILE
     nested = read_json(both, remedy="").get("image_processor") if both.is_file() and not path.is_file() else None
     if isinstance(nested, dict):
         path, values = both, nested

@@ -62,6 +62,10 @@ class TestAgainstTimm:
         save_file(weights, tmp_path / "lvd1689m.safetensors")
         torch.save({"state_dict": weights, "arch": name, "epoch": 3}, tmp_path / "lvd1689m.pth.tar")
         for source in ("lvd1689m.safetensors", "lvd1689m.pth.tar"):
+            if name.startswith("vit"):  # of width 64 and two heads of 32, which nothing in the file says
+                with pytest.raises(CheckpointError, match=r"number of heads of its hidden size 64.*put it in a folder"):
+                    convert_checkpoint(tmp_path / source, tmp_path / "refused")
+                continue
             made = convert_checkpoint(tmp_path / source, tmp_path / f"model of {source}")
             found = load_file(made.directory / "model.safetensors")
             expected = load_file(convert_checkpoint(folder, tmp_path / f"a {source}").directory / "model.safetensors")
