@@ -250,6 +250,8 @@ def _check_depth(architecture: Architecture, located: Located, path: Path) -> No
         return
     if isinstance(values.get("model_args"), dict):
         values = values["model_args"]
+    sizes: tuple[object, object]
+    keys: tuple[str, ...]
     if isinstance(architecture, ViTArchitecture):
         sizes, keys = (architecture.hidden_size, architecture.num_layers), ("num_hidden_layers", "depth")
         width = values.get("hidden_size", values.get("embed_dim"))
