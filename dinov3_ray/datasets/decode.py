@@ -252,7 +252,7 @@ class Decoder:
         brightest = 0
         for box in boxes:
             crop = image.crop(box)
-            if brightest <= form.narrow:
+            if form.narrow > 1 and brightest <= form.narrow:
                 brightest = max(brightest, _brightest(crop))
             strip = self._to_rgb(crop, form.inverted)
             if isinstance(strip, Unreadable):
