@@ -317,7 +317,7 @@ def test_a_resumed_run_does_not_list_its_source_again_and_may_have_another_batch
     store = FeatureStore(out)
     (out / "manifest.json").unlink()
     (out / "ledger" / "0000001.json").unlink()
-    with pytest.raises(StoreError, match="none of the next 16 files is there"):
+    with pytest.raises(StoreError, match="None of the next 16 files is there"):
         extract(root, out, Sized, SPEC)
     (tmp_path / "gone").rename(root)
     (root / "came later.jpg").write_bytes(b"")
