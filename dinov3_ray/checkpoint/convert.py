@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from dinov3_ray.checkpoint.located import Located, locate
-from dinov3_ray.checkpoint.verify import Progress, check_shapes, ignore_progress
+from dinov3_ray.checkpoint.tensors import check_shapes
+from dinov3_ray.checkpoint.verify import Progress, ignore_progress
 from dinov3_ray.checkpoint.wrapped import Backbone, find_backbone, read_files, shapes_of, weight_types
 from dinov3_ray.checkpoint.write import DEFAULT_SHARD_BYTES, require_free, write_directory
 from dinov3_ray.config.architecture import Architecture, ViTArchitecture, infer_convnext, infer_vit

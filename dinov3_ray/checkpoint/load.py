@@ -15,8 +15,9 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from dinov3_ray.checkpoint.tensors import read_tensor, read_tensors, require_finite
 from dinov3_ray.checkpoint.transformers_weights import load_transformers
-from dinov3_ray.checkpoint.verify import read_tensor, read_tensors, require_finite, verify
+from dinov3_ray.checkpoint.verify import verify
 from dinov3_ray.config import ModelConfig, TransformersConfig
 from dinov3_ray.config.architecture import Architecture, ConvNextArchitecture
 from dinov3_ray.config.weights import StoredTensor
@@ -51,7 +52,7 @@ def load_model(
     state: dict[str, Tensor] = {}
     for stored, tensor in read_tensors(weights):
         loaded = tensor.to(device=device, dtype=dtype)
-        require_finite(stored, loaded)
+        require_finite(stored.file, stored.key, loaded)
         state[stored.name] = loaded
     model.load_state_dict(state, strict=True, assign=True)
     _move_buffers(model, device)

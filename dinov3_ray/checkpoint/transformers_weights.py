@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from dinov3_ray.checkpoint.tensors import mismatch, require_finite
 from dinov3_ray.config.files import CONFIG_FILE
 from dinov3_ray.config.transformers_model import TransformersConfig, read_transformers_config
 from dinov3_ray.config.weights import FLOATS, WeightFiles
@@ -28,7 +29,6 @@ from dinov3_ray.network.transformers_network import TransformersNetwork
 
 __all__ = ["load_transformers"]
 
-_SHOWN = 12
 _one_at_a_time = threading.Lock()  # loading changes settings of the whole process for its time
 
 
@@ -78,7 +78,7 @@ def load_transformers(config: TransformersConfig, device: torch.device, dtype: t
     _refuse_whole_numbers(weights, loaded.model)
     if loaded.mismatched:
         shapes = sorted(loaded.mismatched.items())
-        raise _mismatch(root, [f"{name}: expected {expected}, found {found}" for name, (expected, found) in shapes])
+        raise mismatch(str(root), [f"{name}: expected {expected}, found {found}" for name, (expected, found) in shapes])
     model, missing = loaded.model, loaded.missing
     if config.attention != "auto":
         try:
@@ -88,12 +88,12 @@ def load_transformers(config: TransformersConfig, device: torch.device, dtype: t
     needed = dict(model.to(device=device, dtype=dtype).named_parameters())
     for name, parameter in needed.items():
         if name not in missing:
-            _require_finite(root, name, parameter)
+            require_finite(root, name, parameter)
     network = TransformersNetwork(model.requires_grad_(False).eval(), config.architecture, config.image_size)
     kept = {id(parameter) for parameter in network.parameters()}
     lacking = sorted(name for name in missing if name not in needed or id(needed[name]) in kept)
     if lacking:
-        raise _mismatch(root, [f"{name} is missing" for name in lacking])
+        raise mismatch(str(root), [f"{name} is missing" for name in lacking])
     return network
 
 
@@ -182,16 +182,6 @@ def _refuse_whole_numbers(weights: WeightFiles, model: nn.Module) -> None:
             )
 
 
-def _require_finite(root: Path, name: str, parameter: Tensor) -> None:
-    if torch.isfinite(parameter.sum(dtype=torch.float32)):
-        return
-    if bad := int((~torch.isfinite(parameter)).sum()):
-        raise CheckpointError(
-            f"{root}: tensor {name} must be finite; found {bad:,} NaN or infinite values of {parameter.numel():,} "
-            f"(as {parameter.dtype})"
-        )
-
-
 @contextmanager
 def _in_silence() -> Iterator[None]:
     """transformers' own report of what is missing and unexpected, and its progress bar, are not shown."""
@@ -231,7 +221,7 @@ def _refuse_strange(root: Path, loaded: _Loaded, whole: Any, child: str = "") ->
         known = full.state_dict().keys()
         names = {name for name in names if name not in known and name.split(".")[0] not in others}
     if names:
-        raise _mismatch(root, [f"{name} is unexpected" for name in sorted(names)])
+        raise mismatch(str(root), [f"{name} is unexpected" for name in sorted(names)])
 
 
 def _named_class(whole: Any) -> Any:
@@ -241,9 +231,3 @@ def _named_class(whole: Any) -> Any:
     named: Any = getattr(transformers, str((whole.architectures or [None])[0]), None)
     fits = isinstance(named, type) and issubclass(named, transformers.PreTrainedModel)
     return named if fits and named.config_class is type(whole) else None
-
-
-def _mismatch(root: Path, problems: list[str]) -> CheckpointError:
-    rest = f"\n  ... and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
-    lines = "".join(f"\n  - {problem}" for problem in problems[:_SHOWN])
-    return CheckpointError(f"the weights in {root} are not what its configuration describes:{lines}{rest}")

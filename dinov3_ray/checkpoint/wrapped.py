@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dinov3_ray.checkpoint.verify import DTYPES
+from dinov3_ray.checkpoint.tensors import DTYPES
 from dinov3_ray.config.filetype import FileType, file_type
 from dinov3_ray.config.layouts import ROOTS, Layout, foreign_model, layout_of
 from dinov3_ray.config.weights import canonical_name, read_stored

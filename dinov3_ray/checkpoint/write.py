@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from dinov3_ray.checkpoint.hf import config_json, preprocessor_json
-from dinov3_ray.checkpoint.verify import DTYPES, Progress, ignore_progress
+from dinov3_ray.checkpoint.tensors import DTYPES
+from dinov3_ray.checkpoint.verify import Progress, ignore_progress
 from dinov3_ray.config.architecture import Architecture
 from dinov3_ray.config.directory import CONFIG_FILE, INDEX_FILE, PREPROCESSOR_FILE, SINGLE_FILE
 from dinov3_ray.config.preprocessing import Preprocessing

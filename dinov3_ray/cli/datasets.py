@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from dinov3_ray.datasets import FeatureStore
+    from dinov3_ray.datasets.extraction.plan import Forecast
     from dinov3_ray.features import Features
     from dinov3_ray.pool.client.remote import RemoteTeacher
 
@@ -136,10 +137,8 @@ def extract_command(
         raise click.UsageError(
             "--image-size, --compute-dtype, --compile and --attention belong to --root: a pool has its own settings"
         )
-    from rich.console import Console
-
     from dinov3_ray.datasets.extraction.extract import extract
-    from dinov3_ray.datasets.extraction.plan import Forecast, batches_text, size_text
+    from dinov3_ray.datasets.extraction.plan import batches_text, size_text
     from dinov3_ray.datasets.extraction.resources import Resources
     from dinov3_ray.datasets.folder import ERRORS, Folder
     from dinov3_ray.datasets.sources.open import SourceOptions
@@ -161,11 +160,6 @@ def extract_command(
         background=background,
         shrink_to=shrink_to,
     )
-    console = Console(stderr=True)
-
-    def announce(forecast: Forecast) -> None:
-        console.print(str(forecast), highlight=False)
-
     try:
         done = extract(
             source,
@@ -183,7 +177,7 @@ def extract_command(
             dry_run=dry_run,
             check_space=not force,
             progress=False if quiet else None,
-            on_forecast=announce,
+            on_forecast=_announce,
         )
     except KeyboardInterrupt:
         click.echo(f"interrupted: finished blocks stay in {out}, and the same command continues from there", err=True)
@@ -197,6 +191,10 @@ def extract_command(
             click.echo(f"  {kind}: {count:,}")
         if manifest["errors"]:
             click.echo(f"  see {Folder.at(out).join(ERRORS)}")
+
+
+def _announce(forecast: Forecast) -> None:
+    click.echo(str(forecast), err=True)
 
 
 def _client(pool: str, namespace: str) -> RemoteTeacher:
@@ -229,16 +227,8 @@ def export_command(
     DEST is a local folder, by default OUT with the format as its suffix. It gets this name when all is there; until
     then it is DEST.partial.
     """
-    from rich.console import Console
-
     from dinov3_ray.datasets.exports.export import export
-    from dinov3_ray.datasets.extraction.plan import Forecast
     from dinov3_ray.datasets.folder import ERRORS
-
-    console = Console(stderr=True)
-
-    def announce(forecast: Forecast) -> None:
-        console.print(str(forecast), highlight=False)
 
     try:
         done = export(
@@ -249,7 +239,7 @@ def export_command(
             shard_size=shard_size,
             progress=False if quiet else None,
             check_space=not force,
-            on_forecast=announce,
+            on_forecast=_announce,
         )
     except KeyboardInterrupt:
         click.echo("interrupted: what is whole stays, and the same command continues from there", err=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
@@ -61,7 +62,7 @@ class ModelOptions(CheckedModel):
 
 
 @dataclass(frozen=True, init=False, repr=False)
-class ModelConfig:
+class ModelConfig(ABC):
     """A model directory, or a model of the Hugging Face Hub, and the options under which to run it: what a
     :class:`DinoV3Config` and a :class:`~dinov3_ray.config.transformers_model.TransformersConfig` have in common.
 
@@ -85,6 +86,7 @@ class ModelConfig:
         image_size: (h, w) of the model's input: the option, or else what the file says.
         architecture: what config.json (completed by the weights' shapes) describes.
         preprocessing: what preprocessor_config.json describes, at ``image_size``.
+        license: what the directory says of its weights' licence, in words.
 
     Raises:
         ConfigError: names the file or option, the rule and the value; all complaints about one file at once.
@@ -100,6 +102,7 @@ class ModelConfig:
     architecture: Architecture | TransformersArchitecture = field(init=False)
     preprocessing: Preprocessing = field(init=False)
     place: ModelPlace = field(init=False)
+    license: str = field(init=False, compare=False)
 
     # Written out, since the option `image_size` is wider than the attribute that it settles. `dataclasses.replace`
     # passes the settled size back in, which `resized_to` takes for no change, and the hub's snapshot as `root`, which
@@ -138,14 +141,15 @@ class ModelConfig:
             "image_size": preprocessing.image_size,
             "architecture": architecture,
             "preprocessing": preprocessing,
+            "license": license_text(place.directory, dinov3=not isinstance(architecture, TransformersArchitecture)),
         }
         for name, value in settled.items():
             object.__setattr__(self, name, value)
 
     @staticmethod
+    @abstractmethod
     def _read(place: ModelPlace) -> tuple[Any, Preprocessing]:
         """The architecture and the preprocessing that the files in ``place`` describe."""
-        raise NotImplementedError
 
     @classmethod
     def of(cls, config: Self | str | PathLike[str], **options: Any) -> Self:
@@ -163,11 +167,6 @@ class ModelConfig:
     def revision(self) -> str | None:
         """The commit of a model of the hub, whatever branch or tag was asked for; None for a directory of one's own."""
         return self.place.commit
-
-    @property
-    def license(self) -> str:
-        """What the model directory says of its weights' licence, in words."""
-        return license_text(self.root, dinov3=not isinstance(self.architecture, TransformersArchitecture))
 
     @property
     def family(self) -> str:

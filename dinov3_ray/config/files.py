@@ -165,8 +165,8 @@ def read_architecture(root: Path, shapes: Callable[[], Shapes]) -> Architecture:
         CheckpointError: keys are missing, and the weights that would complete it are missing or damaged.
     """
     path = root / CONFIG_FILE
-    remedy = convert_hint(root) or "root must be a model directory in transformers' layout"
-    values = read_json(path, remedy=remedy)
+    layout = "root must be a model directory in transformers' layout"
+    values = read_json(path, remedy="" if path.exists() else convert_hint(root) or layout)
     if is_timm(values):
         return timm_architecture(root, read_timm(values, path), shapes)
     family = _family_of(values, path)

@@ -166,7 +166,7 @@ def full_float32() -> Iterator[None]:
     """
     backends: Any = torch.backends  # its annotations lack what is in place of TF32's flags from torch 2.9 on
     if hasattr(backends.mkldnn, "matmul"):
-        modes = backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul
+        modes = backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul, backends.mkldnn.conv
         before = [(mode, "fp32_precision", mode.fp32_precision) for mode in modes]
         exact: object = "ieee"
     else:

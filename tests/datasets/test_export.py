@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -277,6 +278,17 @@ def test_the_working_directory_and_names_that_are_too_long_are_refused(
         with pytest.raises(StoreError, match=r"dest must be where a folder can be made; got .*: File name too long"):
             export(store, "npy", "x" * length)
     assert not list(tmp_path.iterdir())
+
+
+def test_an_export_goes_on_when_the_stores_images_have_moved(store: FeatureStore, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(store.folder.path, tmp_path / "store"))
+    done, digest = export(copy, "npy", tmp_path / "made"), FeatureStore(copy).digest()
+    manifest = json.loads((copy / "manifest.json").read_text())
+    manifest["source"] = {"path": "/elsewhere", "root": "/elsewhere"}  # as --source-moved leaves it
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    assert FeatureStore(copy).digest() == digest
+    again = export(copy, "npy", tmp_path / "made")
+    assert (again.images, again.manifest) == (0, done.manifest)
 
 
 def test_an_unfinished_export_under_another_name_is_told(

@@ -191,16 +191,19 @@ def test_the_reference_is_plain_float32_whatever_the_process_is_set_to(tiny_chec
     images, spec = golden_images(*teacher.image_size), FeatureSpec(cls=True, feature_map=True)
     expected = teacher._reference(images, spec, attention="eager")
     backends: Any = torch.backends
+    modes = backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul, backends.mkldnn.conv
     before = torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision("medium")  # on many CPUs: products of float32 in bfloat16
-        settings = [mode.fp32_precision for mode in (backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul)]
+        backends.mkldnn.conv.fp32_precision = "bf16"
+        settings = [mode.fp32_precision for mode in modes]
         found = teacher._reference(images, spec, attention="eager")
         assert torch.get_float32_matmul_precision() == "medium"
-        after = [mode.fp32_precision for mode in (backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul)]
+        after = [mode.fp32_precision for mode in modes]
         assert after == settings
     finally:
         torch.set_float32_matmul_precision(before)
+        backends.mkldnn.conv.fp32_precision = "none"
     for (name, ours), (_, theirs) in zip(found.named(), expected.named(), strict=True):
         assert torch.equal(ours, theirs), name
 

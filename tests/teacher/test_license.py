@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from pathlib import Path
 
 import pytest
@@ -64,3 +65,12 @@ def test_teacher_and_pool_say_it(root: Path) -> None:
     assert "DINOv3 License" in said
     with TeacherPool.start(config, name="licensed", replicas=1, local_mode=True) as pool:
         assert pool.teacher().info.license == said
+
+
+def test_a_configuration_keeps_it_where_its_directory_is_not(root: Path, tmp_path: Path) -> None:
+    """As on another node, which finds the weights elsewhere."""
+    (root / "README.md").write_text(CARD)
+    config = DinoV3Config(root)
+    root.rename(tmp_path / "elsewhere")
+    assert pickle.loads(pickle.dumps(config)).license.startswith("dinov3-license: DINOv3 License")
+    assert DinoV3Config(tmp_path / "elsewhere").license == config.license

@@ -7,14 +7,16 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
 
 import pyarrow.parquet as pq
 
 from dinov3_ray.datasets.exports.destination import Destination
+from dinov3_ray.datasets.exports.lance import LanceWriter
+from dinov3_ray.datasets.exports.npy import NpyWriter
 from dinov3_ray.datasets.exports.rows import ExportDtype, StoreRows
+from dinov3_ray.datasets.exports.webdataset import ShardWriter
 from dinov3_ray.datasets.extraction.plan import Forecast, free_bytes, size_text
 from dinov3_ray.datasets.folder import ERRORS, Folder
 from dinov3_ray.datasets.meter import metering
@@ -27,8 +29,6 @@ ExportFormat = Literal["lance", "webdataset", "npy"]
 
 EXPORT_FORMATS: tuple[str, ...] = get_args(ExportFormat)
 
-_WRITERS = {"lance": "lance:LanceWriter", "webdataset": "webdataset:ShardWriter", "npy": "npy:NpyWriter"}
-
 _SHARD_BYTES = 2**28
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 
@@ -37,9 +37,11 @@ class ExportWriter(Protocol):
     """Writes rows to a folder in one format, a shard at a time; made of (folder, rows, shard_size).
 
     Attributes:
+        has_shards: whether another ``shard_size`` gives other files.
         row_overhead: bytes per row, at most, besides its values.
     """
 
+    has_shards: bool
     row_overhead: int
 
     def describe(self) -> dict[str, Any]:
@@ -72,7 +74,11 @@ class Exported:
     seconds: float = 0.0
 
 
-_WITHOUT_SHARDS = ("npy",)
+_WRITERS: dict[str, type[LanceWriter | ShardWriter | NpyWriter]] = {
+    "lance": LanceWriter,
+    "webdataset": ShardWriter,
+    "npy": NpyWriter,
+}
 
 
 def export(
@@ -123,8 +129,8 @@ def export(
     target = Destination.at(_beside(store, to) if dest is None else dest)
     former = target.former()
     row_bytes = sum(layout.row_bytes * len(layout.places) for layout in rows.layouts) // len(rows)
-    if former and to in _WITHOUT_SHARDS:
-        shard_size = former["shard_size"]  # another size gives the same files
+    if former and not _WRITERS[to].has_shards:
+        shard_size = former["shard_size"]
     elif shard_size is None:
         shard_size = former["shard_size"] if former else max(1, _SHARD_BYTES // row_bytes)
     identity = {
@@ -132,12 +138,12 @@ def export(
         "to": to,
         "dtype": dtype,
         "shard_size": shard_size,
-        "store": {"digest": store.digest(), **{key: value for key, value in store.manifest.items() if key != "blocks"}},
+        # Where its images lie may change.
+        "store": {"digest": store.digest()}
+        | {key: value for key, value in store.manifest.items() if key not in ("blocks", "source")},
     }
     written = target.check(former, identity)
-    module, _, name = _WRITERS[to].partition(":")
-    make_writer = getattr(import_module(f"{__package__}.{module}"), name)
-    writer: ExportWriter = make_writer(target.partial, rows, shard_size)
+    writer: ExportWriter = _WRITERS[to](target.partial, rows, shard_size)
     row_bytes += writer.row_overhead
     exact = len(rows.layouts) == 1 and not writer.row_overhead
     forecast = Forecast(len(rows), len(rows) - written, row_bytes, exact, free_bytes(Folder.at(target.partial)))

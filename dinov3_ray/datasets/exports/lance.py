@@ -33,6 +33,8 @@ class LanceWriter:
         ConfigError: Lance is not installed.
     """
 
+    has_shards = True
+
     def __init__(self, folder: Path, rows: StoreRows, shard_size: int) -> None:  # noqa: ARG002 - as of other formats
         try:
             import lance

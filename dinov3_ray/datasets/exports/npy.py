@@ -25,6 +25,8 @@ class NpyWriter:
     differ in shape from row to row, each shape has a folder of its own.
     """
 
+    has_shards = False
+
     def __init__(self, folder: Path, rows: StoreRows, shard_size: int) -> None:  # noqa: ARG002 - as of other formats
         self._rows = rows
         self.row_overhead = 0

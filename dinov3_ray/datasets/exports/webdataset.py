@@ -26,6 +26,8 @@ class ShardWriter:
     where all of these are keys, and unique; else the number of the row.
     """
 
+    has_shards = True
+
     def __init__(self, folder: Path, rows: StoreRows, shard_size: int) -> None:
         self._folder = folder
         self._rows = rows

@@ -12,7 +12,7 @@ from dinov3_ray.datasets.decode import Decoder
 from dinov3_ray.datasets.extraction import plan as plans
 from dinov3_ray.datasets.extraction.attempts import Attempts
 from dinov3_ray.datasets.extraction.blocks import Blocks, unifying
-from dinov3_ray.datasets.extraction.progress import watching
+from dinov3_ray.datasets.extraction.lost_gpus import watching
 from dinov3_ray.datasets.extraction.resources import Allocation
 from dinov3_ray.datasets.extraction.teacher_probe import Probe, first_image, probe_teacher
 from dinov3_ray.datasets.extraction.worker import BlockWorker, ExtractionJob, TeacherChoice

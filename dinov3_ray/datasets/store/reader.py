@@ -245,8 +245,12 @@ class FeatureStore:
         return ray_dataset(self._parts, self.manifest["result_dtype"], address)
 
     def digest(self) -> str:
-        """Identifies what the store holds: what made it, and its images by ids and pixels; 32 hexadecimal digits."""
-        state = hashlib.blake2b(json.dumps(self.manifest, sort_keys=True).encode(), digest_size=16)
+        """Identifies what the store holds: what made it, and its images by ids and pixels; 32 hexadecimal digits.
+
+        It stays the same when the store or its images have moved.
+        """
+        made = {key: value for key, value in self.manifest.items() if key != "source"}
+        state = hashlib.blake2b(json.dumps(made, sort_keys=True).encode(), digest_size=16)
         for id_, view in zip(self.ids, self._views, strict=True):
             state.update(f"{id_}\n".encode() + view)
         return state.hexdigest()

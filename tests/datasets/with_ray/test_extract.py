@@ -30,8 +30,7 @@ from waiting import until
 from dinov3_ray.config import DinoV3Config
 from dinov3_ray.datasets import FeatureStore, Resources, SourceOptions, StoredTeacher, extract
 from dinov3_ray.datasets.decode import Decoder
-from dinov3_ray.datasets.extraction import plan, run
-from dinov3_ray.datasets.extraction import progress as watch
+from dinov3_ray.datasets.extraction import lost_gpus, plan, run
 from dinov3_ray.datasets.extraction import teacher_probe as probing
 from dinov3_ray.datasets.extraction.resources import allocate
 from dinov3_ray.datasets.folder import Folder
@@ -396,13 +395,13 @@ def test_gpus_that_are_lost_are_told_once(
     ray_cluster: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     on_gpus = allocate({"GPU": 2, "CPU": 8}, 2)
-    assert watch.lost(on_gpus, {"GPU": 2.0}) is None
-    assert watch.lost(allocate({"CPU": 8}, 2), {"CPU": 4.0}) is None
-    said = watch.lost(on_gpus, {"GPU": 1.0, "CPU": 4.0})
+    assert lost_gpus.lost(on_gpus, {"GPU": 2.0}) is None
+    assert lost_gpus.lost(allocate({"CPU": 8}, 2), {"CPU": 4.0}) is None
+    said = lost_gpus.lost(on_gpus, {"GPU": 1.0, "CPU": 4.0})
     assert said is not None
     assert "has 1 of the 2 GPUs that the teachers began with" in said
-    monkeypatch.setattr(watch, "_WATCH_SECONDS", 0.02)
-    with caplog.at_level(logging.WARNING), watch.watching(on_gpus):  # the tests' Ray has none
+    monkeypatch.setattr(lost_gpus, "_WATCH_SECONDS", 0.02)
+    with caplog.at_level(logging.WARNING), lost_gpus.watching(on_gpus):  # the tests' Ray has none
         until(lambda: "has 0 of the 2 GPUs" in caplog.text, "the loss is told")
         time.sleep(0.2)
     assert len(caplog.records) == 1
