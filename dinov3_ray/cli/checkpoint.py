@@ -150,6 +150,8 @@ def info_command(directory: str, revision: str | None) -> None:
     with _progress("fingerprinting", weights.nbytes) as report:
         digest = fingerprint(config, progress=report)
     table = Table(show_header=False, title=config.place.origin, title_justify="left")
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")  # a path or an address that is cut is of no use
     for name, value in _facts(config, weights, digest):
         table.add_row(name, value)
     Console().print(table)
