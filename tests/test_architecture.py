@@ -35,6 +35,7 @@ FLOORS = {
         ["training"],
         ["pool"],
         ["integrations", "datasets"],
+        ["distillation"],
         ["bench", "demo", "doctor"],
         ["cli"],
         ["__main__"],

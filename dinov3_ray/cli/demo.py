@@ -59,7 +59,8 @@ def demo(
             with interrupts.at_once():
                 # Here, since torch and Ray take seconds to import, and Ctrl-C must work then too.
                 from dinov3_ray.demo.demonstration import DemoSettings, run_demo
-                from dinov3_ray.demo.report import LOSS_FILE, MAPS_FILE, SUMMARY_FILE, Display
+                from dinov3_ray.demo.report import LOSS_FILE, MAPS_FILE, SUMMARY_FILE
+                from dinov3_ray.distillation.display import Display
 
             settings = DemoSettings(out, images, root, revision, steps, seconds, replicas, batch, address)
             summary = run_demo(settings, Display(), interrupts)

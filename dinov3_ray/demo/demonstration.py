@@ -20,8 +20,10 @@ from dinov3_ray.checkpoint import init_checkpoint
 from dinov3_ray.config import open_config
 from dinov3_ray.demo.ephemeral_ray import DemoRay, gpus_per_replica, make_folder, remove_folder
 from dinov3_ray.demo.photographs import draw_scene, read_photographs
-from dinov3_ray.demo.report import Display, Summary, save_loss_curve, save_maps, save_summary
-from dinov3_ray.demo.student import Student, Views, crop_centre
+from dinov3_ray.demo.report import Summary, save_loss_curve, save_maps, save_summary
+from dinov3_ray.demo.student import Student, Views
+from dinov3_ray.distillation.augmentation import crop_centre
+from dinov3_ray.distillation.display import Display
 from dinov3_ray.errors import ConfigError
 from dinov3_ray.features import FeatureSpec
 from dinov3_ray.interrupts import Interrupts

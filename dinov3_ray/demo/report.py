@@ -1,17 +1,14 @@
-"""The report of the demonstration: its progress while it runs, and its files (loss curve, maps, summary)."""
+"""The files of the demonstration: loss curve, maps, summary."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch.nn.functional as F
 from matplotlib.figure import Figure
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from torch import Tensor
 
 from dinov3_ray.pictures import PcaBasis, save_grid
@@ -20,8 +17,6 @@ __all__ = [
     "LOSS_FILE",
     "MAPS_FILE",
     "SUMMARY_FILE",
-    "Display",
-    "StepReport",
     "Summary",
     "save_loss_curve",
     "save_maps",
@@ -104,57 +99,3 @@ def save_maps(folder: Path, pictures: Sequence[Tensor], teacher_BDhw: Tensor, st
         for picture, teacher_Dhw, student_Dhw in zip(pictures, teacher_BDhw, student_BDhw, strict=True)
     ]
     save_grid(rows, folder / MAPS_FILE, ["image", "teacher's map", "student's map"])
-
-
-StepReport = Callable[[int, float, float, float], None]
-"""Called after each step with its number (from 1), its loss, the images per second so far, and the share of waiting."""
-
-_LINES = 10  # of progress, where a line cannot be overwritten
-
-
-class Display:
-    """Shows progress on standard error, so that standard output holds nothing but the results."""
-
-    def __init__(self) -> None:
-        self._console = Console(stderr=True, highlight=False)
-
-    def note(self, text: str) -> None:
-        """Print a line."""
-        self._console.print(text, markup=False, soft_wrap=True)
-
-    def phase(self, text: str) -> AbstractContextManager[object]:
-        """Show ``text`` while the block runs."""
-        if self._console.is_terminal:
-            return self._console.status(f"{text} ...")
-        self.note(text)
-        return _nothing()
-
-    @contextmanager
-    def training(self, steps: int) -> Iterator[StepReport]:
-        """Show the progress of ``steps`` steps; yields the :data:`StepReport` to call after each."""
-        if not self._console.is_terminal:
-            yield lambda step, *numbers: self._line(step, steps, *numbers)
-            return
-        bar = Progress(
-            BarColumn(bar_width=None),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[numbers]}"),
-            console=self._console,
-            expand=True,
-        )
-        with bar:
-            task = bar.add_task("training", total=steps, numbers="")
-            yield lambda step, *numbers: bar.update(task, completed=step, numbers=_numbers(*numbers))
-
-    def _line(self, step: int, steps: int, loss: float, rate: float, waiting: float) -> None:
-        if step == 1 or step == steps or step * _LINES // steps > (step - 1) * _LINES // steps:
-            self.note(f"step {step}/{steps}  {_numbers(loss, rate, waiting)}")
-
-
-def _numbers(loss: float, rate: float, waiting: float) -> str:
-    return f"loss {loss:.3f}  {rate:.1f} img/s  {waiting:.0%} waiting for the teacher"
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from dinov3_ray.demo.ephemeral_ray import gpus_per_replica
 from dinov3_ray.demo.photographs import draw_scene, read_photographs
-from dinov3_ray.demo.student import Student, Views, crop_centre
+from dinov3_ray.demo.student import Student, Views
+from dinov3_ray.distillation.augmentation import crop_centre
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ import ray
 from PIL import Image
 
 from dinov3_ray.demo.demonstration import DemoSettings, run_demo
-from dinov3_ray.demo.report import Display, StepReport
+from dinov3_ray.distillation.display import Display, StepReport
 from dinov3_ray.interrupts import Interrupts
 
 PATIENCE = 120  # seconds; never reached unless something hangs
