@@ -72,6 +72,7 @@ COMMANDS = {
     "bench": Lazy("dinov3_ray.cli.bench:bench", "Measure, and compare with peers that do the same work."),
     "checkpoint": Lazy("dinov3_ray.cli.checkpoint:checkpoint", "Make, convert, check and describe checkpoints."),
     "demo": Lazy("dinov3_ray.cli.demo:demo", "Train a small student with a pool of teachers, in about a minute."),
+    "distill": Lazy("dinov3_ray.cli.distill:distill", "Distil a student backbone on images without labels."),
     "doctor": Lazy("dinov3_ray.cli.doctor:doctor", "Check this machine and a cluster before a pool uses them."),
     "export": Lazy("dinov3_ray.cli.datasets:export_command", "Copy features to Lance, WebDataset or NumPy files."),
     "extract": Lazy("dinov3_ray.cli.datasets:extract_command", "Extract the features of a whole data set."),
