@@ -45,7 +45,7 @@ __all__ = ["distill"]
     default="auto",
     show_default=True,
     type=click.Choice(["auto", "imagenet", "none"]),
-    help="By whose mean and std the student's pixels are normalised; none: they are in 0..1. auto: the framework's own.",
+    help="The mean and std of the student's pixels; none: they stay in 0..1. auto: the framework's own.",
 )
 @click.option("--epochs", type=click.IntRange(1), help="Passes over the images. [default: 100]")
 @click.option("--steps", type=click.IntRange(1), help="Steps, instead of --epochs.")
@@ -76,7 +76,7 @@ __all__ = ["distill"]
 @click.option("--evaluate", metavar="DIR", help="A folder with a folder of images for each class.")
 @address_option
 @click.pass_context
-def distill(context: click.Context, **options: Any) -> None:
+def distill(context: click.Context, /, **options: Any) -> None:
     """Distil a student backbone on the images in SOURCE, which need no labels; the same command resumes it.
 
     SOURCE is a folder, file, glob or URI of images, or of WebDataset shards (.tar). OUT is the folder of the run: its

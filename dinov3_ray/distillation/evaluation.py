@@ -135,7 +135,7 @@ def _score(batches: Iterator[tuple[Tensor, Tensor]]) -> Scores:
 def _held_out(labels_N: Tensor) -> Tensor:
     """Of each class, in its order, every fifth image, or the last of fewer; none of a class of one."""
     held_N = torch.zeros(len(labels_N), dtype=torch.bool)
-    for label in labels_N.unique():
+    for label in set(labels_N.tolist()):
         of_class = (labels_N == label).nonzero().flatten()
         if len(of_class) > 1:
             held_N[of_class[_HELD_OUT - 1 :: _HELD_OUT] if len(of_class) >= _HELD_OUT else of_class[-1:]] = True
@@ -145,7 +145,7 @@ def _held_out(labels_N: Tensor) -> Tensor:
 def knn_accuracy(
     seen_ND: Tensor, classes_N: Tensor, unseen_MD: Tensor, truth_M: Tensor, *, k: int = _NEIGHBOURS
 ) -> float:
-    """The share of ``unseen`` vectors whose class their ``k`` nearest neighbours tell, each vote weighing exp(cos/0.07).
+    """The share of ``unseen`` vectors whose class their ``k`` nearest neighbours tell; a vote weighs exp(cos/0.07).
 
     Source: Wu et al. (arXiv 1805.01978), as in DINO's evaluation (arXiv 2104.14294), with k = 20.
     """
@@ -171,9 +171,9 @@ def linear_accuracy(seen_ND: Tensor, classes_N: Tensor, unseen_MD: Tensor, truth
         def closure() -> Tensor:
             optimizer.zero_grad()
             loss = F.cross_entropy(seen_ND @ weight_CD.T + bias_C, classes_N) + _DECAY / 2 * weight_CD.square().sum()
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             return loss
 
-        optimizer.step(closure)  # type: ignore[arg-type] # it wants a float of the loss, which a tensor is as well
+        optimizer.step(closure)  # type: ignore[no-untyped-call]
     told_M = (unseen_MD @ weight_CD.detach().T + bias_C.detach()).argmax(1)
     return float((told_M == truth_M).double().mean())

@@ -1,4 +1,4 @@
-"""Students of timm, transformers, Ultralytics and the user's own code: each made, and written, as its framework does."""
+"""Students of timm, transformers, Ultralytics and the user's own code: made and written as each does."""
 
 from __future__ import annotations
 
@@ -183,7 +183,8 @@ def _patches(tokens_BNC: Tensor, pixels_B3HW: Tensor, config: Any) -> Tensor | N
     height, width = (side // patch for side in pixels_B3HW.shape[-2:])
     if tokens_BNC.shape[1] < height * width:
         return None
-    return tokens_BNC[:, tokens_BNC.shape[1] - height * width :].mT.unflatten(2, (height, width))
+    patches_BNC = tokens_BNC[:, tokens_BNC.shape[1] - height * width :]
+    return patches_BNC.mT.reshape(len(patches_BNC), -1, height, width)
 
 
 def open_ultralytics(name: str, *, pretrained: bool, statistics: Statistics | None, size: Size) -> OpenedStudent:
@@ -255,5 +256,5 @@ def open_callable(name: str, *, pretrained: bool, statistics: Statistics | None,
         torch.save({key: value.detach().cpu() for key, value in net.state_dict().items()}, folder / "model.pt")
         save_model(net, str(folder / "model.safetensors"))
 
-    usage = f'{attribute}().load_state_dict(torch.load("{{folder}}/model.pt"))'
+    usage = f'student = {attribute}(); student.load_state_dict(torch.load("{{folder}}/model.pt"))'
     return OpenedStudent(backbone, "torch", write, usage)

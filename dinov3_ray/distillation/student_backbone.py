@@ -51,9 +51,7 @@ class StudentBackbone(nn.Module):
         self.net = net
         self._run = run if run is not None else lambda pixels_B3HW: self.net(pixels_B3HW)
         self.statistics = statistics
-        mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in statistics)
-        self.register_buffer("mean", mean, persistent=False)
-        self.register_buffer("std", std, persistent=False)
+        self.register_buffer("_statistics", torch.tensor(statistics).view(2, 3, 1, 1), persistent=False)
         self.levels = nn.ModuleList()
         training = net.training
         try:
@@ -71,7 +69,8 @@ class StudentBackbone(nn.Module):
 
     def forward(self, images_B3HW: Tensor) -> list[Tensor]:
         """Maps [B, C_i, h_i, w_i], the coarsest last, of uint8 images; none where the network gives no map."""
-        pixels = (images_B3HW.float() / 255 - self.mean) / self.std
+        mean_311, std_311 = self.get_buffer("_statistics")
+        pixels = (images_B3HW.float() / 255 - mean_311) / std_311
         maps = coarsest_last(find_maps(self._run(pixels)))
         if not len(self.levels):
             return maps

@@ -37,7 +37,7 @@ def choose_amp(amp: Amp, device: torch.device) -> torch.dtype | None:
             return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     if amp == "float16" and device.type != "cuda":
         raise ConfigError(f"amp must be another than 'float16' on {device.type}, where it is of no use; 'bfloat16' is")
-    return None if amp == "off" else getattr(torch, amp)  # type: ignore[no-any-return]
+    return {"off": None, "bfloat16": torch.bfloat16, "float16": torch.float16}[amp]
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +152,7 @@ class TrainingRun:
             NumericsError: a loss was not finite: what is saved could not be trained on.
         """
         self.mean_loss()
-        kind, words, *rest = np.random.get_state()
+        kind, words, *rest = np.random.get_state(legacy=True)
         cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
         return {
             "step": self.step,
@@ -165,7 +165,7 @@ class TrainingRun:
                 "torch": torch.get_rng_state(),
                 "cuda": cuda,
                 "python": random.getstate(),
-                "numpy": (kind, words.tolist(), *rest),  # type: ignore[union-attr]
+                "numpy": (kind, np.asarray(words).tolist(), *rest),
             },
         }
 

@@ -152,7 +152,7 @@ class _Steps:
 def view_batches(
     views: ViewDataset, *, batch: int, first: int, last: int, workers: int, pin: bool = False
 ) -> DataLoader[Any]:
-    """The batches of steps ``first`` (from 0) to ``last`` (exclusive): dicts of ``images`` [B,3,H,W] and ``unreadable``.
+    """The batches of steps ``first`` (from 0) to ``last`` (exclusive), as dicts: ``images`` [B,3,H,W], ``unreadable``.
 
     One pass over it is the whole run, so that the teacher's lead is built up once.
     """
