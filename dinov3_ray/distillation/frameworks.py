@@ -60,10 +60,10 @@ def is_installed(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
 
 
-def near(name: str, known: Iterable[str]) -> str:
-    """Names like ``name``, as the end of a message."""
+def near(name: str, known: Iterable[str], prefix: str = "") -> str:
+    """Names like ``name``, each behind ``prefix``, as the end of a message."""
     found = difflib.get_close_matches(name, list(known), n=5, cutoff=0.5)
-    return f" Near it: {', '.join(found)}." if found else ""
+    return f" Near it: {', '.join(prefix + each for each in found)}." if found else ""
 
 
 def _imported(package: str, student: str) -> Any:
@@ -142,7 +142,9 @@ def open_transformers(name: str, *, pretrained: bool, statistics: Statistics | N
     if has_backbone and len(getattr(config, "out_features", None) or []) == 1 and len(stages) <= _MOST_STAGES:
         config.out_features = stages[1:]
     auto = transformers.AutoBackbone if has_backbone else transformers.AutoModel
-    net = _read(auto, place, "pretrained", config=config) if pretrained else auto.from_config(config)
+    # The class itself reads directories: AutoBackbone (of transformers 5.23) takes them for models of timm.
+    kind = auto._model_mapping[type(config)] if has_backbone else auto
+    net = _read(kind, place, "pretrained", config=config) if pretrained else auto.from_config(config)
 
     def run(pixels_B3HW: Tensor) -> Any:
         if has_backbone:
@@ -163,7 +165,7 @@ def open_transformers(name: str, *, pretrained: bool, statistics: Statistics | N
     def write(folder: Path) -> None:
         net.save_pretrained(folder)
 
-    return OpenedStudent(backbone, "transformers", write, f'{auto.__name__}.from_pretrained("{{folder}}")')
+    return OpenedStudent(backbone, "transformers", write, f'{type(net).__name__}.from_pretrained("{{folder}}")')
 
 
 def _read(auto: Any, place: str | None, parameter: str, **options: Any) -> Any:

@@ -65,5 +65,5 @@ def open_student(
 
     raise ConfigError(
         f"student must be {_KINDS}; got {name!r}: a plain name is timm's, which is not installed (pip install timm)."
-        f"{near(name, [f'transformers:{each}' for each in CONFIG_MAPPING])}"
+        f"{near(name, CONFIG_MAPPING, 'transformers:')}"
     )
