@@ -44,7 +44,7 @@ class ImageBatch:
 
         Args:
             images: see :data:`Images`; a batch that was checked before passes unchanged.
-            min_side: the smallest height and width allowed, in pixels; a model's patch size.
+            min_side: the smallest height and width allowed, in pixels; see :func:`dinov3_ray.teacher.least_side`.
 
         Raises:
             InputError: the images break a rule; the message names it, and the value.
@@ -95,6 +95,11 @@ class ImageBatch:
         return self.ragged if self.stacked is None else (self.stacked,)
 
     @property
+    def sizes(self) -> list[tuple[int, int]]:
+        """(H, W) of the one stacked tensor, or of the images one by one."""
+        return [(tensor.shape[-2], tensor.shape[-1]) for tensor in self.tensors]
+
+    @property
     def dtype(self) -> torch.dtype:
         return self.tensors[0].dtype
 
@@ -140,7 +145,8 @@ def _check(tensor: Tensor, name: str, min_side: int) -> None:
         hint = " (channels last? permute to [..., 3, H, W])" if shape[-1] == 3 else ""
         raise InputError(f"{name} must have 3 channels (RGB) in dimension -3; got shape {shape}{hint}")
     if min(shape[-2:]) < min_side:
-        raise InputError(f"{name} must be at least {min_side} pixels high and wide (one patch); got shape {shape}")
+        least = f"{min_side} pixels high and wide (one patch of the model's input)"
+        raise InputError(f"{name} must be at least {least}; got shape {shape}")
 
 
 def find_pixel_fault(images: Sequence[Tensor]) -> str | None:

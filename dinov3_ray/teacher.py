@@ -12,7 +12,7 @@ if TYPE_CHECKING:  # an interface loads nothing
     from dinov3_ray.features import Features, FeatureSpec
     from dinov3_ray.images import Images
 
-__all__ = ["Extractor", "Teacher", "TeacherMixin", "check_extractor", "computed_in"]
+__all__ = ["Extractor", "Teacher", "TeacherMixin", "check_extractor", "computed_in", "least_side"]
 
 Given = TypeVar("Given", contravariant=True)
 """What a teacher accepts as images."""
@@ -41,8 +41,8 @@ class Teacher(Extractor, Protocol):
     An implementation may also have a ``fingerprint: str`` (what made its outputs), an ``origin: str`` (what it was
     loaded from), a ``license: str`` (of its weights, for who gets results), a ``dtype`` (a torch.dtype: that of native
     results), a ``computed_in: str`` (where that says more, as in float8), a ``preprocessing``
-    (:class:`~dinov3_ray.config.preprocessing.Preprocessing`) and a ``patch_size: int`` (the smallest side of an image
-    that it takes); each is looked up by name and may be missing.
+    (:class:`~dinov3_ray.config.preprocessing.Preprocessing`) and a ``patch_size: int`` (pixels per cell of its map);
+    each is looked up by name and may be missing.
     """
 
     def extract_features(self, images: Images) -> Tensor:
@@ -99,3 +99,10 @@ def computed_in(teacher: object) -> str | None:
     """
     said = getattr(teacher, "computed_in", None) or getattr(teacher, "dtype", None)
     return None if said is None else str(said).removeprefix("torch.")
+
+
+def least_side(teacher: object) -> int:
+    """Pixels of the smallest side of an image that ``teacher`` takes: its patch, or, where it sees half of an image,
+    two; 1 if it does not say."""
+    rule = getattr(teacher, "preprocessing", None)
+    return max(getattr(teacher, "patch_size", None) or 1, getattr(rule, "least_side", 1))

@@ -209,7 +209,10 @@ PLAIN = np.zeros((3, 20, 30), dtype=np.uint8)
         (np.zeros((20, 30, 3), np.uint8), "channels last"),
         (np.zeros((0, 3, 20, 30), np.uint8), "at least one image; got an empty batch"),
         ([], "at least one image; got an empty sequence"),
-        (np.zeros((3, 20, 15), np.uint8), r"at least 16 pixels high and wide \(one patch\); got shape \[3, 20, 15\]"),
+        (
+            np.zeros((3, 20, 15), np.uint8),
+            r"at least 16 pixels high and wide \(one patch of the .*\); got shape \[3, 20, 15\]",
+        ),
         (PLAIN.astype(np.int64), "got torch.int64"),
         (PLAIN.astype(bool), "got torch.bool"),
         (PLAIN.astype(np.complex64), "got NumPy dtype complex64"),

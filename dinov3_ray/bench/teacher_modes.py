@@ -17,9 +17,11 @@ import torch
 from torch import Tensor
 
 from dinov3_ray.config import CompileChoice, ComputeDtype, DinoV3Config
+from dinov3_ray.config.preprocessing import Size
 from dinov3_ray.features import Features, FeatureSpec
 from dinov3_ray.images import ImageBatch
 from dinov3_ray.model import DinoV3Teacher
+from dinov3_ray.model.golden import golden_images
 from dinov3_ray.model.preprocess import preprocess
 from dinov3_ray.pool.replica.device_pipeline import pipeline_for
 
@@ -33,15 +35,37 @@ Extract = Callable[[Tensor], Features]
 
 @dataclass(frozen=True, slots=True)
 class TeacherWork:
-    """Batches of ``batch`` images, a fifth larger each way than the model's input, so that all must be resized."""
+    """Batches of ``batch`` images of the size ``view``: by default a fifth larger each way than the model's input, so
+    that all must be resized."""
 
     config: DinoV3Config
     device: torch.device
     batch: int
+    view: Size | None = None
+
+    @property
+    def input_size(self) -> Size:
+        """(h, w) of the model's input."""
+        return self.config.preprocessing.input_size(self._view)
+
+    @property
+    def grid_size(self) -> Size:
+        """(h, w) of the feature map."""
+        height, width = self.input_size
+        return height // self.config.patch_size, width // self.config.patch_size
+
+    @property
+    def _view(self) -> Size:
+        height, width = self.config.nominal_size
+        return self.view or (height * 6 // 5, width * 6 // 5)
+
+    def golden(self) -> Tensor:
+        """The images of the golden check, uint8 [2,3,H,W], of the input's size; of the view's, if the input follows."""
+        return golden_images(*(self._view if self.config.preprocessing.follows else self.config.nominal_size))
 
     def images(self) -> Tensor:
         """One batch, uint8 [B,3,H,W]."""
-        height, width = (side * 6 // 5 for side in self.config.image_size)
+        height, width = self._view
         generator = torch.Generator().manual_seed(0)
         return torch.randint(0, 256, (self.batch, 3, height, width), dtype=torch.uint8, generator=generator)
 
@@ -130,14 +154,16 @@ class Peer:
         if self._processor is None:
             pixels = preprocess(ImageBatch.of(images), work.config.preprocessing, work.device)
         else:
-            height, width = work.config.image_size
+            height, width = work.input_size
+            if work.config.preprocessing.follows == "input":
+                images = images[..., :height, :width]
             size = {"height": height, "width": width}
             inputs = self._processor(images=list(images), size=size, return_tensors="pt")
             pixels = inputs["pixel_values"].to(work.device)
         with torch.inference_mode():
             outputs = self._model(pixels)
         prefix = 1 + work.config.num_register_tokens
-        map_BDhw = outputs.last_hidden_state[:, prefix:].transpose(1, 2).unflatten(2, work.config.grid_size)
+        map_BDhw = outputs.last_hidden_state[:, prefix:].transpose(1, 2).unflatten(2, work.grid_size)
         return Features(cls=outputs.pooler_output, feature_map=map_BDhw)
 
 

@@ -19,7 +19,7 @@ from dinov3_ray.config.architecture import Architecture, ConvNextArchitecture
 from dinov3_ray.config.preprocessing import Size
 from dinov3_ray.errors import NumericsError
 from dinov3_ray.features import Features
-from dinov3_ray.model.golden import agreement, golden_images
+from dinov3_ray.model.golden import agreement
 
 __all__ = ["Effort", "TeacherBench", "device_name", "flops_per_image", "measure_teacher"]
 
@@ -206,7 +206,7 @@ def measure_teacher(
         Exception: what the last mode raised, if none of them runs.
     """
     device, architecture = work.device, work.config.architecture
-    golden = golden_images(*work.config.image_size)
+    golden = work.golden()
     rows: list[TeacherRow] = []
     reference: Features | None = None
     failure: Exception | None = None
@@ -232,7 +232,7 @@ def measure_teacher(
         assert failure is not None, "no mode was given"
         raise failure
     on_step("matmul and copy rates")
-    tokens = work.batch * (1 + work.config.num_register_tokens + math.prod(work.config.grid_size))
+    tokens = work.batch * (1 + work.config.num_register_tokens + math.prod(work.grid_size))
     side = 8192 if device.type == "cuda" else 2048 if effort.least else 512
     width = work.config.hidden_size
     shapes = [(side, side, side), (tokens, width, 4 * width), (tokens, 4 * width, width)]
@@ -243,9 +243,9 @@ def measure_teacher(
         model=model,
         device=device_name(device),
         machine=describe_machine(),
-        image_size=work.config.image_size,
+        image_size=work.input_size,
         batch=work.batch,
-        flops=flops_per_image(architecture, work.config.image_size),
+        flops=flops_per_image(architecture, work.input_size),
         matmul=matmul,
         copies=_copies(work, reference, effort),
         rows=tuple(rows),

@@ -21,7 +21,7 @@ _HEX_DIGITS = 24  # 96 bits: no two teachers that anyone has ever made will shar
 
 
 def fingerprint(config: ModelConfig, *, progress: Progress = ignore_progress) -> str:
-    """24 hexadecimal digits of a SHA-256 over weights, architecture and preprocessing (at ``config.image_size``).
+    """24 hexadecimal digits of a SHA-256 over weights, architecture and preprocessing (with ``config.image_size``).
 
     It is the same on every machine and path, however the tensors are split into files and however config.json is
     spelled. It differs as soon as one byte of a weight or one image statistic differs. ``dtype``, ``compile`` and

@@ -89,7 +89,10 @@ def load_transformers(config: TransformersConfig, device: torch.device, dtype: t
     for name, parameter in needed.items():
         if name not in missing:
             require_finite(root, name, parameter)
-    network = TransformersNetwork(model.requires_grad_(False).eval(), config.architecture, config.image_size)
+    any_size = config.preprocessing.follows is not None
+    network = TransformersNetwork(
+        model.requires_grad_(False).eval(), config.architecture, config.nominal_size, any_size=any_size
+    )
     kept = {id(parameter) for parameter in network.parameters()}
     lacking = sorted(name for name in missing if name not in needed or id(needed[name]) in kept)
     if lacking:

@@ -17,7 +17,8 @@ import click
 from dinov3_ray.bench import describe_machine
 from dinov3_ray.bench.gpu.budget import PARTS, TOTAL_SECONDS, wanted_parts
 from dinov3_ray.cli.teacher_options import computing_options, model_options
-from dinov3_ray.cli.values import Command, ImageSize, address_option
+from dinov3_ray.cli.values import Command, ImageSize, InputSize, address_option
+from dinov3_ray.config.preprocessing import Size, ViewSize
 from dinov3_ray.interrupts import Interrupts
 
 if TYPE_CHECKING:
@@ -92,7 +93,18 @@ def pool(replicas: int, batches: int, repeats: int, quick: bool, address: str | 
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1 ...")
 @model_options("Your own model")
 @click.option("--variant", default="vitb16", show_default=True, help="Without --root: random weights of this variant.")
-@click.option("--image-size", type=ImageSize(), default="512", show_default=True, help="The model's input size, in px.")
+@click.option(
+    "--image-size",
+    type=InputSize(),
+    default="512",
+    show_default=True,
+    help="The model's input size, in px; input: that of the images; input/2: half of it.",
+)
+@click.option(
+    "--view",
+    type=ImageSize(),
+    help="The size of the images. [default: a fifth larger than --image-size; 512 where that follows them]",
+)
 @click.option("--batch", type=click.IntRange(1), help="Images per batch. [default: 4 on a CPU, else 32]")
 @_repeats(5)
 @click.option("--target-rate", type=_positive, help="The images per second to size a pool for.")
@@ -103,7 +115,8 @@ def teacher(
     root: str | None,
     revision: str | None,
     variant: str,
-    image_size: tuple[int, int],
+    image_size: Size | ViewSize,
+    view: Size | None,
     batch: int | None,
     repeats: int,
     target_rate: float | None,
@@ -124,6 +137,8 @@ def teacher(
     from dinov3_ray.model.device import as_device
 
     where = as_device(device)
+    if isinstance(image_size, str):
+        view = view or (512, 512)
     batch = batch or (4 if where.type == "cpu" else 32)
 
     def run(path: str | Path) -> TeacherBench:
@@ -131,7 +146,7 @@ def teacher(
         name = variant_of(config.architecture) or str(path)
         with Console(stderr=True).status("starting") as status:
             return measure_teacher(
-                TeacherWork(config, where, batch),
+                TeacherWork(config, where, batch, view),
                 modes_for(where, quick=quick),
                 Effort(1, 0.0) if quick else Effort(repeats),
                 model=name,

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING
 
 import click
 
+from dinov3_ray.cli.teacher_options import image_size_option
 from dinov3_ray.cli.values import Bytes, ImageSize
 from dinov3_ray.config import ModelConfig, open_config
 from dinov3_ray.config.architecture import TransformersArchitecture, ViTArchitecture
-from dinov3_ray.config.preprocessing import Preprocessing
+from dinov3_ray.config.preprocessing import Preprocessing, Size, ViewSize
 from dinov3_ray.config.variants import STATISTICS, VARIANTS, find_variant, variant_of
 from dinov3_ray.config.weights import WeightFiles
 
@@ -138,14 +139,15 @@ def verify_command(directory: str, revision: str | None) -> None:
 @checkpoint.command("info")
 @_model
 @_revision
-def info_command(directory: str, revision: str | None) -> None:
+@image_size_option
+def info_command(directory: str, revision: str | None, image_size: Size | ViewSize | None) -> None:
     """Describe the model in DIRECTORY, a model directory or a hub id."""
     from rich.console import Console
     from rich.table import Table
 
     from dinov3_ray.checkpoint import fingerprint, verify
 
-    config = open_config(directory, revision=revision)
+    config = open_config(directory, revision=revision, image_size=image_size)
     weights = verify(config)
     with _progress("fingerprinting", weights.nbytes) as report:
         digest = fingerprint(config, progress=report)
@@ -180,8 +182,11 @@ def _facts(config: ModelConfig, weights: WeightFiles, digest: str) -> Iterator[t
         yield "stages", ", ".join(map(str, architecture.depths))
         yield "stage widths", ", ".join(map(str, architecture.hidden_sizes))
         yield "stride", str(config.patch_size)
-    yield "input size", _size(config.image_size)
-    yield "map size", _size(config.grid_size)
+    follows, note = config.preprocessing.follows, ""
+    if follows is not None:
+        note = f" where no image is there; else by the images ({follows})"
+    yield "input size", f"{_size(config.nominal_size)}{note}"
+    yield "map size", f"{_size(config.grid_size)}{note}"
     yield "preprocessing", _describe_preprocessing(config.preprocessing)
     dtypes = sorted({tensor.dtype for tensor in weights.tensors.values()})
     yield "weights", f"{weights.nbytes / 1e9:,.3f} GB of {', '.join(dtypes)}"
@@ -201,10 +206,14 @@ def _describe_preprocessing(preprocessing: Preprocessing) -> str:
         steps.append(f"resize to {_size(preprocessing.size)}")
     if preprocessing.shortest_edge is not None:
         steps.append(f"resize the shorter side to {preprocessing.shortest_edge}")
+    if preprocessing.follows == "input/2":
+        steps.append("resize to half the size")
     if preprocessing.resample != "bilinear":
         steps = [f"{step}, {preprocessing.resample}" for step in steps]
     if preprocessing.crop_size is not None:
         steps.append(f"crop the centre {_size(preprocessing.crop_size)}")
+    if preprocessing.follows is not None:
+        steps.append(f"down to multiples of {preprocessing.multiple} px")
     steps.insert(0 if preprocessing.rescales_first else len(steps), f"x {preprocessing.rescale_factor:.6g}")
     mean, std = (", ".join(f"{value:g}" for value in values) for values in (preprocessing.mean, preprocessing.std))
     return "; ".join([*steps, f"mean {mean}; std {std}"])

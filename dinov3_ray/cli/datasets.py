@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dinov3_ray.cli.teacher_options import computing_options, model_options
-from dinov3_ray.cli.values import Colour, ImageSize, Integers, Outputs, PillowPlugin, address_option
+from dinov3_ray.cli.values import Colour, ImageSize, InputSize, Integers, Outputs, PillowPlugin, address_option
 from dinov3_ray.config import CompileChoice, ComputeDtype, open_config
+from dinov3_ray.config.preprocessing import Size, ViewSize
 from dinov3_ray.datasets import MAX_PIXELS
 from dinov3_ray.errors import InputError, StoreError
 from dinov3_ray.feature_spec import RESULT_DTYPES, FeatureSpec
@@ -106,9 +107,9 @@ def extract_command(
     outputs: dict[str, bool],
     layers: tuple[int, ...],
     no_norm: bool,
-    map_size: tuple[int, int] | None,
+    map_size: Size | None,
     dtype: Any,
-    image_size: tuple[int, int] | None,
+    image_size: Size | ViewSize | None,
     compute_dtype: ComputeDtype,
     compile: CompileChoice,
     attention: str,
@@ -257,7 +258,9 @@ def export_command(
 @model_options("With --image: the teacher's model")
 @click.option("--device", default="cpu", show_default=True, help="With --image: where to compute.")
 @click.option(
-    "--image-size", type=ImageSize(), help="With --image: the model's input size; a larger one shows more detail."
+    "--image-size",
+    type=InputSize(),
+    help="With --image: the model's input size; a larger one shows more detail, and input is the image's own.",
 )
 @click.option("--layer", type=int, help="Draw the map of this block, instead of the final map.")
 @click.option("--to", type=click.Path(path_type=Path), help="The file to write. [default: named after the image]")
@@ -269,7 +272,7 @@ def show_command(
     root: str | None,
     revision: str | None,
     device: str,
-    image_size: tuple[int, int] | None,
+    image_size: Size | ViewSize | None,
     layer: int | None,
     to: Path | None,
 ) -> None:

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 
 import click
 
-from dinov3_ray.cli.teacher_options import model_options
+from dinov3_ray.cli.teacher_options import image_size_option, model_options
 
 if TYPE_CHECKING:
+    from dinov3_ray.config.preprocessing import Size, ViewSize
     from dinov3_ray.doctor.machine_checks import Finding
 
 __all__ = ["doctor"]
@@ -19,6 +20,7 @@ __all__ = ["doctor"]
 
 @click.command()
 @model_options("The model that the pool will use")
+@image_size_option
 @click.option("--address", metavar="HOST:PORT", help="The cluster to check. [default: RAY_ADDRESS, or none]")
 @click.option(
     "--gpus", type=click.IntRange(min=0), default=0, help="GPUs that this machine, or the cluster, must have."
@@ -33,6 +35,7 @@ def doctor(
     /,
     root: str | None,
     revision: str | None,
+    image_size: Size | ViewSize | None,
     address: str | None,
     gpus: int,
     timeout: float,
@@ -47,7 +50,7 @@ def doctor(
 
     address = address or os.environ.get("RAY_ADDRESS") or None
     worst = Severity.FINE
-    for finding in examine(root, revision, address, gpus, timeout):
+    for finding in examine(root, revision, image_size, address, gpus, timeout):
         if finding.verdict is Severity.PROBLEM:
             worst = Severity.PROBLEM
         click.echo(json.dumps(asdict(finding)) if as_json else _line(finding))

@@ -7,10 +7,17 @@ from typing import get_args
 
 import click
 
-from dinov3_ray.cli.values import Command, CompileValue, ImageSize
+from dinov3_ray.cli.values import Command, CompileValue, InputSize
 from dinov3_ray.config import ComputeDtype
 
-__all__ = ["computing_options", "model_options"]
+__all__ = ["computing_options", "image_size_option", "model_options"]
+
+image_size_option = click.option(
+    "--image-size",
+    type=InputSize(),
+    help="The model's input size: 512, or 384x640 (height x width); input: that of each batch; input/2: half of it. "
+    "[default: the directory's]",
+)
 
 
 def model_options(what: str = "The teacher's model", *, required: bool = False) -> Callable[[Command], Command]:
@@ -72,14 +79,7 @@ def computing_options(*, dtype: str = "--dtype", image_size: bool = True) -> Cal
         ),
     ]
     if image_size:
-        options.insert(
-            1,
-            click.option(
-                "--image-size",
-                type=ImageSize(),
-                help="The model's input size: 512, or 384x640 (height x width). [default: the directory's]",
-            ),
-        )
+        options.insert(1, image_size_option)
 
     def decorate(command: Command) -> Command:
         for option in reversed(options):

@@ -11,6 +11,7 @@ from dinov3_ray.cli.pool import pool_options, timeout_option
 from dinov3_ray.cli.teacher_options import computing_options, model_options
 from dinov3_ray.cli.values import Pair, PoolOption, Replicas
 from dinov3_ray.config import CompileChoice, ComputeDtype, open_config
+from dinov3_ray.config.preprocessing import Size, ViewSize
 from dinov3_ray.pool import NAMESPACE
 from dinov3_ray.pool.spec import Batching
 
@@ -63,7 +64,7 @@ def up(
     root: str | None,
     revision: str | None,
     dtype: ComputeDtype,
-    image_size: tuple[int, int] | None,
+    image_size: Size | ViewSize | None,
     compile: CompileChoice,
     attention: str,
     replicas: Any,
@@ -159,7 +160,7 @@ def reload(
     root: str,
     revision: str | None,
     dtype: ComputeDtype,
-    image_size: tuple[int, int] | None,
+    image_size: Size | ViewSize | None,
     compile: CompileChoice,
     attention: str,
     wait: bool,

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib import import_module
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar, cast, get_args
 
 import click
 
 from dinov3_ray.config import CompileChoice, CompileMode
+from dinov3_ray.config.preprocessing import Size, ViewSize
 
 __all__ = [
     "Bytes",
@@ -16,6 +17,7 @@ __all__ = [
     "Command",
     "CompileValue",
     "ImageSize",
+    "InputSize",
     "Integers",
     "Outputs",
     "Pair",
@@ -123,11 +125,21 @@ class ImageSize(_Value):
     name = "SIZE"
     rule = "SIZE or HEIGHTxWIDTH, at least 1, such as 512 or 384x640"
 
-    def parse(self, text: str) -> tuple[int, int]:
+    def parse(self, text: str) -> Size | ViewSize:
         sides = [_natural(side) for side in text.lower().split("x")]
         if len(sides) > 2 or min(sides) < 1:
             raise ValueError
         return sides[0], sides[-1]
+
+
+class InputSize(ImageSize):
+    """The size of a model's input: one of an image, or ``input`` or ``input/2``, which follow the images."""
+
+    name = f"SIZE|{'|'.join(get_args(ViewSize))}"
+    rule = f"{ImageSize.rule}, or {' or '.join(get_args(ViewSize))}"
+
+    def parse(self, text: str) -> Size | ViewSize:
+        return cast(ViewSize, text) if text in get_args(ViewSize) else super().parse(text)
 
 
 class Bytes(_Value):

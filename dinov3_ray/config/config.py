@@ -14,7 +14,7 @@ from dinov3_ray.config.architecture import Architecture, TransformersArchitectur
 from dinov3_ray.config.files import PositiveInt, read_architecture, read_preprocessing
 from dinov3_ray.config.hub import ModelPlace, resolve
 from dinov3_ray.config.license import license_text
-from dinov3_ray.config.preprocessing import Preprocessing, Size
+from dinov3_ray.config.preprocessing import Preprocessing, Size, ViewSize
 from dinov3_ray.config.weights import WeightFiles
 from dinov3_ray.errors import ConfigError
 from dinov3_ray.validation import CheckedModel, check, from_list, rule
@@ -41,10 +41,14 @@ class ModelOptions(CheckedModel):
     """The dtype that the model computes in. auto: bfloat16 where the device has it in hardware, else float32. float8:
     bfloat16 with the products of linear layers in float8."""
     image_size: Annotated[
-        PositiveInt | Annotated[tuple[PositiveInt, PositiveInt], Field(strict=True), from_list] | None,
-        rule("must be None, an integer >= 1 or a pair (h, w) of them"),
+        PositiveInt | Annotated[tuple[PositiveInt, PositiveInt], Field(strict=True), from_list] | ViewSize | None,
+        rule("must be None, an integer >= 1, a pair (h, w) of them, 'input' or 'input/2'"),
     ] = None
-    """The model's input in pixels, one integer or [height, width], in place of preprocessor_config.json's."""
+    """The model's input in pixels, one integer or [height, width], in place of preprocessor_config.json's. input: each
+    batch at its own size, without a resize or crop; what the patch does not divide is cut off at the right and below.
+    input/2: each batch resized to half its size, rounded down to whole patches. All images of a batch must then come to
+    one size. The file's own size serves what needs one without images: the golden check, the warm-up, the compilation.
+    """
     compile: Annotated[
         StrictBool | Literal["auto"] | CompileMode,
         rule(f"must be auto, True, False or a mode of torch.compile ({', '.join(get_args(CompileMode))})"),
@@ -77,13 +81,15 @@ class ModelConfig(ABC):
             ``facebook/dinov3-vits16-pretrain-lvd1689m``, that has them. A directory goes before an id of the same
             spelling, as in transformers.
         revision: with an id: a branch, a tag or a commit; by default ``main``. It is resolved to a commit here.
-        dtype, image_size, compile, attention: see :class:`ModelOptions`; ``image_size`` is one int, or
-            (h, w), and :meth:`Preprocessing.resized_to` says what becomes of the file's rule.
+        dtype, image_size, compile, attention: see :class:`ModelOptions`; ``image_size`` is one int, (h, w), or a
+            :data:`~dinov3_ray.config.preprocessing.ViewSize`; :meth:`Preprocessing.resized_to` and
+            :meth:`Preprocessing.following` say what becomes of the file's rule.
 
     Attributes:
         root: the model directory, on the machine that made this configuration; of a model of the hub, in its cache.
         place: where the model is, also on other machines.
-        image_size: (h, w) of the model's input: the option, or else what the file says.
+        image_size: (h, w) of the model's input: the option, or else what the file says. ``input`` or ``input/2`` where
+            it follows the images; :attr:`nominal_size` is (h, w) in any case.
         architecture: what config.json (completed by the weights' shapes) describes.
         preprocessing: what preprocessor_config.json describes, at ``image_size``.
         license: what the directory says of its weights' licence, in words.
@@ -96,7 +102,7 @@ class ModelConfig(ABC):
 
     root: Path
     dtype: ComputeDtype
-    image_size: Size
+    image_size: Size | ViewSize
     compile: CompileChoice
     attention: str
     architecture: Architecture | TransformersArchitecture = field(init=False)
@@ -113,7 +119,7 @@ class ModelConfig(ABC):
         *,
         revision: str | None = None,
         dtype: ComputeDtype = "auto",
-        image_size: int | Size | None = None,
+        image_size: int | Size | ViewSize | None = None,
         compile: CompileChoice = "auto",
         attention: str = "auto",
     ) -> None:
@@ -127,8 +133,10 @@ class ModelConfig(ABC):
         # Its directory is absolute, since a relative path means another place in a worker's folder.
         place = resolve(root, revision)
         architecture, preprocessing = self._read(place)
-        if options.image_size is not None:
-            size = options.image_size
+        size = options.image_size
+        if isinstance(size, str):
+            preprocessing = preprocessing.following(size, architecture.patch_size)
+        elif size is not None:
             preprocessing = preprocessing.resized_to((size, size) if isinstance(size, int) else size)
         if min(preprocessing.image_size) < architecture.patch_size:
             raise ConfigError(
@@ -138,7 +146,7 @@ class ModelConfig(ABC):
         settled = given | {
             "root": place.directory,
             "place": place,
-            "image_size": preprocessing.image_size,
+            "image_size": preprocessing.follows or preprocessing.image_size,
             "architecture": architecture,
             "preprocessing": preprocessing,
             "license": license_text(place.directory, dinov3=not isinstance(architecture, TransformersArchitecture)),
@@ -194,9 +202,15 @@ class ModelConfig(ABC):
         return self.architecture.patch_size
 
     @property
+    def nominal_size(self) -> Size:
+        """(h, w) of the model's input; where it follows the images, that of the file, for what needs one without any:
+        the golden check, the warm-up, the compilation and :attr:`grid_size`."""
+        return self.preprocessing.image_size
+
+    @property
     def grid_size(self) -> Size:
-        """(h, w) of the feature map at ``image_size``; what the patch size does not divide is dropped."""
-        height, width = self.image_size
+        """(h, w) of the feature map at :attr:`nominal_size`; what the patch size does not divide is dropped."""
+        height, width = self.nominal_size
         return height // self.patch_size, width // self.patch_size
 
     def compile_mode(self, device_type: str) -> CompileMode | None:
@@ -213,7 +227,7 @@ class ModelConfig(ABC):
         return self.compile
 
     def __repr__(self) -> str:
-        size = "x".join(map(str, self.image_size))
+        size = self.preprocessing.follows or "x".join(map(str, self.nominal_size))
         where = repr(self.hub_id or str(self.root)) + (f", revision={self.revision!r}" if self.revision else "")
         return (
             f"{type(self).__name__}({where}, {self.family}, D={self.hidden_size}, layers={self.num_layers}, "

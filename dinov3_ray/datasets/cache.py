@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dinov3_ray.config.preprocessing import Preprocessing
 from dinov3_ray.datasets.cache_db import CacheStatistics, FeatureCache
 from dinov3_ray.datasets.decode import view_digest
 from dinov3_ray.errors import InputError, StoreError
@@ -20,7 +21,7 @@ from dinov3_ray.features import Features, FeatureSpec
 from dinov3_ray.images import ImageBatch, Images
 from dinov3_ray.model.device import as_device
 from dinov3_ray.model.upload import Upload
-from dinov3_ray.teacher import Extractor, TeacherMixin, check_extractor, computed_in
+from dinov3_ray.teacher import Extractor, TeacherMixin, check_extractor, computed_in, least_side
 from dinov3_ray.watch import TeacherWatch
 
 __all__ = ["CachedTeacher"]
@@ -78,8 +79,13 @@ class CachedTeacher(TeacherMixin[Images]):
 
     @property
     def patch_size(self) -> int:
-        """The smallest side of an image; 1 where the teacher does not say."""
+        """Pixels per cell of the teacher's map; 1 where the teacher does not say."""
         return int(getattr(self.teacher, "patch_size", 1))
+
+    @property
+    def preprocessing(self) -> Preprocessing | None:
+        """How the teacher brings images to its input; None where it does not say."""
+        return getattr(self.teacher, "preprocessing", None)
 
     def extract(self, images: Images, spec: FeatureSpec) -> Features:
         """All outputs that ``spec`` asks for, from the cache or from one forward pass over what is missing there.
@@ -90,7 +96,7 @@ class CachedTeacher(TeacherMixin[Images]):
             Exception: whatever the teacher raises.
         """
         spec.require_outputs()
-        batch = ImageBatch.of(images, min_side=self.patch_size)
+        batch = ImageBatch.of(images, min_side=least_side(self.teacher))
         keys = self._keys(batch, spec, self.fingerprint)
         found = [self._cache.get(key) for key in keys]
         missing = [index for index, features in enumerate(found) if features is None]

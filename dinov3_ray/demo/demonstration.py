@@ -103,7 +103,7 @@ def _run(
 ) -> Summary:
     root = settings.root or init_checkpoint(_VARIANT, folder / "teacher", image_size=_IMAGE_SIZE)
     config = open_config(root, revision=settings.revision)
-    pictures, shown = _pictures(settings, display, max(config.image_size))
+    pictures, shown = _pictures(settings, display, max(config.nominal_size))
     with display.phase(f"{'starting' if ray.embedded else 'joining'} Ray"):
         ray.start()
     name = f"demo-{secrets.token_hex(4)}"
@@ -113,9 +113,9 @@ def _run(
         )
     with pool:
         teacher = pool.teacher()
-        views = Views(pictures, config.image_size, batch=settings.batch, steps=settings.steps, seed=0)
+        views = Views(pictures, config.nominal_size, batch=settings.batch, steps=settings.steps, seed=0)
         trained = _train(teacher, views, config.hidden_size, settings, display, interrupts)
-        centres = [crop_centre(picture, config.image_size) for picture in shown]
+        centres = [crop_centre(picture, config.nominal_size) for picture in shown]
         teacher_map = teacher.extract_feature_map(torch.stack(centres))
         described, fingerprint = teacher.info.description, teacher.fingerprint
     save_maps(settings.out, centres, teacher_map, _map_of(trained.student, torch.stack(centres)))

@@ -14,6 +14,7 @@ import torch
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from dinov3_ray.config import ModelConfig, TransformersConfig
+from dinov3_ray.config.preprocessing import Size, ViewSize
 from dinov3_ray.config.weights import WeightFiles
 from dinov3_ray.doctor.machine_checks import (
     Finding,
@@ -248,13 +249,19 @@ def check_round_trip(source: TeacherGiven | None, *, in_cluster: bool, timeout: 
 
 
 def examine(
-    root: str | Path | None, revision: str | None, address: str | None, gpus: int, timeout: float
+    root: str | Path | None,
+    revision: str | None,
+    image_size: Size | ViewSize | None,
+    address: str | None,
+    gpus: int,
+    timeout: float,
 ) -> Iterator[Finding]:
     """Yield the finding of each check; a check that needs what another one found broken is skipped.
 
     Args:
         root: the model directory or hub id to check; None skips it.
         revision: of the hub id.
+        image_size: of the model's input; None takes the directory's.
         address: of the cluster's head, as :meth:`Address.parse` takes it; None checks this machine alone.
         gpus: GPUs that the cluster, or else this machine, must have.
         timeout: seconds for the nodes' packages, for their model, and for the start and each answer of the round trip.
@@ -272,7 +279,7 @@ def examine(
     yield check_disk()
     # If there is a cluster, it must have the GPUs.
     yield check_gpus(0 if address else gpus)
-    model, config = check_model_root(root, revision, weights_here=address is None)
+    model, config = check_model_root(root, revision, image_size, weights_here=address is None)
     yield model
     token = check_token(os.environ, address)
     yield token

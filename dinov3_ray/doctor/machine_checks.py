@@ -19,7 +19,7 @@ import torch
 from dinov3_ray import __version__
 from dinov3_ray.checkpoint import verify
 from dinov3_ray.config import ModelConfig, open_config
-from dinov3_ray.config.preprocessing import misfit_of
+from dinov3_ray.config.preprocessing import Size, ViewSize, misfit_of
 from dinov3_ray.errors import CheckpointError, ConfigError
 from dinov3_ray.machine import locks
 from dinov3_ray.machine.ray_folder import RayFolder
@@ -212,7 +212,11 @@ def check_gpus(wanted: int) -> Finding:
 
 
 def check_model_root(
-    root: str | Path | None, revision: str | None = None, *, weights_here: bool = True
+    root: str | Path | None,
+    revision: str | None = None,
+    image_size: Size | ViewSize | None = None,
+    *,
+    weights_here: bool = True,
 ) -> tuple[Finding, ModelConfig | None]:
     """Check the files of a model by their headers; ``dinov3-ray checkpoint verify`` reads every weight.
 
@@ -226,7 +230,7 @@ def check_model_root(
         return skipped("model", "no model is named (--root)"), None
     hint = "a directory is needed at the same path on every node"
     try:
-        config = open_config(root, revision=revision)
+        config = open_config(root, revision=revision, image_size=image_size)
         seen = repr(config)
         if weights_here or config.hub_id is None:
             seen += f", {verify(config).nbytes / 1e9:.3f} GB"
@@ -235,8 +239,8 @@ def check_model_root(
     except CheckpointError as error:
         remedy = "where a file is damaged, copy or download it again, then try `dinov3-ray checkpoint verify`"
         return problem("model", str(error), remedy), None
-    misfit = misfit_of(config.image_size, config.patch_size)
-    if misfit is None:
+    misfit = misfit_of(config.nominal_size, config.patch_size)
+    if misfit is None or config.preprocessing.follows is not None:
         return fine("model", seen), config
     return warning("model", f"{seen}; {misfit.problem}", misfit.remedy), config
 

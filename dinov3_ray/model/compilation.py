@@ -32,8 +32,8 @@ def compile_blocks(
     layers compiles nothing. Fusion across blocks would not gain: they pass one tensor each.
 
     Args:
-        trial: runs the blocks on all the code that batches of the config's image size need. torch compiles in the first
-            call. A failure in a later one would change a teacher's bits between two batches.
+        trial: runs the blocks on all the code that batches of the config's nominal size need. torch compiles in the
+            first call. A failure in a later one would change a teacher's bits between two batches.
 
     Raises:
         ConfigError: ``config.compile`` asks for what torch cannot do here.

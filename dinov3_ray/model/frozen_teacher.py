@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from dinov3_ray.checkpoint import fingerprint, load_model, load_reference
 from dinov3_ray.config import ComputeDtype, ModelConfig
-from dinov3_ray.config.preprocessing import Preprocessing, Size
+from dinov3_ray.config.preprocessing import Preprocessing, Size, ViewSize
 from dinov3_ray.errors import ConfigError, FrozenError, SpecError
 from dinov3_ray.features import Features, FeatureSpec, deliver
 from dinov3_ray.images import ImageBatch, Images
@@ -33,7 +33,7 @@ from dinov3_ray.model.preprocess import preprocess
 from dinov3_ray.model.seal import SealedModel
 from dinov3_ray.model.upload import Upload
 from dinov3_ray.network.vit import ViT
-from dinov3_ray.teacher import TeacherMixin
+from dinov3_ray.teacher import TeacherMixin, least_side
 from dinov3_ray.watch import TeacherWatch
 
 __all__ = ["FrozenTeacher"]
@@ -138,9 +138,9 @@ class FrozenTeacher(TeacherMixin[Images | ImageBatch]):
         return SealedModel(model)
 
     def _try_out(self, model: Network) -> None:
-        """Run ``model`` on the two batch sizes that compiled code tells apart: 1, and all others."""
+        """Run ``model`` on the batch sizes that compiled code tells apart, 1 and all others, at the nominal size."""
         for size in (2, 1):
-            pixels_B3HW = torch.zeros(size, 3, *self.image_size, device=self.device, dtype=self.dtype)
+            pixels_B3HW = torch.zeros(size, 3, *self.config.nominal_size, device=self.device, dtype=self.dtype)
             self._run(model, pixels_B3HW, FeatureSpec(feature_map=True))
 
     @property
@@ -165,7 +165,7 @@ class FrozenTeacher(TeacherMixin[Images | ImageBatch]):
             CheckpointError: the weights were changed since they were loaded.
         """
         self._check(spec)
-        batch = ImageBatch.of(images, min_side=self.patch_size)
+        batch = ImageBatch.of(images, min_side=least_side(self))
         self._watch.images(batch)
         features = Features(self._compute(batch, spec), fingerprint=self.fingerprint)
         self._watch.results(features, batch)
@@ -199,8 +199,9 @@ class FrozenTeacher(TeacherMixin[Images | ImageBatch]):
 
         Two fixed images go through the teacher as it is (its dtype, attention and compiled code), and through the
         checkpoint once more: in float32 without TF32, not compiled, with eager attention (sdpa if the teacher's is
-        eager). The weights for that are read block by block, so that the device needs room for one block in float32
-        besides the teacher. (A model that is not a DINOv3 does it on the CPU instead.)
+        eager). The model's input has the configuration's nominal size. The weights for that are read block by block, so
+        that the device needs room for one block in float32 besides the teacher. (A model that is not a DINOv3 does it
+        on the CPU instead.)
 
         Args:
             minimum: the least mean cosine between the two, over images and outputs.
@@ -221,7 +222,7 @@ class FrozenTeacher(TeacherMixin[Images | ImageBatch]):
         own = getattr(self.model, "attention", None)
         attention = "" if own is None else f", attention {own}"
         path = f"{self.computed_in}{attention}, {'compiled' if self.compiled else 'not compiled'}"
-        images_23HW = golden_images(*self.image_size)
+        images_23HW = golden_images(*self.preprocessing.nominal_view)
         reference = self._reference(images_23HW, spec, attention="sdpa" if own == "eager" else "eager")
         least = 1.0
         for size in sorted({2, rows}):
@@ -250,10 +251,11 @@ class FrozenTeacher(TeacherMixin[Images | ImageBatch]):
     def warm_up_passes(self, rows: int) -> Iterator[tuple[Images, FeatureSpec]]:
         """What would delay the first passes on a CUDA device, to be computed before: it allocates the memory of the
         largest batch, which then suffices for all, chooses its kernels and records its graphs. Compiled code is there
-        since the model was loaded.
+        since the model was loaded. If the input's size follows the images, this is for the nominal size, and larger
+        images find their memory when they come.
         """
         if self.device.type == "cuda":
-            images_B3HW = golden_images(*self.image_size)[:1].repeat(rows, 1, 1, 1)
+            images_B3HW = golden_images(*self.preprocessing.nominal_view)[:1].repeat(rows, 1, 1, 1)
             for _ in range(_RECORD_PASSES if self._records_graphs else 1):
                 yield images_B3HW, FeatureSpec(cls=self.has_cls, feature_map=True)
 
@@ -313,7 +315,7 @@ class FrozenTeacher(TeacherMixin[Images | ImageBatch]):
 
     @property
     def patch_size(self) -> int:
-        """Pixels per cell of the feature map, and the smallest side of an image."""
+        """Pixels per cell of the feature map."""
         return self.config.patch_size
 
     @property
@@ -327,13 +329,13 @@ class FrozenTeacher(TeacherMixin[Images | ImageBatch]):
         return self.config.num_register_tokens
 
     @property
-    def image_size(self) -> Size:
-        """(h, w) of the model's input."""
+    def image_size(self) -> Size | ViewSize:
+        """(h, w) of the model's input; or how it follows that of the images."""
         return self.config.image_size
 
     @property
     def grid_size(self) -> Size:
-        """(h, w) of the feature map at :attr:`image_size`."""
+        """(h, w) of the feature map at the model's nominal size."""
         return self.config.grid_size
 
     # What trainers call on a module --------------------------------------------------------------------------------
@@ -403,7 +405,7 @@ class FrozenTeacher(TeacherMixin[Images | ImageBatch]):
         self._settle(**state)
 
     def __repr__(self) -> str:
-        size = "x".join(map(str, self.image_size))
+        size = self.preprocessing.follows or "x".join(map(str, self.config.nominal_size))
         return (
             f"{type(self).__name__}({self.config.family}, D={self.hidden_size}, layers={self.depth}, image={size}, "
             f"device={self.device}, dtype={self.computed_in})"

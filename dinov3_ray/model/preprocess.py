@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dinov3_ray.config.preprocessing import Preprocessing, Resample, Size
-from dinov3_ray.errors import InputError
 from dinov3_ray.images import ImageBatch
 
 __all__ = ["preprocess"]
@@ -31,8 +30,9 @@ def preprocess(batch: ImageBatch, rule: Preprocessing, device: torch.device) -> 
     are resized together, wherever they are in the batch. The result for each is that of the image alone, bit for bit.
 
     Raises:
-        InputError: the rule keeps the images' aspect, so that their sizes differ after the resize.
+        InputError: the rule keeps the images' aspect, or follows their size, and so brings them to different sizes.
     """
+    size = rule.common_input_size(batch.sizes)
     if device.type not in ("cpu", "cuda"):  # on others, such as MPS before torch 2.8, the resize does not exist
         return preprocess(batch, rule, torch.device("cpu")).to(device)
     if batch.stacked is not None:
@@ -44,15 +44,9 @@ def preprocess(batch: ImageBatch, rule: Preprocessing, device: torch.device) -> 
         (members, _transform(torch.stack([batch.ragged[index] for index in members]), rule, device))
         for members in groups.values()
     ]
-    sizes = sorted({tuple(part.shape[-2:]) for _, part in parts})
-    if len(sizes) > 1:
-        raise InputError(
-            f"images of one batch must come to one size, but this model's preprocessing keeps their aspect: {sizes}; "
-            "give the teacher an image_size=(h, w), or images of one shape"
-        )
     if len(parts) == 1:
         return parts[0][1]
-    pixels_B3hw = torch.empty(len(batch), 3, *sizes[0], device=device)
+    pixels_B3hw = torch.empty(len(batch), 3, *size, device=device)
     for members, part in parts:
         for index, pixels_3hw in zip(members, part, strict=True):
             pixels_B3hw[index] = pixels_3hw  # indexing by a list copies it to the device, and waits
@@ -70,11 +64,15 @@ def _transform(images_B3HW: Tensor, rule: Preprocessing, device: torch.device) -
     pixels = images_B3HW.float() if rescaled else images_B3HW
     if rule.rescales_first and not rescaled:
         pixels, rescaled = pixels * rule.rescale_factor, True
-    size = _resized(rule, (pixels.shape[-2], pixels.shape[-1]))
-    if size != pixels.shape[-2:]:
+    view = (pixels.shape[-2], pixels.shape[-1])
+    size = rule.resized_size(view)
+    if size != view:
         pixels = _resize(pixels, size, rule.resample)
     if rule.crop_size is not None:
         pixels = _center_crop(pixels, rule.crop_size)
+    elif rule.follows is not None:
+        height, width = rule.input_size(view)
+        pixels = pixels[..., :height, :width].contiguous()
     if not rescaled and not any(rule.mean) and set(rule.std) == {1.0}:  # nothing to normalize
         return pixels * rule.rescale_factor
     scale = 1.0 if rescaled else 1.0 / rule.rescale_factor
@@ -98,18 +96,6 @@ def _resizes_uint8(resample: Resample) -> bool:
     """Whether torchvision leaves the resize of uint8 images to torch's integer kernel on this CPU."""
     fast = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512") or platform.machine() in ("aarch64", "arm64")
     return resample == "bicubic" or fast
-
-
-def _resized(rule: Preprocessing, size: Size) -> Size:
-    """(h, w) to which an image of ``size`` is resized, before the crop."""
-    if rule.size is not None:
-        return rule.size
-    if rule.shortest_edge is None:
-        return size
-    height, width = size
-    # The long side is truncated, not rounded, as in transformers' get_resize_output_image_size.
-    longest_edge = int(rule.shortest_edge * max(size) / min(size))
-    return (longest_edge, rule.shortest_edge) if width <= height else (rule.shortest_edge, longest_edge)
 
 
 def _center_crop(pixels: Tensor, size: Size) -> Tensor:

@@ -31,6 +31,7 @@ class TransformersNetwork(nn.Module):
         model: with its weights, on its device, in eval mode. It belongs to this network from now on.
         architecture: what its configuration says.
         size: (h, w) of the images for the run that proves the parts.
+        any_size: whether they are proven at another size too, since images will have any.
 
     Attributes:
         model: the given one without its blocks: it serves for what comes before them. Parts that the last hidden state
@@ -42,26 +43,33 @@ class TransformersNetwork(nn.Module):
         num_register_tokens: R.
 
     Raises:
-        ConfigError: the model does not consist of such parts, or cannot compute images of that size.
+        ConfigError: the model does not consist of such parts, or cannot compute images of these sizes.
     """
 
-    def __init__(self, model: nn.Module, architecture: TransformersArchitecture, size: Size) -> None:
+    def __init__(
+        self, model: nn.Module, architecture: TransformersArchitecture, size: Size, *, any_size: bool = False
+    ) -> None:
         super().__init__()
         self.architecture = architecture
         self.model = model
         self._resizes_positions = "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
         self.num_register_tokens = architecture.num_register_tokens
         pixels_23HW = _two_images(size, architecture.patch_size, next(model.parameters()))
+        another = _other_size(size, architecture.patch_size) if any_size else size
+        others_23HW = _two_images(another, architecture.patch_size, pixels_23HW)
         with torch.no_grad():
             expected_2ND = self._run_whole(pixels_23HW, size)
+            others_2ND = self._run_whole(others_23HW, another, any_size=any_size)
             self.blocks = self._take_blocks_out()
             tokens_2ND, given, called = self._probe(pixels_23HW)
             self.num_prefix_tokens = self._count_prefix(tokens_2ND, size)
             self.norm = self._find_norm(self._run_blocks(tokens_2ND, given), expected_2ND)
+            if not torch.equal(self(others_23HW), others_2ND):
+                raise self._unlike(f"at {_by(another)} px its parts do not give its last hidden state")
         self.has_cls = self.num_prefix_tokens > self.num_register_tokens
         self._prune(called)
 
-    def _run_whole(self, pixels_23HW: Tensor, size: Size) -> Tensor:
+    def _run_whole(self, pixels_23HW: Tensor, size: Size, *, any_size: bool = False) -> Tensor:
         """The last hidden state, [2,N,D], as transformers computes it."""
         try:
             expected_2ND: Tensor = self.model(pixel_values=pixels_23HW, **self._options(size)).last_hidden_state
@@ -73,9 +81,9 @@ class TransformersNetwork(nn.Module):
             if own[0] != own[1]:
                 why += f" (its code may take square positions only; those of this model are of {_by(own)} px)"
             if size != own:
+                got = f"one that follows the images, of which one has {_by(size)}" if any_size else _by(size)
                 raise ConfigError(
-                    f"image_size must be one that the model can compute (its own is {_by(own)}); got {_by(size)}, and "
-                    f"{why}"
+                    f"image_size must be one that the model can compute (its own is {_by(own)}); got {got}, and {why}"
                 ) from error
             raise self._unlike(
                 f"at its own size, {_by(own)}, it cannot compute [2,3,{own[0]},{own[1]}]: it takes more than one "
@@ -229,6 +237,12 @@ def _two_images(size: Size, patch: int, like: Tensor) -> Tensor:
     right = width // patch * patch
     other_3HW[:, :patch, right - patch : right] *= -1
     return torch.stack([image_3HW, other_3HW]).to(like)
+
+
+def _other_size(size: Size, patch: int) -> Size:
+    """A size that is not square where ``size`` is: one patch lower, if there are two, and one wider."""
+    height, width = size
+    return height - patch if height >= 2 * patch else height, width + patch
 
 
 def _by(size: Size) -> str:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dinov3_ray.config.preprocessing import Preprocessing
+from dinov3_ray.config.preprocessing import Preprocessing, Size, ViewSize
 from dinov3_ray.pool.spec import PoolOptions
 
 if TYPE_CHECKING:  # it loads torch, which the controller has no use for
@@ -133,8 +133,8 @@ class TeacherInfo:
     has_cls: bool = True
     num_register_tokens: int | None = None
     depth: int | None = None
-    image_size: tuple[int, int] | None = None
-    grid_size: tuple[int, int] | None = None
+    image_size: Size | ViewSize | None = None
+    grid_size: Size | None = None
     dtype: str | None = None
     computed_in: str | None = None
     compiled: bool | None = None

@@ -230,7 +230,7 @@ def _entries(spec: PoolSpec) -> dict[str, str]:
     if isinstance(teacher, ModelConfig):
         found |= {f"teacher.{key}": getattr(teacher, key) for key in TeacherSection.model_fields}
         found["teacher.root"] = teacher.hub_id or teacher.root  # the same id is in another folder on another machine
-        found["teacher.image_size"] = list(teacher.image_size)
+        found["teacher.image_size"] = teacher.preprocessing.follows or list(teacher.nominal_size)
         # What the directory's files said when they were read: the same path may hold another model by now.
         found["teacher (config.json)"] = teacher.architecture
         found["teacher (preprocessor_config.json)"] = teacher.preprocessing

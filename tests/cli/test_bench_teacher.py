@@ -42,8 +42,19 @@ def test_quick_run(tiny_checkpoint: Path) -> None:
     assert report["copies"] is None
 
 
-def test_every_mode_delivers_the_same_shapes(tiny_checkpoint: Path) -> None:
-    work = TeacherWork(DinoV3Config(tiny_checkpoint, image_size=(32, 48)), torch.device("cpu"), batch=2)
+def test_a_run_at_the_size_of_the_images(tiny_checkpoint: Path) -> None:
+    options = ["--root", str(tiny_checkpoint), "--image-size", "input/2", "--view", "64x100", "--batch", "2", "--quick"]
+    report: dict[str, Any] = run_bench("teacher", *options)
+    assert report["image_size"] == [32, 48]
+    assert all(row["missing"] is None for row in report["rows"])
+    assert all(row["cosine"] > 0.9999 for row in report["rows"][1:])
+
+
+@pytest.mark.parametrize(
+    ("size", "view"), [((32, 48), None), ("input", (45, 50)), ("input/2", (64, 100))], ids=["fixed", "input", "input/2"]
+)
+def test_every_mode_delivers_the_same_shapes(tiny_checkpoint: Path, size: Any, view: tuple[int, int] | None) -> None:
+    work = TeacherWork(DinoV3Config(tiny_checkpoint, image_size=size), torch.device("cpu"), batch=2, view=view)
     for mode in modes_for(work.device, quick=True):
         extract = mode.make(work)
         shapes = {name: tensor.shape for name, tensor in extract(work.images()).named()}

@@ -66,6 +66,14 @@ def test_init_verify_info(tmp_path: Path) -> None:
     for fact in ("vit-test", fingerprint(config), "96 x 160", "6 x 10", "0.485, 0.456, 0.406", "2 of 64"):
         assert fact in " ".join(shown.output.replace("│", " ").split()), shown.output
 
+    shown = run("checkpoint", "info", root, "--image-size", "input/2")
+    facts = (
+        "96 x 160 (h x w) where no image is there; else by the images (input/2)",
+        "resize to half the size; down to",
+    )
+    for fact in (*facts, fingerprint(DinoV3Config(root, image_size="input/2"))):
+        assert fact in " ".join(shown.output.replace("│", " ").split()), shown.output
+
 
 def test_info_of_a_convnext(tmp_path: Path) -> None:
     assert run("checkpoint", "init", "convnext-test", tmp_path / "model").exit_code == 0
@@ -89,6 +97,7 @@ def test_convert(tmp_path: Path) -> None:
         (["init", "vitx", "model"], 1, "Error: variant must be one of vits16"),
         (["init", "vit-test", "model", "--image-size", "big"], 2, "must be SIZE or HEIGHTxWIDTH, at least 1"),
         (["init", "vit-test", "model", "--image-size", "1x2x3"], 2, "got '1x2x3'"),
+        (["init", "vit-test", "model", "--image-size", "input"], 2, "got 'input'"),
         (["init", "vit-test", "model", "--image-size", "8"], 1, "Error: image_size must be"),
         (["init", "vit-test", "model", "--shard-size", "5 apples"], 2, "such as 500MB or 5GB; got '5 apples'"),
         (["init", "vit-test", "model", "--seed", "x"], 2, "--seed"),

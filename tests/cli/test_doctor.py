@@ -57,6 +57,7 @@ def test_an_image_size_that_the_patch_does_not_divide(tmp_path: Path) -> None:
     assert found.verdict is Severity.WARNING, "it works"
     assert "518 px is the size of DINOv2: 6 px at the right and 6 px below are dropped" in found.message
     assert found.remedy.startswith("--image-size 512 (image_size=512) gives a map of the same 32 x 32, aligned")
+    assert check_model_root(root, image_size="input")[0].verdict is Severity.FINE, "that size is not used"
     root = init_checkpoint("vit-test", tmp_path / "fitting", image_size=512)
     assert check_model_root(root)[0].verdict is Severity.FINE
 

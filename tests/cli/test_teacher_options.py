@@ -45,12 +45,29 @@ def test_they_are_what_a_configuration_takes(tiny_checkpoint: Path, arguments: t
     assert DinoV3Config(tiny_checkpoint, compile=options["compile"]).compile == compile
 
 
-@pytest.mark.parametrize("command", [("up",), ("reload",), ("extract",), ("bench", "dataset")])
-def test_every_command_that_makes_a_teacher_has_them(command: tuple[str, ...]) -> None:
+def options_of(command: tuple[str, ...]) -> dict[str, Any]:
     found: Any = main
     for name in command:
         found = found.get_command(click.Context(found), name)
-    options = {name: option for option in found.params for name in option.opts}
+    return {name: option for option in found.params for name in option.opts}
+
+
+@pytest.mark.parametrize(
+    "command",
+    [("up",), ("reload",), ("extract",), ("show",), ("doctor",), ("checkpoint", "info"), ("bench", "teacher")],
+    ids=" ".join,
+)
+def test_every_command_that_names_a_model_takes_the_images_own_size(command: tuple[str, ...]) -> None:
+    convert = options_of(command)["--image-size"].type.convert
+    given = {text: convert(text, None, None) for text in ("input", "input/2", "512", "384x640")}
+    assert given == {"input": "input", "input/2": "input/2", "512": (512, 512), "384x640": (384, 640)}
+    with pytest.raises(click.BadParameter, match="or input or input/2; got 'half'"):
+        convert("half", None, None)
+
+
+@pytest.mark.parametrize("command", [("up",), ("reload",), ("extract",), ("bench", "dataset")])
+def test_every_command_that_makes_a_teacher_has_them(command: tuple[str, ...]) -> None:
+    options = options_of(command)
     assert {"--compile", "--attention"} <= set(options)
     dtype = options.get("--compute-dtype", options.get("--dtype"))
     assert tuple(dtype.type.choices) == get_args(ComputeDtype)

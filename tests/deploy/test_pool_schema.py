@@ -25,6 +25,7 @@ def test_the_example_names_it_and_is_valid() -> None:
     assert EXAMPLE.startswith("# yaml-language-server: $schema=pool.schema.json\n")
     jsonschema.validate(yaml.safe_load(EXAMPLE), SCHEMA)
     jsonschema.validate({"teacher": {"root": "model"}}, SCHEMA)
+    jsonschema.validate({"teacher": {"root": "model", "image_size": "input/2"}}, SCHEMA)
 
 
 @pytest.mark.parametrize(
@@ -35,6 +36,7 @@ def test_the_example_names_it_and_is_valid() -> None:
         {"teacher": {"root": 3}},
         {"teacher": {"root": "model", "dtype": "float4"}},
         {"teacher": {"root": "model", "image_size": [224]}},
+        {"teacher": {"root": "model", "image_size": "input/3"}},
         {"replicas": 0},
         {"replicas": "many"},
         {"replicas": [1, 2, 3]},

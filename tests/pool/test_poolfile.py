@@ -42,6 +42,18 @@ def test_most_may_be_left_out_and_a_root_is_relative_to_the_file(tiny_checkpoint
     assert read.spec.placement.num_gpus is None
 
 
+@pytest.mark.parametrize("size", ["input", "input/2"])
+def test_an_input_that_follows_the_images(tmp_path: Path, tiny_checkpoint: Path, size: str) -> None:
+    path = tmp_path / "pool.yaml"
+    path.write_text(f"teacher: {{root: {tiny_checkpoint}, image_size: {size}}}")
+    read = resolved(PoolFile.read(path))
+    assert read.given == DinoV3Config(tiny_checkpoint, image_size=size)  # type: ignore[arg-type]
+    assert changes_between(read, read.pickled().unpickled()) == ()
+    fixed = resolved(PoolFile.of({"teacher": {"root": str(tiny_checkpoint)}}, folder=tmp_path))
+    change, _ = changes_between(fixed, read)
+    assert change == Change("teacher.image_size", "[224, 224]", size)
+
+
 def test_a_model_of_the_hub(tmp_path: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its commit is part of the declaration; where a cache is, is not."""
     with serving_hub() as hub:
@@ -79,7 +91,7 @@ def test_a_model_of_the_hub(tmp_path: Path, tiny_checkpoint: Path, monkeypatch: 
         ("gpus: 2", "'gpus' is not a key of a pool's file (keys: name, namespace,"),
         ("teacher: {root: ROOT, dtyp: float32}", "'teacher.dtyp' is not a key of a pool's file; did you mean 'dtype'?"),
         ("teacher: {root: ROOT, dtype: float4}", "dtype must be one of"),
-        ("teacher: {root: ROOT, image_size: big}", "image_size must be"),
+        ("teacher: {root: ROOT, image_size: big}", "'input' or 'input/2'; got 'big'"),
         ("teacher: {}", "teacher.root must be the path of a model directory, or a hub id (owner/name); got None"),
         ("teacher: ROOT", "teacher must hold `key: value` lines"),
         ("teacher: {root: /nowhere}", "/nowhere is missing"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,11 +13,12 @@ from hypothesis import strategies as st
 from sample_features import random_features
 from torch import Tensor
 
+from dinov3_ray.config.variants import IMAGENET, preprocessing_for
 from dinov3_ray.feature_spec import RESULT_DTYPES
 from dinov3_ray.features import Features, FeatureSpec, deliver
 from dinov3_ray.images import ImageBatch
-from dinov3_ray.pool.client.request import ResultSizes
-from dinov3_ray.pool.messages import Array, FeatureLayout, TeacherInfo
+from dinov3_ray.pool.client.request import Handle, Request, ResultSizes
+from dinov3_ray.pool.messages import Array, FeatureLayout, RequestHeader, TeacherInfo
 from dinov3_ray.pool.transport.wire import alias, pack_features, pack_images, unpack_features, unpack_images
 
 COMPUTE = (torch.float32, torch.bfloat16, torch.float16)
@@ -181,6 +183,12 @@ def test_an_alias_is_the_same_memory() -> None:
 
 # --- Sizes ----------------------------------------------------------------------------------------------------------
 
+
+def request(spec: FeatureSpec, rows: int, view: tuple[int, int] = (64, 96)) -> Request:
+    header = RequestHeader("one", "client", spec, ("uint8", True), rows)
+    return Request(Handle(0, rows, lambda _: None), header, view, [], 0, 0, rows)
+
+
 INFO = TeacherInfo(hidden_size=8, grid_size=(4, 6), num_register_tokens=2, dtype="torch.bfloat16")
 
 
@@ -191,15 +199,29 @@ def test_the_size_of_a_result_is_known_before_it_is_there(wanted: str, rows: int
     sizes.learn_teacher(INFO)
     spec = FeatureSpec(cls=True, feature_map=True, registers=True, layers=(5, -1), dtype=wanted)  # type: ignore[arg-type]
     _, arrays = pack_features(random_features(rows, torch.bfloat16), spec)
-    assert sizes.expect(spec, rows) == sum(array.nbytes for array in arrays)
+    assert sizes.expect(request(spec, rows)) == sum(array.nbytes for array in arrays)
 
 
 def test_sizes_are_learned_from_answers_and_forgotten_with_the_teacher() -> None:
     sizes = ResultSizes()
-    assert sizes.expect(EVERYTHING, 2) == 2 * 2**20  # nothing is known: a cautious guess
-    sizes.learn(EVERYTHING, 4, 400)
-    assert sizes.expect(EVERYTHING, 3) == 300
+    assert sizes.expect(request(EVERYTHING, 2)) == 2 * 2**20  # nothing is known: a cautious guess
+    sizes.learn(request(EVERYTHING, 4), 400)
+    assert sizes.expect(request(EVERYTHING, 3)) == 300
     sizes.learn_teacher(INFO)
     resampled = FeatureSpec(feature_map=True, map_size=(2, 2))
-    assert sizes.expect(resampled, 1) == 2 * 2 * 8 * 2
-    assert sizes.expect(EVERYTHING, 3) != 300
+    assert sizes.expect(request(resampled, 1)) == 2 * 2 * 8 * 2
+    assert sizes.expect(request(EVERYTHING, 3)) != 300
+
+
+def test_where_the_input_follows_the_images_sizes_do_so_too() -> None:
+    rule = preprocessing_for(IMAGENET, 64, 16).following("input", 16)
+    sizes = ResultSizes()
+    sizes.learn_teacher(replace(INFO, preprocessing=rule, patch_size=16))
+    spec = FeatureSpec(feature_map=True)
+    assert sizes.expect(request(spec, 1, (70, 96))) == 4 * 6 * 8 * 2
+    sizes.learn(request(spec, 2, (640, 640)), 1000)
+    assert sizes.expect(request(spec, 1, (640, 655))) == 500, "the same input"
+    assert sizes.expect(request(spec, 1, (70, 96))) == 4 * 6 * 8 * 2, "another size has told nothing of this one"
+    for side in range(2000):  # a loop that never repeats a size
+        sizes.learn(request(spec, 1, (16 * (side + 1), 16)), side)
+    assert len(sizes._row_bytes) <= 1000

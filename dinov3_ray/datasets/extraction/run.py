@@ -143,7 +143,7 @@ class Run:
             window=self.allocation.window,
             decode_cpus=self.allocation.decode_cpus,
             made_by=found.made_by,
-            mixes_sizes=found.mixes_sizes,
+            rule=found.rule,
         )
         return self._work(job, forecast, progress)
 
@@ -191,7 +191,7 @@ class Run:
             images,
             remaining,
             plans.row_bytes(outputs),
-            not maps or self.spec.map_size is not None or found.mixes_sizes,
+            not maps or self.spec.map_size is not None or (found.rule is not None and found.rule.has_fixed_size),
             plans.free_bytes(self.folder),
             plans.storage_note(identity["result_dtype"], outputs),
         )

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import ray
 
+from dinov3_ray.config.preprocessing import Preprocessing
 from dinov3_ray.datasets.decode import Decoder
 from dinov3_ray.datasets.extraction.decode_tasks import Piece, decode_pieces
 from dinov3_ray.datasets.extraction.resources import Allocation
@@ -19,7 +20,7 @@ from dinov3_ray.datasets.extraction.worker import TeacherChoice
 from dinov3_ray.datasets.store.schema import encode_columns
 from dinov3_ray.errors import InputError, StoreError
 from dinov3_ray.feature_spec import FeatureSpec
-from dinov3_ray.teacher import computed_in
+from dinov3_ray.teacher import computed_in, least_side
 
 __all__ = ["Probe", "first_image", "probe_teacher"]
 
@@ -39,7 +40,7 @@ class Probe:
         computed_in: its precision, such as float32 or float8; None if it is unknown.
         preprocessing: its rule, as JSON values; None of a teacher without one.
         license: of its weights, in words; None of a teacher that says nothing.
-        mixes_sizes: whether it brings images of different sizes to one, so that they can share a batch.
+        rule: the same, by which images that come to one size can share a batch.
         min_side: pixels of the smallest side of an image that it takes.
         result_dtype: torch's name of the dtype in which stored results come back.
         outputs: the NumPy dtype and shape per image of each stored column.
@@ -51,7 +52,7 @@ class Probe:
     computed_in: str | None
     preprocessing: dict[str, Any] | None
     license: str | None
-    mixes_sizes: bool
+    rule: Preprocessing | None
     min_side: int
     result_dtype: str
     outputs: dict[str, dict[str, Any]]
@@ -120,8 +121,8 @@ def _probe(teacher: TeacherChoice, spec: FeatureSpec, image: np.ndarray | None) 
         # By way of JSON, so that what is compared with a former run's is of the same types.
         preprocessing=None if rule is None else json.loads(json.dumps(rule.described())),
         license=opened.info.license,
-        mixes_sizes=rule is not None and rule.has_fixed_size,
-        min_side=opened.patch_size,
+        rule=rule,
+        min_side=least_side(opened),
         result_dtype=result_dtype,
         outputs={name: {"dtype": array.dtype.str, "shape": list(array.shape[1:])} for name, array in columns.items()},
     )

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dinov3_ray.config.preprocessing import Preprocessing, Size
 from dinov3_ray.datasets.decode import Decoder, Unreadable, UnreadableKind
 from dinov3_ray.datasets.extraction.attempts import Attempts
 from dinov3_ray.datasets.extraction.blocks import BlockReader
@@ -101,7 +102,8 @@ class ExtractionJob:
         decode_cpus: that a decoding task reserves.
         window: decoding tasks that each call keeps in flight.
         made_by: the fingerprint of the teacher's results, which is its own, or that of another one inside it.
-        mixes_sizes: whether images of different sizes can share a batch, since the teacher brings them to one.
+        rule: by which the teacher brings images to its input: those that come to one size share a batch. None of a
+            teacher that does not say it: those of one size do.
     """
 
     teacher: TeacherChoice
@@ -115,14 +117,14 @@ class ExtractionJob:
     window: int
     decode_cpus: float
     made_by: str | None
-    mixes_sizes: bool
+    rule: Preprocessing | None
 
 
 class BlockWorker:
     """Extracts blocks; a callable class for Ray Data, which calls it from several threads.
 
-    One call takes one block: it starts the tasks that decode it, submits equal sizes to the teacher batch by batch as
-    they come, and commits. While one call waits for pixels or writes, another's batches keep the teacher busy.
+    One call takes one block: it starts the tasks that decode it, submits what comes to one size to the teacher batch by
+    batch, and commits. While one call waits for pixels or writes, another's batches keep the teacher busy.
 
     Which images share a batch depends on their block alone, never on timing, so that a repeated block gives the same
     bits.
@@ -169,14 +171,16 @@ class BlockWorker:
         return writer.commit()
 
     def _batches(self, images: Iterator[Decoded], writer: BlockWriter) -> Iterator[list[Decoded]]:
-        """Readable images by equal sizes, in lists of up to the batch size; the others go to the writer's errors."""
-        groups: dict[tuple[int, ...], list[Decoded]] = {}
+        """Readable images by the sizes that they come to, in lists of up to the batch size; the others go to the
+        writer's errors."""
+        groups: dict[Size, list[Decoded]] = {}
         buffered = 0
         for decoded in images:
             if isinstance(decoded.image, Unreadable):
                 writer.fail(decoded.position, decoded.id, decoded.image)
                 continue
-            key = () if self._job.mixes_sizes else decoded.image.shape
+            view: Size = decoded.image.shape[1:]
+            key = view if self._job.rule is None else self._job.rule.input_size(view)
             groups.setdefault(key, []).append(decoded)
             buffered += decoded.image.nbytes
             full = key

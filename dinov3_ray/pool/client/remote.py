@@ -12,7 +12,7 @@ from typing import Any, Self, TypeVar, Unpack
 import torch
 from torch import Tensor
 
-from dinov3_ray.config.preprocessing import Preprocessing
+from dinov3_ray.config.preprocessing import Preprocessing, Size, ViewSize
 from dinov3_ray.errors import ForkedProcessError, InputError, PoolClosedError, SpecError
 from dinov3_ray.features import Features, FeatureSpec
 from dinov3_ray.images import ImageBatch, Images
@@ -23,7 +23,7 @@ from dinov3_ray.pool.client.routing_table import Limits, RoutingStatistics
 from dinov3_ray.pool.cluster import NAMESPACE, check_name
 from dinov3_ray.pool.local import open_transport
 from dinov3_ray.pool.messages import PoolView, TeacherInfo
-from dinov3_ray.teacher import TeacherMixin
+from dinov3_ray.teacher import TeacherMixin, least_side
 from dinov3_ray.training.prefetch import Prefetch, PrefetchOptions, prefetch
 from dinov3_ray.watch import TeacherWatch
 
@@ -207,11 +207,11 @@ class RemoteTeacher(TeacherMixin[Images]):
         return self.info.num_register_tokens
 
     @property
-    def image_size(self) -> tuple[int, int] | None:
+    def image_size(self) -> Size | ViewSize | None:
         return self.info.image_size
 
     @property
-    def grid_size(self) -> tuple[int, int] | None:
+    def grid_size(self) -> Size | None:
         return self.info.grid_size
 
     def statistics(self) -> RoutingStatistics:
@@ -284,7 +284,9 @@ def _rebuild(settings: _Settings) -> RemoteTeacher:
 def _checked(images: Images, spec: FeatureSpec, view: PoolView) -> ImageBatch:
     """``images``, if the pool of ``view`` can compute ``spec`` of them."""
     info = view.info or TeacherInfo()
-    batch = ImageBatch.of(images, min_side=info.patch_size)
+    batch = ImageBatch.of(images, min_side=least_side(info))
+    if info.preprocessing is not None:
+        info.preprocessing.common_input_size(batch.sizes)
     check_spec(spec, info)
     return batch
 

@@ -6,6 +6,7 @@ sends them again, and puts their answers into them.
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 from collections.abc import Callable, Iterable, Sequence
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 
+from dinov3_ray.config.preprocessing import Size
 from dinov3_ray.errors import ForkedProcessError, PoolTimeoutError
 from dinov3_ray.features import Features, FeatureSpec
 from dinov3_ray.images import ImageBatch
@@ -29,6 +31,7 @@ class Request:
 
     Attributes:
         header: what a replica gets to know of it.
+        view: (H, W) of its largest image.
         staged: the private copy of its images, as the transport sends it.
         nbytes: bytes of that copy.
         sent_at: when it was last sent; seconds of the monotonic clock.
@@ -38,10 +41,18 @@ class Request:
     """
 
     def __init__(
-        self, handle: Handle, header: RequestHeader, staged: list[Any], nbytes: int, start: int, stop: int
+        self,
+        handle: Handle,
+        header: RequestHeader,
+        view: Size,
+        staged: list[Any],
+        nbytes: int,
+        start: int,
+        stop: int,
     ) -> None:
         self.handle = handle
         self.header = header
+        self.view = view
         self.staged = staged
         self.nbytes = nbytes
         self.start, self.stop = start, stop
@@ -164,12 +175,14 @@ class RequestCutter:
         try:
             for start in range(0, len(images), max_batch):
                 stop = min(start + max_batch, len(images))
-                layout, arrays = pack_images(images.rows(start, stop))
+                part = images.rows(start, stop)
+                layout, arrays = pack_images(part)
                 request_id = f"{self._client_id}/{handle.index}/{start}"
                 header = RequestHeader(request_id, self._client_id, spec, layout, stop - start)
                 nbytes = sum(array.nbytes for array in arrays)
                 staged = self._transport.stage(arrays, send_now=self._bytes + nbytes <= self._max_bytes)
-                requests.append(Request(handle, header, staged, nbytes, start, stop))
+                view = max(part.sizes, key=math.prod)
+                requests.append(Request(handle, header, view, staged, nbytes, start, stop))
                 self._count(nbytes)
         except BaseException:
             self.release(requests)
@@ -190,37 +203,50 @@ class RequestCutter:
 
 _ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
 _UNKNOWN_ROW_BYTES = 2**20
+_MOST_SIZES = 1000  # of specs and image sizes: those of a training run are few
 
 
 class ResultSizes:
-    """How many bytes results will have, for the byte budget: one figure per image for each spec.
+    """How many bytes results will have, for the byte budget: one figure per image for each spec and input size.
 
     The figure is computed from the teacher's shapes at first, and measured from the first answer on.
     """
 
     def __init__(self) -> None:
         self._info: TeacherInfo | None = None
-        self._row_bytes: dict[FeatureSpec, float] = {}
+        self._row_bytes: dict[tuple[FeatureSpec, Size], float] = {}
 
     def learn_teacher(self, info: TeacherInfo | None) -> None:
         if info != self._info:
             self._info = info
             self._row_bytes.clear()  # another teacher, other sizes
 
-    def learn(self, spec: FeatureSpec, rows: int, nbytes: int) -> None:
-        """Note that the result of ``rows`` images had ``nbytes``."""
-        self._row_bytes[spec] = nbytes / rows
+    def learn(self, request: Request, nbytes: int) -> None:
+        """Note that the result of ``request`` had ``nbytes``."""
+        if len(self._row_bytes) >= _MOST_SIZES:
+            self._row_bytes.clear()
+        header = request.header
+        self._row_bytes[header.spec, self._input_size(request.view)] = nbytes / header.rows
 
-    def expect(self, spec: FeatureSpec, rows: int) -> int:
-        """Bytes that the result of ``rows`` images is expected to have."""
-        known = self._row_bytes.get(spec)
-        return int(rows * (known if known is not None else self._guess(spec)))
+    def expect(self, request: Request) -> int:
+        """Bytes that the result of ``request`` is expected to have."""
+        spec, size = request.header.spec, self._input_size(request.view)
+        known = self._row_bytes.get((spec, size))
+        return int(request.header.rows * (known if known is not None else self._guess(spec, size)))
 
-    def _guess(self, spec: FeatureSpec) -> int:
+    def _input_size(self, view: Size) -> Size:
+        """Of the teacher; the images' own where it does not say."""
+        rule = None if self._info is None else self._info.preprocessing
+        return view if rule is None else rule.input_size(view)
+
+    def _guess(self, spec: FeatureSpec, size: Size) -> int:
         info = self._info
         if info is None or info.hidden_size is None or info.grid_size is None:
             return _UNKNOWN_ROW_BYTES
-        height, width = spec.map_size or info.grid_size
+        grid = info.grid_size
+        if info.preprocessing is not None:
+            grid = size[0] // info.patch_size, size[1] // info.patch_size
+        height, width = spec.map_size or grid
         maps = int(spec.feature_map) + len(spec.layers)
         tokens = int(spec.cls) + int(spec.registers) * (info.num_register_tokens or 0) + maps * height * width
         scale = _ITEM_BYTES["float32"] if spec.dtype == "int8" else 0  # one per token

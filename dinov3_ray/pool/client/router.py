@@ -292,7 +292,7 @@ class Router:
             self._give_up(requests[0], copy(self._ended))
 
     def _enter(self, request: Request, fingerprint: str | None = None) -> None:
-        nbytes = request.nbytes + self._sizes.expect(request.header.spec, request.header.rows)
+        nbytes = request.nbytes + self._sizes.expect(request)
         self._table.submit(request.request_id, rows=request.header.rows, nbytes=nbytes, fingerprint=fingerprint)
 
     def _send(self, send: Send) -> None:
@@ -346,7 +346,7 @@ class Router:
             for replica_id in history:
                 quietly(self._transport.report_sick, replica_id, str(request.error))
         self.seconds.transfer += max(0.0, time.monotonic() - request.sent_at - answer.seconds.total)
-        self._sizes.learn(request.header.spec, request.header.rows, sum(array.nbytes for array in arrays))
+        self._sizes.learn(request, sum(array.nbytes for array in arrays))
         request.answer, request.arrays = answer, self._transport.adopt(arrays)
         handle = request.handle
         if any(other.answer is None for other in handle.requests):

@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import deadly
@@ -27,6 +28,7 @@ from stores import list_type
 from torch import Tensor
 from waiting import until
 
+from dinov3_ray.checkpoint import fingerprint
 from dinov3_ray.config import DinoV3Config
 from dinov3_ray.datasets import FeatureStore, Resources, SourceOptions, StoredTeacher, extract
 from dinov3_ray.datasets.decode import Decoder
@@ -240,6 +242,40 @@ def test_maps_of_the_images_own_sizes_share_a_store(few: Path, fake_store: Featu
         assert feature_map.shape == (1, 16, height // 16, width // 16)
     seen = [id_ for ids, features in store.iter_batches(8) for id_ in ids if len(features) == len(ids)]
     assert tuple(seen) == store.ids
+
+
+def test_a_teacher_whose_input_follows_the_images_extracts_each_at_its_own_size(
+    images: Path, model: DinoV3Config, ray_cluster: str, tmp_path: Path
+) -> None:
+    root, out = tmp_path / "images", tmp_path / "out"
+    root.mkdir()
+    sizes = [(40, 60), (64, 64), (47, 63), (70, 79), (64, 64), (64, 96), (15, 64), (31, 80)]
+    generator = np.random.default_rng(0)
+    for index, (height, width) in enumerate(sizes):
+        Image.fromarray(generator.integers(0, 256, (height, width, 3), np.uint8)).save(root / f"{index}.png")
+    config, spec = replace(model, image_size="input/2"), FeatureSpec(cls=True, feature_map=True)
+    done = extract(root, out, config, spec, batch_size=4, resources=Resources(threads=1))
+    assert not done.forecast.exact
+    store = FeatureStore(out)
+    assert (store.manifest["preprocessing"]["follows"], store.manifest["fingerprint"]) == (
+        "input/2",
+        fingerprint(config),
+    )
+    errors = {row["id"]: row for row in store.errors.to_pylist()}
+    assert errors.keys() == {"6.png", "7.png"}
+    assert "at least 32 each way are needed" in errors["7.png"]["detail"]
+    # Those that come to one size share a batch.
+    teacher = DinoV3Teacher(config)
+    for names in (["0.png", "2.png"], ["1.png", "3.png", "4.png"], ["5.png"]):
+        batch = [Decoder().read((root / name).read_bytes(), name) for name in names]
+        for (name, mine), (_, expected) in zip(
+            store.read(names).named(), teacher.extract(batch, spec).named(), strict=True
+        ):
+            assert torch.equal(mine, expected), (name, names)
+        stored = StoredTeacher(store)
+        assert torch.equal(stored.extract(batch[0], spec).feature_map, store[names[0]].feature_map)
+    with pytest.raises(StoreError, match=r"preprocessing\.follows is 'input', there it is 'input/2'"):
+        extract(root, out, replace(model, image_size="input"), spec)
 
 
 def test_a_ray_dataset_is_extracted_and_resumed(few: Path, fake_store: FeatureStore, tmp_path: Path) -> None:
