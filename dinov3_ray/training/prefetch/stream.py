@@ -18,10 +18,10 @@ from dinov3_ray.features import Features, FeatureSpec
 from dinov3_ray.images import Images
 from dinov3_ray.model.device import as_device
 from dinov3_ray.teacher import Extractor
-from dinov3_ray.training.depth import Depth
-from dinov3_ray.training.loader_reader import LoaderReader
-from dinov3_ray.training.pipeline import Pipeline, Submitter, as_source
-from dinov3_ray.training.routes import join_targets
+from dinov3_ray.training.prefetch.depth import Depth
+from dinov3_ray.training.prefetch.loader_reader import LoaderReader
+from dinov3_ray.training.prefetch.pipeline import Pipeline, Submitter, as_source
+from dinov3_ray.training.prefetch.routes import join_targets
 
 __all__ = [
     "AnyTeacher",
@@ -62,7 +62,7 @@ class PrefetchOptions(TypedDict, Generic[Batch], total=False):
         images: returns the images of a batch, and must not change them later. They are the view that the student sees,
             exactly. uint8 has a quarter of float32's bytes on the network; images on the CPU are not fetched from a
             GPU. None is :func:`find_images`.
-        depth: batches kept ahead of the loop; ``auto`` finds it (:class:`~dinov3_ray.training.depth.Depth`).
+        depth: batches kept ahead of the loop; ``auto`` finds it (:class:`~dinov3_ray.training.prefetch.depth.Depth`).
         device: where targets must be; None leaves them where the teacher puts them (a pool's: the CPU).
         on_reload: what to do when a teacher's fingerprint changes, because a pool was reloaded: ``warn``, or ``raise``
             PoolError before the first batch of the new teacher is delivered.
