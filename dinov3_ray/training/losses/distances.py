@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dinov3_ray.errors import InputError
 
-__all__ = ["cosine_loss", "gram_loss", "mse_loss", "smooth_l1_loss"]
+__all__ = ["cosine_loss", "gram_loss", "mse_loss", "queue_loss", "relation_loss", "smooth_l1_loss"]
 
 _EPS = 1e-3
 """Vectors shorter than this are not scaled up to unit length.
@@ -93,6 +93,59 @@ def gram_loss(student: Tensor, teacher: Tensor, weight_Bhw: Tensor | None = None
         difference_BNN = student_BNC @ student_BNC.mT - teacher_BND @ teacher_BND.mT
     pairs_BNN = None if weight_BN is None else weight_BN[:, :, None] * weight_BN[:, None, :]
     return _mean(difference_BNN.square(), pairs_BNN)
+
+
+def relation_loss(
+    student: Tensor, teacher: Tensor, weight_Bhw: Tensor | None = None, *, temperature: float = 0.07
+) -> Tensor:
+    """KL divergence between how the teacher and the student rank the locations that resemble a location, averaged.
+
+    Of each location p: KL(softmax_q(t̂_p·t̂_q / τ) || softmax_q(ŝ_p·ŝ_q / τ)), over the locations q of its image. It
+    needs two N × N matrices per image, as :func:`gram_loss` does.
+
+    Args:
+        student: [B, C, h, w].
+        teacher: [B, D, h, w].
+        weight_Bhw: [B, h, w], of the locations p.
+        temperature: τ.
+
+    Source: LightlyTrain's ``distillationv3``, the local loss (repository lightly-ai/lightly-train,
+    ``distillationv3_loss.py``).
+    """
+    student, teacher = _widened(student, teacher, same_channels=False)
+    student_BNC, teacher_BND = (_unit(each).flatten(2).mT for each in (student, teacher))
+    with torch.autocast(student.device.type, enabled=False):
+        student_BNN, teacher_BNN = student_BNC @ student_BNC.mT, teacher_BND @ teacher_BND.mT
+    return _mean(
+        _divergence(student_BNN, teacher_BNN, temperature), None if weight_Bhw is None else weight_Bhw.flatten(1)
+    )
+
+
+def queue_loss(student: Tensor, teacher: Tensor, queue_QD: Tensor, *, temperature: float = 0.07) -> Tensor:
+    """KL divergence between the teacher's and the student's likeness to the images of a queue, averaged over images.
+
+    Of each image: KL(softmax_q(t̂·q / τ) || softmax_q(ŝ·q / τ)), over the rows q of the queue.
+
+    Args:
+        student: vectors [B, D].
+        teacher: vectors [B, D].
+        queue_QD: [Q, D], the teacher's vectors of this batch and of earlier ones, of unit length; a row that is not
+            filled yet is 0.
+        temperature: τ.
+
+    Source: LightlyTrain's ``distillationv3``, the global loss; so its ``distillationv1``.
+    """
+    student, teacher = _widened(student, teacher)
+    queue_QD = queue_QD.to(student.dtype)
+    with torch.autocast(student.device.type, enabled=False):
+        student_BQ, teacher_BQ = _unit(student) @ queue_QD.mT, _unit(teacher) @ queue_QD.mT
+    return _divergence(student_BQ, teacher_BQ, temperature).mean()
+
+
+def _divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """KL(softmax(teacher / τ) || softmax(student / τ)) over the last dimension."""
+    target = (teacher / temperature).softmax(-1)
+    return F.kl_div((student / temperature).log_softmax(-1), target, reduction="none").sum(-1)
 
 
 def _widened(student: Tensor, teacher: Tensor, *, same_channels: bool = True) -> tuple[Tensor, Tensor]:

@@ -2,21 +2,58 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dinov3_ray.errors import ConfigError, InputError
 from dinov3_ray.features import Features, resample_map
 from dinov3_ray.training.boxes import Boxes
 from dinov3_ray.training.learning import LearningWatch
-from dinov3_ray.training.losses.distances import cosine_loss, gram_loss, mse_loss, smooth_l1_loss
+from dinov3_ray.training.losses.distances import (
+    cosine_loss,
+    gram_loss,
+    mse_loss,
+    queue_loss,
+    relation_loss,
+    smooth_l1_loss,
+)
+from dinov3_ray.training.losses.phi_s import PhiS
 from dinov3_ray.training.losses.projectors import make_projector
 
-__all__ = ["DistillationLoss", "LossKind"]
+__all__ = ["DistillationLoss", "LossKind", "TeacherQueue"]
 
-LossKind = Literal["cosine", "mse", "smooth_l1", "gram", "cls_cosine", "cls_mse"]
+LossKind = Literal["cosine", "mse", "smooth_l1", "gram", "relation", "cls_cosine", "cls_mse", "cls_queue"]
+
+_ALIKE_IN_CHANNELS = ("gram", "relation")  # kinds that compare locations with one another need no common channels
+
+
+class TeacherQueue(nn.Module):
+    """The teacher's CLS vectors of this batch and of those before, of unit length; what ``cls_queue`` compares with.
+
+    Each process has its own, as in LightlyTrain, whose queue begins with zeros, too.
+
+    Args:
+        size: Q, images that it holds.
+        channels: D.
+    """
+
+    rows: Tensor
+
+    def __init__(self, size: int, channels: int) -> None:
+        super().__init__()
+        if min(size, channels) < 1:
+            raise ConfigError(f"size and channels must be at least 1; got {size} and {channels}")
+        self.register_buffer("rows", torch.zeros(size, channels))  # [Q, D]
+
+    @torch.no_grad()
+    def push(self, vectors_BD: Tensor) -> None:
+        """Put the vectors of a batch first; the oldest drop out."""
+        unit_BD = F.normalize(vectors_BD.to(self.rows.dtype), dim=1)
+        self.rows = torch.cat([unit_BD, self.rows])[: len(self.rows)]
 
 
 class DistillationLoss(nn.Module):
@@ -36,18 +73,25 @@ class DistillationLoss(nn.Module):
     boxes count and none comes.
 
     Args:
-        kind: ``cosine``, ``mse``, ``smooth_l1`` or ``gram`` on maps; ``cls_cosine`` or ``cls_mse`` on CLS vectors.
-        projector: None if the student has the teacher's channels (``gram`` needs none in any case); an int D for a new
-            :func:`make_projector` to D channels; or any module from C to D channels. Under autocast it computes in
-            autocast's precision.
+        kind: ``cosine``, ``mse``, ``smooth_l1``, ``gram`` or ``relation`` on maps; ``cls_cosine``, ``cls_mse`` or
+            ``cls_queue`` on CLS vectors. The functions of :mod:`~dinov3_ray.training.losses.distances` say what they
+            are. Or several of either, each with a weight, ``{"cosine": 0.9, "smooth_l1": 0.1}``, which share the
+            projector.
+        projector: None if the student has the teacher's channels (``gram`` and ``relation`` need none in any case); an
+            int D for a new :func:`make_projector` to D channels; or any module from C to D channels. Under autocast it
+            computes in autocast's precision.
         align: on whose grid the maps are compared. ``student`` resamples the teacher's map; ``teacher`` resamples the
-            student's, which is cheaper where the student's grid is finer. Area pooling down, bilinear up.
+            student's, which is cheaper where the student's grid is finer (before the projector, which is cheaper; a
+            linear one gives the same either way). Area pooling down, bilinear up.
         object_weight: weight of a location that shows an object, when boxes are given.
         background_weight: weight of all other locations, also in images without objects. With 1 and 0.1, a background
             location counts a tenth of an object's location, however many there are of each.
         layer: take the teacher's map of this block (a key of ``Features.layers``) and not the final one.
         beta: of ``smooth_l1``.
         per_image: of ``gram``.
+        temperature: of ``relation`` and ``cls_queue``.
+        queue: of ``cls_queue``.
+        standardise: statistics of the teacher, by which its features are standardised before they are compared.
 
     Raises:
         ConfigError: names the option, the rule and the value.
@@ -55,7 +99,7 @@ class DistillationLoss(nn.Module):
 
     def __init__(
         self,
-        kind: LossKind = "cosine",
+        kind: LossKind | Mapping[LossKind, float] = "cosine",
         *,
         projector: nn.Module | int | None = None,
         align: Literal["student", "teacher"] = "student",
@@ -64,10 +108,20 @@ class DistillationLoss(nn.Module):
         layer: int | None = None,
         beta: float = 1.0,
         per_image: bool = True,
+        temperature: float = 0.07,
+        queue: TeacherQueue | None = None,
+        standardise: PhiS | None = None,
     ) -> None:
         super().__init__()
-        if kind not in get_args(LossKind):
-            raise ConfigError(f"kind must be one of {', '.join(get_args(LossKind))}; got {kind!r}")
+        kinds = {kind: 1.0} if isinstance(kind, str) else dict(kind)
+        if not kinds or not set(kinds) <= set(get_args(LossKind)) or not min(kinds.values()) > 0:
+            raise ConfigError(
+                f"kind must be one of {', '.join(get_args(LossKind))}; or several, each with a weight above 0; "
+                f"got {kind!r}"
+            )
+        on_cls = {each.startswith("cls_") for each in kinds}
+        if len(on_cls) > 1:
+            raise ConfigError(f"kind must name losses on maps, or on CLS vectors, not both; got {kind!r}")
         if align not in ("student", "teacher"):
             raise ConfigError(f"align must be 'student' or 'teacher'; got {align!r}")
         if min(object_weight, background_weight) < 0 or object_weight + background_weight <= 0:
@@ -77,14 +131,21 @@ class DistillationLoss(nn.Module):
             )
         if not beta > 0:
             raise ConfigError(f"beta must be more than 0; got {beta} (kind='mse' is the quadratic loss)")
-        self.kind: LossKind = kind
-        self.on_cls = kind.startswith("cls_")
+        if not temperature > 0:
+            raise ConfigError(f"temperature must be more than 0; got {temperature}")
+        if (queue is not None) != ("cls_queue" in kinds):
+            raise ConfigError(f"queue must be a TeacherQueue for kind 'cls_queue', and None for others; got {queue!r}")
+        self.kinds: dict[LossKind, float] = kinds
+        self.on_cls = on_cls == {True}
         if self.on_cls and layer is not None:
-            raise ConfigError(f"layer must be None for kind {kind!r}: a block has a map but no CLS here; got {layer}")
+            raise ConfigError(
+                f"layer must be None for kind {self.kind!r}: a block has a map but no CLS here; got {layer}"
+            )
         self.align = align
         self.object_weight, self.background_weight = float(object_weight), float(background_weight)
         self.layer = layer
-        self.beta, self.per_image = float(beta), per_image
+        self.beta, self.per_image, self.temperature = float(beta), per_image, float(temperature)
+        self.queue, self.standardise = queue, standardise
         if projector is not None and not isinstance(projector, (int, nn.Module)):
             raise ConfigError(f"projector must be None, a number of channels or a module; got {projector!r}")
         self.projector = make_projector(projector, vectors=self.on_cls) if isinstance(projector, int) else projector
@@ -102,8 +163,10 @@ class DistillationLoss(nn.Module):
         Raises:
             InputError: for tensors that cannot be compared.
         """
-        target = self._target(teacher)
+        target = self.target_of(teacher)
         self._check(student, target)
+        if self.standardise is not None:
+            target = self.standardise(target)
         if self.training:
             self._watch_student(student, teacher)
         if self.on_cls:
@@ -120,14 +183,23 @@ class DistillationLoss(nn.Module):
             if self.training:
                 self._watch_projected(student, projected)
             student = projected
-        if student.shape[1] != target.shape[1] and self.kind != "gram":
+        if student.shape[1] != target.shape[1] and not set(self.kinds) <= set(_ALIKE_IN_CHANNELS):
             raise InputError(
                 f"student and teacher must have the same channels; got {student.shape[1]} and {target.shape[1]} "
                 f"(pass projector={target.shape[1]} to DistillationLoss)"
             )
         if self.training and isinstance(boxes, Boxes) and not self.background_weight:
             self._watch.objects(len(boxes))
-        return self._compare(student, target, None if boxes is None else self._weights(boxes, student))
+        weights = None if boxes is None else self._weights(boxes, student)
+        compared = [weight * self._compare(kind, student, target, weights) for kind, weight in self.kinds.items()]
+        return sum(compared[1:], compared[0])
+
+    @property
+    def kind(self) -> str:
+        """The kind, or all of them with their weights, as people write it."""
+        if len(self.kinds) == 1:
+            return next(iter(self.kinds))
+        return " + ".join(f"{weight:g} {kind}" for kind, weight in self.kinds.items())
 
     def _watch_student(self, student: Tensor, teacher: Features | Tensor) -> None:
         swapped = isinstance(teacher, Tensor) and teacher.requires_grad
@@ -152,8 +224,8 @@ class DistillationLoss(nn.Module):
             )
         self._watch.projector(self.projector)
 
-    def _compare(self, student: Tensor, target: Tensor, weights: Tensor | None) -> Tensor:
-        match self.kind:
+    def _compare(self, kind: LossKind, student: Tensor, target: Tensor, weights: Tensor | None) -> Tensor:
+        match kind:
             case "cosine" | "cls_cosine":
                 return cosine_loss(student, target, weights)
             case "mse" | "cls_mse":
@@ -162,8 +234,20 @@ class DistillationLoss(nn.Module):
                 return smooth_l1_loss(student, target, weights, beta=self.beta)
             case "gram":
                 return gram_loss(student, target, weights, per_image=self.per_image)
+            case "relation":
+                return relation_loss(student, target, weights, temperature=self.temperature)
+            case "cls_queue":
+                assert self.queue is not None
+                if self.training:
+                    self.queue.push(target)
+                return queue_loss(student, target, self.queue.rows, temperature=self.temperature)
 
-    def _target(self, teacher: Features | Tensor) -> Tensor:
+    def target_of(self, teacher: Features | Tensor) -> Tensor:
+        """The tensor that this loss compares with.
+
+        Raises:
+            InputError: the targets do not hold it.
+        """
         if isinstance(teacher, Tensor):
             return teacher.detach()
         if self.layer is not None:
