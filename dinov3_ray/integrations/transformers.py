@@ -36,8 +36,8 @@ from dinov3_ray.integrations.loader import TargetLoader
 from dinov3_ray.pool.client.remote import RemoteTeacher
 from dinov3_ray.training.boxes import Boxes
 from dinov3_ray.training.losses import DistillationLoss, LossKind
-from dinov3_ray.training.pipeline import as_source
 from dinov3_ray.training.prefetch import AnyTeacher, OnReload, Prefetch, PrefetchStatistics, find_images
+from dinov3_ray.training.prefetch.pipeline import as_source
 from dinov3_ray.training.taps import FeatureTap, Select
 
 __all__ = ["DistillingTrainer"]

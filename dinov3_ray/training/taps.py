@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from dinov3_ray.errors import ConfigError, InputError, describe
 from dinov3_ray.training.learning import LearningWatch
 
-__all__ = ["FeatureTap", "Select", "layer_names"]
+__all__ = ["FeatureTap", "Select", "layer_names", "named_layers"]
 
 Select = int | str | Callable[[Any], Tensor]
 """Which tensor of an output that is not one: a place in a tuple, a key of a dict, or a function of the output."""
@@ -39,7 +39,7 @@ class FeatureTap:
     Wrapped models: names are those of the model inside DistributedDataParallel, DataParallel, torch.compile, FSDP and
     activation checkpointing. Attach *before* a compiled model's first call: torch.compile ignores hooks that are added
     later (``torch._dynamo.config.skip_nnmodule_hook_guards``), and the layer then counts as not run. Copies of a model
-    (an EMA made by ``deepcopy``, a pickle) have no tap.
+    (an EMA made by ``deepcopy``, a pickle) have no tap; a copy of a tap has the copy of its model, and is not attached.
 
     It warns once if the model is in training, and an output that is read takes no gradient.
 
@@ -60,7 +60,7 @@ class FeatureTap:
         names = (layers,) if isinstance(layers, str) else tuple(layers)
         if not names or len(set(names)) != len(names):
             raise ConfigError(f"layers must name at least one layer, each once; got {layers!r}")
-        known = dict(_named_layers(module))
+        known = dict(named_layers(module))
         self._layers = {name: _find(name, known) for name in names}
         if isinstance(select, Mapping):
             strange = sorted(set(select) - set(names))
@@ -155,9 +155,20 @@ class FeatureTap:
         """Forget all outputs, and with them their graphs."""
         self._outputs.clear()
 
+    def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
+        return _copied, (
+            self._module,
+            self.names,
+            self._select,
+        )  # without outputs: tensors with a graph cannot be copied
+
     def __repr__(self) -> str:
         state = "attached" if self.attached else "not attached"
         return f"FeatureTap({', '.join(self._layers)}; {state}, holds {', '.join(self._outputs) or 'nothing'})"
+
+
+def _copied(module: nn.Module, names: tuple[str, ...], select: Mapping[str, Select]) -> FeatureTap:
+    return FeatureTap(module, names, select=select)
 
 
 class _Hook:
@@ -206,15 +217,16 @@ def _selected(output: Any, select: Select | None, name: str) -> Tensor:
 
 def layer_names(module: nn.Module) -> list[str]:
     """Names that a :class:`FeatureTap` on ``module`` takes, in the order of ``named_modules()``, without wrappers."""
-    return [name for name, _ in _named_layers(module) if name]
+    return [name for name, _ in named_layers(module) if name]
 
 
-def _named_layers(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+def named_layers(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """All layers with their names without wrappers, in the order of ``named_modules()``; the model's name is empty."""
     inside = _unwrapped(module)
     # The outermost of a layer's wrappers is the one that is called, and whose hooks run.
     yield prefix, module if prefix else inside
     for name, child in inside.named_children():
-        yield from _named_layers(child, f"{prefix}.{name}" if prefix else name)
+        yield from named_layers(child, f"{prefix}.{name}" if prefix else name)
 
 
 def _unwrapped(module: nn.Module) -> nn.Module:

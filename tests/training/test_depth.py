@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dinov3_ray.training.depth import Depth
+from dinov3_ray.training.prefetch.depth import Depth
 
 
 def test_depth_grows_with_waits_and_shrinks_after_calm() -> None:

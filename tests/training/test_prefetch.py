@@ -214,7 +214,7 @@ def test_waits_are_counted_and_said_once(caplog: pytest.LogCaptureFixture) -> No
     assert statistics.wait_seconds >= 0.01 * 50  # all but the epochs' first batches, roughly
     assert statistics.fill_seconds >= 0.01 * 3, "which are counted apart"
     assert statistics.wait_share > 0.5
-    said = [record.getMessage() for record in caplog.records if record.module == "prefetch"]
+    said = [record.getMessage() for record in caplog.records if record.module == "stream"]
     assert len(said) == 1
     assert all(remedy in said[0] for remedy in ("pool.scale", "map_size", "int8"))
 
@@ -250,7 +250,7 @@ def test_a_change_of_teacher_is_never_silent(caplog: pytest.LogCaptureFixture) -
         with caplog.at_level(logging.WARNING, "dinov3_ray"):
             seen = pool_with_reload(remote, pool)
         assert set(seen) == {"first", "second"}
-        (said,) = [record.getMessage() for record in caplog.records if record.module == "prefetch"]
+        (said,) = [record.getMessage() for record in caplog.records if record.module == "stream"]
         assert "changed from first to second" in said
         pool.reload(first)
         with pytest.raises(PoolError, match="changed from first to second"):

@@ -17,7 +17,7 @@ from dinov3_ray.features import in_channels_last
 from dinov3_ray.images import Images
 from dinov3_ray.testing import FakeTeacher
 from dinov3_ray.training.prefetch import prefetch
-from dinov3_ray.training.routes import join_targets, split_images
+from dinov3_ray.training.prefetch.routes import join_targets, split_images
 
 SPEC = FeatureSpec(cls=True, feature_map=True, registers=True, layers=(1,))
 NAMES = ("a", "b", "c")

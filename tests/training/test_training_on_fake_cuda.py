@@ -15,8 +15,8 @@ from torch import Tensor
 from dinov3_ray import DinoV3Config, DinoV3Teacher, Features, FeatureSpec
 from dinov3_ray.images import Images
 from dinov3_ray.model.upload import Pending, Upload, _staged
-from dinov3_ray.training.pipeline import Delivery, LocalSource, Pipeline
 from dinov3_ray.training.prefetch import prefetch
+from dinov3_ray.training.prefetch.pipeline import Delivery, LocalSource, Pipeline
 
 SPEC = FeatureSpec(cls=True, feature_map=True)
 LOADER = [torch.full((4, 3, 64, 64), 100, dtype=torch.uint8) for _ in range(5)]

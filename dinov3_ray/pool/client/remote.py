@@ -148,7 +148,7 @@ class RemoteTeacher(TeacherMixin[Images]):
         return handle
 
     def prefetch(
-        self, loader: Iterable[Batch], spec: FeatureSpec, **options: Unpack[PrefetchOptions[Batch]]
+        self, loader: Iterable[Batch], spec: FeatureSpec | None = None, **options: Unpack[PrefetchOptions[Batch]]
     ) -> Prefetch[Batch, Features]:
         """Iterate over ``(batch, targets)`` for each batch of ``loader``, in order; computed ahead of the loop.
 
@@ -156,8 +156,8 @@ class RemoteTeacher(TeacherMixin[Images]):
 
         Args:
             loader: any iterable of batches, such as a DataLoader with workers.
-            spec: what to compute.
-            options: ``images``, ``depth``, ``device`` and ``on_reload``; see
+            spec: what to compute; left out where ``recipe`` gives it.
+            options: ``images``, ``depth``, ``device``, ``on_reload`` and ``recipe``; see
                 :class:`~dinov3_ray.training.prefetch.PrefetchOptions`.
         """
         return prefetch(self, loader, spec, **options)

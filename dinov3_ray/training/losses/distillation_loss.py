@@ -1,18 +1,8 @@
-"""How far a student is from its teacher: :class:`DistillationLoss`, and the functions that it is made of.
-
-Shapes: B images, D teacher channels, C student channels, a grid of h × w locations, N = h·w.
-
-All of them compute in float32, or in the student's dtype if that is wider. Autocast does not change this: in half
-precision, sums of squares overflow and a cosine near 1 is rounded to 1. The teacher may have any floating dtype and
-gets no gradient. The result is a scalar.
-
-``weight_Bhw`` is the weight w_p >= 0 of each location p. The loss is then Σ w_p·l_p / Σ w_p over the batch, where l_p
-is the loss of one location; equal weights give the plain mean. If all weights are 0 (only boxes count, and no image has
-one), the loss is 0. Its gradients are then 0 and not missing, as DDP needs.
-"""
+"""A student's distance from its teacher, with grids and channels aligned: :class:`DistillationLoss`."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal, get_args
 
 import torch
@@ -23,134 +13,47 @@ from dinov3_ray.errors import ConfigError, InputError
 from dinov3_ray.features import Features, resample_map
 from dinov3_ray.training.boxes import Boxes
 from dinov3_ray.training.learning import LearningWatch
+from dinov3_ray.training.losses.distances import (
+    cosine_loss,
+    gram_loss,
+    mse_loss,
+    queue_loss,
+    relation_loss,
+    smooth_l1_loss,
+)
+from dinov3_ray.training.losses.phi_s import PhiS
+from dinov3_ray.training.losses.projectors import make_projector
 
-__all__ = ["DistillationLoss", "LossKind", "cosine_loss", "gram_loss", "make_projector", "mse_loss", "smooth_l1_loss"]
+__all__ = ["DistillationLoss", "LossKind", "TeacherQueue"]
 
-LossKind = Literal["cosine", "mse", "smooth_l1", "gram", "cls_cosine", "cls_mse"]
+LossKind = Literal["cosine", "mse", "smooth_l1", "gram", "relation", "cls_cosine", "cls_mse", "cls_queue"]
 
-_EPS = 1e-3
-"""Vectors shorter than this are not scaled up to unit length.
-
-The gradient of a cosine grows as 1 / length, and a ReLU network does give vectors of length 0. With the usual 1e-12,
-one such vector spoils a step; with an fp16 GradScaler, it spoils every step. The length of a feature vector is about
-the square root of its channels, so that the limit does not touch it.
-"""
-
-
-def cosine_loss(student: Tensor, teacher: Tensor, weight_Bhw: Tensor | None = None) -> Tensor:
-    """1 - cos(s_p, t_p) at each location p, averaged.
-
-    cos(s, t) = s·t / (max(|s|, ε) · max(|t|, ε)) over channels, ε = 0.001.
-
-    Args:
-        student: maps [B, D, h, w], or vectors [B, D].
-        teacher: the same shape.
-        weight_Bhw: [B, h, w], or [B] for vectors; see the module's docstring.
-
-    Source: RT-DETRv4 (arXiv 2510.25257), on the whole map and with a projector. Weights from boxes make a detector
-    resemble its teacher on objects most.
-    """
-    student, teacher = _widened(student, teacher)
-    return _mean(1 - (_unit(student) * _unit(teacher)).sum(1), weight_Bhw)
+_ALIKE_IN_CHANNELS = ("gram", "relation")  # kinds that compare locations with one another need no common channels
 
 
-def mse_loss(student: Tensor, teacher: Tensor, weight_Bhw: Tensor | None = None) -> Tensor:
-    """(s - t)², averaged over channels, then over locations; arguments as in :func:`cosine_loss`.
+class TeacherQueue(nn.Module):
+    """The teacher's CLS vectors of this batch and of those before, of unit length; what ``cls_queue`` compares with.
 
-    Source: FitNets (arXiv 1412.6550); lightly-train's distillation on resized maps.
-    """
-    student, teacher = _widened(student, teacher)
-    return _mean((student - teacher).square().mean(1), weight_Bhw)
-
-
-def smooth_l1_loss(student: Tensor, teacher: Tensor, weight_Bhw: Tensor | None = None, *, beta: float = 1.0) -> Tensor:
-    """0.5·d²/β where d = |s - t| < β, else d - 0.5·β; averaged over channels, then over locations.
-
-    The outlier channels of a DINOv3 map weigh less here than in :func:`mse_loss`. Arguments as in :func:`cosine_loss`.
-
-    Source: Fast R-CNN (arXiv 1504.08083), with torch's β.
-    """
-    student, teacher = _widened(student, teacher)
-    return _mean(F.smooth_l1_loss(student, teacher, reduction="none", beta=beta).mean(1), weight_Bhw)
-
-
-def gram_loss(student: Tensor, teacher: Tensor, weight_Bhw: Tensor | None = None, *, per_image: bool = True) -> Tensor:
-    """Mean of (ŝ_p·ŝ_q - t̂_p·t̂_q)² over all pairs of locations p, q, where x̂ = x / max(|x|, ε).
-
-    It compares which patches resemble which, so student and teacher may have different channels. It needs two N × N
-    matrices per image. At 80 × 80 locations each takes 164 MB in float32: use a coarser grid (``align="teacher"``).
+    Each process has its own, as in LightlyTrain, whose queue begins with zeros, too.
 
     Args:
-        student: [B, C, h, w].
-        teacher: [B, D, h, w].
-        weight_Bhw: [B, h, w]; a pair has the weight w_p·w_q, and the mean is Σ w_p·w_q·(...)² / Σ w_p·w_q.
-        per_image: pairs within an image, as the paper writes it. False adds the pairs across the batch, which is the
-            official code's default (``gram.img_level: false``); the matrices then have (B·N)² entries.
-
-    Source: DINOv3 (arXiv 2508.10104, Gram anchoring) and ``dinov3/loss/gram_loss.py``. As by default there, vectors are
-    normalised and negative similarities are kept; that code has ε = 1e-12.
+        size: Q, images that it holds.
+        channels: D.
     """
-    student, teacher = _widened(student, teacher, same_channels=False)
-    student_BNC, teacher_BND = (_unit(each).flatten(2).mT for each in (student, teacher))
-    weight_BN = None if weight_Bhw is None else weight_Bhw.flatten(1)
-    if not per_image:
-        student_BNC, teacher_BND = student_BNC.flatten(0, 1)[None], teacher_BND.flatten(0, 1)[None]
-        weight_BN = None if weight_BN is None else weight_BN.flatten()[None]
-    with torch.autocast(student.device.type, enabled=False):  # it would compute these products in half precision
-        difference_BNN = student_BNC @ student_BNC.mT - teacher_BND @ teacher_BND.mT
-    pairs_BNN = None if weight_BN is None else weight_BN[:, :, None] * weight_BN[:, None, :]
-    return _mean(difference_BNN.square(), pairs_BNN)
 
+    rows: Tensor
 
-def _widened(student: Tensor, teacher: Tensor, *, same_channels: bool = True) -> tuple[Tensor, Tensor]:
-    """Both in the computing dtype, the teacher detached."""
-    shapes = [[*each.shape[:1], *each.shape[1 if same_channels else 2 :]] for each in (student, teacher)]
-    if shapes[0] != shapes[1]:
-        raise InputError(
-            f"student and teacher must have the same {'shape' if same_channels else 'images and grid'}; "
-            f"got {list(student.shape)} and {list(teacher.shape)} (DistillationLoss aligns them)"
-        )
-    dtype = torch.promote_types(student.dtype, torch.float32)
-    return student.to(dtype), teacher.detach().to(dtype)
+    def __init__(self, size: int, channels: int) -> None:
+        super().__init__()
+        if min(size, channels) < 1:
+            raise ConfigError(f"size and channels must be at least 1; got {size} and {channels}")
+        self.register_buffer("rows", torch.zeros(size, channels))  # [Q, D]
 
-
-def _unit(vectors: Tensor) -> Tensor:
-    """[B, D, ...] divided by its length over D, or by ε if that is more."""
-    length: Tensor = torch.linalg.vector_norm(vectors, dim=1, keepdim=True)
-    return vectors / length.clamp_min(_EPS)
-
-
-def _mean(losses: Tensor, weights: Tensor | None) -> Tensor:
-    """Σ w·l / Σ w; the plain mean without weights."""
-    if weights is None:
-        return losses.mean()
-    if weights.shape != losses.shape:
-        raise InputError(f"weights must be {list(losses.shape)}, one per location; got {list(weights.shape)}")
-    weights = weights.to(losses.dtype)
-    return (losses * weights).sum() / weights.sum().clamp_min(torch.finfo(losses.dtype).tiny)
-
-
-def make_projector(teacher_channels: int, student_channels: int | None = None, *, vectors: bool = False) -> nn.Module:
-    """A learned linear map from the student's channels to the teacher's: a 1 × 1 convolution, or a Linear for vectors.
-
-    Args:
-        teacher_channels: D, such as ``cfg.hidden_size``.
-        student_channels: C; None makes a lazy module, which takes C from the first batch. Its parameters may go into an
-            optimizer before that, and a state_dict may be loaded. DDP needs C, or a batch that was seen before.
-        vectors: for [B, C] instead of [B, C, h, w].
-    """
-    for name, value in (("teacher_channels", teacher_channels), ("student_channels", student_channels)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise ConfigError(f"{name} must be an integer of at least 1; got {value!r}")
-    if vectors:
-        return (
-            nn.LazyLinear(teacher_channels)
-            if student_channels is None
-            else nn.Linear(student_channels, teacher_channels)
-        )
-    if student_channels is None:
-        return nn.LazyConv2d(teacher_channels, 1)
-    return nn.Conv2d(student_channels, teacher_channels, 1)
+    @torch.no_grad()
+    def push(self, vectors_BD: Tensor) -> None:
+        """Put the vectors of a batch first; the oldest drop out."""
+        unit_BD = F.normalize(vectors_BD.to(self.rows.dtype), dim=1)
+        self.rows = torch.cat([unit_BD, self.rows])[: len(self.rows)]
 
 
 class DistillationLoss(nn.Module):
@@ -170,18 +73,25 @@ class DistillationLoss(nn.Module):
     boxes count and none comes.
 
     Args:
-        kind: ``cosine``, ``mse``, ``smooth_l1`` or ``gram`` on maps; ``cls_cosine`` or ``cls_mse`` on CLS vectors.
-        projector: None if the student has the teacher's channels (``gram`` needs none in any case); an int D for a new
-            :func:`make_projector` to D channels; or any module from C to D channels. Under autocast it computes in
-            autocast's precision.
+        kind: ``cosine``, ``mse``, ``smooth_l1``, ``gram`` or ``relation`` on maps; ``cls_cosine``, ``cls_mse`` or
+            ``cls_queue`` on CLS vectors. The functions of :mod:`~dinov3_ray.training.losses.distances` say what they
+            are. Or several of either, each with a weight, ``{"cosine": 0.9, "smooth_l1": 0.1}``, which share the
+            projector.
+        projector: None if the student has the teacher's channels (``gram`` and ``relation`` need none in any case); an
+            int D for a new :func:`make_projector` to D channels; or any module from C to D channels. Under autocast it
+            computes in autocast's precision.
         align: on whose grid the maps are compared. ``student`` resamples the teacher's map; ``teacher`` resamples the
-            student's, which is cheaper where the student's grid is finer. Area pooling down, bilinear up.
+            student's, which is cheaper where the student's grid is finer (before the projector, which is cheaper; a
+            linear one gives the same either way). Area pooling down, bilinear up.
         object_weight: weight of a location that shows an object, when boxes are given.
         background_weight: weight of all other locations, also in images without objects. With 1 and 0.1, a background
             location counts a tenth of an object's location, however many there are of each.
         layer: take the teacher's map of this block (a key of ``Features.layers``) and not the final one.
         beta: of ``smooth_l1``.
         per_image: of ``gram``.
+        temperature: of ``relation`` and ``cls_queue``.
+        queue: of ``cls_queue``.
+        standardise: statistics of the teacher, by which its features are standardised before they are compared.
 
     Raises:
         ConfigError: names the option, the rule and the value.
@@ -189,7 +99,7 @@ class DistillationLoss(nn.Module):
 
     def __init__(
         self,
-        kind: LossKind = "cosine",
+        kind: LossKind | Mapping[LossKind, float] = "cosine",
         *,
         projector: nn.Module | int | None = None,
         align: Literal["student", "teacher"] = "student",
@@ -198,10 +108,20 @@ class DistillationLoss(nn.Module):
         layer: int | None = None,
         beta: float = 1.0,
         per_image: bool = True,
+        temperature: float = 0.07,
+        queue: TeacherQueue | None = None,
+        standardise: PhiS | None = None,
     ) -> None:
         super().__init__()
-        if kind not in get_args(LossKind):
-            raise ConfigError(f"kind must be one of {', '.join(get_args(LossKind))}; got {kind!r}")
+        kinds = {kind: 1.0} if isinstance(kind, str) else dict(kind)
+        if not kinds or not set(kinds) <= set(get_args(LossKind)) or not min(kinds.values()) > 0:
+            raise ConfigError(
+                f"kind must be one of {', '.join(get_args(LossKind))}; or several, each with a weight above 0; "
+                f"got {kind!r}"
+            )
+        on_cls = {each.startswith("cls_") for each in kinds}
+        if len(on_cls) > 1:
+            raise ConfigError(f"kind must name losses on maps, or on CLS vectors, not both; got {kind!r}")
         if align not in ("student", "teacher"):
             raise ConfigError(f"align must be 'student' or 'teacher'; got {align!r}")
         if min(object_weight, background_weight) < 0 or object_weight + background_weight <= 0:
@@ -211,14 +131,21 @@ class DistillationLoss(nn.Module):
             )
         if not beta > 0:
             raise ConfigError(f"beta must be more than 0; got {beta} (kind='mse' is the quadratic loss)")
-        self.kind: LossKind = kind
-        self.on_cls = kind.startswith("cls_")
+        if not temperature > 0:
+            raise ConfigError(f"temperature must be more than 0; got {temperature}")
+        if (queue is not None) != ("cls_queue" in kinds):
+            raise ConfigError(f"queue must be a TeacherQueue for kind 'cls_queue', and None for others; got {queue!r}")
+        self.kinds: dict[LossKind, float] = kinds
+        self.on_cls = on_cls == {True}
         if self.on_cls and layer is not None:
-            raise ConfigError(f"layer must be None for kind {kind!r}: a block has a map but no CLS here; got {layer}")
+            raise ConfigError(
+                f"layer must be None for kind {self.kind!r}: a block has a map but no CLS here; got {layer}"
+            )
         self.align = align
         self.object_weight, self.background_weight = float(object_weight), float(background_weight)
         self.layer = layer
-        self.beta, self.per_image = float(beta), per_image
+        self.beta, self.per_image, self.temperature = float(beta), per_image, float(temperature)
+        self.queue, self.standardise = queue, standardise
         if projector is not None and not isinstance(projector, (int, nn.Module)):
             raise ConfigError(f"projector must be None, a number of channels or a module; got {projector!r}")
         self.projector = make_projector(projector, vectors=self.on_cls) if isinstance(projector, int) else projector
@@ -236,8 +163,10 @@ class DistillationLoss(nn.Module):
         Raises:
             InputError: for tensors that cannot be compared.
         """
-        target = self._target(teacher)
+        target = self.target_of(teacher)
         self._check(student, target)
+        if self.standardise is not None:
+            target = self.standardise(target)
         if self.training:
             self._watch_student(student, teacher)
         if self.on_cls:
@@ -254,14 +183,23 @@ class DistillationLoss(nn.Module):
             if self.training:
                 self._watch_projected(student, projected)
             student = projected
-        if student.shape[1] != target.shape[1] and self.kind != "gram":
+        if student.shape[1] != target.shape[1] and not set(self.kinds) <= set(_ALIKE_IN_CHANNELS):
             raise InputError(
                 f"student and teacher must have the same channels; got {student.shape[1]} and {target.shape[1]} "
                 f"(pass projector={target.shape[1]} to DistillationLoss)"
             )
         if self.training and isinstance(boxes, Boxes) and not self.background_weight:
             self._watch.objects(len(boxes))
-        return self._compare(student, target, None if boxes is None else self._weights(boxes, student))
+        weights = None if boxes is None else self._weights(boxes, student)
+        compared = [weight * self._compare(kind, student, target, weights) for kind, weight in self.kinds.items()]
+        return sum(compared[1:], compared[0])
+
+    @property
+    def kind(self) -> str:
+        """The kind, or all of them with their weights, as people write it."""
+        if len(self.kinds) == 1:
+            return next(iter(self.kinds))
+        return " + ".join(f"{weight:g} {kind}" for kind, weight in self.kinds.items())
 
     def _watch_student(self, student: Tensor, teacher: Features | Tensor) -> None:
         swapped = isinstance(teacher, Tensor) and teacher.requires_grad
@@ -286,8 +224,8 @@ class DistillationLoss(nn.Module):
             )
         self._watch.projector(self.projector)
 
-    def _compare(self, student: Tensor, target: Tensor, weights: Tensor | None) -> Tensor:
-        match self.kind:
+    def _compare(self, kind: LossKind, student: Tensor, target: Tensor, weights: Tensor | None) -> Tensor:
+        match kind:
             case "cosine" | "cls_cosine":
                 return cosine_loss(student, target, weights)
             case "mse" | "cls_mse":
@@ -296,8 +234,20 @@ class DistillationLoss(nn.Module):
                 return smooth_l1_loss(student, target, weights, beta=self.beta)
             case "gram":
                 return gram_loss(student, target, weights, per_image=self.per_image)
+            case "relation":
+                return relation_loss(student, target, weights, temperature=self.temperature)
+            case "cls_queue":
+                assert self.queue is not None
+                if self.training:
+                    self.queue.push(target)
+                return queue_loss(student, target, self.queue.rows, temperature=self.temperature)
 
-    def _target(self, teacher: Features | Tensor) -> Tensor:
+    def target_of(self, teacher: Features | Tensor) -> Tensor:
+        """The tensor that this loss compares with.
+
+        Raises:
+            InputError: the targets do not hold it.
+        """
         if isinstance(teacher, Tensor):
             return teacher.detach()
         if self.layer is not None:

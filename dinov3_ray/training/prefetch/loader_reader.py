@@ -12,7 +12,7 @@ from typing import Any, Generic, TypeVar
 
 from torch.utils.data import DataLoader
 
-from dinov3_ray.training.batch_guard import BatchGuard
+from dinov3_ray.training.prefetch.batch_guard import BatchGuard
 
 __all__ = ["LoaderReader"]
 

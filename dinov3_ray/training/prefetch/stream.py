@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
@@ -18,10 +19,11 @@ from dinov3_ray.features import Features, FeatureSpec
 from dinov3_ray.images import Images
 from dinov3_ray.model.device import as_device
 from dinov3_ray.teacher import Extractor
-from dinov3_ray.training.depth import Depth
-from dinov3_ray.training.loader_reader import LoaderReader
-from dinov3_ray.training.pipeline import Pipeline, Submitter, as_source
-from dinov3_ray.training.routes import join_targets
+from dinov3_ray.training.prefetch.depth import Depth
+from dinov3_ray.training.prefetch.loader_reader import LoaderReader
+from dinov3_ray.training.prefetch.pipeline import Pipeline, Submitter, as_source
+from dinov3_ray.training.prefetch.routes import join_targets
+from dinov3_ray.training.recipes import Recipe, get
 
 __all__ = [
     "AnyTeacher",
@@ -62,16 +64,19 @@ class PrefetchOptions(TypedDict, Generic[Batch], total=False):
         images: returns the images of a batch, and must not change them later. They are the view that the student sees,
             exactly. uint8 has a quarter of float32's bytes on the network; images on the CPU are not fetched from a
             GPU. None is :func:`find_images`.
-        depth: batches kept ahead of the loop; ``auto`` finds it (:class:`~dinov3_ray.training.depth.Depth`).
+        depth: batches kept ahead of the loop; ``auto`` finds it (:class:`~dinov3_ray.training.prefetch.depth.Depth`).
         device: where targets must be; None leaves them where the teacher puts them (a pool's: the CPU).
         on_reload: what to do when a teacher's fingerprint changes, because a pool was reloaded: ``warn``, or ``raise``
             PoolError before the first batch of the new teacher is delivered.
+        recipe: gives the spec, in its place: a name of :mod:`~dinov3_ray.training.recipes`, or a Recipe. Warns once if
+            the teacher's image size is not the one that it means.
     """
 
     images: Callable[[Batch], Images] | None
     depth: int | Literal["auto"]
     device: torch.device | str | int | None
     on_reload: OnReload
+    recipe: str | Recipe | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,13 +120,14 @@ class Prefetch(Generic[Batch, Targets]):
         self,
         teachers: AnyTeacher | Mapping[str, AnyTeacher],
         loader: Iterable[Batch],
-        spec: FeatureSpec | Mapping[str, FeatureSpec],
+        spec: FeatureSpec | Mapping[str, FeatureSpec] | None = None,
         *,
         images: Callable[[Batch], Images] | None = None,
         depth: int | Literal["auto"] = "auto",
         device: torch.device | str | int | None = None,
         on_reload: OnReload = "warn",
         route: Route[Batch] | None = None,
+        recipe: str | Recipe | None = None,
     ) -> None:
         if images is not None and not callable(images):
             raise ConfigError(f"images must be a function of a batch, such as lambda batch: batch['img']; got {images}")
@@ -133,7 +139,8 @@ class Prefetch(Generic[Batch, Targets]):
         if not self._teachers:
             raise ConfigError("teacher must be a teacher or a dict of at least one; got an empty one")
         self._sources = {name: as_source(teacher) for name, teacher in self._teachers.items()}
-        self._specs = _by_teacher(spec, list(self._teachers))
+        self._recipe = None if recipe is None else get(recipe)  # until the first batch was held against it
+        self._specs = _by_teacher(_spec_of(spec, self._recipe), list(self._teachers))
         self._route = _checked_route(route, self._several, self._specs)
         self._reader = LoaderReader(loader, self._look)
         self._device = None if device is None else as_device(device)
@@ -239,7 +246,11 @@ class Prefetch(Generic[Batch, Targets]):
 
     def _look(self, batch: Batch) -> tuple[Images, Sequence[str] | None]:
         """The images of a batch and, of each, the name of its teacher."""
-        return self._images(batch), None if self._route is None else _names(self._route(batch), [*self._teachers])
+        images = self._images(batch)
+        if self._recipe is not None:
+            _say_misfit(self._recipe, self._teachers, images)
+            self._recipe = None
+        return images, None if self._route is None else _names(self._route(batch), [*self._teachers])
 
     def _targets(self, features: dict[str, Features], route: Sequence[str] | None) -> Targets:
         if route is not None:
@@ -293,7 +304,7 @@ class Prefetch(Generic[Batch, Targets]):
 def prefetch(
     teacher: Mapping[str, AnyTeacher],
     loader: Iterable[Batch],
-    spec: FeatureSpec | Mapping[str, FeatureSpec],
+    spec: FeatureSpec | Mapping[str, FeatureSpec] | None = None,
     *,
     route: Route[Batch],
     **options: Unpack[PrefetchOptions[Batch]],
@@ -302,17 +313,17 @@ def prefetch(
 def prefetch(
     teacher: Mapping[str, AnyTeacher],
     loader: Iterable[Batch],
-    spec: FeatureSpec | Mapping[str, FeatureSpec],
+    spec: FeatureSpec | Mapping[str, FeatureSpec] | None = None,
     **options: Unpack[PrefetchOptions[Batch]],
 ) -> Prefetch[Batch, dict[str, Features]]: ...
 @overload
 def prefetch(
     teacher: AnyTeacher,
     loader: Iterable[Batch],
-    spec: FeatureSpec,
+    spec: FeatureSpec | None = None,
     **options: Unpack[PrefetchOptions[Batch]],
 ) -> Prefetch[Batch, Features]: ...
-def prefetch(teacher: Any, loader: Any, spec: Any, **options: Any) -> Prefetch[Any, Any]:
+def prefetch(teacher: Any, loader: Any, spec: Any = None, **options: Any) -> Prefetch[Any, Any]:
     """Iterate over ``(batch, targets)`` for each batch of ``loader``, in order; targets are computed ahead of the loop.
 
     ::
@@ -331,7 +342,8 @@ def prefetch(teacher: Any, loader: Any, spec: Any, **options: Any) -> Prefetch[A
             the accelerator that the targets are for, it computes in the caller's thread, since a second thread gains
             nothing on a GPU shared with the student.
         loader: any iterable of batches, such as a DataLoader with workers. The caller's thread draws from it.
-        spec: what to compute; with several teachers, one spec for all or a dict of one per teacher.
+        spec: what to compute; with several teachers, one spec for all or a dict of one per teacher. Left out where
+            ``recipe`` gives it.
         route: with several teachers, a function of a batch that gives each image's teacher, such as
             ``lambda batch: batch["domain"]``: its name, or its place in ``teacher``, as a list, an array or a tensor
             of integers. Each teacher then computes its own images only, and ``targets`` are the
@@ -343,6 +355,22 @@ def prefetch(teacher: Any, loader: Any, spec: Any, **options: Any) -> Prefetch[A
         ConfigError, SpecError: an option is wrong; raised at once.
     """
     return Prefetch(teacher, loader, spec, **options)
+
+
+def _spec_of(spec: Any, recipe: Recipe | None) -> Any:
+    if (spec is None) == (recipe is None):
+        given = "neither" if spec is None else f"spec={spec!r} and recipe={recipe.name!r}"  # type: ignore[union-attr]
+        raise ConfigError(f"spec or recipe must say what the teacher computes, one of the two; got {given}")
+    return spec if recipe is None else recipe.spec
+
+
+def _say_misfit(recipe: Recipe, teachers: Mapping[str, Any], images: Images) -> None:
+    """Warn once of the teachers whose image size is not the recipe's, by the first batch."""
+    first = images if isinstance(images, (Tensor, np.ndarray)) else images[0]
+    for name, teacher in teachers.items():
+        problem = recipe.misfit(getattr(teacher, "image_size", None), (int(first.shape[-2]), int(first.shape[-1])))
+        if problem:
+            warnings.warn(f"{name}: {problem}" if name else problem, UserWarning, stacklevel=2)
 
 
 def _by_teacher(spec: FeatureSpec | Mapping[str, FeatureSpec], names: list[str]) -> dict[str, FeatureSpec]:

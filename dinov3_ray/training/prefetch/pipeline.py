@@ -25,7 +25,7 @@ from dinov3_ray.interrupts import wait
 from dinov3_ray.model.device import as_device, settle_thread
 from dinov3_ray.model.upload import Pending, Upload
 from dinov3_ray.teacher import Extractor
-from dinov3_ray.training.routes import split_images
+from dinov3_ray.training.prefetch.routes import split_images
 from dinov3_ray.watch import TeacherWatch
 
 __all__ = ["Delivered", "Delivery", "LocalSource", "Pipeline", "Submitted", "Submitter", "as_source"]

@@ -1,0 +1,164 @@
+"""A weight that finds itself: :class:`GradientShare` holds a loss's share of the gradient."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from dinov3_ray.errors import ConfigError
+
+__all__ = ["GradientShare", "share_to_odds"]
+
+_MOST_AT_ONCE = 10.0  # factor of a change of the weight, as RT-DETRv4's code bounds it
+
+
+class GradientShare(nn.Module):
+    """The weight with which the distillation has a given share of the gradient at the student's tapped tensors.
+
+    With the norms g_d and g_t of the distillation's and of the task's gradient there, the share is g_d / (g_d + g_t).
+    Both are measured in the backward pass of the training itself: no pass is added, and nothing waits for an
+    accelerator. From the mean of log(g_t / g_d), with g_d as it is at weight 1, follows the next step's weight::
+
+        w = s / (1 - s) · exp(mean), at most 10 times the weight before, and at least a tenth of it
+
+    The distillation gets an alias of the tapped tensor (:meth:`watch`), whose gradient is its own; what reaches the
+    tensor beyond that is the task's. Factors on the whole loss (GradScaler, accumulation) cancel. A step counts if both
+    norms are finite and more than 0: steps without distillation, without a task, or with an overflow change nothing; if
+    the two have backward passes of their own, the task's must be the first. In
+    a process group, norms are summed over all ranks at the end of each backward pass, so that all have the same
+    weight; all ranks must then have the distillation in the same steps.
+
+    Weight, mean and count are buffers: a training that is resumed goes on as if it had not been interrupted.
+
+    Args:
+        target: s, the distillation's share: 0.1 is a tenth of the gradient.
+        weight: the weight of the first step.
+        memory: batches over which the mean goes: it is the mean of all until there are so many, and then forgets.
+
+    Raises:
+        ConfigError: names the option, the rule and the value.
+
+    Source: RT-DETRv4's adaptive weight (GAM, arXiv 2510.25257; ``engine/solver/det_solver.py`` of the repository
+    RT-DETRs/RT-DETRv4): the same odds and the same bounds. There, the share is that of the encoder's parameters in the
+    L1 norm of all gradients, and the weight changes between epochs, and only if the share is off by more than a
+    tolerance. Here, it is the distillation's at the tensor that it enters, and the weight follows at each step.
+    """
+
+    weight: Tensor
+    log_ratio: Tensor
+    counted: Tensor
+
+    def __init__(self, target: float = 0.1, *, weight: float = 1.0, memory: int = 100) -> None:
+        super().__init__()
+        if not 0 < target < 1:
+            raise ConfigError(f"target must lie between 0 and 1, a share of the gradient; got {target}")
+        if not 0 < weight < float("inf"):
+            raise ConfigError(f"weight must be more than 0; got {weight}")
+        if isinstance(memory, bool) or not isinstance(memory, int) or memory < 1:
+            raise ConfigError(f"memory must be an integer of at least 1; got {memory!r}")
+        self.target, self.memory = float(target), memory
+        self.register_buffer("weight", torch.tensor(float(weight)))
+        self.register_buffer("log_ratio", torch.zeros(()))
+        self.register_buffer("counted", torch.zeros(()))
+        self._squares: Tensor | None = None  # of the task and of the distillation, of the batch that is computed
+        self._ends = False  # whether the backward pass that runs will end with a new weight
+
+    def measured(self) -> Tensor:
+        """The share that the present weight has by the mean so far, 0-dim; NaN before the first step that counts."""
+        share = self.weight / (self.weight + self.log_ratio.exp())
+        return torch.where(self.counted > 0, share, torch.nan)
+
+    def begin(self) -> None:
+        """A batch's loss is computed: what an interrupted backward pass left is dropped."""
+        self._squares, self._ends = None, False
+
+    def watch(self, tensor: Tensor, factor: Tensor) -> Tensor:
+        """An alias of ``tensor`` for the distillation's loss, by whose gradient it is told from the task's.
+
+        Args:
+            tensor: what the student computes with, too.
+            factor: what the distillation's loss will be multiplied with, 0-dim.
+        """
+        if not (tensor.requires_grad and torch.is_grad_enabled()):
+            return tensor
+        parts = _Parts(self, factor.detach())
+        tensor.register_hook(parts.arrived)  # type: ignore[no-untyped-call]
+        alias: Tensor = _Branch.apply(tensor, parts)  # type: ignore[no-untyped-call]
+        return alias
+
+    def add(self, task: Tensor, distillation: Tensor | None) -> None:
+        """Squared norms at one of the tensors, of the backward pass that runs.
+
+        The pass ends with a new weight, unless it is of the task alone: the distillation's may come behind it.
+        """
+        squares = torch.stack([task, torch.zeros_like(task) if distillation is None else distillation])
+        squares = squares.to(self.weight.device)
+        self._squares = squares if self._squares is None else self._squares + squares
+        if distillation is not None and not self._ends:
+            self._ends = True
+            torch.autograd.Variable._execution_engine.queue_callback(self._learn)
+
+    @torch.no_grad()
+    def _learn(self) -> None:
+        squares = self._squares
+        self.begin()
+        assert squares is not None
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(squares)  # behind the gradients of DistributedDataParallel, in the same order on all ranks
+        found = (squares[0].log() - squares[1].log()) / 2  # not finite if either is 0 or not finite
+        valid = found.isfinite()
+        counted = self.counted + valid
+        step = torch.where(valid, found - self.log_ratio, 0.0) / counted.clamp(1, self.memory)
+        self.log_ratio.add_(step)
+        self.counted.copy_(counted)
+        wanted = share_to_odds(self.target) * self.log_ratio.exp()
+        new = torch.minimum(torch.maximum(wanted, self.weight / _MOST_AT_ONCE), self.weight * _MOST_AT_ONCE)
+        self.weight.copy_(torch.where(valid, new, self.weight))
+
+    def extra_repr(self) -> str:
+        return f"target={self.target}, memory={self.memory}"
+
+
+def share_to_odds(share: float) -> float:
+    """s / (1 - s): the ratio of the two norms at which the one has the share s of their sum."""
+    return share / (1 - share)
+
+
+class _Parts:
+    """The gradient of one tensor in one batch, in its two parts."""
+
+    def __init__(self, share: GradientShare, factor: Tensor) -> None:
+        self._share, self._factor = share, factor
+        self.own: Tensor | None = None  # the distillation's, until the whole has arrived
+
+    def arrived(self, whole: Tensor) -> None:
+        """The hook of the tensor: the sum of all gradients, once in a backward pass."""
+        own, self.own = self.own, None
+        whole = whole.detach().float()
+        if own is None:  # a backward pass of the task alone
+            self._share.add(_square(whole), None)
+            return
+        own = own.detach().float()
+        self._share.add(_square(whole - own), _square(own / self._factor))
+
+
+class _Branch(torch.autograd.Function):
+    """The identity, which hands its gradient to ``parts`` too."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, parts: _Parts) -> Tensor:
+        ctx.parts = parts
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        ctx.parts.own = gradient
+        return gradient, None
+
+
+def _square(gradient: Tensor) -> Tensor:
+    norm: Tensor = torch.linalg.vector_norm(gradient)
+    return norm.square()

@@ -1,0 +1,310 @@
+"""The weight that finds itself, against gradients that autograd gives for each loss alone."""
+
+from __future__ import annotations
+
+import copy
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from share_ranks import STEPS, Student, batch_of
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from dinov3_ray import Features
+from dinov3_ray.errors import ConfigError
+from dinov3_ray.training import recipes
+from dinov3_ray.training.distiller import Distiller
+from dinov3_ray.training.losses import GradientShare
+
+SHARE = 0.2
+ODDS = SHARE / (1 - SHARE)
+
+
+def norms(student: nn.Sequential, distiller: Distiller, images: Tensor, targets: Features) -> tuple[float, float]:
+    """The norms of the task's and of the distillation's gradient at the tapped tensor, each by itself, at weight 1."""
+    tapped = student[1](student[0](images)).detach().requires_grad_()
+    task = torch.autograd.grad(task_of(student[2](tapped)), tapped)[0].norm()
+    own = torch.autograd.grad(distiller.terms({"1": tapped}, targets), tapped)[0].norm()
+    return float(task), float(own)
+
+
+def task_of(output: Tensor) -> Tensor:
+    return output.square().mean()
+
+
+def pair(seed: int = 0, **options: Any) -> tuple[nn.Sequential, Distiller]:
+    torch.manual_seed(seed)
+    student = nn.Sequential(nn.Conv2d(3, 8, 16, 16), nn.Tanh(), nn.Conv2d(8, 2, 1))
+    recipe = recipes.rtdetrv4(**{"weight": 1.0, "share": SHARE, **options})
+    return student, recipe.for_student(student, 4, torch.rand(1, 3, 64, 64), layers="1")
+
+
+def batch(step: int = 0) -> tuple[Tensor, Features]:
+    images, targets, _ = batch_of(step, 0)
+    return images, targets
+
+
+def step(
+    student: nn.Module,
+    distiller: Distiller,
+    images: Tensor,
+    targets: Features,
+    backward: Callable[[Tensor, Tensor], None] = lambda task, own: (task + own).backward(),
+) -> None:
+    with distiller.tap:
+        task = task_of(student(images))
+        backward(task, distiller(targets))
+
+
+def test_the_weight_gives_the_distillation_its_share_of_the_gradient() -> None:
+    student, distiller = pair()
+    images, targets = batch()
+    for _ in range(5):
+        step(student, distiller, images, targets)
+    task, own = norms(student, distiller, images, targets)
+    assert distiller.weight == pytest.approx(ODDS * task / own, rel=1e-4)
+    assert distiller.weight * own / (distiller.weight * own + task) == pytest.approx(SHARE, rel=1e-4)
+    assert distiller.share is not None
+    assert float(distiller.share.measured()) == pytest.approx(SHARE, rel=1e-4)
+
+
+def test_the_weight_changes_no_gradient_of_its_own_step() -> None:
+    student, distiller = pair()
+    images, targets = batch()
+    with distiller.tap:
+        (task_of(student(images)) + distiller(targets)).backward()
+    twin, plain = pair(share=None)
+    with plain.tap:
+        (task_of(twin(images)) + plain(targets)).backward()
+    found = [each.grad for each in [*student.parameters(), *distiller.parameters()]]
+    assert all(torch.equal(a, b.grad) for a, b in zip(found, [*twin.parameters(), *plain.parameters()], strict=True))
+
+
+def test_it_follows_the_geometric_mean_of_the_steps_and_forgets_the_oldest() -> None:
+    student, distiller = pair()
+    assert distiller.share is not None
+    distiller.share.memory = 3
+    mean = 0.0
+    for number in range(8):
+        images, targets = batch(number)
+        task, own = norms(student, distiller, images, targets)
+        mean += (torch.log(torch.tensor(task / own)).item() - mean) / min(number + 1, 3)
+        step(student, distiller, images, targets)
+        assert float(distiller.share.log_ratio) == pytest.approx(mean, abs=1e-4)
+
+
+def gam(weight: float, percentage: float, target: float) -> float:
+    """RT-DETRv4's det_solver: the weight at which a loss with ``percentage`` of the gradient has ``target`` percent."""
+    now, wanted = percentage / 100, target / 100
+    ratio = max(wanted * (1 - now) / (now * (1 - wanted)), 0.1)
+    return min(max(weight * ratio, weight / 10), weight * 10)
+
+
+@pytest.mark.parametrize("weight", [0.3, 5.0, 100.0, 1e4])
+def test_a_step_is_that_of_rt_detr_v4s_adaptive_weight(weight: float) -> None:
+    student, distiller = pair(weight=weight)
+    images, targets = batch()
+    task, own = norms(student, distiller, images, targets)
+    percentage = 100 * weight * own / (weight * own + task)
+    step(student, distiller, images, targets)
+    assert distiller.weight == pytest.approx(gam(weight, percentage, 100 * SHARE), rel=1e-3)
+
+
+def test_factors_on_the_whole_loss_cancel() -> None:
+    found = []
+    for factor in (1.0, 1 / 8, 65536.0):
+        student, distiller = pair()
+        for number in range(3):
+            step(student, distiller, *batch(number), lambda task, own, by=factor: (by * (task + own)).backward())  # type: ignore[misc]
+        found.append(distiller.weight)
+    assert found == pytest.approx([found[0]] * 3, rel=1e-4)
+
+
+def test_two_backward_passes_are_as_one() -> None:
+    weights = []
+    for apart in (False, True):
+        student, distiller = pair()
+
+        def backward(task: Tensor, own: Tensor, apart: bool = apart) -> None:
+            if apart:
+                task.backward(retain_graph=True)
+                own.backward()
+            else:
+                (task + own).backward()
+
+        step(student, distiller, *batch(), backward)
+        weights.append(distiller.weight)
+    assert weights[1] == pytest.approx(weights[0], rel=1e-4)
+
+
+def test_steps_in_which_there_is_nothing_to_compare_change_nothing() -> None:
+    student, distiller = pair()
+    step(student, distiller, *batch())
+    before = copy.deepcopy(distiller.state_dict())
+
+    def assert_unchanged() -> None:
+        for name, value in distiller.state_dict().items():
+            assert name == "_extra_state" or torch.equal(value, before[name])
+
+    step(student, distiller, *batch(1), lambda _, own: own.backward())  # no task
+    assert_unchanged()
+    step(student, distiller, *batch(1), lambda task, own: (task + 0 * own).backward())  # no distillation
+    assert_unchanged()
+    step(student, distiller, *batch(1), lambda task, _: task.backward())  # not even in the loss
+    assert_unchanged()
+    step(student, distiller, *batch(1), lambda task, own: (torch.inf * (task + own)).backward())  # an overflow
+    assert_unchanged()
+    with distiller.tap, torch.no_grad():  # validation
+        student(batch(1)[0])
+        distiller(batch(1)[1])
+    distiller.eval()
+    step(student, distiller, *batch(1))
+    assert_unchanged()
+    with distiller.train().tap:  # a step that fails half-way
+        images, targets = batch(1)
+        output = student(images)
+        output.register_hook(lambda _: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            (task_of(output) + distiller(targets)).backward()
+    distiller.load_state_dict(before)
+    step(student, distiller, *batch(2))
+    assert distiller.share is not None
+    assert distiller.share.counted == 2, "the next step counts again"
+
+
+def test_a_scaler_that_skips_a_step_changes_nothing_and_goes_on() -> None:
+    student, distiller = pair()
+    optimizer = torch.optim.SGD([*student.parameters(), *distiller.parameters()], lr=0.0)
+    scaler = torch.amp.GradScaler("cpu", growth_interval=2)
+    scales = []
+    for number in range(12):
+
+        def backward(task: Tensor, own: Tensor, factor: float = torch.inf if number in (2, 7) else 1.0) -> None:
+            scaler.scale(factor * (task + own)).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            step(student, distiller, *batch(), backward)
+        scales.append(scaler.get_scale())
+    assert min(scales) < max(scales), "the scale went down and up"
+    assert distiller.share is not None
+    assert distiller.share.counted == 10, "of 12, of which 2 overflowed"
+    task, own = norms(student, distiller, *batch())
+    assert distiller.weight == pytest.approx(ODDS * task / own, rel=0.05), "in bfloat16"
+
+
+def test_a_checkpointed_layer_is_measured_once() -> None:
+    class Checkpointed(nn.Module):
+        def __init__(self, inner: nn.Sequential) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, images: Tensor) -> Tensor:
+            tapped: Tensor = checkpoint(self.inner[:2], images, use_reentrant=False)
+            out: Tensor = self.inner[2](tapped)
+            return out
+
+    plain, first = pair()
+    step(plain, first, *batch())
+    inner, _ = pair()
+    student = Checkpointed(inner)
+    torch.manual_seed(0)
+    second = recipes.rtdetrv4(weight=1.0, share=SHARE).for_student(
+        student, 4, torch.rand(1, 3, 64, 64), layers="inner.1"
+    )
+    second.terms.load_state_dict(first.terms.state_dict())
+    step(student, second, *batch())
+    assert second.weight == pytest.approx(first.weight, rel=1e-5)
+    assert second.share is not None
+    assert second.share.counted == 1
+
+
+def test_several_layers_are_one_gradient() -> None:
+    torch.manual_seed(0)
+    student = nn.Sequential(nn.Conv2d(3, 8, 16, 16), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 2, 1))
+    recipe = recipes.rtdetrv4(weight=1.0, share=SHARE)
+    distiller = recipe.for_student(student, 4, torch.rand(1, 3, 64, 64), layers=["0", "1"])
+    images, targets = batch()
+    first = student[0](images).detach().requires_grad_()
+    second = student[1](first)
+    task = torch.autograd.grad(task_of(student[2](second)), [first, second], retain_graph=True)
+    own = torch.autograd.grad(distiller.terms({"0": first, "1": second}, targets), [first, second])
+    # What the second layer's loss sends to the first through the second belongs to what the student computes there.
+    alone = torch.autograd.grad(distiller.terms.losses[0](first, targets), first)[0]
+    through = own[0] - alone
+    expected_task = (task[0] + through).square().sum() + task[1].square().sum()
+    expected_own = alone.square().sum() + own[1].square().sum()
+    step(student, distiller, images, targets)
+    assert distiller.share is not None
+    assert float(distiller.share.log_ratio) == pytest.approx(float((expected_task / expected_own).log() / 2), rel=1e-3)
+
+
+def test_a_resumed_training_goes_on_exactly() -> None:
+    def run(student: nn.Sequential, distiller: Distiller, steps: range) -> list[float]:
+        optimizer = torch.optim.SGD([*student.parameters(), *distiller.parameters()], lr=0.1)
+        weights = []
+        for number in steps:
+            step(student, distiller, *batch(number))
+            optimizer.step()
+            optimizer.zero_grad()
+            weights.append(distiller.weight)
+        return weights
+
+    undisturbed = run(*pair(), range(8))
+    student, distiller = pair()
+    begun = run(student, distiller, range(4))
+    again, resumed = pair(seed=1)
+    again.load_state_dict(student.state_dict())
+    resumed.load_state_dict(distiller.state_dict())
+    assert begun + run(again, resumed, range(4, 8)) == undisturbed
+
+
+def test_all_ranks_have_the_weight_of_the_sum_of_their_gradients(tmp_path: Path) -> None:
+    script = Path(__file__).parents[1] / "support" / "share_ranks.py"
+    file = tmp_path / "ranks"
+    threads = {**os.environ, "OMP_NUM_THREADS": "1"}
+    started = [
+        subprocess.Popen([sys.executable, str(script), str(rank), "2", str(file)], env=threads) for rank in range(2)
+    ]
+    assert [each.wait(240) for each in started] == [0, 0]
+    first, second = (torch.load(f"{file}.{rank}", weights_only=True) for rank in range(2))
+    assert first["weights"] == second["weights"]
+    assert all(
+        torch.equal(value, second["state"][name]) for name, value in first["state"].items() if "_extra" not in name
+    )
+    # The same in one process: the gradients of both ranks, one behind the other.
+    student = Student()
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.05)
+    share = student.distiller.share
+    assert share is not None
+    mean, weight, weights = 0.0, 1.0, []
+    for number in range(STEPS):
+        sums = [0.0, 0.0]
+        for rank in range(2):
+            images, targets, factor = batch_of(number, rank)
+            task, own = norms(student.net, student.distiller, images, targets)
+            sums = [sums[0] + (factor * task) ** 2, sums[1] + own**2]
+        mean += (0.5 * float(torch.tensor(sums[0] / sums[1]).log()) - mean) / (number + 1)
+        for rank in range(2):
+            images, targets, factor = batch_of(number, rank)
+            share.weight.fill_(weight)
+            (student(images, targets, factor) / 2).backward()
+        weight = min(max(ODDS * float(torch.tensor(mean).exp()), weight / 10), weight * 10)
+        optimizer.step()
+        optimizer.zero_grad()
+        weights.append(weight)
+    assert first["weights"] == pytest.approx(weights, rel=1e-3)
+
+
+@pytest.mark.parametrize("options", [{"target": 0}, {"target": 1}, {"weight": 0}, {"memory": 0}, {"memory": 1.5}])
+def test_what_is_no_share_is_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(options))):
+        GradientShare(**options)
