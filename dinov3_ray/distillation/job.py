@@ -9,7 +9,7 @@ import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +18,6 @@ from torch import Tensor
 
 from dinov3_ray.checkpoint import fingerprint
 from dinov3_ray.config import ModelConfig, open_config
-from dinov3_ray.distillation import objective as recipes
 from dinov3_ray.distillation.augmentation import Augmentation
 from dinov3_ray.distillation.display import Display, StepReport
 from dinov3_ray.distillation.evaluation import LabelledPictures, score, teacher_features
@@ -35,6 +34,7 @@ from dinov3_ray.model.device import as_device
 from dinov3_ray.pool import NAMESPACE
 from dinov3_ray.pool.client.remote import RemoteTeacher
 from dinov3_ray.pool.teacher_pool import TeacherPool
+from dinov3_ray.training import recipes
 from dinov3_ray.training.prefetch import Prefetch, prefetch
 from dinov3_ray.training.taps import FeatureTap, layer_names
 
@@ -46,6 +46,7 @@ _LOG_EVERY = 10  # steps from one row of metrics.csv to the next
 _MOST_WORKERS = 8
 _TOLD = 5  # unreadable images that are told one by one
 _WARMUP = 0.05  # of all steps
+_FEW = 20_000  # images, up to which LightlyTrain makes its queue about a quarter as long
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -172,7 +173,17 @@ def distill_backbone(settings: DistillSettings, display: Display, interrupts: In
             folder.check_same({"fingerprint": teacher.fingerprint})
             if folder.settings() is None:
                 folder.write_json(RUN, {**identity, "fingerprint": teacher.fingerprint})
-            job = _Job(settings, folder, recipe, pictures, labelled, student, teacher, display, interrupts)
+            job = _Job(
+                settings,
+                folder,
+                _alone(recipe, len(pictures)),
+                pictures,
+                labelled,
+                student,
+                teacher,
+                display,
+                interrupts,
+            )
             return job.run(identity["steps"])
 
 
@@ -221,6 +232,14 @@ def _serving(settings: DistillSettings, config: ModelConfig | None, display: Dis
         yield pool.teacher()
 
 
+def _alone(recipe: recipes.Recipe, images: int) -> recipes.Recipe:
+    """The recipe where no task is learnt beside it, so that no gradient can be shared; queues fit the images."""
+    terms = tuple(
+        replace(term, queue=max(1, images // 4)) if term.queue and images <= _FEW else term for term in recipe.terms
+    )
+    return replace(recipe, share=None, terms=terms)
+
+
 def _device(name: str) -> torch.device:
     if name != "auto":
         return as_device(name)
@@ -228,8 +247,11 @@ def _device(name: str) -> torch.device:
     return as_device(f"cuda:{torch.cuda.device_count() - 1}" if torch.cuda.is_available() else "cpu")
 
 
-def _tapped(backbone: StudentBackbone, layers: tuple[str, ...]) -> list[str] | None:
-    """The names within ``backbone`` of layers that the user names within the network."""
+def _tapped(backbone: StudentBackbone, layers: tuple[str, ...], stride: int | None) -> list[str] | None:
+    """The names within ``backbone`` of layers that the user names within the network; or that of its coarsest map.
+
+    None leaves it to the recipe, which wants a stride that no map has.
+    """
     if not layers:
         if backbone.last_level is None:
             names = layer_names(backbone.net)
@@ -237,7 +259,8 @@ def _tapped(backbone: StudentBackbone, layers: tuple[str, ...]) -> list[str] | N
                 f"layers must name the layers to compare where the student gives no maps [B,C,h,w]; it has, among "
                 f"others, {', '.join(names[-5:])} (training.taps.layer_names(student) lists all)"
             )
-        return None
+        level = backbone.last_level if stride is None else backbone.level_of(stride)
+        return None if level is None else [level]
     known = layer_names(backbone.net)
     for name in layers:
         if name not in known:
@@ -253,7 +276,7 @@ class _Job:
         self,
         settings: DistillSettings,
         folder: RunFolder,
-        recipe: Any,
+        recipe: recipes.Recipe,
         pictures: Pictures,
         labelled: LabelledPictures | None,
         student: OpenedStudent,
@@ -277,7 +300,10 @@ class _Job:
         views = ViewDataset(self.pictures, Augmentation(settings.image_size), settings.seed)
         example, self.unreadable = views[0]
         distiller = self.recipe.for_student(
-            backbone, self.teacher, example[None].to(self.device), layers=_tapped(backbone, settings.layers)
+            backbone,
+            self.teacher,
+            example[None].to(self.device),
+            layers=_tapped(backbone, settings.layers, self.recipe.stride),
         )
         warmup = max(1, round(_WARMUP * steps))
         training = TrainingRun(

@@ -18,6 +18,8 @@ __all__ = ["IMAGENET", "PLAIN", "StudentBackbone", "coarsest_last", "find_maps"]
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]
 """The mean and the standard deviation of each channel, of pixels in 0..1."""
 
+_TOLERANCE = 0.25  # of a stride: grids are rounded up or down
+
 IMAGENET: Statistics = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 PLAIN: Statistics = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
 
@@ -53,6 +55,7 @@ class StudentBackbone(nn.Module):
         self.statistics = statistics
         self.register_buffer("_statistics", torch.tensor(statistics).view(2, 3, 1, 1), persistent=False)
         self.levels = nn.ModuleList()
+        self._strides: list[float] = []
         training = net.training
         try:
             with torch.no_grad():
@@ -65,6 +68,7 @@ class StudentBackbone(nn.Module):
                 "--image-size)"
             ) from error
         self.levels.extend(nn.Identity() for _ in found)
+        self._strides = [size[0] / each.shape[2] for each in found]
         self.train(training)
 
     def forward(self, images_B3HW: Tensor) -> list[Tensor]:
@@ -80,6 +84,11 @@ class StudentBackbone(nn.Module):
     def last_level(self) -> str | None:
         """The name of the coarsest map's layer; None where the network gives no map."""
         return f"levels.{len(self.levels) - 1}" if len(self.levels) else None
+
+    def level_of(self, stride: int) -> str | None:
+        """The name of the layer of the map with about ``stride`` pixels to a location; None where there is none."""
+        near = [index for index, found in enumerate(self._strides) if abs(found - stride) <= _TOLERANCE * stride]
+        return f"levels.{near[-1]}" if near else None
 
 
 def find_maps(output: Any) -> list[Tensor]:
