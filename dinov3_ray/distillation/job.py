@@ -21,7 +21,6 @@ from dinov3_ray.config import ModelConfig, open_config
 from dinov3_ray.distillation.augmentation import Augmentation
 from dinov3_ray.distillation.display import Display, StepReport
 from dinov3_ray.distillation.evaluation import LabelledPictures, score, teacher_features
-from dinov3_ray.distillation.frameworks import OpenedStudent
 from dinov3_ray.distillation.run_folder import COLUMNS, RUN, SUMMARY, RunFolder
 from dinov3_ray.distillation.student_backbone import StudentBackbone
 from dinov3_ray.distillation.students import Normalize, open_student
@@ -161,30 +160,12 @@ def distill_backbone(settings: DistillSettings, display: Display, interrupts: In
                 folder.check_same({"fingerprint": fingerprint(config)})
             display.note(f"{folder.path} is finished: nothing is done again")
             return DistillSummary(**done)
-        torch.manual_seed(settings.seed)
-        with display.phase(f"making the student {settings.student}"):
-            student = open_student(
-                settings.student,
-                pretrained=settings.pretrained,
-                normalize=settings.normalize,
-                size=settings.image_size,
-            )
+        job = _Job(settings, folder, recipe, pictures, labelled, display, interrupts)
         with _shared_cpus(config), _serving(settings, config, display) as teacher:
             folder.check_same({"fingerprint": teacher.fingerprint})
             if folder.settings() is None:
                 folder.write_json(RUN, {**identity, "fingerprint": teacher.fingerprint})
-            job = _Job(
-                settings,
-                folder,
-                _alone(recipe, len(pictures)),
-                pictures,
-                labelled,
-                student,
-                teacher,
-                display,
-                interrupts,
-            )
-            return job.run(identity["steps"])
+            return job.run(teacher, identity["steps"])
 
 
 def _identity(settings: DistillSettings, pictures: Pictures) -> dict[str, Any]:
@@ -270,7 +251,7 @@ def _tapped(backbone: StudentBackbone, layers: tuple[str, ...], stride: int | No
 
 
 class _Job:
-    """What :func:`distill_backbone` does, with the teacher at hand."""
+    """What :func:`distill_backbone` does, once all is there but for the teacher: what is wrong is told before it is."""
 
     def __init__(
         self,
@@ -279,45 +260,48 @@ class _Job:
         recipe: recipes.Recipe,
         pictures: Pictures,
         labelled: LabelledPictures | None,
-        student: OpenedStudent,
-        teacher: RemoteTeacher,
         display: Display,
         interrupts: Interrupts,
     ) -> None:
-        self.settings, self.folder, self.recipe = settings, folder, recipe
+        self.settings, self.folder = settings, folder
+        self.recipe = _alone(recipe, len(pictures))
         self.pictures, self.labelled = pictures, labelled
-        self.student, self.teacher = student, teacher
         self.display, self.interrupts = display, interrupts
         self.device = _device(settings.device)
+        self.amp = choose_amp(settings.amp, self.device)
+        torch.manual_seed(settings.seed)
+        with display.phase(f"making the student {settings.student}"):
+            self.student = open_student(
+                settings.student,
+                pretrained=settings.pretrained,
+                normalize=settings.normalize,
+                size=settings.image_size,
+            )
+        self.backbone = self.student.backbone.to(self.device)
+        self.layers = _tapped(self.backbone, settings.layers, recipe.stride)
         workers = settings.workers
         self.workers = max(1, min(_MOST_WORKERS, usable_cpus() // 2)) if workers is None else workers
         self.unreadable: dict[str, str] = {}
         self.scores: dict[str, dict[str, float]] = {}
         self.seconds = 0.0
 
-    def run(self, steps: int) -> DistillSummary:
-        settings, backbone = self.settings, self.student.backbone.to(self.device)
+    def run(self, teacher: RemoteTeacher, steps: int) -> DistillSummary:
+        settings = self.settings
         views = ViewDataset(self.pictures, Augmentation(settings.image_size), settings.seed)
         example, self.unreadable = views[0]
-        distiller = self.recipe.for_student(
-            backbone,
-            self.teacher,
-            example[None].to(self.device),
-            layers=_tapped(backbone, settings.layers, self.recipe.stride),
-        )
-        warmup = max(1, round(_WARMUP * steps))
+        distiller = self.recipe.for_student(self.backbone, teacher, example[None].to(self.device), layers=self.layers)
         training = TrainingRun(
-            backbone,
+            self.backbone,
             distiller,
-            Schedule(settings.lr, steps, warmup),
+            Schedule(settings.lr, steps, warmup=max(1, round(_WARMUP * steps))),
             weight_decay=settings.weight_decay,
             device=self.device,
-            amp=choose_amp(settings.amp, self.device),
+            amp=self.amp,
         )
-        pooled_layer = backbone.last_level or distiller.tap.names[-1]
+        pooled_layer = self.backbone.last_level or distiller.tap.names[-1]
         state = self.folder.checkpoint()
         if state is None:
-            self._evaluate("before", pooled_layer)
+            self._evaluate("before", pooled_layer, teacher)
             torch.manual_seed(settings.seed)  # whatever was drawn before: a resumed run starts from the saved state
             self._save(training)
         else:
@@ -334,12 +318,12 @@ class _Job:
                 pin=self.device.type == "cuda",
             )
             targets = prefetch(
-                self.teacher, batches, distiller.spec, images=lambda batch: batch["images"], device=self.device
+                teacher, batches, recipe=self.recipe, images=lambda batch: batch["images"], device=self.device
             )
             with self.display.training(steps, training.step) as report, distiller.tap:
                 self._train(training, targets, report)
-        self._evaluate("after", pooled_layer)
-        return self._finish(steps, resumed=state is not None)
+        self._evaluate("after", pooled_layer, teacher)
+        return self._finish(teacher, steps, resumed=state is not None)
 
     def _train(self, training: TrainingRun, batches: Prefetch[Any, Any], report: StepReport) -> None:
         settings, first, begun = self.settings, training.step, time.monotonic()
@@ -348,6 +332,7 @@ class _Job:
             with closing(iter(batches)) as stream:  # type: ignore[type-var]
                 for batch, targets in stream:
                     with self.interrupts.held():  # between two steps, the state is whole
+                        training.distiller.set_epoch(training.step * settings.batch // len(self.pictures))
                         training.do_step(batch["images"], targets)
                         self.unreadable |= batch["unreadable"]
                         self.seconds = before + time.monotonic() - begun
@@ -388,29 +373,29 @@ class _Job:
         self.unreadable, self.scores, self.seconds = state["unreadable"], state["scores"], state["seconds"]
         training.load_state_dict(dict(state))
 
-    def _evaluate(self, when: Literal["before", "after"], layer: str) -> None:
+    def _evaluate(self, when: Literal["before", "after"], layer: str, teacher: RemoteTeacher) -> None:
         if self.labelled is None:
             return
         with self.display.phase(f"evaluating on {self.settings.evaluate}, {when} training"):
             batches = self.labelled.batches(self.settings.batch, self.workers)
-            self.scores[when] = asdict(score(_pooled(self.student.backbone, layer, self.device), batches))
+            self.scores[when] = asdict(score(_pooled(self.backbone, layer, self.device), batches))
             if "teacher" not in self.scores:
-                self.scores["teacher"] = asdict(teacher_features(self.teacher, batches))
+                self.scores["teacher"] = asdict(teacher_features(teacher, batches))
 
-    def _finish(self, steps: int, *, resumed: bool) -> DistillSummary:
+    def _finish(self, teacher: RemoteTeacher, steps: int, *, resumed: bool) -> DistillSummary:
         losses = [row["loss"] for row in self.folder.metrics()]
         some = max(1, len(losses) // 10)
         weights = self.folder.write_student(self.student.write)
         summary = DistillSummary(
-            teacher=self.teacher.info.description,
-            fingerprint=self.teacher.fingerprint,
+            teacher=teacher.info.description,
+            fingerprint=teacher.fingerprint,
             student=self.settings.student,
             framework=self.student.framework,
             recipe=self.recipe.name,
             weights=str(weights),
             usage=self.student.usage.format(folder=weights),
-            mean=self.student.backbone.statistics[0],
-            std=self.student.backbone.statistics[1],
+            mean=self.backbone.statistics[0],
+            std=self.backbone.statistics[1],
             images=len(self.pictures),
             unreadable=self.unreadable,
             steps=steps,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 import random
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from dinov3_ray.errors import ConfigError, NumericsError
 from dinov3_ray.features import Features
+from dinov3_ray.training.distiller import Distiller
 
 __all__ = ["Amp", "Schedule", "TrainingRun", "choose_amp"]
 
@@ -66,7 +66,7 @@ class TrainingRun:
 
     Args:
         student: takes images [B,3,H,W].
-        distiller: the loss of what its tap took; its parameters are trained too.
+        distiller: the loss, with its tap attached; its parameters are trained too.
         schedule: of the learning rate.
         weight_decay: AdamW's, on matrices and kernels; biases and norms have none.
         device: of both modules.
@@ -79,20 +79,17 @@ class TrainingRun:
     def __init__(
         self,
         student: nn.Module,
-        distiller: Callable[[Features], Tensor] | nn.Module,
+        distiller: Distiller,
         schedule: Schedule,
         *,
         weight_decay: float,
         device: torch.device,
         amp: torch.dtype | None,
     ) -> None:
-        assert isinstance(distiller, nn.Module)
         self.student, self.distiller, self.schedule = student, distiller, schedule
         self.device, self._amp = device, amp
         self.step = 0
         parameters = [each for each in (*student.parameters(), *distiller.parameters()) if each.requires_grad]
-        if not any(each.requires_grad for each in student.parameters()):
-            raise ConfigError("student must have parameters that are trained; all of them have requires_grad=False")
         self._parameters = parameters
         groups = [
             {"params": [each for each in parameters if each.ndim > 1], "weight_decay": weight_decay},
@@ -116,7 +113,7 @@ class TrainingRun:
         self.distiller.train()
         with torch.autocast(self.device.type, self._amp or torch.bfloat16, enabled=self._amp is not None):
             self.student(images_B3HW.to(self.device, non_blocking=True))
-            loss: Tensor = self.distiller(targets)
+            loss: Tensor = self.distiller(targets)  # of what its tap took
         self._optimizer.zero_grad()
         self._scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
         self._scaler.unscale_(self._optimizer)
