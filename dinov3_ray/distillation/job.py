@@ -160,7 +160,7 @@ def distill_backbone(settings: DistillSettings, display: Display, interrupts: In
                 folder.check_same({"fingerprint": fingerprint(config)})
             display.note(f"{folder.path} is finished: nothing is done again")
             return DistillSummary(**done)
-        job = _Job(settings, folder, recipe, pictures, labelled, display, interrupts)
+        job = _BackboneJob(settings, folder, recipe, pictures, labelled, display, interrupts)
         with _shared_cpus(config), _serving(settings, config, display) as teacher:
             folder.check_same({"fingerprint": teacher.fingerprint})
             if folder.settings() is None:
@@ -250,7 +250,7 @@ def _tapped(backbone: StudentBackbone, layers: tuple[str, ...], stride: int | No
     return [f"net.{name}" for name in layers]
 
 
-class _Job:
+class _BackboneJob:
     """What :func:`distill_backbone` does, once all is there but for the teacher: what is wrong is told before it is."""
 
     def __init__(
