@@ -119,8 +119,8 @@ class Distillation:
             name = None if given["recipe"] is None else get(given["recipe"]).name
             if name != saved["recipe"]:
                 raise ConfigError(
-                    f"recipe must be that of the run which is resumed, {saved['recipe']!r}; got {name!r} (leave it out; "
-                    "or delete distill.pt, and the distillation begins anew)"
+                    f"recipe must be that of the run which is resumed, {saved['recipe']!r}; got {name!r} (leave it "
+                    "out; or delete distill.pt, and the distillation begins anew)"
                 )
         elif changed:
             raise ConfigError(

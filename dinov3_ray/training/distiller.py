@@ -139,13 +139,13 @@ class Distiller(nn.Module):
     def _ended(self, name: str, output: Tensor) -> Tensor:
         return self._later[name].end(output) if name in self._later else output
 
-    def get_extra_state(self) -> dict[str, int]:
-        """The progress of the schedule, for ``state_dict()``."""
-        return dict(self._progress)
+    def get_extra_state(self) -> Tensor:
+        """The progress of the schedule, for ``state_dict()``: int64 [2], of steps and epochs."""
+        return torch.tensor([self._progress["step"], self._progress["epoch"]])
 
     def set_extra_state(self, state: Any) -> None:
         """Take the progress of the schedule from a ``state_dict``."""
-        self._progress.update(state)
+        self._progress["step"], self._progress["epoch"] = state.tolist()
 
     def extra_repr(self) -> str:
         return f"layers={', '.join(self.tap.names)}, spec={self.spec}, image_size={self.image_size}"
