@@ -7,15 +7,9 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
 from dinov3_ray.errors import ConfigError
-from dinov3_ray.features import Features
-from dinov3_ray.training.boxes import Boxes
-from dinov3_ray.training.losses import DistillationLoss
 
-__all__ = ["LevelLoss", "Levels", "level_weights", "named_levels"]
+__all__ = ["Levels", "level_weights", "named_levels"]
 
 Levels = str | int | Iterable[str | int] | Mapping[str | int, float]
 """Layers and their weights, in one of these forms; a layer that is given without a weight has the weight 1.
@@ -94,28 +88,3 @@ def named_levels(levels: Levels | None, inputs: Mapping[float, str], default_str
             raise ConfigError(f"distill_layer must name levels of the model, each once: {there}; got {list(weights)}")
         named[name] = weight
     return named
-
-
-class LevelLoss(nn.Module):
-    """The weighted sum of several layers' distillation losses.
-
-    Args:
-        weights: of the layers, by name.
-        losses: one for each layer, by name; they hold the projectors.
-    """
-
-    def __init__(self, weights: Mapping[str, float], losses: Mapping[str, DistillationLoss]) -> None:
-        super().__init__()
-        self.weights = dict(weights)
-        self.losses = nn.ModuleList(losses[name] for name in weights)  # a ModuleDict takes no name with a dot
-
-    def forward(self, outputs: Mapping[str, Tensor], teacher: Features, boxes: Boxes | None = None) -> Tensor:
-        """Σ w·l over the layers, a scalar.
-
-        Args:
-            outputs: [B, C, h, w] of each layer, by name.
-            teacher: the targets; each layer is compared with the same map, on its own grid.
-            boxes: where the objects are.
-        """
-        compared = zip(self.weights.items(), self.losses, strict=True)
-        return torch.stack([weight * loss(outputs[name], teacher, boxes) for (name, weight), loss in compared]).sum()

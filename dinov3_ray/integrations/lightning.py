@@ -27,7 +27,9 @@ from dinov3_ray.features import FeatureSpec
 from dinov3_ray.images import Images
 from dinov3_ray.integrations.loader import TargetLoader
 from dinov3_ray.pool.client.remote import RemoteTeacher
+from dinov3_ray.training.distiller import Distiller
 from dinov3_ray.training.prefetch import AnyTeacher, OnReload, Prefetch, Route
+from dinov3_ray.training.recipes import Recipe
 
 __all__ = ["TeacherTargets"]
 
@@ -35,29 +37,35 @@ __all__ = ["TeacherTargets"]
 class TeacherTargets(Callback):  # type: ignore[misc] # Lightning is treated as untyped
     """Makes each training batch ``(batch, targets)``, with targets computed ahead; validation batches do not change.
 
+    With a recipe, ``training_step`` adds ``self.distiller(targets)``, of a distiller that the module made with
+    ``recipe.for_student`` and has as an attribute: Lightning then trains its projectors, and its checkpoints keep its
+    whole state. The callback tells such distillers the epoch.
+
     At the end of each epoch it logs ``teacher/wait_share``, ``teacher/depth`` and ``teacher/resends``.
 
     Args:
         teacher: the name of a pool, to which each rank then connects; or a teacher; or a dict of either by name.
-        spec, images, depth, on_reload, route: as in :func:`~dinov3_ray.training.prefetch.prefetch`. ``images`` and
-            ``route`` get a batch as the loader yields it, on the CPU.
+        spec, images, depth, on_reload, route, recipe: as in :func:`~dinov3_ray.training.prefetch.prefetch`.
+            ``images`` and ``route`` get a batch as the loader yields it, on the CPU.
         address: of the Ray that pools given by name run in; None takes the one of this process, or RAY_ADDRESS.
     """
 
     def __init__(
         self,
         teacher: str | AnyTeacher | Mapping[str, str | AnyTeacher],
-        spec: FeatureSpec | Mapping[str, FeatureSpec],
+        spec: FeatureSpec | Mapping[str, FeatureSpec] | None = None,
         *,
         images: Callable[[Any], Images] | None = None,
         depth: int | Literal["auto"] = "auto",
         on_reload: OnReload = "warn",
         route: Route[Any] | None = None,
+        recipe: str | Recipe | None = None,
         address: str | None = None,
     ) -> None:
         self._teacher = teacher
-        self._spec = spec
-        self._prefetch = functools.partial(Prefetch, images=images, depth=depth, on_reload=on_reload, route=route)
+        self._prefetch = functools.partial(
+            Prefetch, spec=spec, images=images, depth=depth, on_reload=on_reload, route=route, recipe=recipe
+        )
         self._address = address
         self._clients: list[RemoteTeacher] = []
         self._loaders: list[TargetLoader] = []
@@ -81,12 +89,17 @@ class TeacherTargets(Callback):  # type: ignore[misc] # Lightning is treated as 
             processed = before(dataloader)
             if not trainer.training:  # validation
                 return processed
-            stream: Prefetch[Any, Any] = self._prefetch(teacher, processed, self._spec, device=strategy.root_device)
+            stream: Prefetch[Any, Any] = self._prefetch(teacher, processed, device=strategy.root_device)
             self._loaders.append(TargetLoader(stream))
             return self._loaders[-1]
 
         strategy.process_dataloader = process_dataloader
         self._undo = lambda: strategy.__dict__.pop("process_dataloader", None)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        for module in pl_module.modules():
+            if isinstance(module, Distiller):
+                module.set_epoch(trainer.current_epoch)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
         statistics = [loader.stream.statistics() for loader in self._loaders]

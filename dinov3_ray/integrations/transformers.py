@@ -12,17 +12,21 @@ Needs the extra ``transformers`` (``pip install 'dinov3-ray[transformers]'``: th
 needs). Gradient accumulation, evaluation, resuming within an epoch and DDP work as without a teacher.
 
 Checkpoints are what ``Trainer`` writes, for a plain transformers model, and a plain ``Trainer`` resumes from them too.
-The projector and its part of the optimizer's state are in a file beside them, ``distillation.pt``.
+The projectors, their part of the optimizer's state, and what else the distillation remembers are in a file beside
+them, ``distillation.pt``.
 """
 
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
+import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -33,11 +37,14 @@ from dinov3_ray.errors import ConfigError
 from dinov3_ray.features import Features, FeatureSpec
 from dinov3_ray.images import Images
 from dinov3_ray.integrations.loader import TargetLoader
+from dinov3_ray.integrations.state_apart import StateApart
 from dinov3_ray.pool.client.remote import RemoteTeacher
 from dinov3_ray.training.boxes import Boxes
-from dinov3_ray.training.losses import DistillationLoss, LossKind
+from dinov3_ray.training.distiller import Distiller
+from dinov3_ray.training.losses import DistillationLoss, LossKind, Term, WeightedTerms
 from dinov3_ray.training.prefetch import AnyTeacher, OnReload, Prefetch, PrefetchStatistics, find_images
 from dinov3_ray.training.prefetch.pipeline import as_source
+from dinov3_ray.training.recipes import Recipe, get
 from dinov3_ray.training.taps import FeatureTap, Select
 
 __all__ = ["DistillingTrainer"]
@@ -60,11 +67,13 @@ class DistillingTrainer(Trainer):  # type: ignore[misc] # transformers is treate
         arguments, keywords: ``Trainer``'s own.
         teacher: the name of a pool, to which each rank then connects; or a teacher.
         taps: the student's layer that should resemble the teacher, or several; see
-            :func:`~dinov3_ray.training.taps.layer_names`.
-        spec: what the teacher computes.
+            :func:`~dinov3_ray.training.taps.layer_names`. With a recipe, None finds it.
+        recipe: in place of ``spec``, ``loss`` and ``weight``: a name of :mod:`~dinov3_ray.training.recipes`, or a
+            Recipe. The student then computes the training set's first sample once, before training.
+        spec: what the teacher computes; None is the final map.
         loss: a kind of loss, which gets a projector to the teacher's channels, and weighs objects by 1 and background
-            by 0.25; or a loss, of which each tap gets a copy.
-        weight: of the distillation loss in the sum; or one for each tap, by name.
+            by 0.25; or a loss, of which each tap gets a copy; None is ``cosine``.
+        weight: of the distillation loss in the sum; or one for each tap, by name; None is 1.
         images: returns the images of a batch, in 0..1 or as uint8; None is
             :func:`~dinov3_ray.training.prefetch.find_images`, and undoes the normalization of ``processing_class``.
         boxes: returns where the objects of a batch are, as :class:`~dinov3_ray.training.losses.DistillationLoss` takes
@@ -81,10 +90,11 @@ class DistillingTrainer(Trainer):  # type: ignore[misc] # transformers is treate
         self,
         *arguments: Any,
         teacher: str | AnyTeacher,
-        taps: str | Sequence[str],
-        spec: FeatureSpec = FeatureSpec(feature_map=True),  # noqa: B008 - it is immutable
-        loss: DistillationLoss | LossKind = "cosine",
-        weight: float | Mapping[str, float] = 1.0,
+        taps: str | Sequence[str] | None = None,
+        recipe: str | Recipe | None = None,
+        spec: FeatureSpec | None = None,
+        loss: DistillationLoss | LossKind | None = None,
+        weight: float | Mapping[str, float] | None = None,
         images: Callable[[Any], Images] | None = None,
         boxes: Callable[[Any], Boxes | Tensor | None] | None = None,
         select: Select | Mapping[str, Select] | None = None,
@@ -93,25 +103,35 @@ class DistillingTrainer(Trainer):  # type: ignore[misc] # transformers is treate
         address: str | None = None,
         **keywords: Any,
     ) -> None:
-        names = (taps,) if isinstance(taps, str) else tuple(taps)
-        self._weights = dict(weight) if isinstance(weight, Mapping) else dict.fromkeys(names, float(weight))
+        names = (taps,) if isinstance(taps, str) else tuple(taps or ())
+        self._recipe = _checked_recipe(recipe, names, spec, loss, weight)
+        self._spec = spec or (self._recipe.spec if self._recipe else FeatureSpec(feature_map=True))
+        self._kind_or_loss = loss or "cosine"
+        self._weights = (
+            dict(weight)
+            if isinstance(weight, Mapping)
+            else dict.fromkeys(names, 1.0 if weight is None else float(weight))
+        )
         if set(self._weights) != set(names):
             raise ConfigError(
                 f"weight must have one entry per tap ({', '.join(names)}); got {', '.join(self._weights)}"
             )
-        like = loss if isinstance(loss, DistillationLoss) else DistillationLoss(loss)
-        if like.layer is None and not getattr(spec, "cls" if like.on_cls else "feature_map"):
+        like = loss if isinstance(loss, DistillationLoss) else DistillationLoss(loss or "cosine")
+        if (
+            self._recipe is None
+            and like.layer is None
+            and not getattr(self._spec, "cls" if like.on_cls else "feature_map")
+        ):
             raise ConfigError(f"spec must ask for what loss {like.kind!r} compares; got {spec!r}")
         self._teacher, self._address = teacher, address
         self._client: RemoteTeacher | None = None
-        self._spec, self._kind_or_loss, self._select = spec, loss, select
+        self._select = select
         self._images, self._boxes = images or self._find_images, boxes or _find_boxes
         self._depth, self._on_reload = depth, on_reload
         self._loaded_from = ""
-        self._losses: _TapLosses | None = None
-        self._projector_state: _StateApart | None = None
+        self._losses: Distiller | None = None
+        self._projector_state: StateApart | None = None
         self._equal_on_ranks = False
-        self._tap: FeatureTap | None = None
         self._epoch = _CurrentEpoch()
         self._stream: Prefetch[Any, Features] | None = None
         self._batches: Any = None
@@ -124,12 +144,13 @@ class DistillingTrainer(Trainer):  # type: ignore[misc] # transformers is treate
                 f"a distilling trainer must have one GPU per process; got {self.args.n_gpu} "
                 "(start it with torchrun, or set CUDA_VISIBLE_DEVICES)"
             )
-        FeatureTap(self.model, names, select=select)  # unknown layers are refused now
+        if names:
+            FeatureTap(self.model, names, select=select)  # unknown layers are refused now
         self.add_callback(_AtSteps(self))
 
     @property
-    def distillation(self) -> nn.Module | None:
-        """The losses of the taps, with their projectors, once training has begun."""
+    def distillation(self) -> Distiller | None:
+        """The losses of the taps, with their projectors and weight, once training has begun."""
         return self._losses
 
     def statistics(self) -> PrefetchStatistics:
@@ -146,9 +167,9 @@ class DistillingTrainer(Trainer):  # type: ignore[misc] # transformers is treate
         finally:
             self._end_epoch()
             self._statistics, self._stream = self.statistics(), None
-            if self._tap is not None:
-                self._tap.close()
-                self._tap.clear()
+            if self._losses is not None:
+                self._losses.tap.close()
+                self._losses.tap.clear()
             if self._client is not None:
                 self._client.close()
                 self._client = None
@@ -171,7 +192,7 @@ class DistillingTrainer(Trainer):  # type: ignore[misc] # transformers is treate
             if projectors and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
                 raise ConfigError("a projector must be trained without FSDP and DeepSpeed (use DDP, or loss='gram')")
             optimizer.param_groups[-1]["params"].extend(projectors)
-            self._projector_state = _StateApart(optimizer, projectors)
+            self._projector_state = StateApart(optimizer, projectors)
         return optimizer
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
@@ -208,7 +229,6 @@ class DistillingTrainer(Trainer):  # type: ignore[misc] # transformers is treate
 
     def training_step(self, *arguments: Any, **keywords: Any) -> Tensor:
         """As ``Trainer.training_step``; an error in it leaves nothing of the batch in memory."""
-        assert self._tap is not None
         assert self._losses is not None
         try:
             loss: Tensor = super().training_step(*arguments, **keywords)
@@ -216,7 +236,7 @@ class DistillingTrainer(Trainer):  # type: ignore[misc] # transformers is treate
             self._end_epoch()
             raise
         finally:
-            self._tap.clear()
+            self._losses.tap.clear()
         if self.accelerator.num_processes > 1 and self.accelerator.sync_gradients:
             for parameter in self._losses.parameters():  # they are outside the model that DDP wraps
                 assert parameter.grad is not None
@@ -235,7 +255,7 @@ class DistillingTrainer(Trainer):  # type: ignore[misc] # transformers is treate
         if targets is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch)
         given = {name: value for name, value in inputs.items() if name != _TARGETS}
-        boxes = self._boxes(given)
+        boxes = None if self._recipe else self._boxes(given)  # no recipe weighs objects
         loss, outputs = super().compute_loss(model, given, True, num_items_in_batch=num_items_in_batch)
         with self.accelerator.autocast():
             distilled = self._distilled(targets, boxes)
@@ -249,24 +269,35 @@ class DistillingTrainer(Trainer):  # type: ignore[misc] # transformers is treate
         if "loss" in logs and self._count:  # in training
             mean = self.accelerator.reduce(torch.as_tensor(self._sum / self._count), "mean")
             logs |= {"distillation_loss": float(mean), "teacher/wait_share": self.statistics().wait_share}
+            if self._losses is not None and self._losses.share is not None:
+                logs["distillation_weight"] = self._losses.weight
             self._sum, self._count = 0.0, 0
         super().log(logs, *arguments, **keywords)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         if self.args.should_save and self._losses is not None and self._projector_state is not None:
-            saved = {"losses": self._losses.state_dict(), "optimizer": self._projector_state.current()}
+            saved = {
+                "losses": self._losses.state_dict(),
+                "optimizer": self._projector_state.current(),
+                **self._made_of(),
+            }
             torch.save(saved, Path(output_dir) / _FILE)
 
     # What the callback calls ----------------------------------------------------------------------------------------
 
     def attach(self) -> None:
         """Training begins, with the model and the optimizer in place; or begins anew with smaller batches."""
-        if self._tap is not None:
-            self._tap.close()
-        self._tap = FeatureTap(self.model, tuple(self._weights), select=self._select).attach()
+        assert self._losses is not None
+        self._losses.tap_on(self.model)
+        self._losses.tap.attach()
         self._equal_on_ranks = self.accelerator.num_processes == 1
         self.zero_projectors()
+
+    def begin_epoch(self, epoch: float) -> None:
+        """An epoch begins."""
+        assert self._losses is not None
+        self._losses.set_epoch(int(epoch))
 
     def clip_projectors(self) -> None:
         """The gradients are complete: clip those that ``Trainer`` does not reach through the model."""
@@ -289,16 +320,42 @@ class DistillingTrainer(Trainer):  # type: ignore[misc] # transformers is treate
             self._client = RemoteTeacher(self._teacher, address=self._address)
         return self._client
 
-    def _make_losses(self) -> _TapLosses:
+    def _make_losses(self) -> Distiller:
+        if self._recipe is not None:
+            teacher: Any = self._opened()
+            layers = tuple(self._weights) or None
+            found = self._recipe.for_student(self.model, teacher, self._example(), layers, self._select)
+            return found.to(self.args.device)
         loss = self._kind_or_loss
         if not isinstance(loss, DistillationLoss):
             channels = None
             if loss != "gram":
                 grey = torch.full((1, 3, 224, 224), 114, dtype=torch.uint8)
-                found: Features = self._opened().extract(grey, self._spec)  # type: ignore[union-attr]
-                channels = getattr(found, "cls" if loss.startswith("cls_") else "feature_map").shape[1]
+                features: Features = self._opened().extract(grey, self._spec)  # type: ignore[union-attr]
+                channels = getattr(features, "cls" if loss.startswith("cls_") else "feature_map").shape[1]
             loss = DistillationLoss(loss, projector=channels, background_weight=0.25)
-        return _TapLosses(loss, self._weights).to(self.args.device)
+        terms = WeightedTerms([Term(name, copy.deepcopy(loss), weight) for name, weight in self._weights.items()])
+        return Distiller(self.model, terms, self._spec, select=self._select).to(self.args.device)
+
+    def _example(self) -> dict[str, Any]:
+        """A batch of the first sample, without labels, as the student gets it; no random number is drawn for it."""
+        if not isinstance(self.train_dataset, Sequence) and not hasattr(self.train_dataset, "__getitem__"):
+            raise ConfigError(
+                "taps must be given, and loss='...' in place of recipe, where a data set has no first sample"
+            )
+        before = random.getstate(), np.random.get_state()
+        with torch.random.fork_rng([]):
+            batch = self.data_collator([self.train_dataset[0]])
+        random.setstate(before[0])
+        np.random.set_state(before[1])
+        taken = inspect.signature(self.model.forward).parameters
+        kept = {name: each for name, each in batch.items() if name != "labels" and name in taken}
+        return {name: each.to(self.args.device) if isinstance(each, Tensor) else each for name, each in kept.items()}
+
+    def _made_of(self) -> dict[str, Any]:
+        """What a checkpoint's distillation must have in common with this one."""
+        assert self._losses is not None
+        return {"recipe": self._recipe.name if self._recipe else None, "taps": list(self._losses.tap.names)}
 
     def _load_projectors(self, file: Path) -> None:
         assert self._losses is not None
@@ -307,6 +364,9 @@ class DistillingTrainer(Trainer):  # type: ignore[misc] # transformers is treate
             log.warning("%s is not there: the checkpoint has no projectors, which begin untrained", file)
             return
         saved = torch.load(file, map_location="cpu", weights_only=True)
+        for option, own in self._made_of().items():
+            if saved[option] != own:
+                raise ConfigError(f"{option} must be that which {file} was saved with, {saved[option]!r}; got {own!r}")
         try:
             self._losses.load_state_dict(saved["losses"])
         except RuntimeError as error:
@@ -321,7 +381,8 @@ class DistillingTrainer(Trainer):  # type: ignore[misc] # transformers is treate
         return Prefetch(
             teacher,
             self._epoch,
-            self._spec,
+            None if self._recipe else self._spec,
+            recipe=self._recipe,
             images=self._images,
             depth=depth,
             device=self.args.device,
@@ -346,17 +407,14 @@ class DistillingTrainer(Trainer):  # type: ignore[misc] # transformers is treate
         return (images * deviation + mean).clamp(0, 1)
 
     def _distilled(self, targets: Features, boxes: Boxes | Tensor | None) -> Tensor:
-        assert self._tap is not None
         assert self._losses is not None
-        outputs = self._tap.take_all()
         if not self._equal_on_ranks:
             if any(isinstance(parameter, UninitializedParameter) for parameter in self._losses.parameters()):
-                with torch.no_grad():
-                    self._losses(outputs, targets, boxes)  # a projector takes its channels from the first batch
+                self._losses.settle(targets)  # a projector takes its channels from the first batch
             for parameter in self._losses.parameters():
                 dist.broadcast(parameter.data, 0)
             self._equal_on_ranks = True
-        loss: Tensor = self._losses(outputs, targets, boxes)
+        loss: Tensor = self._losses(targets, boxes)
         return loss
 
     def _is_scaled_for_accumulation(self, num_items_in_batch: Tensor | int | None) -> bool:
@@ -369,67 +427,6 @@ class DistillingTrainer(Trainer):  # type: ignore[misc] # transformers is treate
         )
 
 
-class _TapLosses(nn.Module):
-    """The weighted sum of the taps' losses; each has a copy of ``loss``, with a projector of its own."""
-
-    def __init__(self, loss: DistillationLoss, weights: Mapping[str, float]) -> None:
-        super().__init__()
-        self._weights = dict(weights)
-        # A ModuleDict admits no dots; a saved state names the taps in this way.
-        self.losses = nn.ModuleDict({name.replace(".", "/"): copy.deepcopy(loss) for name in weights})
-
-    def forward(self, outputs: Mapping[str, Tensor], targets: Features, boxes: Boxes | Tensor | None) -> Tensor:
-        terms = []
-        for (name, weight), loss in zip(self._weights.items(), self.losses.values(), strict=True):
-            # Widened, so that a student in half precision meets a projector in float32.
-            terms.append(weight * loss(outputs[name].float(), targets, None if loss.on_cls else boxes))
-        return torch.stack(terms).sum()
-
-
-class _StateApart:
-    """Keeps the last parameters of an optimizer's last group out of its ``state_dict()``, and their state apart.
-
-    What is saved is then an optimizer without them, which any trainer of the same model can load.
-    """
-
-    def __init__(self, optimizer: Any, parameters: Sequence[nn.Parameter]) -> None:
-        self._parameters = list(parameters)
-        self._optimizer = optimizer
-        self._restored: Mapping[int, Any] | None = None
-        if self._parameters:
-            optimizer.register_state_dict_post_hook(self._without)
-            optimizer.register_load_state_dict_pre_hook(self._with)
-
-    def current(self) -> dict[int, Any]:
-        """The state of each parameter by its place among them."""
-        states = self._optimizer.state
-        return {place: states[each] for place, each in enumerate(self._parameters) if each in states}
-
-    def restore(self, state: Mapping[int, Any]) -> None:
-        """Have the optimizer's next ``load_state_dict`` take this state for them."""
-        self._restored = state
-
-    def _without(self, _: object, saved: dict[str, Any]) -> dict[str, Any]:
-        *groups, last = saved["param_groups"]
-        kept = len(last["params"]) - len(self._parameters)
-        own = set(last["params"][kept:])
-        state = {number: each for number, each in saved["state"].items() if number not in own}
-        return {**saved, "param_groups": [*groups, {**last, "params": last["params"][:kept]}], "state": state}
-
-    def _with(self, _: object, saved: dict[str, Any]) -> dict[str, Any]:
-        *groups, last = saved["param_groups"]
-        first = sum(len(group["params"]) for group in saved["param_groups"])
-        own = self.current() if self._restored is None else self._restored
-        self._restored = None
-        state = {**saved["state"], **{first + place: each for place, each in own.items()}}
-        numbers = range(first, first + len(self._parameters))
-        return {
-            **saved,
-            "param_groups": [*groups, {**last, "params": [*last["params"], *numbers]}],
-            "state": state,
-        }
-
-
 class _AtSteps(TrainerCallback):  # type: ignore[misc] # untyped base
     """Calls the trainer where ``Trainer`` has no method to override."""
 
@@ -438,6 +435,9 @@ class _AtSteps(TrainerCallback):  # type: ignore[misc] # untyped base
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
         self._trainer.attach()
+
+    def on_epoch_begin(self, _: object, state: Any, *__: Any, **___: Any) -> None:
+        self._trainer.begin_epoch(state.epoch or 0)
 
     def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
         self._trainer.clip_projectors()
@@ -460,6 +460,21 @@ class _CurrentEpoch(Iterable[Any]):
         if name in ("slice_fn", "state"):  # by these, a prefetch sees that all ranks must draw in the same steps
             return getattr(self.loader, name)
         raise AttributeError(name)
+
+
+def _checked_recipe(recipe: Any, taps: tuple[str, ...], spec: Any, loss: Any, weight: Any) -> Recipe | None:
+    if recipe is None:
+        if not taps:
+            raise ConfigError("taps must name the student's layer to compare (or a recipe finds it)")
+        return None
+    found = get(recipe)
+    given = [name for name, value in (("spec", spec), ("loss", loss), ("weight", weight)) if value is not None]
+    if given:
+        raise ConfigError(
+            f"{', '.join(given)} must be left out where a recipe gives them; got recipe={found.name!r} (another weight "
+            f"is an option of the recipe: recipe=recipes.{found.name}(weight=2.0))"
+        )
+    return found
 
 
 def _with_targets(batch: Any, targets: Features) -> Any:

@@ -10,11 +10,12 @@ The teacher gets each batch as the loader makes it for the student: letterboxed,
 divides by 255 later, so that there is no normalisation to undo. ``multi_scale`` resizes later, too: the student then
 sees the same picture in another size, and the teacher's map covers it as before. The loss compares layers of the
 student with that map; by default one, the neck's output at stride 16, which is the stride of a DINOv3 patch. Locations
-inside boxes (oriented boxes too) have one weight, all others another. Ultralytics shows the loss as ``distill``, with
-its own.
+inside boxes (oriented boxes too) have one weight, all others another. ``recipe="rtdetrv4"`` takes a published recipe in
+place of these options. Ultralytics shows the loss as ``distill``, with its own.
 
 Checkpoints are plain Ultralytics checkpoints, with which training can be resumed without this package too. What is
-needed in training only, the projectors with the optimizer's state of them, is saved next to them as ``distill.pt``.
+needed in training only, the projectors with the optimizer's state of them, and what a recipe remembers, is saved next
+to them as ``distill.pt``.
 ``resume=True`` with ``teacher=...`` continues with it, and with the options of the run unless others are given.
 """
 
@@ -26,14 +27,13 @@ import os
 import random
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import ray
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.models.yolo.obb import OBBTrainer
 from ultralytics.models.yolo.pose import PoseTrainer
@@ -42,15 +42,15 @@ from ultralytics.utils import DEFAULT_CFG
 from ultralytics.utils.torch_utils import unwrap_model
 
 from dinov3_ray.errors import ConfigError
-from dinov3_ray.features import Features, FeatureSpec
-from dinov3_ray.integrations.levels import LevelLoss, Levels, level_weights, named_levels
+from dinov3_ray.features import Features
+from dinov3_ray.integrations.distillation_options import Distillation
+from dinov3_ray.integrations.levels import named_levels
 from dinov3_ray.integrations.loader import TargetLoader
 from dinov3_ray.integrations.side_group import SideGroup
 from dinov3_ray.pool.client.remote import RemoteTeacher
 from dinov3_ray.training.boxes import Boxes
-from dinov3_ray.training.losses import DistillationLoss, LossKind
+from dinov3_ray.training.distiller import Distiller
 from dinov3_ray.training.prefetch import AnyTeacher, Prefetch
-from dinov3_ray.training.taps import FeatureTap
 
 __all__ = [
     "DetectionDistillationTrainer",
@@ -70,60 +70,6 @@ _PATCH_STRIDE = 16
 _PROJECTOR_FILE = "distill.pt"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Distillation:
-    """The trainers' arguments besides Ultralytics' own.
-
-    Args:
-        teacher: the name of a pool; or a teacher, which must be picklable for training on several GPUs.
-        teacher_address: of the Ray that the pool runs in; None takes the one of this process, or RAY_ADDRESS.
-        teacher_map_size: (h, w) to which the teacher resamples its maps, so that fewer bytes travel.
-        distill_layer: the student's layers: ``"P4"`` or ``16`` or ``"model.16"``; several as ``"P3,P4,P5"`` or in a
-            list; with weights as ``"P3:0.5,P4:1"`` or in a dict (:data:`~dinov3_ray.integrations.levels.Levels`). None
-            takes the head's input whose stride is nearest to 16.
-        distill_kind: ``cosine``, ``mse``, ``smooth_l1`` or ``gram``.
-        distill_weight: the weight of this loss, which is the weighted sum over the layers, in the sum with the
-            detector's.
-        object_weight: of locations inside boxes.
-        background_weight: of the others.
-    """
-
-    teacher: str | AnyTeacher
-    teacher_address: str | None = None
-    teacher_map_size: tuple[int, int] | None = None
-    distill_layer: Levels | None = None
-    distill_kind: LossKind = "cosine"
-    distill_weight: float = 1.0
-    object_weight: float = 1.0
-    background_weight: float = 0.25
-
-    def __post_init__(self) -> None:
-        if self.distill_layer is not None:
-            object.__setattr__(self, "distill_layer", level_weights(self.distill_layer))
-
-    @classmethod
-    def take_from(cls, arguments: dict[str, Any]) -> dict[str, Any]:
-        """Take these arguments, as far as they are given, out of ``arguments``: Ultralytics refuses those of others.
-
-        Raises:
-            ConfigError: without ``teacher``.
-        """
-        own = {field.name: arguments.pop(field.name) for field in fields(cls) if field.name in arguments}
-        if own.get("teacher") is None:
-            raise ConfigError("teacher must be given: model.train(..., teacher='dinov3'), the name of a running pool")
-        return own
-
-    def to_arguments(self) -> dict[str, Any]:
-        """All arguments."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
-
-    def to_resume(self) -> dict[str, Any]:
-        """What a resumed run takes over unless it is given: all but where the teacher is."""
-        arguments = self.to_arguments()
-        del arguments["teacher"], arguments["teacher_address"]
-        return arguments
-
-
 class _DistillationTrainer:
     """What the trainers add to Ultralytics' trainers; a mixin, the first base of each."""
 
@@ -134,7 +80,7 @@ class _DistillationTrainer:
         given = Distillation.take_from(overrides)
         self.distillation = Distillation(**given)
         self._client: RemoteTeacher | None = None
-        self._loss: LevelLoss | None = None
+        self._loss: Distiller | None = None
         self._group: SideGroup | None = None
         self._criterion: _Criterion | None = None
         super().__init__(cfg, overrides, _callbacks)  # type: ignore[call-arg] # the trainer's, next in line
@@ -145,7 +91,7 @@ class _DistillationTrainer:
             )
         if self._self.resume:
             options = _saved_beside(Path(self._self.args.model)).get("options", {})
-            self.distillation = Distillation(**{**options, **given})
+            self.distillation = Distillation.resumed(options, given)
 
     @property
     def _self(self) -> Any:
@@ -173,8 +119,11 @@ class _DistillationTrainer:
         loader = super().get_dataloader(dataset_path, batch_size, rank, mode)  # type: ignore[misc]
         if mode != "train":
             return loader
-        spec = FeatureSpec(feature_map=True, map_size=self.distillation.teacher_map_size)
-        return _TrainLoader(Prefetch(self._teacher(), loader, spec, images=self._view, device=self._self.device))
+        recipe = self.distillation.to_recipe()
+        stream: Prefetch[Any, Features] = Prefetch(
+            self._teacher(), loader, recipe=recipe, images=self._view, device=self._self.device
+        )
+        return _TrainLoader(stream)
 
     def preprocess_batch(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Ultralytics' batch for the student; the criterion gets the targets."""
@@ -182,13 +131,15 @@ class _DistillationTrainer:
         with _chance(chance):
             batch = super().preprocess_batch(batch)  # type: ignore[misc]
         if self._criterion is not None and targets is not None:
+            assert self._loss is not None
+            self._loss.set_epoch(self._self.epoch)
             self._criterion.expect(targets, boxes.to(self._self.device, non_blocking=True))
         return batch
 
     def build_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """Ultralytics' optimizer, which trains the projectors too, but whose ``state_dict`` is without them."""
         optimizer = super().build_optimizer(*args, **kwargs)  # type: ignore[misc]
-        self._loss = self._make_loss()
+        self._loss = self._make_distiller()
         projectors = list(self._loss.parameters())
         if projectors:
             self._group = SideGroup(optimizer, projectors, _LOSS)
@@ -204,9 +155,10 @@ class _DistillationTrainer:
         # The EMA was copied from the model before: neither it nor any checkpoint has the tap or the loss in it.
         model = unwrap_model(self._self.model)
         assert self._loss is not None
-        tap = FeatureTap(model, list(self._loss.weights)).attach()
+        self._loss.tap_on(model)
+        self._loss.tap.attach()
         plain = getattr(model, "criterion", None) or model.init_criterion()
-        self._criterion = model.criterion = _Criterion(plain, tap, self._loss, self.distillation.distill_weight)
+        self._criterion = model.criterion = _Criterion(plain, self._loss)
 
     def _detach(self) -> None:
         if self._criterion is not None:
@@ -248,7 +200,7 @@ class _DistillationTrainer:
         state = {
             "epoch": self._self.epoch,
             "options": self.distillation.to_resume(),
-            "layers": list(self._loss.weights),
+            "layers": list(self._loss.tap.names),
             "loss": self._loss.state_dict(),
             "optimizer": self._group.state() if self._group else [],
         }
@@ -268,7 +220,7 @@ class _DistillationTrainer:
 
     def _load_projectors(self, checkpoint: Path, epoch: int) -> None:
         assert self._loss is not None
-        saved, layers = _saved_beside(checkpoint), list(self._loss.weights)
+        saved, layers = _saved_beside(checkpoint), list(self._loss.tap.names)
         if not saved:
             log.warning("%s has no %s beside it: the projectors begin anew", checkpoint, _PROJECTOR_FILE)
             return
@@ -283,7 +235,7 @@ class _DistillationTrainer:
             self._loss.load_state_dict(saved["loss"])
         except RuntimeError as error:
             raise ConfigError(
-                f"teacher and distill_kind must be those of the run which is resumed; {error} "
+                f"teacher, recipe and distill_kind must be those of the run which is resumed; {error} "
                 f"(delete {_PROJECTOR_FILE}, and the projectors begin anew)"
             ) from error
         if self._group is not None:
@@ -317,41 +269,26 @@ class _DistillationTrainer:
         images: Tensor = batch["img"]
         return images
 
-    def _make_loss(self) -> LevelLoss:
+    def _make_distiller(self) -> Distiller:
         """The loss, with projectors between the channels that both sides give for a grey image."""
         options = self.distillation
-        model, size, device = unwrap_model(self._self.model), int(self._self.args.imgsz), self._self.device
-        training, head = model.training, model.model[-1]
-        strides, layers = getattr(head, "stride", ()), head.f if isinstance(head.f, list) else [head.f]
-        inputs = {float(stride): f"model.{layer}" for stride, layer in zip(strides, layers, strict=False)}
-        weights = named_levels(options.distill_layer, inputs, _PATCH_STRIDE)
-        grey = torch.full((1, 3, size, size), 114, dtype=torch.uint8)
-        with torch.enable_grad(), FeatureTap(model, list(weights)) as tap:
-            model.eval()
-            model(grey.to(device) / 255)
-            outputs = tap.take_all()
-        model.train(training)
-        frozen = [name for name, output in outputs.items() if not output.requires_grad]
-        if frozen:
-            raise ConfigError(
-                f"distill_layer must name layers up to which something learns; got {', '.join(frozen)}, where nothing "
-                f"does with freeze={self._self.args.freeze} (freeze fewer layers, or name later ones)"
-            )
-        projected = options.distill_kind != "gram"
-        found = self._teacher().extract(grey, FeatureSpec(feature_map=True)).feature_map  # type: ignore[union-attr]
-        assert found is not None
-        losses = {
-            name: DistillationLoss(
-                options.distill_kind,
-                projector=nn.Conv2d(output.shape[1], found.shape[1], 1) if projected else None,
-                object_weight=options.object_weight,
-                background_weight=options.background_weight,
-            )
-            for name, output in outputs.items()
-        }
-        return LevelLoss(weights, losses).to(device)
+        model, size = unwrap_model(self._self.model), int(self._self.args.imgsz)
+        layers = None
+        if options.recipe is None or options.distill_layer is not None:
+            head = model.model[-1]
+            strides, taken = getattr(head, "stride", ()), head.f if isinstance(head.f, list) else [head.f]
+            inputs = {float(stride): f"model.{layer}" for stride, layer in zip(strides, taken, strict=False)}
+            layers = named_levels(options.distill_layer, inputs, _PATCH_STRIDE)
+        grey = torch.full((1, 3, size, size), 114 / 255, device=self._self.device)
+        teacher: Any = self._teacher()
+        try:
+            return options.to_recipe().for_student(model, teacher, grey, layers)
+        except ConfigError as error:
+            if self._self.args.freeze is None:
+                raise
+            raise ConfigError(f"{error}; the trainer has freeze={self._self.args.freeze}") from error
 
-    def _share_projectors(self, loss: LevelLoss) -> None:
+    def _share_projectors(self, loss: Distiller) -> None:
         """Keep the projectors the same in all ranks: they are outside the model that Ultralytics gives to DDP."""
         if not (dist.is_available() and dist.is_initialized()):
             return
@@ -402,8 +339,8 @@ class _TrainLoader(TargetLoader):
 class _Criterion:
     """A detector's criterion, with the distillation loss added for a batch that has targets."""
 
-    def __init__(self, criterion: Any, tap: FeatureTap, loss: LevelLoss, weight: float) -> None:
-        self._criterion, self._tap, self._loss, self._weight = criterion, tap, loss, weight
+    def __init__(self, criterion: Any, distiller: Distiller) -> None:
+        self._criterion, self._distiller = criterion, distiller
         self._expected: tuple[Features, Boxes] | None = None
 
     def expect(self, targets: Features, boxes: Boxes) -> None:
@@ -413,23 +350,24 @@ class _Criterion:
     def forget(self) -> None:
         """Keep nothing of a batch that came no further than the forward pass."""
         self._expected = None
-        self._tap.clear()
+        self._distiller.tap.clear()
 
     def detach(self) -> Any:
         """The detector's criterion, without this one around it."""
-        self._tap.close()
+        self._distiller.tap.close()
         self.forget()
         return self._criterion
 
     def __call__(self, predictions: Any, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        outputs, expected = self._tap.take_all(), self._expected
-        self.forget()  # at once: what fails from here on leaves nothing behind
-        detection, items = self._criterion(predictions, batch)
-        if expected is None:
-            return detection, items
-        if not isinstance(items, dict):
-            raise ConfigError("ultralytics must be at least 8.4.190, whose criteria name their losses")
-        distilled = self._weight * self._loss(outputs, *expected)
+        try:
+            detection, items = self._criterion(predictions, batch)
+            if self._expected is None:
+                return detection, items
+            if not isinstance(items, dict):
+                raise ConfigError("ultralytics must be at least 8.4.190, whose criteria name their losses")
+            distilled = self._distiller(*self._expected)
+        finally:
+            self.forget()  # what fails leaves nothing behind
         # Ultralytics sums losses over the batch.
         total = detection.sum() + distilled * len(batch["img"])
         return total, {**items, _LOSS: distilled.detach()}

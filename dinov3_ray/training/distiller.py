@@ -65,8 +65,8 @@ class Distiller(nn.Module):
             raise ConfigError(f"weight must be more than 0; got {weight}")
         of_layers = dict(select) if isinstance(select, Mapping) else dict.fromkeys(terms.layers, select)
         self._later = {name: _Later(each) for name, each in of_layers.items() if callable(each)}
-        chosen = {name: self._later.get(name, each) for name, each in of_layers.items() if each is not None}
-        self.tap = FeatureTap(student, terms.layers, select=chosen)
+        self._select = {name: self._later.get(name, each) for name, each in of_layers.items() if each is not None}
+        self.tap = FeatureTap(student, terms.layers, select=self._select)
         self.terms = terms
         self.spec, self.image_size = spec, image_size
         self.share = None if share is None else GradientShare(share, weight=weight)
@@ -79,6 +79,17 @@ class Distiller(nn.Module):
         """What the sum of the terms is multiplied with now; on an accelerator, the look waits for it."""
         weight = self._weight if self.share is None else float(self.share.weight)
         return weight * self.schedule.factor(self._progress[self.schedule.unit])
+
+    def tap_on(self, student: nn.Module) -> None:
+        """Tap another module of the same layers from now on, such as the student when it is made anew; attach it."""
+        self.tap.close()
+        self.tap.clear()
+        self.tap = FeatureTap(student, self.terms.layers, select=self._select)
+
+    @torch.no_grad()
+    def settle(self, targets: Features | Mapping[str, Features]) -> None:
+        """Let lazy projectors take their channels from what the tap holds; it stays there, and nothing is counted."""
+        self.terms({name: self._ended(name, self.tap[name]) for name in self.tap.names}, targets)
 
     def set_epoch(self, epoch: int) -> None:
         """Tell the schedule the number of the epoch that begins, from 0, as a sampler is told."""
@@ -119,19 +130,22 @@ class Distiller(nn.Module):
             self.share.begin()
             if learning and factor:
                 outputs = {name: self.share.watch(output, weight) for name, output in outputs.items()}
-        outputs = {name: self._later[name].end(each) if name in self._later else each for name, each in outputs.items()}
+        outputs = {name: self._ended(name, each) for name, each in outputs.items()}
         loss: Tensor = weight * self.terms(outputs, targets, boxes)
         if learning:
             self._progress["step"] += 1
         return loss
 
-    def get_extra_state(self) -> dict[str, int]:
-        """The progress of the schedule, for ``state_dict()``."""
-        return dict(self._progress)
+    def _ended(self, name: str, output: Tensor) -> Tensor:
+        return self._later[name].end(output) if name in self._later else output
+
+    def get_extra_state(self) -> Tensor:
+        """The progress of the schedule, for ``state_dict()``: int64 [2], of steps and epochs."""
+        return torch.tensor([self._progress["step"], self._progress["epoch"]])
 
     def set_extra_state(self, state: Any) -> None:
         """Take the progress of the schedule from a ``state_dict``."""
-        self._progress.update(state)
+        self._progress["step"], self._progress["epoch"] = state.tolist()
 
     def extra_repr(self) -> str:
         return f"layers={', '.join(self.tap.names)}, spec={self.spec}, image_size={self.image_size}"

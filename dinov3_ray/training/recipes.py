@@ -67,7 +67,8 @@ class RecipeTerm:
         hidden: channels in the middle of the projector; None takes the teacher's.
         deviation: of the normal distribution, cut at 2, from which the projector's weights are drawn; None is torch's.
         layer: the teacher's block; None takes the final map.
-        align, temperature: as in :class:`~dinov3_ray.training.losses.DistillationLoss`.
+        align, temperature, per_image, object_weight, background_weight: as in
+            :class:`~dinov3_ray.training.losses.DistillationLoss`.
         queue: rows of the queue of ``cls_queue``.
     """
 
@@ -80,6 +81,8 @@ class RecipeTerm:
     align: Literal["student", "teacher"] = "student"
     temperature: float = 0.07
     per_image: bool = True
+    object_weight: float = 1.0
+    background_weight: float = 1.0
     queue: int = 0
 
     @property
@@ -97,7 +100,7 @@ class RecipeTerm:
             raise InputError(f"teacher must give what the recipe asks for; got {features!r}")
         return found
 
-    def loss(self, student_channels: int, teacher_channels: int, statistics: PhiS | None) -> DistillationLoss:
+    def loss(self, student_channels: int | None, teacher_channels: int, statistics: PhiS | None) -> DistillationLoss:
         """The loss between a student's layer and a teacher of these channels."""
         projector = None
         if self.projector is not None:
@@ -113,6 +116,8 @@ class RecipeTerm:
             align=self.align,
             layer=self.layer,
             per_image=self.per_image,
+            object_weight=self.object_weight,
+            background_weight=self.background_weight,
             temperature=self.temperature,
             queue=TeacherQueue(self.queue, teacher_channels) if self.queue else None,
             standardise=statistics,

@@ -1,17 +1,13 @@
-"""The layers that a student is compared at: how users name them, and the sum of their losses."""
+"""The layers that a student is compared at: how users name them."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import pytest
-import torch
-from torch import nn
 
-from dinov3_ray import Features
 from dinov3_ray.errors import ConfigError
-from dinov3_ray.integrations.levels import LevelLoss, level_weights, named_levels
-from dinov3_ray.training.losses import DistillationLoss
+from dinov3_ray.integrations.levels import level_weights, named_levels
 
 INPUTS = {8.0: "model.16", 16.0: "model.19", 32.0: "model.22"}
 
@@ -59,25 +55,3 @@ def test_levels_that_the_model_does_not_have_are_refused_with_those_that_it_has(
 def test_a_model_without_strides_must_be_told_its_layer() -> None:
     with pytest.raises(ConfigError, match="distill_layer must be given"):
         named_levels(None, {}, 16)
-
-
-def test_the_loss_is_the_weighted_sum_of_the_layers() -> None:
-    draw = torch.Generator().manual_seed(0)
-    sizes = {"model.16": (8, 12), "model.19": (16, 6)}
-    outputs = {
-        name: torch.randn(2, channels, side, side, generator=draw).requires_grad_()
-        for name, (channels, side) in sizes.items()
-    }
-    targets = Features(feature_map=torch.randn(2, 4, 6, 6, generator=draw))
-    losses = {
-        name: DistillationLoss("cosine", projector=nn.Conv2d(channels, 4, 1)) for name, (channels, _) in sizes.items()
-    }
-    summed = LevelLoss({"model.19": 2.0, "model.16": 0.5}, losses)
-    expected = 0.5 * losses["model.16"](outputs["model.16"], targets) + 2.0 * losses["model.19"](
-        outputs["model.19"], targets
-    )
-    got = summed(outputs, targets)
-    assert torch.allclose(got, expected)
-    got.backward()
-    assert all(output.grad is not None and output.grad.any() for output in outputs.values())
-    assert len(list(summed.parameters())) == 4

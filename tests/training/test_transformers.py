@@ -126,7 +126,7 @@ def test_the_projector_learns_and_is_saved_beside_a_plain_checkpoint(whole: Any)
 
 def test_other_taps_than_the_checkpoints_are_refused(whole: Any, wide_pool: TeacherPool, tmp_path: Path) -> None:
     other = DistillingTrainer(teacher="wide", taps="model.encoder.pan_blocks.1", **options(rt_detr(), tmp_path))
-    with pytest.raises(ConfigError, match=r"taps and loss must be those that .*checkpoint-2"):
+    with pytest.raises(ConfigError, match=r"taps must be that which .*checkpoint-2"):
         other.train(resume_from_checkpoint=str(whole[1] / "checkpoint-2"))
 
 
@@ -159,7 +159,7 @@ def test_after_an_out_of_memory_error_that_trainer_catches_nothing_of_the_batch_
                 return super().compute_loss(model, inputs, *arguments, **keywords)
             super().compute_loss(model, inputs, *arguments, **keywords)
             model(**{name: inputs[name] for name in ("pixel_values", "labels")})
-            failed.extend([weakref.ref(self._tap[TAP]), weakref.ref(inputs["teacher_targets"].feature_map)])
+            failed.extend([weakref.ref(self._losses.tap[TAP]), weakref.ref(inputs["teacher_targets"].feature_map)])
             raise RuntimeError("CUDA out of memory. Tried to allocate a test")
 
     arguments = options(
@@ -182,10 +182,30 @@ def test_several_taps_have_a_weight_and_a_projector_each(tmp_path: Path) -> None
     assert losses is not None
     features = FakeTeacher(hidden_size=24).extract(torch.rand(2, 3, 64, 64), SPEC)
     outputs = {TAP: torch.rand(2, CHANNELS, 4, 4), "model.encoder.pan_blocks.1": torch.rand(2, CHANNELS, 2, 2)}
-    first, second = losses.losses.values()
+    first, second = losses.terms.losses
     assert not torch.equal(first.projector.weight, second.projector.weight)
     expected = 0.5 * first(outputs[TAP], features) + 2.0 * second(outputs["model.encoder.pan_blocks.1"], features)
-    torch.testing.assert_close(losses(outputs, features, None), expected)
+    torch.testing.assert_close(losses.terms(outputs, features), expected)
+
+
+@pytest.mark.usefixtures("wide_pool")
+def test_a_recipe_finds_its_layer_and_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
+    def with_recipe(folder: Path, model: nn.Module | None = None, **arguments: Any) -> DistillingTrainer:
+        return DistillingTrainer(teacher="wide", recipe="rtdetrv4", **options(model or rt_detr(), folder, **arguments))
+
+    whole = with_recipe(tmp_path / "whole", **SAVES)
+    whole.train()
+    assert whole.distillation is not None
+    assert whole.distillation.tap.names == ("model.encoder.aifi.0",), "F5"
+    logged = [entry["distillation_weight"] for entry in whole.state.log_history if "distillation_loss" in entry]
+    assert len(set(logged)) == len(logged) == STEPS, "the weight follows the gradients"
+    resumed = with_recipe(tmp_path / "resumed", RTDetrForObjectDetection(whole.model.config))
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+    assert losses_of(resumed) == losses_of(whole)
+    assert equal_weights(resumed.distillation, whole.distillation)
+    assert equal_weights(resumed.model, whole.model)
+    with pytest.raises(ConfigError, match=r"recipe must be that which .* 'rtdetrv4'; got None"):
+        distilling(tmp_path / "other").train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
 
 
 @pytest.mark.usefixtures("wide_pool")
@@ -287,3 +307,7 @@ def test_wrong_options_are_refused_at_once(tmp_path: Path) -> None:
         DistillingTrainer(teacher=FakeTeacher(), taps=TAP, spec=FeatureSpec(cls=True), **arguments)
     with pytest.raises(ConfigError, match="kind must be one of"):
         DistillingTrainer(teacher=FakeTeacher(), taps=TAP, loss="l2", **arguments)
+    with pytest.raises(ConfigError, match="loss, weight must be left out where a recipe gives them"):
+        DistillingTrainer(teacher=FakeTeacher(), recipe="gram", loss="mse", weight=2.0, **arguments)
+    with pytest.raises(ConfigError, match="taps must name the student's layer"):
+        DistillingTrainer(teacher=FakeTeacher(), **arguments)

@@ -23,6 +23,7 @@ from torch import Tensor
 from dinov3_ray import FeatureSpec, TeacherPool
 from dinov3_ray.errors import ConfigError
 from dinov3_ray.testing import FakeTeacher
+from dinov3_ray.training import recipes
 from dinov3_ray.training.boxes import Boxes
 
 ultralytics = pytest.importorskip("ultralytics", exc_type=ImportError)
@@ -92,11 +93,11 @@ def test_several_levels_learn_each_with_its_weight(pool: TeacherPool, tmp_path: 
         def build_optimizer(self, *args: Any, **kwargs: Any) -> Any:
             optimizer = super().build_optimizer(*args, **kwargs)
             each: list[float] = []
-            for loss in self._loss.losses:
+            for loss in self._loss.terms.losses:
                 loss.register_forward_hook(lambda _, __, value: each.append(value.item()))
 
             def summed(_: Any, __: Any, value: Tensor) -> None:
-                compared.append((0.5 * each[-3] + each[-2] + 2 * each[-1], value.item()))
+                compared.append((3 * (0.5 * each[-3] + each[-2] + 2 * each[-1]), value.item()))
 
             self._loss.register_forward_hook(summed)
             return optimizer
@@ -107,10 +108,10 @@ def test_several_levels_learn_each_with_its_weight(pool: TeacherPool, tmp_path: 
     model.train(trainer=Levels, **options(tmp_path, "detect", **more))
     assert len(compared) == 4
     assert all(math.isclose(*pair, rel_tol=1e-5) for pair in compared)
-    assert [each["distill"] for each in steps.losses] == pytest.approx([3 * got for _, got in compared])
+    assert [each["distill"] for each in steps.losses] == pytest.approx([got for _, got in compared])
     saved = torch.load(model.trainer.wdir / "distill.pt")
     assert saved["layers"] == ["model.16", "model.19", "model.22"]
-    assert [saved["loss"][f"losses.{index}.projector.weight"].shape[1] for index in range(3)] == [64, 128, 256]
+    assert [saved["loss"][f"terms.losses.{index}.projector.weight"].shape[1] for index in range(3)] == [64, 128, 256]
     assert all(state["exp_avg"].any() for state in saved["optimizer"])
 
 
@@ -321,6 +322,33 @@ def test_a_distilled_checkpoint_resumes_with_projectors_and_options(
     assert sequences[0] == sequences[1]
 
 
+def test_a_recipe_finds_its_layer_and_goes_on_with_its_weight(pool: TeacherPool, tmp_path: Path) -> None:
+    last = interrupted(tmp_path, "detect", recipe="rtdetrv4")
+    saved = torch.load(last.with_name("distill.pt"))
+    assert saved["layers"] == ["model.10"], "the backbone's last map, of stride 32"
+    assert saved["options"]["recipe"] == "rtdetrv4"
+    weight = saved["loss"]["share.weight"]
+    assert weight != 5, "it has followed the gradients"
+    model = ultralytics.YOLO(last)
+    begun: list[Tensor] = []
+    model.add_callback("on_train_start", lambda trainer: begun.append(trainer._loss.share.weight.clone()))
+    model.train(resume=True, trainer=trainers.DetectionDistillationTrainer, teacher="yolo")
+    assert torch.equal(begun[0], weight)
+    assert model.trainer._loss.share.weight != weight
+    assert model.trainer._loss.get_extra_state().tolist() == [6, 2]
+    with pytest.raises(ConfigError, match="recipe must be that of the run which is resumed, 'rtdetrv4'; got 'gram'"):
+        trainers.Distillation.resumed(saved["options"], {"teacher": "yolo", "recipe": "gram"})
+
+
+def test_a_recipe_and_options_that_it_gives_are_refused_together() -> None:
+    with pytest.raises(ConfigError, match="distill_kind, object_weight must be left out where a recipe gives them"):
+        trainers.Distillation(teacher="yolo", recipe="gram", distill_kind="mse", object_weight=1.0)
+    changed = trainers.Distillation(teacher="yolo", recipe=recipes.gram(weight=3.0))
+    with pytest.raises(ConfigError, match=r"recipe must be given again .* recipe=recipes\.gram\(\.\.\.\)"):
+        trainers.Distillation.resumed(changed.to_resume(), {"teacher": "yolo"})
+    assert trainers.Distillation.resumed(changed.to_resume(), {**changed.to_arguments()}) == changed
+
+
 def test_other_layers_than_those_of_the_run_are_refused(pool: TeacherPool, tmp_path: Path) -> None:
     last = interrupted(tmp_path, "detect")
     with pytest.raises(ConfigError, match=r"distill_layer must be that of the run which is resumed, model\.19"):
@@ -378,7 +406,7 @@ def test_recovery_from_nan_goes_back_with_the_projectors(pool: TeacherPool, tmp_
 
 def test_layers_that_cannot_learn_are_refused(pool: TeacherPool, tmp_path: Path) -> None:
     more = {"freeze": 17, "distill_layer": ["P3", "P4"]}
-    with pytest.raises(ConfigError, match=r"got model\.16, where nothing does with freeze=17 \(freeze fewer"):
+    with pytest.raises(ConfigError, match=r"nothing does up to 'model\.16' .* freeze=17"):
         ultralytics.YOLO(MODELS["detect"]).train(
             trainer=trainers.DetectionDistillationTrainer, **options(tmp_path, "detect", **more)
         )
