@@ -161,7 +161,7 @@ def distill_backbone(settings: DistillSettings, display: Display, interrupts: In
             display.note(f"{folder.path} is finished: nothing is done again")
             return DistillSummary(**done)
         job = _BackboneJob(settings, folder, recipe, pictures, labelled, display, interrupts)
-        with _shared_cpus(config), _serving(settings, config, display) as teacher:
+        with _shared_cpus(config), _serving(settings, config, job.device, display) as teacher:
             folder.check_same({"fingerprint": teacher.fingerprint})
             if folder.settings() is None:
                 folder.write_json(RUN, {**identity, "fingerprint": teacher.fingerprint})
@@ -194,7 +194,9 @@ def _shared_cpus(config: ModelConfig | None) -> Iterator[None]:
 
 
 @contextmanager
-def _serving(settings: DistillSettings, config: ModelConfig | None, display: Display) -> Iterator[RemoteTeacher]:
+def _serving(
+    settings: DistillSettings, config: ModelConfig | None, device: torch.device, display: Display
+) -> Iterator[RemoteTeacher]:
     """The running pool that was named, or one that is started for this run and ends with it."""
     if config is None:
         assert settings.pool is not None
@@ -205,12 +207,21 @@ def _serving(settings: DistillSettings, config: ModelConfig | None, display: Dis
         pool = TeacherPool.start(
             config,
             name=f"distill-{secrets.token_hex(4)}",
-            replicas=settings.replicas,
-            leave_gpus=1 if torch.cuda.device_count() > 1 else 0,
             address=settings.address,
+            **_room_for(settings.replicas, beside=device if settings.address is None else None),
         )
     with pool:
         yield pool.teacher()
+
+
+def _room_for(replicas: int | str | tuple[int, int], beside: torch.device | None) -> dict[str, Any]:
+    """What a pool on this machine takes of its GPUs, so that the student on ``beside`` has one, or half of the one."""
+    if beside is None or beside.type != "cuda":
+        return {"replicas": replicas}
+    if torch.cuda.device_count() > 1:
+        return {"replicas": replicas, "leave_gpus": 1}
+    count = 1 if isinstance(replicas, str) else replicas if isinstance(replicas, int) else replicas[1]
+    return {"replicas": count, "num_gpus": math.floor(5000 / count) / 1e4}  # Ray counts in ten-thousandths
 
 
 def _alone(recipe: recipes.Recipe, images: int) -> recipes.Recipe:

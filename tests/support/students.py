@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import time
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["classifier", "nothing", "pyramid", "small"]
+__all__ = ["HALT", "classifier", "halting", "nothing", "pyramid", "small"]
+
+HALT = "DISTILL_TEST_HALT"
+"""``STEP:FOLDER``: in that step of its process, a halting student makes FOLDER/there, and waits for FOLDER/go."""
 
 
 def small() -> nn.Module:
@@ -33,6 +39,28 @@ class _Pyramid(nn.Module):
 def pyramid() -> nn.Module:
     """Maps of strides 16 and 8 in a dict, the coarser first."""
     return _Pyramid()
+
+
+class _Halting(_Pyramid):
+    def __init__(self) -> None:
+        super().__init__()
+        self.drop = nn.Dropout2d(0.1)
+        self.steps = 0
+
+    def forward(self, images_B3HW: Tensor) -> dict[str, Tensor]:
+        if self.training and HALT in os.environ:
+            self.steps += 1
+            step, folder = os.environ[HALT].split(":")
+            if self.steps == int(step):
+                Path(folder, "there").touch()
+                while not Path(folder, "go").exists():
+                    time.sleep(0.01)
+        return super().forward(self.drop(images_B3HW))
+
+
+def halting() -> nn.Module:
+    """A pyramid with dropout, which can be met in the middle of a step; see :data:`HALT`."""
+    return _Halting()
 
 
 def classifier() -> nn.Module:
