@@ -6,7 +6,6 @@ Shapes: B views, D teacher channels, h × w the teacher's grid.
 from __future__ import annotations
 
 import logging
-import math
 import os
 import secrets
 import time
@@ -19,15 +18,18 @@ from torch import Tensor
 from dinov3_ray.checkpoint import init_checkpoint
 from dinov3_ray.config import open_config
 from dinov3_ray.demo.ephemeral_ray import DemoRay, gpus_per_replica, make_folder, remove_folder
-from dinov3_ray.demo.photographs import draw_scene, read_photographs
+from dinov3_ray.demo.photographs import read_photographs
 from dinov3_ray.demo.report import Display, Summary, save_loss_curve, save_maps, save_summary
-from dinov3_ray.demo.student import Student, Views, crop_centre
+from dinov3_ray.demo.views import Views, crop_centre
 from dinov3_ray.errors import ConfigError
 from dinov3_ray.features import FeatureSpec
 from dinov3_ray.interrupts import Interrupts
 from dinov3_ray.machine.cpus import usable_cpus
 from dinov3_ray.pool.client.remote import RemoteTeacher
 from dinov3_ray.pool.teacher_pool import TeacherPool
+from dinov3_ray.scenes.drawing import draw_scene
+from dinov3_ray.scenes.learning_rate import rate_factor
+from dinov3_ray.scenes.student import Student
 from dinov3_ray.training.losses import DistillationLoss
 
 __all__ = ["DemoSettings", "run_demo"]
@@ -39,7 +41,6 @@ _VARIANT, _IMAGE_SIZE = "vit-test", 256  # a pass of a batch takes a CPU core a 
 _SCENES, _SHOWN = 40, 4
 _MOST_PHOTOGRAPHS = 200
 _LEARNING_RATE = 4e-3
-_RISE = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,8 +156,9 @@ def _train(
     with display.training(len(views)) as report:
         for views_B3HW, targets in prefetch:
             spent = (time.monotonic() - begun) / settings.seconds
+            # Of steps or time, whichever is further: the rate is low when training ends for either reason.
             for group in optimizer.param_groups:
-                group["lr"] = _LEARNING_RATE * _rate(max(len(losses) / settings.steps, spent))
+                group["lr"] = _LEARNING_RATE * rate_factor(max(len(losses) / settings.steps, spent))
             loss = distill(student(views_B3HW), targets)
             optimizer.zero_grad()
             loss.backward()
@@ -168,16 +170,6 @@ def _train(
             if seconds > settings.seconds and len(losses) > 1:
                 break  # on a slow or busy machine the time is up before the steps are done
     return _Trained(student, tuple(losses), prefetch.statistics().wait_share, time.monotonic() - begun)
-
-
-def _rate(progress: float) -> float:
-    """The factor of the learning rate at ``progress`` (0 to 1): it rises for a tenth, then falls to 0 as a cosine.
-
-    Progress counts steps or time, whichever is further, so that the rate is low when training ends for either reason.
-    """
-    if progress < _RISE:
-        return 0.1 + 0.9 * progress / _RISE
-    return 0.5 * (1 + math.cos(math.pi * (min(progress, 1.0) - _RISE) / (1 - _RISE)))
 
 
 def _map_of(student: Student, views_B3HW: Tensor) -> Tensor:
