@@ -26,7 +26,7 @@ from dinov3_ray.config import DinoV3Config
 from dinov3_ray.errors import CheckpointError
 from dinov3_ray.machine.locks import hold, lacks_locks
 from dinov3_ray.network.vit import ViT
-from dinov3_ray.scenes import drawing, probe, scenery
+from dinov3_ray.scenes import drawing, learning_rate, probe, scenery
 from dinov3_ray.scenes.learning_rate import rate_factor
 from dinov3_ray.scenes.probe import SegmentationHead
 from dinov3_ray.scenes.scenery import Scenery, draw_scenery
@@ -55,7 +55,7 @@ class SceneTeaching:
     variant: str = "vit-test"
     side: int = 96
     scenes: int = 3000
-    steps: int = 1000
+    steps: int = 800
     batch: int = 32
     rate: float = 1.5e-3
     seed: int = 0
@@ -64,7 +64,7 @@ class SceneTeaching:
     def key(self) -> str:
         """A name that changes with these settings, with the code that draws and teaches, and with torch."""
         digest = hashlib.sha256(json.dumps(asdict(self) | {"torch": torch.__version__}, sort_keys=True).encode())
-        for module in (drawing, scenery, probe, sys.modules[__name__]):
+        for module in (drawing, learning_rate, probe, scenery, sys.modules[__name__]):
             digest.update(inspect.getsource(module).encode())
         return digest.hexdigest()[:16]
 

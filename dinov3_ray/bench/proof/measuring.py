@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, as_completed
 from contextlib import AbstractContextManager, nullcontext
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -93,7 +94,9 @@ def measure_proof(
     workers = ThreadPoolExecutor(usable_cpus(), initializer=torch.set_num_threads, initargs=(1,))
     try:
         of_teachers = {name: [workers.submit(probe_teacher, name, seed) for seed in seeds] for name in roots}
-        of_arms = {name: [workers.submit(probe_student, name, seed) for seed in seeds] for name in ARMS}
+        of_arms: dict[str, list[Future[Outcome]]] = {name: [] for name in ARMS}
+        for seed, name in product(seeds, ARMS):
+            of_arms[name].append(workers.submit(probe_student, name, seed))
         titles = {future: ARMS[name].title for name, futures in of_arms.items() for future in futures}
         for done, future in enumerate(as_completed(titles), start=1):
             note(f"{done} of {len(titles)}: {titles[future]}, mIoU {future.result().miou:.1%}")
