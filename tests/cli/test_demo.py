@@ -21,6 +21,8 @@ from dinov3_ray.demo.views import Views, crop_centre
         (["--images", "nowhere"], "--images must be a folder of photographs; nowhere is missing"),
         (["--root", "nowhere"], "root must be a model directory"),
         (["--images", "empty"], "--images must hold image files"),
+        (["--trained", "--images", "broken"], "--trained has a teacher of drawn scenes, .* got --images broken too"),
+        (["--trained", "--root", "mine"], "--trained has a teacher of drawn scenes, .* got --root mine too"),
         (["--images", "broken"], r"bad\.jpg \(not an image\)"),
         (["--out", "empty/../broken/bad.jpg/out"], "--out must be a folder that can be written"),
     ],
