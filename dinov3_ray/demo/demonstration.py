@@ -66,10 +66,7 @@ class DemoSettings:
     def __post_init__(self) -> None:
         if self.trained and (self.root is not None or self.images is not None):
             name, value = ("--images", self.images) if self.root is None else ("--root", self.root)
-            raise ConfigError(
-                f"--trained has a teacher of drawn scenes, and draws them; got {name} {value} too (leave out one of the "
-                "two)"
-            )
+            raise ConfigError(f"--trained has a teacher of its own, for drawn scenes: leave out {name}; got {value}")
 
 
 @dataclass(frozen=True, slots=True)

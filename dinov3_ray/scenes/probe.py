@@ -56,10 +56,10 @@ def predict_by_probe(map_SChw: Tensor, labels_Syx: Tensor, unseen_SChw: Tensor) 
         fit.zero_grad()
         penalty = head.linear.weight.square().sum() / CELLS_PER_PATCH**2 / len(CLASSES)
         value = F.cross_entropy(head(given), labels_Syx) + _DECAY * penalty
-        value.backward()  # type: ignore[no-untyped-call]
+        torch.autograd.backward(value)
         return value
 
-    fit.step(loss)  # type: ignore[arg-type]
+    fit.step(loss)  # type: ignore[no-untyped-call]
     with torch.no_grad():
         predicted: Tensor = head((unseen_SChw - mean_C) / spread_C).argmax(1)
     return predicted

@@ -5,6 +5,7 @@ It is made once for each user, and kept in the cache folder.
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import inspect
 import json
@@ -65,7 +66,7 @@ class SceneTeaching:
         """A name that changes with these settings, with the code that draws and teaches, and with torch."""
         digest = hashlib.sha256(json.dumps(asdict(self) | {"torch": torch.__version__}, sort_keys=True).encode())
         for module in (drawing, learning_rate, probe, scenery, sys.modules[__name__]):
-            digest.update(inspect.getsource(module).encode())
+            digest.update(ast.unparse(ast.parse(inspect.getsource(module))).encode())  # comments decide nothing
         return digest.hexdigest()[:16]
 
 
@@ -169,6 +170,6 @@ def _learn(
         map_BDhw = tokens_BND[:, network.num_prefix_tokens :].mT.unflatten(2, grid)
         loss = F.cross_entropy(head(map_BDhw), batch.labels)
         optimizer.zero_grad()
-        loss.backward()
+        torch.autograd.backward(loss)
         optimizer.step()
         on_step(step + 1)

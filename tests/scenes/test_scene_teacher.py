@@ -47,7 +47,9 @@ def test_the_key_changes_with_all_that_the_weights_depend_on(monkeypatch: pytest
     assert len(keys) == 4
     assert SceneTeaching(side=32, scenes=6, steps=3, batch=4).key == SMALL.key
     sources = scene_teacher.inspect.getsource
-    monkeypatch.setattr(scene_teacher.inspect, "getsource", lambda module: sources(module) + "# changed")
+    monkeypatch.setattr(scene_teacher.inspect, "getsource", lambda module: sources(module) + "# a comment")
+    assert SMALL.key in keys
+    monkeypatch.setattr(scene_teacher.inspect, "getsource", lambda module: sources(module) + "more = 1")
     assert SMALL.key not in keys
 
 

@@ -157,5 +157,5 @@ def _step(optimizer: torch.optim.Optimizer, rate: float, loss: Tensor) -> None:
     for group in optimizer.param_groups:
         group["lr"] = rate
     optimizer.zero_grad()
-    loss.backward()
+    torch.autograd.backward(loss)
     optimizer.step()

@@ -95,8 +95,8 @@ def measure_proof(
     try:
         of_teachers = {name: [workers.submit(probe_teacher, name, seed) for seed in seeds] for name in roots}
         of_arms: dict[str, list[Future[Outcome]]] = {name: [] for name in ARMS}
-        for seed, name in product(seeds, ARMS):
-            of_arms[name].append(workers.submit(probe_student, name, seed))
+        for seed, arm in product(seeds, ARMS):
+            of_arms[arm].append(workers.submit(probe_student, arm, seed))
         titles = {future: ARMS[name].title for name, futures in of_arms.items() for future in futures}
         for done, future in enumerate(as_completed(titles), start=1):
             note(f"{done} of {len(titles)}: {titles[future]}, mIoU {future.result().miou:.1%}")
@@ -116,18 +116,19 @@ def _through_pool(
     root: Path, name: str, given: Sequence[Scenery], settings: ProofSettings, *, local_mode: bool
 ) -> Sequence[Tensor]:
     """The teacher's maps, float32 [S,D,h,w], of each of ``given``."""
-    loader = torch.cat([scenes.pictures for scenes in given]).split(settings.batch)
+    loader = torch.split(torch.cat([scenes.pictures for scenes in given]), settings.batch)
     pool = TeacherPool.start(
         DinoV3Config(root), name=f"proof-{name}", replicas=settings.replicas, num_gpus=0, local_mode=local_mode
     )
     with pool, pool.teacher() as teacher:
         found = [features.feature_map for _, features in teacher.prefetch(loader, _SPEC, images=lambda batch: batch)]
-    return torch.cat([map_SDhw for map_SDhw in found if map_SDhw is not None]).split([len(each) for each in given])
+    maps_SDhw = torch.cat([map_BDhw for map_BDhw in found if map_BDhw is not None])
+    return torch.split(maps_SDhw, [len(each) for each in given])
 
 
 def _map_of(student: Student, scenes: Scenery) -> Tensor:
     with torch.no_grad():
-        return torch.cat([student.features(pictures) for pictures in scenes.pictures.split(_PER_PASS)])
+        return torch.cat([student.features(pictures) for pictures in torch.split(scenes.pictures, _PER_PASS)])
 
 
 def _probed(map_SDhw: Tensor, labelled: Scenery, unseen_SDhw: Tensor, unseen: Scenery) -> Outcome:
