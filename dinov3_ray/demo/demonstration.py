@@ -29,9 +29,9 @@ from dinov3_ray.pool.client.remote import RemoteTeacher
 from dinov3_ray.pool.teacher_pool import TeacherPool
 from dinov3_ray.scenes.drawing import draw_scene
 from dinov3_ray.scenes.learning_rate import rate_factor
-from dinov3_ray.scenes.probe import mean_iou, predict_by_probe
 from dinov3_ray.scenes.scene_teacher import SceneTeaching, cached_teacher
 from dinov3_ray.scenes.scenery import draw_scenery, relit
+from dinov3_ray.scenes.segmentation import mean_iou, predict_by_probe
 from dinov3_ray.scenes.student import Student
 from dinov3_ray.training.losses import DistillationLoss
 

@@ -27,10 +27,10 @@ from dinov3_ray.config import DinoV3Config
 from dinov3_ray.errors import CheckpointError
 from dinov3_ray.machine.locks import hold, lacks_locks
 from dinov3_ray.network.vit import ViT
-from dinov3_ray.scenes import drawing, learning_rate, probe, scenery
+from dinov3_ray.scenes import drawing, learning_rate, scenery, segmentation
 from dinov3_ray.scenes.learning_rate import rate_factor
-from dinov3_ray.scenes.probe import SegmentationHead
 from dinov3_ray.scenes.scenery import Scenery, draw_scenery
+from dinov3_ray.scenes.segmentation import SegmentationHead
 
 __all__ = ["FIRST_SCENE", "SceneTeaching", "cache_folder", "cached_teacher", "train_teacher"]
 
@@ -65,7 +65,7 @@ class SceneTeaching:
     def key(self) -> str:
         """A name that changes with these settings, with the code that draws and teaches, and with torch."""
         digest = hashlib.sha256(json.dumps(asdict(self) | {"torch": torch.__version__}, sort_keys=True).encode())
-        for module in (drawing, learning_rate, probe, scenery, sys.modules[__name__]):
+        for module in (drawing, learning_rate, scenery, segmentation, sys.modules[__name__]):
             digest.update(ast.unparse(ast.parse(inspect.getsource(module))).encode())  # comments decide nothing
         return digest.hexdigest()[:16]
 

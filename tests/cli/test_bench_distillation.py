@@ -13,7 +13,7 @@ from rich.console import Console
 
 from dinov3_ray.bench.proof.arms import ARMS, ProofSettings, partners, train_arm
 from dinov3_ray.bench.proof.measuring import measure_proof
-from dinov3_ray.bench.proof.outcome import Outcome, Proof
+from dinov3_ray.bench.proof.outcome import Proof, Score
 from dinov3_ray.bench.proof.paired import paired_bounds
 from dinov3_ray.errors import ConfigError
 from dinov3_ray.scenes.scene_teacher import SceneTeaching
@@ -95,8 +95,7 @@ def made_up(**mious: tuple[float, ...]) -> Proof:
     """A proof of three seeds with these mIoU."""
     scenes = draw_scenery(0, 2, 32)
     found = {
-        name: [Outcome(miou, scenes.labels) for miou in mious.get(name, (0.5, 0.6, 0.55))]
-        for name in (*ARMS, "teacher")
+        name: [Score(miou, scenes.labels) for miou in mious.get(name, (0.5, 0.6, 0.55))] for name in (*ARMS, "teacher")
     }
     teachers = {"trained": found.pop("teacher"), "random": found["labels"]}
     return Proof(ProofSettings(seeds=3), found, teachers, scenes)  # type: ignore[arg-type]
@@ -108,13 +107,13 @@ def test_a_proof_is_one_only_if_the_teacher_wins_and_no_control_does() -> None:
     assert good.share_handed_on == pytest.approx(0.2033 / 0.3, abs=1e-3)
     assert good.gain("trained").mean == pytest.approx(0.2033, abs=1e-3)
     (beaten, by_random) = made_up(trained=(0.51, 0.6, 0.56)).complaints()
-    assert beaten.startswith("The trained teacher was not shown to beat the labels alone: +0.7 [")
-    assert by_random.startswith("The trained teacher was not shown to beat a random teacher: ")
+    assert beaten.startswith("Distilling from the trained teacher was not shown to beat the labels alone: +0.7 [")
+    assert by_random.startswith("Distilling from the trained teacher was not shown to beat a random teacher: ")
     (swapped,) = made_up(trained=(0.7, 0.81, 0.75), swapped=(0.6, 0.7, 0.66)).complaints()
     assert swapped.startswith("A control passes, and must not: swapped targets first, +10.3 [")
     both = made_up(trained=(0.7, 0.81, 0.75), random=(0.69, 0.8, 0.76)).complaints()
     assert [each.split(":")[0] for each in both] == [
-        "The trained teacher was not shown to beat a random teacher",
+        "Distilling from the trained teacher was not shown to beat a random teacher",
         "A control passes, and must not",
     ]
     assert made_up(trained=(0.7, 0.81, 0.75)).share_handed_on is None

@@ -36,11 +36,12 @@ def test_each_label_has_the_colours_that_it_was_drawn_in() -> None:
         picture_3HW, labels_HW = draw_labelled(seed, 128)
         assert labels_HW.shape == (128, 128)
         for label, (name, colours) in enumerate(palette.items()):
-            # Away from edges, where neighbours mix. A shadow may lie on anything.
+            # Away from edges to other labels, where colours mix; as they do where a shadow, which may lie on anything,
+            # or a field or a roof of another colour begins.
             apart_HW = F.max_pool2d((labels_HW != label)[None, None].float(), 5, 1, 2)[0, 0] == 0
             pixels_N3 = picture_3HW[:, apart_HW].T.float()
             distances_NK = torch.cdist(pixels_N3, torch.tensor([*colours, drawing._SHADOW]).float())
-            assert (distances_NK.amin(1) < 40).float().mean() > 0.99 or not len(pixels_N3), (seed, name)
+            assert (distances_NK.amin(1) < 40).float().mean() > 0.95 or not len(pixels_N3), (seed, name)
             seen[name] += len(pixels_N3)
     assert min(seen.values()) > 50, seen
 

@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dinov3_ray.scenes.learning_rate import rate_factor
-from dinov3_ray.scenes.probe import SegmentationHead
 from dinov3_ray.scenes.scene_teacher import SceneTeaching
 from dinov3_ray.scenes.scenery import Scenery
+from dinov3_ray.scenes.segmentation import SegmentationHead
 from dinov3_ray.scenes.student import Student
 from dinov3_ray.training.losses import DistillationLoss
 

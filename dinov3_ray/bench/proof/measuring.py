@@ -16,15 +16,15 @@ import torch
 from torch import Tensor
 
 from dinov3_ray.bench.proof.arms import ARMS, ProofSettings, TeacherName, train_arm
-from dinov3_ray.bench.proof.outcome import SHOWN, Outcome, Proof
+from dinov3_ray.bench.proof.outcome import SHOWN, Proof, Score
 from dinov3_ray.checkpoint import init_checkpoint
 from dinov3_ray.config import DinoV3Config
 from dinov3_ray.features import FeatureSpec
 from dinov3_ray.machine.cpus import usable_cpus
 from dinov3_ray.pool.teacher_pool import TeacherPool
-from dinov3_ray.scenes.probe import mean_iou, predict_by_probe
 from dinov3_ray.scenes.scene_teacher import TeachingReport, cached_teacher
 from dinov3_ray.scenes.scenery import Scenery, draw_scenery
+from dinov3_ray.scenes.segmentation import mean_iou, predict_by_probe
 from dinov3_ray.scenes.student import Student
 
 __all__ = ["measure_proof"]
@@ -77,12 +77,12 @@ def measure_proof(
         if stopped.is_set():
             raise CancelledError
 
-    def probe_teacher(name: TeacherName, seed: int) -> Outcome:
+    def probe_teacher(name: TeacherName, seed: int) -> Score:
         _, labelled_SDhw, unseen_SDhw = maps[name]
         of_seed_SDhw = labelled_SDhw[settings.labels * seed : settings.labels * (seed + 1)]
         return _probed(of_seed_SDhw, labels[seed], unseen_SDhw, unseen)
 
-    def probe_student(name: str, seed: int) -> Outcome:
+    def probe_student(name: str, seed: int) -> Score:
         arm = ARMS[name]
         targets = maps[arm.teacher][0] if arm.teacher else None
         student = train_arm(arm, seed, labels[seed], unlabelled.pictures, targets, settings, check)
@@ -94,7 +94,7 @@ def measure_proof(
     workers = ThreadPoolExecutor(usable_cpus(), initializer=torch.set_num_threads, initargs=(1,))
     try:
         of_teachers = {name: [workers.submit(probe_teacher, name, seed) for seed in seeds] for name in roots}
-        of_arms: dict[str, list[Future[Outcome]]] = {name: [] for name in ARMS}
+        of_arms: dict[str, list[Future[Score]]] = {name: [] for name in ARMS}
         for seed, arm in product(seeds, ARMS):
             of_arms[arm].append(workers.submit(probe_student, arm, seed))
         titles = {future: ARMS[name].title for name, futures in of_arms.items() for future in futures}
@@ -131,9 +131,9 @@ def _map_of(student: Student, scenes: Scenery) -> Tensor:
         return torch.cat([student.features(pictures) for pictures in torch.split(scenes.pictures, _PER_PASS)])
 
 
-def _probed(map_SDhw: Tensor, labelled: Scenery, unseen_SDhw: Tensor, unseen: Scenery) -> Outcome:
+def _probed(map_SDhw: Tensor, labelled: Scenery, unseen_SDhw: Tensor, unseen: Scenery) -> Score:
     predicted_Syx = predict_by_probe(map_SDhw, labelled.labels, unseen_SDhw)
-    return Outcome(mean_iou(predicted_Syx, unseen.labels), predicted_Syx[:SHOWN].clone())
+    return Score(mean_iou(predicted_Syx, unseen.labels), predicted_Syx[:SHOWN].clone())
 
 
 def _in_tenths(note: Note) -> TeachingReport:

@@ -20,7 +20,7 @@ from dinov3_ray.pictures import save_grid
 from dinov3_ray.scenes.drawing import CLASSES
 from dinov3_ray.scenes.scenery import Scenery
 
-__all__ = ["SHOWN", "Outcome", "Proof"]
+__all__ = ["SHOWN", "Proof", "Score"]
 
 SHOWN = 4
 """Unseen scenes in the picture of predictions."""
@@ -31,7 +31,7 @@ assert len(_COLOURS) == len(CLASSES)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Outcome:
+class Score:
     """Of one student or teacher, by the probe: mIoU on all unseen scenes, and the classes of some, int64 [S,y,x]."""
 
     miou: float
@@ -44,14 +44,14 @@ class Proof:
 
     Attributes:
         settings: as given.
-        arms: the outcomes of each of :data:`~dinov3_ray.bench.proof.arms.ARMS`, one per seed.
+        arms: the scores of each of :data:`~dinov3_ray.bench.proof.arms.ARMS`, one per seed.
         teachers: those of the teachers' own maps.
-        shown: the unseen scenes that outcomes show.
+        shown: the unseen scenes that scores show.
     """
 
     settings: ProofSettings
-    arms: Mapping[str, Sequence[Outcome]]
-    teachers: Mapping[TeacherName, Sequence[Outcome]]
+    arms: Mapping[str, Sequence[Score]]
+    teachers: Mapping[TeacherName, Sequence[Score]]
     shown: Scenery
 
     def gain(self, arm: str, over: str = "labels") -> Bounds:
@@ -127,7 +127,7 @@ class Proof:
         gains, predictions = folder / "gains.png", folder / "predictions.png"
         self._save_gains(gains)
         found = {"labels": self.shown.labels}
-        found |= {ARMS[name].title: outcomes[0].shown for name, outcomes in self.arms.items()}
+        found |= {ARMS[name].title: scores[0].shown for name, scores in self.arms.items()}
         found["trained teacher itself"] = self.teachers["trained"][0].shown
         rows = [
             [
@@ -142,7 +142,7 @@ class Proof:
     def _save_gains(self, path: Path) -> None:
         figure = Figure(figsize=(10, 4), dpi=120, layout="constrained")
         left, right = figure.subplots(1, 2)
-        found = {ARMS[name].title: _mious(outcomes) for name, outcomes in self.arms.items()}
+        found = {ARMS[name].title: _mious(scores) for name, scores in self.arms.items()}
         found["the trained teacher itself"] = _mious(self.teachers["trained"])
         for place, mious in enumerate(found.values()):
             colour = "#8a8a8a" if place == len(found) - 1 else "#9db8d9"
@@ -163,12 +163,12 @@ class Proof:
         figure.savefig(path)
 
 
-def _mious(outcomes: Sequence[Outcome]) -> list[float]:
-    return [outcome.miou for outcome in outcomes]
+def _mious(scores: Sequence[Score]) -> list[float]:
+    return [score.miou for score in scores]
 
 
-def _mean(outcomes: Sequence[Outcome]) -> float:
-    return statistics.fmean(_mious(outcomes))
+def _mean(scores: Sequence[Score]) -> float:
+    return statistics.fmean(_mious(scores))
 
 
 def _told(gain: Bounds) -> str:

@@ -7,7 +7,7 @@ import torch
 
 from dinov3_ray.errors import InputError
 from dinov3_ray.scenes.drawing import CLASSES
-from dinov3_ray.scenes.probe import CELLS_PER_PATCH, mean_iou, predict_by_probe
+from dinov3_ray.scenes.segmentation import CELLS_PER_PATCH, mean_iou, predict_by_probe
 
 
 def test_mean_iou_is_that_of_a_hand_computation() -> None:
