@@ -33,6 +33,7 @@ FLOORS = {
         ["checkpoint"],
         ["model"],
         ["training"],
+        ["scenes"],
         ["pool"],
         ["integrations", "datasets"],
         ["distillation"],

@@ -322,6 +322,65 @@ def router(requests: int, repeats: int, quick: bool, as_json: bool) -> None:
     _show(result, as_json=as_json)
 
 
+@bench.command(short_help="Proof that a student gains from a teacher that knows something.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="A folder for pictures: gains.png and predictions.png. [default: none]",
+)
+@click.option("--seeds", type=click.IntRange(2, 31), help="Paired runs of each arm. [default: 5, with --quick 3]")
+@click.option("--replicas", default=1, show_default=True, type=click.IntRange(1), help="Teachers in each pool.")
+@click.option("--local", is_flag=True, help="Pools in this process, without Ray.")
+@_quick("A small teacher, few scenes and steps")
+@address_option
+@_as_json
+@click.pass_context
+def distillation(
+    context: click.Context,
+    out: Path | None,
+    seeds: int | None,
+    replicas: int,
+    local: bool,
+    quick: bool,
+    address: str | None,
+    as_json: bool,
+) -> None:
+    """Whether a student with 32 labels gets better by distilling, on drawn scenes that come with labels.
+
+    Arms of one budget, paired by seed: the labels alone; after distilling from a random teacher, from a trained one on
+    3,000 scenes without labels, or from its maps of other images; and with both at once. The teacher is a small ViT,
+    made once and kept in the cache folder. The exit code is 1 if the lower 95% bound of the gain over labels alone or
+    over the random teacher is not above 0, or if a control gains.
+    """
+    from dinov3_ray.bench.machine import running
+    from dinov3_ray.bench.proof.arms import QUICK_PROOF, ProofSettings
+    from dinov3_ray.bench.proof.measuring import measure_proof
+
+    settings = replace(QUICK_PROOF if quick else ProofSettings(), replicas=replicas)
+    settings = settings if seeds is None else replace(settings, seeds=seeds)
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+    begun = datetime.now(UTC)
+
+    def note(step: str) -> None:
+        click.echo(f"{(datetime.now(UTC) - begun).total_seconds():5.0f} s  {step}", err=True)
+
+    interrupts = Interrupts("interrupted: the pools and the Ray that was started for them have ended")
+    try:
+        with interrupts, tempfile.TemporaryDirectory(prefix="dinov3-ray-bench-") as folder:
+            proof = measure_proof(settings, Path(folder), None if local else lambda: running(address), note)
+    except KeyboardInterrupt:
+        click.echo(interrupts.last_words, err=True)
+        context.exit(interrupts.exit_code)
+    _show(proof, as_json=as_json)
+    if out is not None:
+        for picture in proof.save_pictures(out):
+            click.echo(f"written: {picture}", err=True)
+    for complaint in proof.complaints():
+        click.echo(complaint, err=True)
+    context.exit(bool(proof.complaints()))
+
+
 @bench.command(short_help="All that only a GPU can show, in nine minutes.")
 @click.option(
     "--json",

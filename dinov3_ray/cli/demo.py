@@ -24,6 +24,12 @@ __all__ = ["demo"]
 @click.option(
     "--images", type=click.Path(path_type=Path), help="A folder of your own photographs, instead of drawn scenes."
 )
+@click.option(
+    "--trained",
+    is_flag=True,
+    help="A teacher that knows the scenes, and a probe of the student before and after. The teacher is made once, in "
+    "minutes, and kept in the cache folder.",
+)
 @model_options("Your own teacher's model, instead of random weights")
 @click.option("--steps", type=click.IntRange(min=2), default=150, show_default=True, help="Training steps.")
 @click.option(
@@ -41,6 +47,7 @@ def demo(
     context: click.Context,
     out: Path,
     images: Path | None,
+    trained: bool,
     root: str | None,
     revision: str | None,
     steps: int,
@@ -62,13 +69,16 @@ def demo(
                 from dinov3_ray.demo.report import LOSS_FILE, MAPS_FILE, SUMMARY_FILE
                 from dinov3_ray.distillation.display import Display
 
-            settings = DemoSettings(out, images, root, revision, steps, seconds, replicas, batch, address)
+            settings = DemoSettings(out, images, root, revision, steps, seconds, replicas, batch, address, trained)
             summary = run_demo(settings, Display(), interrupts)
     except KeyboardInterrupt:
         click.echo(interrupts.last_words, err=True)
         context.exit(interrupts.exit_code)
     steps = len(summary.losses)  # fewer than --steps if the time was up
     click.echo(f"loss      {summary.first_loss:.3f} -> {summary.last_loss:.3f} (1 - cosine, {steps} steps of {batch})")
+    if summary.probe_before is not None:
+        scores = f"{summary.probe_before:.1%} -> {summary.probe_after:.1%}"
+        click.echo(f"probe     {scores} (mIoU of a linear probe on the student's map, on scenes that it never saw)")
     click.echo(f"speed     {summary.images_per_second:.1f} img/s, {summary.total_seconds:.0f} s in total")
     click.echo(f"waiting   {summary.wait_share:.0%} of the training's time for the teacher")
     click.echo(f"files     {', '.join(str(out / name) for name in (MAPS_FILE, LOSS_FILE, SUMMARY_FILE))}")

@@ -6,7 +6,6 @@ Shapes: B views, D teacher channels, h × w the teacher's grid.
 from __future__ import annotations
 
 import logging
-import math
 import os
 import secrets
 import time
@@ -19,9 +18,9 @@ from torch import Tensor
 from dinov3_ray.checkpoint import init_checkpoint
 from dinov3_ray.config import open_config
 from dinov3_ray.demo.ephemeral_ray import DemoRay, gpus_per_replica, make_folder, remove_folder
-from dinov3_ray.demo.photographs import draw_scene, read_photographs
+from dinov3_ray.demo.photographs import read_photographs
 from dinov3_ray.demo.report import Summary, save_loss_curve, save_maps, save_summary
-from dinov3_ray.demo.student import Student, Views
+from dinov3_ray.demo.views import Views
 from dinov3_ray.distillation.augmentation import crop_centre
 from dinov3_ray.distillation.display import Display
 from dinov3_ray.errors import ConfigError
@@ -30,6 +29,12 @@ from dinov3_ray.interrupts import Interrupts
 from dinov3_ray.machine.cpus import usable_cpus
 from dinov3_ray.pool.client.remote import RemoteTeacher
 from dinov3_ray.pool.teacher_pool import TeacherPool
+from dinov3_ray.scenes.drawing import draw_scene
+from dinov3_ray.scenes.learning_rate import rate_factor
+from dinov3_ray.scenes.scene_teacher import SceneTeaching, cached_teacher
+from dinov3_ray.scenes.scenery import draw_scenery, relit
+from dinov3_ray.scenes.segmentation import mean_iou, predict_by_probe
+from dinov3_ray.scenes.student import Student
 from dinov3_ray.training.losses import DistillationLoss
 
 __all__ = ["DemoSettings", "run_demo"]
@@ -39,9 +44,10 @@ log = logging.getLogger("dinov3_ray")
 _SPEC = FeatureSpec(feature_map=True)
 _VARIANT, _IMAGE_SIZE = "vit-test", 256  # a pass of a batch takes a CPU core a fraction of a second
 _SCENES, _SHOWN = 40, 4
+_MANY_SCENES = 200  # for a teacher that knows them
+_PROBE_SCENES = ((10_000, 64), (20_000, 100))  # (first, count): those with labels, and those to measure on
 _MOST_PHOTOGRAPHS = 200
 _LEARNING_RATE = 4e-3
-_RISE = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,13 +63,18 @@ class DemoSettings:
     replicas: int = 2
     batch: int = 8
     address: str | None = None
+    trained: bool = False
+
+    def __post_init__(self) -> None:
+        if self.trained and (self.root is not None or self.images is not None):
+            name, value = ("--images", self.images) if self.root is None else ("--root", self.root)
+            raise ConfigError(f"--trained has a teacher of its own, for drawn scenes: leave out {name}; got {value}")
 
 
 @dataclass(frozen=True, slots=True)
 class _Trained:
     """The result of the training loop; the loss of each step, and seconds in total."""
 
-    student: Student
     losses: tuple[float, ...]
     wait_share: float
     seconds: float
@@ -80,6 +91,7 @@ def run_demo(settings: DemoSettings, display: Display, interrupts: Interrupts) -
     """
     begun = time.monotonic()
     _make_out(settings.out)
+    root = _trained_teacher(display) if settings.trained else settings.root
     with interrupts.held():
         folder = make_folder()
         ray = DemoRay(settings.address, folder)
@@ -89,7 +101,7 @@ def run_demo(settings: DemoSettings, display: Display, interrupts: Interrupts) -
     # Twice: an interrupt may cut the first cleanup short, and the second one completes it.
     try:
         try:
-            return _run(settings, display, interrupts, ray, folder, begun)
+            return _run(root, settings, display, interrupts, ray, folder, begun)
         finally:
             _clean_up(ray, folder)
     finally:
@@ -99,11 +111,20 @@ def run_demo(settings: DemoSettings, display: Display, interrupts: Interrupts) -
 
 
 def _run(
-    settings: DemoSettings, display: Display, interrupts: Interrupts, ray: DemoRay, folder: Path, begun: float
+    root: str | Path | None,
+    settings: DemoSettings,
+    display: Display,
+    interrupts: Interrupts,
+    ray: DemoRay,
+    folder: Path,
+    begun: float,
 ) -> Summary:
-    root = settings.root or init_checkpoint(_VARIANT, folder / "teacher", image_size=_IMAGE_SIZE)
+    root = root or init_checkpoint(_VARIANT, folder / "teacher", image_size=_IMAGE_SIZE)
     config = open_config(root, revision=settings.revision)
     pictures, shown = _pictures(settings, display, max(config.nominal_size))
+    torch.manual_seed(0)
+    student = Student(config.hidden_size)
+    before = _probed(student, config.nominal_size[0], display) if settings.trained else None
     with display.phase(f"{'starting' if ray.embedded else 'joining'} Ray"):
         ray.start()
     name = f"demo-{secrets.token_hex(4)}"
@@ -114,12 +135,13 @@ def _run(
     with pool:
         teacher = pool.teacher()
         views = Views(pictures, config.nominal_size, batch=settings.batch, steps=settings.steps, seed=0)
-        trained = _train(teacher, views, config.hidden_size, settings, display, interrupts)
+        trained = _train(student, teacher, views, settings, display, interrupts)
         centres = [crop_centre(picture, config.nominal_size) for picture in shown]
         teacher_map = teacher.extract_feature_map(torch.stack(centres))
         described, fingerprint = teacher.info.description, teacher.fingerprint
-    save_maps(settings.out, centres, teacher_map, _map_of(trained.student, torch.stack(centres)))
+    save_maps(settings.out, centres, teacher_map, _map_of(student, torch.stack(centres)))
     save_loss_curve(settings.out, trained.losses)
+    after = _probed(student, config.nominal_size[0], display) if settings.trained else None
     tail = trained.losses[-max(1, len(trained.losses) // 10) :]
     summary = Summary(
         teacher=described,
@@ -134,21 +156,21 @@ def _run(
         wait_share=trained.wait_share,
         training_seconds=trained.seconds,
         total_seconds=time.monotonic() - begun,
+        probe_before=before,
+        probe_after=after,
     )
     save_summary(settings.out, summary)
     return summary
 
 
 def _train(
+    student: Student,
     teacher: RemoteTeacher,
     views: Views,
-    channels: int,
     settings: DemoSettings,
     display: Display,
     interrupts: Interrupts,
 ) -> _Trained:
-    torch.manual_seed(0)
-    student = Student(channels)
     distill = DistillationLoss("cosine", align="teacher")
     optimizer = torch.optim.AdamW(student.parameters(), lr=_LEARNING_RATE)
     losses: list[float] = []
@@ -157,8 +179,9 @@ def _train(
     with display.training(len(views)) as report:
         for views_B3HW, targets in prefetch:
             spent = (time.monotonic() - begun) / settings.seconds
+            # Of steps or time, whichever is further: the rate is low when training ends for either reason.
             for group in optimizer.param_groups:
-                group["lr"] = _LEARNING_RATE * _rate(max(len(losses) / settings.steps, spent))
+                group["lr"] = _LEARNING_RATE * rate_factor(max(len(losses) / settings.steps, spent))
             loss = distill(student(views_B3HW), targets)
             optimizer.zero_grad()
             loss.backward()
@@ -169,17 +192,7 @@ def _train(
             report(len(losses), losses[-1], settings.batch * len(losses) / seconds, prefetch.statistics().wait_share)
             if seconds > settings.seconds and len(losses) > 1:
                 break  # on a slow or busy machine the time is up before the steps are done
-    return _Trained(student, tuple(losses), prefetch.statistics().wait_share, time.monotonic() - begun)
-
-
-def _rate(progress: float) -> float:
-    """The factor of the learning rate at ``progress`` (0 to 1): it rises for a tenth, then falls to 0 as a cosine.
-
-    Progress counts steps or time, whichever is further, so that the rate is low when training ends for either reason.
-    """
-    if progress < _RISE:
-        return 0.1 + 0.9 * progress / _RISE
-    return 0.5 * (1 + math.cos(math.pi * (min(progress, 1.0) - _RISE) / (1 - _RISE)))
+    return _Trained(tuple(losses), prefetch.statistics().wait_share, time.monotonic() - begun)
 
 
 def _map_of(student: Student, views_B3HW: Tensor) -> Tensor:
@@ -188,9 +201,33 @@ def _map_of(student: Student, views_B3HW: Tensor) -> Tensor:
     return map_BDhw
 
 
+def _trained_teacher(display: Display) -> Path:
+    """The model directory of the teacher that knows the scenes, from this user's cache; made now if it is not there."""
+
+    def report(done: int, of: int) -> None:
+        if 10 * done // of > 10 * (done - 1) // of:
+            display.note(f"making a teacher that knows the scenes, once for this user: {done / of:.0%}")
+
+    return cached_teacher(SceneTeaching(), report)
+
+
+def _probed(student: Student, side: int, display: Display) -> float:
+    """The mIoU of a linear probe on the student's map, in eval mode, on scenes that nothing was trained on."""
+    with display.phase("probing the student"), torch.no_grad():
+        labelled, unseen = (draw_scenery(first, count, side) for first, count in _PROBE_SCENES)
+        labelled_map, unseen_map = (student.eval().features(scenes.pictures) for scenes in (labelled, unseen))
+        with torch.enable_grad():
+            predicted = predict_by_probe(labelled_map, labelled.labels, unseen_map)
+        student.train()
+        return mean_iou(predicted, unseen.labels)
+
+
 def _pictures(settings: DemoSettings, display: Display, size: int) -> tuple[list[Tensor], list[Tensor]]:
     """(Pictures to train on, pictures to show at the end); the student never sees the latter if there are enough."""
-    if settings.images is None:
+    if settings.trained:
+        with display.phase(f"drawing {_MANY_SCENES} scenes"):
+            found = [relit(draw_scene(seed), seed) for seed in range(_MANY_SCENES)]
+    elif settings.images is None:
         with display.phase(f"drawing {_SCENES} scenes"):
             found = [draw_scene(seed) for seed in range(_SCENES)]
     else:

@@ -1,78 +1,22 @@
-"""The pictures of the demonstration: the user's own photographs, or drawn scenes, each made from a seed alone."""
+"""The user's own photographs, for the demonstration."""
 
 from __future__ import annotations
 
-import math
 import os
-import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
 from torch import Tensor
 
 from dinov3_ray.datasets.decode import Decoder, Unreadable
 from dinov3_ray.datasets.formats import IMAGE_EXTENSIONS, has_image_name
 from dinov3_ray.errors import ConfigError, InputError
 
-__all__ = ["Photographs", "draw_scene", "read_photographs"]
-
-
-Point = tuple[float, float]
-
-_OVERSAMPLING = 2  # smooth edges: drawn larger, then reduced
-_FIELDS = ((96, 134, 62), (134, 160, 74), (176, 158, 96), (201, 178, 122), (70, 110, 60), (158, 124, 84))
-_ROOFS = ((172, 84, 62), (196, 120, 88), (148, 150, 158), (210, 206, 196))
-_WATER, _SHORE, _ROAD, _SHADOW, _TREE = (44, 92, 128), (196, 184, 140), (92, 92, 98), (40, 44, 40), (40, 84, 38)
-
-
-def draw_scene(seed: int, side: int = 320) -> Tensor:
-    """One view from above, of fields, a lake, houses, a road and trees: uint8 RGB [3,side,side]."""
-    chance = random.Random(f"scene {seed}")  # noqa: S311 - the same pictures every time, and no secret
-    size = side * _OVERSAMPLING
-    image = Image.new("RGB", (size, size))
-    draw = ImageDraw.Draw(image)
-
-    def spot() -> Point:
-        return chance.uniform(0, size), chance.uniform(0, size)
-
-    angle, at = chance.uniform(0, math.pi), -0.8 * size
-    while at < 0.8 * size:
-        breadth = chance.uniform(0.15, 0.45) * size
-        middle = _along((size / 2, size / 2), angle + math.pi / 2, at + breadth / 2)
-        draw.polygon(_rectangle(middle, 2 * size, breadth, angle), fill=chance.choice(_FIELDS))
-        at += breadth
-    for _ in range(chance.randint(6, 12)):
-        (x, y), turn = spot(), chance.uniform(0, math.pi)
-        length, breadth = size * chance.uniform(0.08, 0.16), size * chance.uniform(0.06, 0.09)
-        draw.polygon(_rectangle((x + size / 70, y + size / 70), length, breadth, turn), fill=_SHADOW)
-        draw.polygon(_rectangle((x, y), length, breadth, turn), fill=chance.choice(_ROOFS))
-    (x, y), radius, height = spot(), size * chance.uniform(0.15, 0.3), size * chance.uniform(0.1, 0.2)
-    draw.ellipse((x - radius, y - height, x + radius, y + height), _WATER, _SHORE, size // 100)
-    middle, angle = spot(), chance.uniform(0, math.pi)
-    draw.polygon(_rectangle(middle, 3 * size, size / 15, angle), fill=_ROAD)
-    for _ in range(chance.randint(20, 60)):
-        (x, y), radius = spot(), size * chance.uniform(0.012, 0.03)
-        draw.ellipse((x - radius, y - radius, x + radius, y + radius), _TREE)
-    pixels_HW3 = np.asarray(image.resize((side, side), Image.Resampling.LANCZOS))
-    grain_HW1 = np.random.default_rng(seed).normal(0, 5, (side, side, 1))
-    return torch.from_numpy(np.clip(pixels_HW3 + grain_HW1, 0, 255).astype(np.uint8)).permute(2, 0, 1).contiguous()
-
-
-def _along(start: Point, angle: float, way: float) -> Point:
-    return start[0] + way * math.cos(angle), start[1] + way * math.sin(angle)
-
-
-def _rectangle(centre: Point, length: float, breadth: float, angle: float) -> list[Point]:
-    """Its corners; ``length`` lies under ``angle``."""
-    ends = [_along(centre, angle, way) for way in (-length / 2, length / 2)]
-    sides = ((ends[0], -breadth), (ends[0], breadth), (ends[1], breadth), (ends[1], -breadth))
-    return [_along(end, angle + math.pi / 2, way / 2) for end, way in sides]
+__all__ = ["Photographs", "read_photographs"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -44,6 +44,8 @@ class Summary:
         wait_share: the share of the training's time that was spent waiting for the teacher, 0 to 1.
         training_seconds: the time of the training loop.
         total_seconds: the time from the start of the command until this was written.
+        probe_before, probe_after: of a run with ``--trained``, the mIoU of a linear probe on the student's map before
+            and after the training, on scenes that it never saw, 0 to 1; else None, and not in summary.json.
     """
 
     teacher: str
@@ -58,11 +60,14 @@ class Summary:
     wait_share: float
     training_seconds: float
     total_seconds: float
+    probe_before: float | None = None
+    probe_after: float | None = None
 
 
 def save_summary(folder: Path, summary: Summary) -> None:
     """Write summary.json to ``folder``."""
-    (folder / SUMMARY_FILE).write_text(json.dumps(asdict(summary), indent=2) + "\n", encoding="utf-8")
+    known = {name: value for name, value in asdict(summary).items() if value is not None or name == "fingerprint"}
+    (folder / SUMMARY_FILE).write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
 
 
 def save_loss_curve(folder: Path, losses: Sequence[float]) -> None:

@@ -11,8 +11,8 @@ from commandline import run_command
 from torch import Tensor
 
 from dinov3_ray.demo.ephemeral_ray import gpus_per_replica
-from dinov3_ray.demo.photographs import draw_scene, read_photographs
-from dinov3_ray.demo.student import Student, Views
+from dinov3_ray.demo.photographs import read_photographs
+from dinov3_ray.demo.views import Views
 from dinov3_ray.distillation.augmentation import crop_centre
 
 
@@ -22,6 +22,8 @@ from dinov3_ray.distillation.augmentation import crop_centre
         (["--images", "nowhere"], "--images must be a folder of photographs; nowhere is missing"),
         (["--root", "nowhere"], "root must be a model directory"),
         (["--images", "empty"], "--images must hold image files"),
+        (["--trained", "--images", "broken"], "--trained has a teacher of its own, .* leave out --images; got broken"),
+        (["--trained", "--root", "mine"], "--trained has a teacher of its own, .* leave out --root; got mine"),
         (["--images", "broken"], r"bad\.jpg \(not an image\)"),
         (["--out", "empty/../broken/bad.jpg/out"], "--out must be a folder that can be written"),
     ],
@@ -70,20 +72,6 @@ def test_every_picture_is_seen_before_any_is_seen_again() -> None:
 def test_the_centre_of_a_picture_that_fits_is_the_picture(photographs: list[Tensor]) -> None:
     picture = photographs[0]
     assert torch.equal(crop_centre(picture, (picture.shape[1], picture.shape[2])), picture)
-
-
-def test_scenes_are_the_same_every_time_and_all_different() -> None:
-    scenes = [draw_scene(seed, 64) for seed in (0, 0, 1, 2)]
-    assert torch.equal(scenes[0], scenes[1])
-    assert len({scene.numpy().tobytes() for scene in scenes}) == 3
-    assert scenes[0].shape == (3, 64, 64)
-    assert scenes[0].dtype == torch.uint8
-
-
-@pytest.mark.parametrize(("size", "grid"), [((64, 96), (4, 6)), ((71, 96), (4, 6)), ((518, 32), (32, 2))])
-def test_the_student_has_its_teachers_grid(size: tuple[int, int], grid: tuple[int, int]) -> None:
-    views_B3HW = torch.zeros(2, 3, *size, dtype=torch.uint8)
-    assert Student(24, channels=16)(views_B3HW).shape == (2, 24, *grid)
 
 
 @pytest.mark.parametrize(

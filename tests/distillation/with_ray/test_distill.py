@@ -20,8 +20,8 @@ from students import HALT, halting
 from waiting import until
 
 from dinov3_ray import DinoV3Config, TeacherPool
-from dinov3_ray.demo.photographs import draw_scene
 from dinov3_ray.distillation.run_folder import CHECKPOINT, METRICS, STUDENT, SUMMARY, RunFolder
+from dinov3_ray.scenes.drawing import draw_scene
 
 STEPS = 24
 OPTIONS = ("--student", "students:halting", "--image-size", 64, "--steps", STEPS, "--batch", 4)

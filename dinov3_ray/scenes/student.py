@@ -1,18 +1,13 @@
-"""The student of the demonstration, a small convolutional network, and the augmented views that it is trained on.
+"""A student: a small convolutional network that has its teacher's grid.
 
-Shapes: B views, 3 channels (RGB), height H, width W.
+Shapes: B images, 3 channels (RGB), height H, width W, D teacher channels, C channels of its own, a grid of h × w cells.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-
-import torch
 from torch import Tensor, nn
 
-from dinov3_ray.distillation.augmentation import Augmentation
-
-__all__ = ["STRIDE", "Student", "Views"]
+__all__ = ["STRIDE", "Student"]
 
 
 STRIDE = 16
@@ -24,12 +19,13 @@ class Student(nn.Module):
 
     Args:
         teacher_channels: D.
-        channels: of the map that the head gets.
+        channels: C, of the map that the head gets.
         blocks: the number of residual blocks on the final grid.
     """
 
     def __init__(self, teacher_channels: int, *, channels: int = 128, blocks: int = 2) -> None:
         super().__init__()
+        self.channels = channels
         self.stem = nn.Sequential(
             _convolution(3, channels // 4, kernel=4, stride=4),
             _convolution(channels // 4, channels // 2, kernel=2, stride=2),
@@ -40,10 +36,15 @@ class Student(nn.Module):
 
     def forward(self, images_B3HW: Tensor) -> Tensor:
         """Map uint8 images in 0..255. Pixels beyond the last whole cell are dropped, as the teacher does."""
+        map_BDhw: Tensor = self.head(self.features(images_B3HW))
+        return map_BDhw
+
+    def features(self, images_B3HW: Tensor) -> Tensor:
+        """The map [B,C,h,w] that the head gets: what stays of the student when the head is taken off."""
         height, width = (side // STRIDE * STRIDE for side in images_B3HW.shape[-2:])
         centred = images_B3HW[..., :height, :width].float().div(127.5).sub(1)
-        map_BDhw: Tensor = self.head(self.blocks(self.stem(centred)))
-        return map_BDhw
+        map_BChw: Tensor = self.blocks(self.stem(centred))
+        return map_BChw
 
 
 class _Block(nn.Module):
@@ -65,34 +66,3 @@ class _Block(nn.Module):
 
 def _convolution(inner: int, outer: int, *, kernel: int, stride: int) -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(inner, outer, kernel, stride, bias=False), nn.BatchNorm2d(outer), nn.GELU())
-
-
-class Views:
-    """A loader of ``steps`` batches of randomly cropped, mirrored and recoloured pictures.
-
-    Every pass over it gives the same batches: they depend on the seed alone.
-
-    Args:
-        pictures: uint8 [3,H_i,W_i].
-        size: (H, W) of the views.
-        batch: B.
-        steps: batches per pass.
-        seed: of the order of the pictures and of their augmentation.
-    """
-
-    def __init__(self, pictures: Sequence[Tensor], size: tuple[int, int], *, batch: int, steps: int, seed: int) -> None:
-        self._pictures, self._augment = pictures, Augmentation(size)
-        self._batch, self._steps, self._seed = batch, steps, seed
-
-    def __len__(self) -> int:
-        return self._steps
-
-    def __iter__(self) -> Iterator[Tensor]:
-        """Yield one uint8 tensor [B,3,H,W] per step."""
-        generator = torch.Generator().manual_seed(self._seed)
-        order: list[int] = []
-        for _ in range(self._steps):
-            while len(order) < self._batch:
-                order += torch.randperm(len(self._pictures), generator=generator).tolist()
-            chosen, order = order[: self._batch], order[self._batch :]
-            yield torch.stack([self._augment(self._pictures[index], generator) for index in chosen])
