@@ -62,7 +62,9 @@ __all__ = ["distill"]
     type=click.Choice(["auto", "off", "bfloat16", "float16"]),
     help="The student's autocast. auto: on a GPU.",
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the student's weights and of the views.")
+@click.option(
+    "--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the student's weights and of the views."
+)
 @click.option("--device", default="auto", show_default=True, help="The student's. auto: the last GPU, or else the CPU.")
 @click.option(
     "--replicas",

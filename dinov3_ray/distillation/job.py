@@ -81,8 +81,12 @@ class DistillSettings:
     def __post_init__(self) -> None:
         if (self.root is None) == (self.pool is None):
             raise ConfigError("exactly one of root and pool must be given: they say who teaches")
+        if self.pool is not None and self.replicas != "auto":
+            raise ConfigError(f"replicas belong to root: pool {self.pool!r} has its own; got {self.replicas}")
         if self.epochs is not None and self.steps is not None:
             raise ConfigError("epochs and steps must not both be given: each says how long to train")
+        if self.seed < 0:
+            raise ConfigError(f"seed must be at least 0; got {self.seed}")
         for name in ("epochs", "steps", "batch", "save_every"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -338,7 +342,7 @@ class _BackboneJob:
 
     def _train(self, training: TrainingRun, batches: Prefetch[Any, Any], report: StepReport) -> None:
         settings, first, begun = self.settings, training.step, time.monotonic()
-        before, loss, told = self.seconds, math.nan, len(self.unreadable)
+        before, loss, told = self.seconds, math.nan, len(self.unreadable) if first else 0
         try:
             with closing(iter(batches)) as stream:  # type: ignore[type-var]
                 for batch, targets in stream:
