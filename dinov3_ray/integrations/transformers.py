@@ -365,8 +365,10 @@ class DistillingTrainer(Trainer):  # type: ignore[misc] # transformers is treate
             return
         saved = torch.load(file, map_location="cpu", weights_only=True)
         for option, own in self._made_of().items():
-            if saved[option] != own:
-                raise ConfigError(f"{option} must be that which {file} was saved with, {saved[option]!r}; got {own!r}")
+            if saved.get(option) != own:
+                raise ConfigError(
+                    f"{option} must be that which {file} was saved with, {saved.get(option)!r}; got {own!r}"
+                )
         try:
             self._losses.load_state_dict(saved["losses"])
         except RuntimeError as error:
