@@ -84,7 +84,7 @@ class GradientShare(nn.Module):
         """
         if not (tensor.requires_grad and torch.is_grad_enabled()):
             return tensor
-        parts = _Parts(self, factor.detach())
+        parts = _SplitGradient(self, factor.detach())
         tensor.register_hook(parts.arrived)  # type: ignore[no-untyped-call]
         alias: Tensor = _Branch.apply(tensor, parts)  # type: ignore[no-untyped-call]
         return alias
@@ -127,7 +127,7 @@ def share_to_odds(share: float) -> float:
     return share / (1 - share)
 
 
-class _Parts:
+class _SplitGradient:
     """The gradient of one tensor in one batch, in its two parts."""
 
     def __init__(self, share: GradientShare, factor: Tensor) -> None:
@@ -149,7 +149,7 @@ class _Branch(torch.autograd.Function):
     """The identity, which hands its gradient to ``parts`` too."""
 
     @staticmethod
-    def forward(ctx: Any, tensor: Tensor, parts: _Parts) -> Tensor:
+    def forward(ctx: Any, tensor: Tensor, parts: _SplitGradient) -> Tensor:
         ctx.parts = parts
         return tensor.view_as(tensor)
 
