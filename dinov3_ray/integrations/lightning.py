@@ -39,7 +39,7 @@ class TeacherTargets(Callback):  # type: ignore[misc] # Lightning is treated as 
 
     With a recipe, ``training_step`` adds ``self.distiller(targets)``, of a distiller that the module made with
     ``recipe.for_student`` and has as an attribute: Lightning then trains its projectors, and its checkpoints keep its
-    whole state. The callback tells such distillers the epoch.
+    whole state. The callback attaches the taps of such distillers while it trains, and tells them the epoch.
 
     At the end of each epoch it logs ``teacher/wait_share``, ``teacher/depth`` and ``teacher/resends``.
 
@@ -69,6 +69,7 @@ class TeacherTargets(Callback):  # type: ignore[misc] # Lightning is treated as 
         self._address = address
         self._clients: list[RemoteTeacher] = []
         self._loaders: list[TargetLoader] = []
+        self._distillers: list[Distiller] = []
         self._undo: Callable[[], None] | None = None
 
     @property
@@ -96,10 +97,15 @@ class TeacherTargets(Callback):  # type: ignore[misc] # Lightning is treated as 
         strategy.process_dataloader = process_dataloader
         self._undo = lambda: strategy.__dict__.pop("process_dataloader", None)
 
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        for module in pl_module.modules():
-            if isinstance(module, Distiller):
-                module.set_epoch(trainer.current_epoch)
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
+        self._distillers = [module for module in pl_module.modules() if isinstance(module, Distiller)]
+        for distiller in self._distillers:
+            if not distiller.tap.attached:
+                distiller.tap.attach()
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
+        for distiller in self._distillers:
+            distiller.set_epoch(trainer.current_epoch)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
         statistics = [loader.stream.statistics() for loader in self._loaders]
@@ -129,5 +135,7 @@ class TeacherTargets(Callback):  # type: ignore[misc] # Lightning is treated as 
         if self._undo is not None:
             self._undo()
             self._undo = None
+        while self._distillers:
+            self._distillers.pop().tap.close()
         while self._clients:
             self._clients.pop().close()

@@ -31,6 +31,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
+from torch.utils.data import IterableDataset
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 
 from dinov3_ray.errors import ConfigError
@@ -339,13 +340,14 @@ class DistillingTrainer(Trainer):  # type: ignore[misc] # transformers is treate
 
     def _example(self) -> dict[str, Any]:
         """A batch of the first sample, without labels, as the student gets it; no random number is drawn for it."""
-        if not isinstance(self.train_dataset, Sequence) and not hasattr(self.train_dataset, "__getitem__"):
-            raise ConfigError(
-                "taps must be given, and loss='...' in place of recipe, where a data set has no first sample"
-            )
         before = random.getstate(), np.random.get_state()
         with torch.random.fork_rng([]):
-            batch = self.data_collator([self.train_dataset[0]])
+            loader = self.get_train_dataloader() if self._epoch.loader is None else self._epoch.loader
+            if isinstance(loader.dataset, IterableDataset):
+                raise ConfigError(
+                    "train_dataset must have a first sample, by which a recipe meets the student; got none"
+                )
+            batch = loader.collate_fn([loader.dataset[0]])
         random.setstate(before[0])
         np.random.set_state(before[1])
         taken = inspect.signature(self.model.forward).parameters
@@ -365,8 +367,10 @@ class DistillingTrainer(Trainer):  # type: ignore[misc] # transformers is treate
             return
         saved = torch.load(file, map_location="cpu", weights_only=True)
         for option, own in self._made_of().items():
-            if saved[option] != own:
-                raise ConfigError(f"{option} must be that which {file} was saved with, {saved[option]!r}; got {own!r}")
+            if saved.get(option) != own:
+                raise ConfigError(
+                    f"{option} must be that which {file} was saved with, {saved.get(option)!r}; got {own!r}"
+                )
         try:
             self._losses.load_state_dict(saved["losses"])
         except RuntimeError as error:

@@ -7,14 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning_training import COUNT, SPEC, Scenes, Student, loader, train_and_check, trainer_with
-from torch import Tensor
+from torch import Tensor, nn
 
 from dinov3_ray import TeacherPool
 from dinov3_ray.integrations.lightning import TeacherTargets
 from dinov3_ray.testing import FakeTeacher
+from dinov3_ray.training import recipes
 
 
 def test_every_training_batch_comes_with_its_targets(tmp_path: Path) -> None:
@@ -45,6 +46,38 @@ def test_several_teachers(tmp_path: Path) -> None:
     student = Both()
     trainer_with(TeacherTargets(teachers, SPEC), tmp_path, limit_train_batches=3, max_epochs=2).fit(student, loader())
     assert student.seen == 2 * list(range(12))
+
+
+class Distilling(LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Conv2d(3, 8, 16, 16), nn.Conv2d(8, 2, 1))
+        recipe = recipes.rtdetrv4(share=0.2, weight=1.0)
+        self.distill = recipe.for_student(self.net, 16, torch.rand(1, 3, 64, 96), layers="0")
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        inputs, targets = batch
+        task: Tensor = self.net(inputs["img"].float() / 255).square().mean()
+        return task + self.distill(targets)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def test_a_recipes_distiller_is_tapped_and_kept_with_the_module(tmp_path: Path) -> None:
+    student = Distilling()
+    before = student.distill.terms.losses[0].projector.weight.clone()
+    callback = TeacherTargets(FakeTeacher(), recipe="rtdetrv4")
+    trainer = trainer_with(callback, tmp_path, max_epochs=2)
+    trainer.fit(student, loader())
+    assert student.distill.get_extra_state().tolist() == [2 * COUNT // 4, 1], "steps and the last epoch"
+    assert student.distill.share.counted == 2 * COUNT // 4
+    assert not torch.equal(student.distill.terms.losses[0].projector.weight, before)
+    assert not student.distill.tap.attached, "left as it was found"
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    again = Distilling.load_from_checkpoint(tmp_path / "last.ckpt")
+    assert again.distill.weight == student.distill.weight
+    assert again.distill.get_extra_state().tolist() == [12, 1]
 
 
 @pytest.mark.parametrize("distils", [False, True])

@@ -17,6 +17,7 @@ from dinov3_ray.errors import ConfigError, SpecError
 from dinov3_ray.testing import FakeTeacher
 from dinov3_ray.training import recipes
 from dinov3_ray.training.distiller import Distiller
+from dinov3_ray.training.layer_search import find_layer
 from dinov3_ray.training.losses import WeightSchedule
 from dinov3_ray.training.prefetch import prefetch
 
@@ -239,24 +240,23 @@ class AIFI(nn.Sequential):
 
 
 def test_the_layer_is_the_deepest_map_before_maps_become_finer() -> None:
-    find = recipes.find_layer
-    assert find(Backbone(), images()) == "deep"
-    assert find(Backbone(), images(), stride=16) == "middle"
-    assert find(Backbone(), images(1, 60, 100), stride=32) == "deep", "grids are rounded down"
+    assert find_layer(Backbone(), images()) == "deep"
+    assert find_layer(Backbone(), images(), stride=16) == "middle"
+    assert find_layer(Backbone(), images(1, 60, 100), stride=32) == "deep", "grids are rounded down"
     detector = Detector()
-    assert find(detector, images(), stride=32) == "top", "the last one that goes into the neck"
+    assert find_layer(detector, images(), stride=32) == "top", "the last one that goes into the neck"
     detector.backbone.deep = AIFI(*detector.backbone.deep)
-    assert find(detector, images(), stride=32, prefers=("AIFI",)) == "backbone.deep"
-    assert find(nn.ModuleDict({"a": Backbone()})["a"], images()) == "deep"
+    assert find_layer(detector, images(), stride=32, prefers=("AIFI",)) == "backbone.deep"
+    assert find_layer(nn.ModuleDict({"a": Backbone()})["a"], images()) == "deep"
 
 
 def test_a_student_without_the_stride_is_told_those_that_it_has() -> None:
     with pytest.raises(ConfigError, match="a map of stride 64 for this recipe; it has 4, 16, 32 at 64 x 96"):
-        recipes.find_layer(Backbone(), images(), stride=64)
+        find_layer(Backbone(), images(), stride=64)
     with pytest.raises(ConfigError, match=r"no layer of it gives a map .* give select"):
-        recipes.find_layer(nn.Sequential(nn.Flatten(), nn.Linear(3 * 64 * 96, 2)), images())
+        find_layer(nn.Sequential(nn.Flatten(), nn.Linear(3 * 64 * 96, 2)), images())
     with pytest.raises(ConfigError, match="images must hold a float tensor"):
-        recipes.find_layer(Backbone(), ["a"])
+        find_layer(Backbone(), ["a"])
 
 
 def test_finding_the_layer_leaves_the_student_as_it_was() -> None:
@@ -264,7 +264,7 @@ def test_finding_the_layer_leaves_the_student_as_it_was() -> None:
     student.deep.eval()
     before, modes = copy.deepcopy(student.state_dict()), [each.training for each in student.modules()]
     chance = torch.random.get_rng_state()
-    recipes.find_layer(student, images())
+    find_layer(student, images())
     assert torch.equal(torch.random.get_rng_state(), chance)
     assert [each.training for each in student.modules()] == modes
     assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())

@@ -84,7 +84,7 @@ class GradientShare(nn.Module):
         """
         if not (tensor.requires_grad and torch.is_grad_enabled()):
             return tensor
-        parts = _Parts(self, factor.detach())
+        parts = _SplitGradient(self, factor.detach())
         tensor.register_hook(parts.arrived)  # type: ignore[no-untyped-call]
         alias: Tensor = _Branch.apply(tensor, parts)  # type: ignore[no-untyped-call]
         return alias
@@ -95,8 +95,7 @@ class GradientShare(nn.Module):
         The pass ends with a new weight, unless it is of the task alone: the distillation's may come behind it.
         """
         squares = torch.stack([task, torch.zeros_like(task) if distillation is None else distillation])
-        squares = squares.to(self.weight.device)
-        self._squares = squares if self._squares is None else self._squares + squares
+        self._squares = squares if self._squares is None else self._squares + squares.to(self._squares.device)
         if distillation is not None and not self._ends:
             self._ends = True
             torch.autograd.Variable._execution_engine.queue_callback(self._learn)
@@ -108,6 +107,7 @@ class GradientShare(nn.Module):
         assert squares is not None
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(squares)  # behind the gradients of DistributedDataParallel, in the same order on all ranks
+        squares = squares.to(self.weight.device)
         found = (squares[0].log() - squares[1].log()) / 2  # not finite if either is 0 or not finite
         valid = found.isfinite()
         counted = self.counted + valid
@@ -127,7 +127,7 @@ def share_to_odds(share: float) -> float:
     return share / (1 - share)
 
 
-class _Parts:
+class _SplitGradient:
     """The gradient of one tensor in one batch, in its two parts."""
 
     def __init__(self, share: GradientShare, factor: Tensor) -> None:
@@ -142,14 +142,14 @@ class _Parts:
             self._share.add(_square(whole), None)
             return
         own = own.detach().float()
-        self._share.add(_square(whole - own), _square(own / self._factor))
+        self._share.add(_square(whole - own), _square(own) / self._factor.to(own.device).square())
 
 
 class _Branch(torch.autograd.Function):
     """The identity, which hands its gradient to ``parts`` too."""
 
     @staticmethod
-    def forward(ctx: Any, tensor: Tensor, parts: _Parts) -> Tensor:
+    def forward(ctx: Any, tensor: Tensor, parts: _SplitGradient) -> Tensor:
         ctx.parts = parts
         return tensor.view_as(tensor)
 
