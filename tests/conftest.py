@@ -8,18 +8,22 @@ import shutil
 import signal
 import tempfile
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import no_datasets  # noqa: F401 - for transformers, which others import
 import pytest
 import ray
 import torch
+from lean_ray import start_lean_rays
 from skimage import data
 from torch import Tensor
 
 from dinov3_ray import TeacherPool
 from dinov3_ray.checkpoint import init_checkpoint
 from dinov3_ray.testing import FakeTeacher
+
+TESTS = Path(__file__).parent
 
 pytest.register_assert_rewrite(
     "teacher_contract", "lightning_training", "kills", "export_readers"
@@ -54,13 +58,28 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         pytest.fail(f"{metafunc.definition.name} needs ray_cluster: it belongs in a folder with_ray", pytrace=False)
 
 
+# The files that take the most CPU time, the longest first.
+LONGEST = ()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what stands in a folder named ``with_ray``; files with slow tests go first, lest one be left at the end."""
+    """Mark what stands in a folder named ``with_ray``, and sort the files.
+
+    Those with Ray go first, so that it need not run to the end; of these and of the others the longest, lest one be
+    left when all else is done.
+    """
     for item in items:
         if item.path.parent.name == "with_ray":
             item.add_marker("ray")
     slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in slow)
+    longest = [TESTS / name for name in LONGEST]
+    assert all(path.is_file() for path in longest)
+
+    def place(item: pytest.Item) -> tuple[bool, int, bool]:
+        rank = longest.index(item.path) if item.path in longest else len(longest)
+        return item.path.parent.name != "with_ray", rank, item.path not in slow
+
+    items.sort(key=place)
 
 
 @pytest.fixture(autouse=True)
@@ -94,12 +113,33 @@ def local_pool() -> Iterator[TeacherPool]:
         yield pool
 
 
-@pytest.fixture(scope="session")
-def ray_cluster() -> Iterator[str]:
+_running_ray = ExitStack()
+
+
+@pytest.fixture(scope="module")
+def ray_cluster() -> str:
     """The address of a Ray of the tests' own: its own folder, ports and token, and a small object store.
 
     Started once, since it takes seconds. A test must end the pools that it starts; it may kill their processes.
     """
+    if not ray.is_initialized():
+        _running_ray.enter_context(_ray_of_the_tests())
+    return ray.get_runtime_context().gcs_address
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """End Ray after the last test that may need it: it takes CPU time even where nothing happens."""
+    if item.path.parent.name != "with_ray":
+        _running_ray.close()
+
+
+def pytest_sessionfinish() -> None:
+    _running_ray.close()
+
+
+@contextmanager
+def _ray_of_the_tests() -> Iterator[None]:
+    start_lean_rays()
     # Not pytest's folder: the paths of Ray's sockets must stay under about 100 characters.
     folder = Path(tempfile.mkdtemp(prefix="dr-"))
     token = folder / "token"
@@ -127,6 +167,8 @@ def ray_cluster() -> Iterator[str]:
                 "num_workers_soft_limit": 12,
             },
         )
-        yield ray.get_runtime_context().gcs_address
-        ray.shutdown()
+        try:
+            yield
+        finally:
+            ray.shutdown()
     shutil.rmtree(folder, ignore_errors=True)  # Ray's processes may still be closing their logs

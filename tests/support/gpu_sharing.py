@@ -13,6 +13,7 @@ from typing import Any
 
 import ray
 from click.testing import CliRunner
+from lean_ray import start_lean_rays
 from ray.util.placement_group import placement_group, remove_placement_group
 from waiting import until
 
@@ -58,6 +59,7 @@ def notice(pool: TeacherPool) -> str:
 
 def main() -> None:
     heard, seen = Heard(), {}
+    start_lean_rays()
     logging.getLogger("dinov3_ray").addHandler(heard)
     ray.init(num_cpus=4, num_gpus=2, object_store_memory=100 * 2**20, include_dashboard=False, log_to_driver=False)
 

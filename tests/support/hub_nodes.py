@@ -16,6 +16,7 @@ from typing import Any
 
 import ray
 from hub_server import serving_hub
+from lean_ray import start_lean_rays
 from picturefiles import write_pictures
 from ray.cluster_utils import Cluster
 from waiting import until
@@ -75,6 +76,7 @@ def look(folder: Path) -> dict[str, Any]:
 
 
 def main() -> None:
+    start_lean_rays()
     with tempfile.TemporaryDirectory(prefix="dr-") as name:
         folder = Path(name)
         store = {"object_store_memory": 100 * 2**20}

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import ray
 import torch
+from lean_ray import start_lean_rays
 from PIL import Image
 
 from dinov3_ray import FeatureSpec, RemoteTeacher, TeacherPool
@@ -38,6 +39,7 @@ def say(entrance: str, call: Callable[[], object]) -> None:
 
 
 def main(images: Path) -> None:
+    start_lean_rays()
     Image.fromarray(np.zeros((32, 32, 3), np.uint8)).save(images / "black.png")
     pool = TeacherPool.start(FakeTeacher.factory(delay=0.2), name="left", **OPTIONS)
     context = pool.__enter__()

@@ -1,7 +1,7 @@
 """A pool under fire: replicas killed every few seconds, the controller twice, one client once.
 
-Run longer by hand: ``python tests/support/soak.py --seconds 1800``. The test in test_soak.py runs it for a minute,
-and kills less often: a new replica every two seconds takes all of two cores.
+Run longer by hand: ``python tests/support/soak.py --seconds 1800``. The test in test_soak.py runs it for half a
+minute, and kills less often: a new replica every two seconds takes all of two cores.
 """
 
 from __future__ import annotations

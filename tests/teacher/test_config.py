@@ -344,8 +344,8 @@ def test_what_a_step_that_is_off_would_need_is_not_looked_at(tmp_path: Path) -> 
     ("options", "message"),
     [
         ({"dtype": "fp8"}, "dtype must be one of auto, float32, bfloat16, float16, float8; got 'fp8'"),
-        ({"image_size": 0}, "image_size must be None, an integer >= 1 or a pair"),
-        ({"image_size": (224,)}, "image_size must be None, an integer >= 1 or a pair"),
+        ({"image_size": 0}, "image_size must be None, an integer >= 1, a pair"),
+        ({"image_size": (224,)}, "image_size must be None, an integer >= 1, a pair"),
         ({"image_size": 224.0}, r"image_size must be .*got 224\.0"),
         ({"image_size": 8}, "image_size must be at least one patch"),
         (

@@ -245,7 +245,7 @@ def test_maps_of_the_images_own_sizes_share_a_store(few: Path, fake_store: Featu
 
 
 def test_a_teacher_whose_input_follows_the_images_extracts_each_at_its_own_size(
-    images: Path, model: DinoV3Config, ray_cluster: str, tmp_path: Path
+    model: DinoV3Config, ray_cluster: str, tmp_path: Path
 ) -> None:
     root, out = tmp_path / "images", tmp_path / "out"
     root.mkdir()

@@ -11,12 +11,12 @@ from soak import soak
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_pool_under_fire(ray_cluster: str, tmp_path: Path) -> None:
-    outcome = soak(ray_cluster, tmp_path, batches=150, seconds=60, every=3)
+    outcome = soak(ray_cluster, tmp_path, batches=150, seconds=36, every=3)
     print(
         f"{outcome.seconds:.0f} s: {outcome.replica_kills} replicas killed, {outcome.controller_kills} controllers, "
         f"1 client after {len(outcome.lines[-1])} batches"
     )
-    assert outcome.seconds >= 60
+    assert outcome.seconds >= 36
     assert outcome.replica_kills >= 10
     assert outcome.controller_kills == 2
     assert outcome.lines == outcome.expected, "each batch once, in order, with the bits of an undisturbed run"
