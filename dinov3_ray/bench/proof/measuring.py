@@ -118,7 +118,11 @@ def _through_pool(
     """The teacher's maps, float32 [S,D,h,w], of each of ``given``."""
     loader = torch.split(torch.cat([scenes.pictures for scenes in given]), settings.batch)
     pool = TeacherPool.start(
-        DinoV3Config(root), name=f"proof-{name}", replicas=settings.replicas, num_gpus=0, local_mode=local_mode
+        DinoV3Config(root, dtype="float32"),
+        name=f"proof-{name}",
+        replicas=settings.replicas,
+        num_gpus=0,
+        local_mode=local_mode,
     )
     with pool, pool.teacher() as teacher:
         found = [features.feature_map for _, features in teacher.prefetch(loader, _SPEC, images=lambda batch: batch)]
