@@ -6,7 +6,8 @@ import json
 import logging
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -44,6 +45,18 @@ def _show(result: _Result, *, as_json: bool) -> None:
         from rich.console import Console  # here, so that --help answers at once
 
         Console().print(*result.tables())
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    """For measurements whose streams only wait for their teacher: each would warn of it."""
+    logger = logging.getLogger("dinov3_ray")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _repeats(default: int, what: str = "Runs that count.") -> Callable[[Command], Command]:
@@ -277,14 +290,8 @@ def scaling(seconds: float | None, network: float, quick: bool, address: str | N
     plan = replace(QUICK if quick else ScalingPlan(), network=network * 1e9 / 8)
     if seconds is not None:
         plan = replace(plan, seconds=seconds)
-    logger = logging.getLogger("dinov3_ray")
-    level = logger.level
-    logger.setLevel(logging.ERROR)  # each stream would warn that it waits for its teacher
-    try:
-        with running(address, store_bytes=4 * 2**30) as step:
-            result = measure_scaling(plan, step)
-    finally:
-        logger.setLevel(level)
+    with _without_warnings(), running(address, store_bytes=4 * 2**30) as step:
+        result = measure_scaling(plan, step)
     _show(result, as_json=as_json)
 
 
@@ -367,7 +374,7 @@ def distillation(
 
     interrupts = Interrupts("interrupted: the pools and the Ray that was started for them have ended")
     try:
-        with interrupts, tempfile.TemporaryDirectory(prefix="dinov3-ray-bench-") as folder:
+        with interrupts, _without_warnings(), tempfile.TemporaryDirectory(prefix="dinov3-ray-bench-") as folder:
             proof = measure_proof(settings, Path(folder), None if local else lambda: running(address), note)
     except KeyboardInterrupt:
         click.echo(interrupts.last_words, err=True)

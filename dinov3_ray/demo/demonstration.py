@@ -44,7 +44,7 @@ log = logging.getLogger("dinov3_ray")
 _SPEC = FeatureSpec(feature_map=True)
 _VARIANT, _IMAGE_SIZE = "vit-test", 256  # a pass of a batch takes a CPU core a fraction of a second
 _SCENES, _SHOWN = 40, 4
-_MANY_SCENES = 200  # for a teacher that knows them
+_MANY_SCENES, _SCENE_SIDE = 200, 160  # for the teacher that knows them, whose images are small
 _PROBE_SCENES = ((10_000, 64), (20_000, 100))  # (first, count): those with labels, and those to measure on
 _MOST_PHOTOGRAPHS = 200
 _LEARNING_RATE = 4e-3
@@ -226,7 +226,7 @@ def _pictures(settings: DemoSettings, display: Display, size: int) -> tuple[list
     """(Pictures to train on, pictures to show at the end); the student never sees the latter if there are enough."""
     if settings.trained:
         with display.phase(f"drawing {_MANY_SCENES} scenes"):
-            found = [relit(draw_scene(seed), seed) for seed in range(_MANY_SCENES)]
+            found = [relit(draw_scene(seed, _SCENE_SIDE), seed) for seed in range(_MANY_SCENES)]
     elif settings.images is None:
         with display.phase(f"drawing {_SCENES} scenes"):
             found = [draw_scene(seed) for seed in range(_SCENES)]

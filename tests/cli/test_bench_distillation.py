@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import signal
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from dinov3_ray.bench.proof.measuring import measure_proof
 from dinov3_ray.bench.proof.outcome import Proof, Score
 from dinov3_ray.bench.proof.paired import paired_bounds
 from dinov3_ray.errors import ConfigError
+from dinov3_ray.interrupts import Interrupts
 from dinov3_ray.scenes.scene_teacher import SceneTeaching
 from dinov3_ray.scenes.scenery import draw_scenery
 
@@ -149,3 +152,17 @@ def test_the_smallest_proof_runs_from_end_to_end(tmp_path: Path) -> None:
     with console.capture() as capture:
         console.print(*proof.tables())
     assert all(arm.title in capture.get() for arm in ARMS.values())
+
+
+def test_an_interrupt_ends_the_arms_that_train(tmp_path: Path) -> None:
+    many = replace(SMALLEST, steps=100_000)
+
+    def interrupt(line: str) -> None:
+        if "trained teacher's maps" in line:
+            threading.Timer(1.0, signal.raise_signal, [signal.SIGINT]).start()
+
+    before = set(threading.enumerate())
+    with Interrupts("") as interrupts, pytest.raises(KeyboardInterrupt):
+        measure_proof(many, tmp_path, None, interrupt, cache=tmp_path / "cache")
+    assert interrupts.exit_code == 130
+    assert not [thread for thread in set(threading.enumerate()) - before if "ThreadPool" in thread.name]

@@ -76,11 +76,11 @@ class ProofSettings:
     labels: int = 32
     unlabelled: int = 3000
     unseen: int = 300
-    steps: int = 150
+    steps: int = 200
     label_batch: int = 16
     rate: float = 1e-3
-    distil_steps: int = 300
-    batch: int = 32
+    distil_steps: int = 200
+    batch: int = 16
     distil_rate: float = 3e-3
     channels: int = 64
     teaching: SceneTeaching = field(default_factory=SceneTeaching)

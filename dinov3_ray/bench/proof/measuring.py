@@ -5,6 +5,7 @@ Shapes: S scenes, D channels, a grid of h × w patches, y × x cells.
 
 from __future__ import annotations
 
+import secrets
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, as_completed
@@ -97,9 +98,13 @@ def measure_proof(
         of_arms: dict[str, list[Future[Score]]] = {name: [] for name in ARMS}
         for seed, arm in product(seeds, ARMS):
             of_arms[arm].append(workers.submit(probe_student, arm, seed))
-        titles = {future: ARMS[name].title for name, futures in of_arms.items() for future in futures}
+        titles = {
+            future: f"{ARMS[name].title}, seed {seed}"
+            for name, futures in of_arms.items()
+            for seed, future in enumerate(futures)
+        }
         for done, future in enumerate(as_completed(titles), start=1):
-            note(f"{done} of {len(titles)}: {titles[future]}, mIoU {future.result().miou:.1%}")
+            note(f"{done} of {len(titles)}: {titles[future]}: mIoU {future.result().miou:.1%}")
         return Proof(
             settings,
             {name: [future.result() for future in futures] for name, futures in of_arms.items()},
@@ -118,7 +123,11 @@ def _through_pool(
     """The teacher's maps, float32 [S,D,h,w], of each of ``given``."""
     loader = torch.split(torch.cat([scenes.pictures for scenes in given]), settings.batch)
     pool = TeacherPool.start(
-        DinoV3Config(root), name=f"proof-{name}", replicas=settings.replicas, num_gpus=0, local_mode=local_mode
+        DinoV3Config(root, dtype="float32"),
+        name=f"proof-{name}-{secrets.token_hex(4)}",
+        replicas=settings.replicas,
+        num_gpus=0,
+        local_mode=local_mode,
     )
     with pool, pool.teacher() as teacher:
         found = [features.feature_map for _, features in teacher.prefetch(loader, _SPEC, images=lambda batch: batch)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,13 @@ import pytest
 from commandline import run_bench, run_command
 
 from dinov3_ray.bench.gpu.acceptance import BASE
+from dinov3_ray.bench.proof import arms
+from dinov3_ray.bench.proof.arms import ProofSettings
+from dinov3_ray.bench.proof.measuring import measure_proof
 from dinov3_ray.bench.scaling import BatchShape, ScalingPlan, cpu_seconds
 from dinov3_ray.bench.throughput import CONTENDERS, missing_reason
 from dinov3_ray.bench.training_steps import KINDS
+from dinov3_ray.scenes.scene_teacher import SceneTeaching
 
 
 @pytest.mark.slow
@@ -120,3 +125,23 @@ def test_cpu_time_is_of_this_process_and_more() -> None:
     assert seconds is not None
     # Ray's processes are counted too; that of one which ends goes with it, so that the sum need not grow.
     assert seconds >= own + 0.1
+
+
+def test_distillation_through_pools_of_ray(ray_cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    teaching = SceneTeaching(side=32, scenes=6, steps=2, batch=4)
+    small = ProofSettings(3, 3, 10, 5, steps=2, label_batch=2, distil_steps=2, batch=4, channels=16, teaching=teaching)
+    monkeypatch.setattr(arms, "QUICK_PROOF", small)
+    arguments = ["--quick", "--seeds", 2, "--address", ray_cluster, "--out", tmp_path / "out", "--json"]
+    result = run_command("bench", "distillation", *arguments, XDG_CACHE_HOME=str(tmp_path / "cache"))
+    report = json.loads(result.stdout)
+    assert report["seeds"] == 2
+    assert result.exit_code == bool(report["complaints"])
+    for complaint in report["complaints"]:
+        assert complaint in result.stderr
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["gains.png", "predictions.png"]
+    # The pools' targets are the local teachers', so that all that follows is the same.
+    (tmp_path / "work").mkdir()
+    local = measure_proof(
+        replace(small, seeds=2), tmp_path / "work", None, print, cache=tmp_path / "cache" / "dinov3_ray"
+    )
+    assert local.as_dict() == report

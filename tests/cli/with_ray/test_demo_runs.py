@@ -14,11 +14,15 @@ from pathlib import Path
 
 import pytest
 import ray
+from commandline import run_command
 from PIL import Image
 
+from dinov3_ray import DinoV3Teacher
+from dinov3_ray.demo import demonstration
 from dinov3_ray.demo.demonstration import DemoSettings, run_demo
 from dinov3_ray.distillation.display import Display, StepReport
 from dinov3_ray.interrupts import Interrupts
+from dinov3_ray.scenes.scene_teacher import SceneTeaching
 
 PATIENCE = 120  # seconds; never reached unless something hangs
 
@@ -92,6 +96,7 @@ def test_it_teaches_on_the_users_photographs_and_leaves_nothing_but_its_files(
             image.load()
             assert len(image.convert("RGB").getcolors(2**24)) > 50
     summary = json.loads((out / "summary.json").read_text())
+    assert "probe_before" not in summary
     losses = summary["losses"]
     assert len(losses) == 14
     assert summary["first_loss"] == losses[0]
@@ -156,3 +161,23 @@ def test_an_interrupt_leaves_no_actor_in_a_ray_that_it_joined(ray_cluster: str, 
     assert not demo_actors()
     assert ray.is_initialized(), "this process's own connection stays"
     assert not list((tmp_path / "out").iterdir())
+
+
+def test_with_a_trained_teacher_it_probes_the_student_before_and_after(
+    ray_cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    small = SceneTeaching(side=32, scenes=6, steps=2, batch=4)
+    monkeypatch.setattr(demonstration, "SceneTeaching", lambda: small)
+    out = tmp_path / "out"
+    options = ["--steps", 4, "--batch", 2, "--replicas", 1, "--address", ray_cluster, "--out", out]
+    result = run_command("demo", "--trained", *options)
+    assert result.exit_code == 0, result.output
+    summary = json.loads((out / "summary.json").read_text())
+    before, after = summary["probe_before"], summary["probe_after"]
+    assert 0 < before < 1
+    assert 0 < after < 1
+    assert before != after
+    assert f"probe     {before:.1%} -> {after:.1%} (mIoU of a linear probe" in result.stdout
+    made = tmp_path / "cache" / "dinov3_ray" / f"scene-teacher-{small.key}"
+    assert summary["fingerprint"] == DinoV3Teacher(made).fingerprint
