@@ -8,7 +8,7 @@
     students.py      the student, by its name
     student_backbone.py  images in, maps out, whatever network is inside
     frameworks.py    timm, transformers, Ultralytics and a module of one's own: made, and written
-    views.py         which augmented view of which image is which step's
+    view_order.py    which augmented view of which image is which step's
     augmentation.py  crop, mirror, recolour
     evaluation.py    how well the student's features tell classes apart: nearest neighbours and a linear probe
     display.py       progress on standard error

@@ -18,7 +18,7 @@ from torch.utils.data import BatchSampler, Dataset, SequentialSampler
 
 from dinov3_ray.datasets.decode import Unreadable
 from dinov3_ray.distillation.augmentation import crop_centre
-from dinov3_ray.distillation.views import Pictures, load_batches
+from dinov3_ray.distillation.view_order import Pictures, load_batches
 from dinov3_ray.errors import InputError, SpecError
 from dinov3_ray.features import FeatureSpec
 from dinov3_ray.teacher import Extractor

@@ -25,7 +25,7 @@ from dinov3_ray.distillation.run_folder import COLUMNS, RUN, SUMMARY, RunFolder
 from dinov3_ray.distillation.student_backbone import StudentBackbone
 from dinov3_ray.distillation.students import Normalize, open_student
 from dinov3_ray.distillation.training_run import Amp, Schedule, TrainingRun, choose_amp
-from dinov3_ray.distillation.views import Pictures, ViewDataset, view_batches
+from dinov3_ray.distillation.view_order import Pictures, ViewDataset, view_batches
 from dinov3_ray.errors import ConfigError
 from dinov3_ray.interrupts import Interrupts
 from dinov3_ray.machine.cpus import usable_cpus

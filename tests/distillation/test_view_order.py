@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from dinov3_ray.distillation.augmentation import Augmentation
-from dinov3_ray.distillation.views import Pictures, ViewDataset, view_batches
+from dinov3_ray.distillation.view_order import Pictures, ViewDataset, view_batches
 from dinov3_ray.errors import ConfigError, StoreError
 
 
