@@ -61,7 +61,7 @@ class Distilling(LightningModule):
         return task + self.distill(targets)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=0.1)
+        return torch.optim.SGD(self.parameters(), lr=1e-3)
 
 
 def test_a_recipes_distiller_is_tapped_and_kept_with_the_module(tmp_path: Path) -> None:

@@ -3,7 +3,8 @@
 Last run on 2026-11-26 with ultralytics 8.4.190, torch 2.13.0 (CPU), Python 3.11, and torchvision 0.28.0 with its
 ``nms`` in Python, since the wheel's needs CUDA. By hand, with the same, two ranks (gloo in place of NCCL, and
 Ultralytics' final validation, which asks for CUDA, left out): both ended with the same model and projectors. No GPU
-has seen them.
+has seen them. When recipes came, on 2026-11-27, those of recipes, levels, ``freeze`` and one line for each task ran
+again, with a stand-in for torchvision that has nothing but ``nms``.
 """
 
 from __future__ import annotations
