@@ -59,7 +59,17 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 # The files that take the most CPU time, the longest first.
-LONGEST = ()
+LONGEST = (
+    "datasets/with_ray/test_extract.py",
+    "pool/with_ray/test_elastic.py",
+    "pool/with_ray/test_faults.py",
+    "pool/with_ray/test_hub_nodes.py",
+    "pool/with_ray/test_lifetime.py",
+    "pool/with_ray/test_soak.py",
+    "pool/with_ray/test_torchrun.py",
+    "pool/with_ray/test_gpu_sharing.py",
+    "pool/with_ray/test_left_ray.py",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -6,6 +6,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from graphlib import TopologicalSorter
 from importlib import import_module
 from pathlib import Path
@@ -79,10 +80,15 @@ def module_name(path: Path) -> str:
 MODULES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
 
 
+@cache
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+@cache
 def statements(path: Path) -> list[ast.Import | ast.ImportFrom]:
     """Every import of ``path``: inside functions and for type checkers too."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    return [node for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom))]
+    return [node for node in ast.walk(tree_of(path)) if isinstance(node, (ast.Import, ast.ImportFrom))]
 
 
 def imports(path: Path) -> Iterator[str]:
@@ -98,6 +104,7 @@ def imports(path: Path) -> Iterator[str]:
             yield full if full != ours and ours in MODULES else str(statement.module)
 
 
+@cache
 def own_imports(name: str) -> set[str]:
     """What module ``name`` imports of this package, by name within it."""
     found = imports(MODULES[name])
@@ -228,7 +235,7 @@ def test_no_name_is_given_twice() -> None:
     for name, path in MODULES.items():
         if path.name != "__init__.py":
             named.setdefault(f"module {path.stem}", set()).add(name)
-        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        for node in tree_of(path).body:
             if isinstance(node, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
                 if isinstance(node, ast.FunctionDef) and (node.name.startswith("_") or name.split(".")[0] == "cli"):
                     continue
@@ -238,14 +245,14 @@ def test_no_name_is_given_twice() -> None:
 
 @pytest.mark.parametrize("name", MODULES)
 def test_each_module_begins_with_one_sentence(name: str) -> None:
-    docstring = ast.get_docstring(ast.parse(MODULES[name].read_text(encoding="utf-8"))) or ""
+    docstring = ast.get_docstring(tree_of(MODULES[name])) or ""
     first = docstring.split("\n\n")[0]
     assert first.endswith((".", "::")), f"{name}: its docstring begins with {first!r}"
 
 
 @pytest.mark.parametrize("name", MODULES)
 def test_dunder_all_names_what_is_there_and_public(name: str) -> None:
-    tree = ast.parse(MODULES[name].read_text(encoding="utf-8"))
+    tree = tree_of(MODULES[name])
     declared = dunder_all(tree)
     if name == "__main__":
         return  # importing it runs the command line

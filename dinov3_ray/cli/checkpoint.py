@@ -207,13 +207,13 @@ def _describe_preprocessing(preprocessing: Preprocessing) -> str:
     if preprocessing.shortest_edge is not None:
         steps.append(f"resize the shorter side to {preprocessing.shortest_edge}")
     if preprocessing.follows == "input/2":
-        steps.append("resize to half the size")
+        steps.append(f"resize to half the size, down to multiples of {preprocessing.multiple} px")
     if preprocessing.resample != "bilinear":
         steps = [f"{step}, {preprocessing.resample}" for step in steps]
     if preprocessing.crop_size is not None:
         steps.append(f"crop the centre {_size(preprocessing.crop_size)}")
-    if preprocessing.follows is not None:
-        steps.append(f"down to multiples of {preprocessing.multiple} px")
+    if preprocessing.follows == "input":
+        steps.append(f"cut to multiples of {preprocessing.multiple} px")
     steps.insert(0 if preprocessing.rescales_first else len(steps), f"x {preprocessing.rescale_factor:.6g}")
     mean, std = (", ".join(f"{value:g}" for value in values) for values in (preprocessing.mean, preprocessing.std))
     return "; ".join([*steps, f"mean {mean}; std {std}"])

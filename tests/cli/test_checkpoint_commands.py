@@ -69,7 +69,7 @@ def test_init_verify_info(tmp_path: Path) -> None:
     shown = run("checkpoint", "info", root, "--image-size", "input/2")
     facts = (
         "96 x 160 (h x w) where no image is there; else by the images (input/2)",
-        "resize to half the size; down to",
+        "resize to half the size, down to",
     )
     for fact in (*facts, fingerprint(DinoV3Config(root, image_size="input/2"))):
         assert fact in " ".join(shown.output.replace("│", " ").split()), shown.output

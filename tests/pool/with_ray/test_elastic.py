@@ -6,6 +6,7 @@ import gc
 import statistics
 import threading
 import time
+from collections.abc import Iterator
 
 import pytest
 import ray
@@ -94,16 +95,22 @@ def test_range_grows_with_the_load_and_shrinks_without(ray_cluster: str) -> None
         until(lambda: pool.status().ready == 1 and len(pool.status().replicas) == 1, "it shrinks")
 
 
-def test_client_with_a_hundred_batches_does_not_starve_one_with_one(ray_cluster: str) -> None:
-    with TeacherPool.start(FakeTeacher.factory(delay=0.05), name="fair", replicas=1) as pool:
-        small, large = pool.teacher(), pool.teacher()
-        alone = [ask(small, large)[0] for _ in range(9)]
-        # More than a hundred, so that a hundred are left at the end even where this process is slow.
-        handles = [large.submit(numbered(number), SPEC) for number in range(400)]
-        handles[0].result(60)
-        crowded = [ask(small, large) for _ in range(9)]
-        waiting = sum(not handle.done() for handle in handles)
-        large.close()
+@pytest.fixture(scope="module")
+def one_replica(ray_cluster: str) -> Iterator[TeacherPool]:
+    """A pool that takes 0.05 s for each batch."""
+    with TeacherPool.start(FakeTeacher.factory(delay=0.05), name="one", replicas=1) as pool:
+        yield pool
+
+
+def test_client_with_a_hundred_batches_does_not_starve_one_with_one(one_replica: TeacherPool) -> None:
+    small, large = one_replica.teacher(), one_replica.teacher()
+    alone = [ask(small, large)[0] for _ in range(9)]
+    # More than a hundred, so that a hundred are left at the end even where this process is slow.
+    handles = [large.submit(numbered(number), SPEC) for number in range(400)]
+    handles[0].result(60)
+    crowded = [ask(small, large) for _ in range(9)]
+    waiting = sum(not handle.done() for handle in handles)
+    large.close()
     ratio = statistics.median(seconds for seconds, _ in crowded) / statistics.median(alone)
     served_before = [others for _, others in crowded]
     print(f"beside a hundred batches it takes {ratio:.2f} times as long; of the others' were served: {served_before}")
@@ -165,11 +172,10 @@ class Views(Dataset[torch.Tensor]):
 
 
 @pytest.mark.slow
-def test_spawned_workers_connect_for_themselves(ray_cluster: str) -> None:
-    with TeacherPool.start(FakeTeacher.factory(), name="spawned", replicas=1) as pool:
-        remote = pool.teacher()
-        remote.extract(numbered(0), SPEC)
-        loader = DataLoader(Views(remote), batch_size=2, num_workers=1, multiprocessing_context="spawn")
-        tokens = torch.cat(list(loader))
+def test_spawned_workers_connect_for_themselves(one_replica: TeacherPool) -> None:
+    remote = one_replica.teacher()
+    remote.extract(numbered(0), SPEC)
+    loader = DataLoader(Views(remote), batch_size=2, num_workers=1, multiprocessing_context="spawn")
+    tokens = torch.cat(list(loader))
     expected = torch.cat([FakeTeacher().extract_features(numbered(index, rows=1)) for index in range(4)])
     assert torch.equal(tokens, expected)
