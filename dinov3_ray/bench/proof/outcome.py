@@ -25,8 +25,9 @@ __all__ = ["SHOWN", "Proof", "Score"]
 SHOWN = 4
 """Unseen scenes in the picture of predictions."""
 
+_NAMES = ("sand", "red", "blue", "grey", "green")
 _COLOURS = np.array(((206, 196, 140), (200, 72, 60), (60, 130, 200), (90, 90, 96), (40, 120, 50)), np.uint8)
-assert len(_COLOURS) == len(CLASSES)
+_KEY = ", ".join(f"{name}: {colour}" for name, colour in zip(CLASSES, _NAMES, strict=True))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -136,7 +137,7 @@ class Proof:
             ]
             for index, picture_3HW in enumerate(self.shown.pictures)
         ]
-        save_grid(rows, predictions, ["scene", *found])
+        save_grid(rows, predictions, ["scene", *found], heading=_KEY)
         return [gains, predictions]
 
     def _save_gains(self, path: Path) -> None:
