@@ -357,7 +357,7 @@ def distillation(
     Arms of one budget, paired by seed: the labels alone; after distilling from a random teacher, from a trained one on
     3,000 scenes without labels, or from its maps of other images; and with both at once. The teacher is a small ViT,
     made once and kept in the cache folder. The exit code is 1 if the lower 95% bound of the gain over labels alone or
-    over the random teacher is not above 0, or if a control gains.
+    over the random teacher is not above 0, or if maps of other images bring a gain.
     """
     from dinov3_ray.bench.machine import running
     from dinov3_ray.bench.proof.arms import QUICK_PROOF, ProofSettings

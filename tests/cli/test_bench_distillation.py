@@ -113,12 +113,9 @@ def test_a_proof_is_one_only_if_the_teacher_wins_and_no_control_does() -> None:
     assert beaten.startswith("Distilling from the trained teacher was not shown to beat the labels alone: +0.7 [")
     assert by_random.startswith("Distilling from the trained teacher was not shown to beat a random teacher: ")
     (swapped,) = made_up(trained=(0.7, 0.81, 0.75), swapped=(0.6, 0.7, 0.66)).complaints()
-    assert swapped.startswith("A control passes, and must not: swapped targets first, +10.3 [")
-    both = made_up(trained=(0.7, 0.81, 0.75), random=(0.69, 0.8, 0.76)).complaints()
-    assert [each.split(":")[0] for each in both] == [
-        "Distilling from the trained teacher was not shown to beat a random teacher",
-        "A control passes, and must not",
-    ]
+    assert swapped.startswith("The control passes, and must not: swapped targets first, +10.3 [")
+    (no_better,) = made_up(trained=(0.7, 0.81, 0.75), random=(0.69, 0.8, 0.76)).complaints()
+    assert no_better.startswith("Distilling from the trained teacher was not shown to beat a random teacher: +0.3 [")
     assert made_up(trained=(0.7, 0.81, 0.75)).share_handed_on is None
 
 
@@ -139,9 +136,6 @@ def test_the_smallest_proof_runs_from_end_to_end(tmp_path: Path) -> None:
     gain = report["gain_over_labels"]["mean"]
     assert gain == pytest.approx(report["arms"]["trained"]["mean"] - report["arms"]["labels"]["mean"])
     assert any(line.startswith("10 of 10: ") for line in lines)
-
-    again = measure_proof(SMALLEST, tmp_path / "work2", None, lines.append, cache=tmp_path / "cache")
-    assert again.as_dict() == proof.as_dict(), "the same every time"
 
     pictures = proof.save_pictures(tmp_path)
     assert [picture.name for picture in pictures] == ["gains.png", "predictions.png"]
