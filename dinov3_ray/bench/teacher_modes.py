@@ -14,14 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from dinov3_ray.config import CompileChoice, ComputeDtype, DinoV3Config
+from dinov3_ray.config import Backend, CompileChoice, ComputeDtype, DinoV3Config
 from dinov3_ray.config.preprocessing import Size
 from dinov3_ray.features import Features, FeatureSpec
 from dinov3_ray.images import ImageBatch
 from dinov3_ray.model import DinoV3Teacher
 from dinov3_ray.model.golden import golden_images
+from dinov3_ray.model.openvino_blocks import graph_of, import_openvino, properties_for
 from dinov3_ray.model.preprocess import preprocess
 from dinov3_ray.pool.replica.device_pipeline import pipeline_for
 
@@ -98,6 +99,9 @@ def modes_for(device: torch.device, *, quick: bool) -> list[TeacherMode]:
     ]
     if find_spec("torchvision") is not None:  # without it, the peer's other modes do without the processor too
         modes.insert(3, _peer("transformers bfloat16 without its processor", torch.bfloat16, processor=False))
+    if device.type == "cpu" and find_spec("openvino") is not None:
+        modes[3:3] = [_peer_by_openvino("float32", torch.float32), _peer_by_openvino("bfloat16", torch.bfloat16)]
+        modes.append(_ours("bfloat16 by OpenVINO", "bfloat16", backend="openvino"))
     if not quick:
         modes.append(_ours("bfloat16 compiled", "bfloat16", compile=True))
     if device.type == "cuda" and not quick:
@@ -111,8 +115,8 @@ def modes_for(device: torch.device, *, quick: bool) -> list[TeacherMode]:
 _MATMUL_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float8": torch.float8_e4m3fn}
 
 
-def _ours(name: str, dtype: ComputeDtype, *, compile: CompileChoice = False) -> TeacherMode:
-    make = functools.partial(load_ours, dtype=dtype, compile=compile)
+def _ours(name: str, dtype: ComputeDtype, *, compile: CompileChoice = False, backend: Backend = "torch") -> TeacherMode:
+    make = functools.partial(load_ours, dtype=dtype, compile=compile, backend=backend)
     return TeacherMode(name, _MATMUL_DTYPES[dtype], True, make)
 
 
@@ -121,10 +125,16 @@ def _peer(name: str, dtype: torch.dtype, attention: str | None = None, *, proces
     return TeacherMode(name, dtype, False, make)
 
 
-def load_ours(work: TeacherWork, dtype: ComputeDtype, *, compile: CompileChoice = False) -> Extract:
+def _peer_by_openvino(name: str, dtype: torch.dtype) -> TeacherMode:
+    return TeacherMode(f"transformers {name} by OpenVINO", dtype, False, functools.partial(OpenVinoPeer, dtype=dtype))
+
+
+def load_ours(
+    work: TeacherWork, dtype: ComputeDtype, *, compile: CompileChoice = False, backend: Backend = "torch"
+) -> Extract:
     """Load this package's teacher in one of its modes."""
     root, size, attention = work.config.root, work.config.image_size, work.config.attention
-    config = DinoV3Config(root, dtype=dtype, image_size=size, compile=compile, attention=attention)
+    config = DinoV3Config(root, dtype=dtype, image_size=size, compile=compile, attention=attention, backend=backend)
     if compile:
         torch.compiler.reset()  # torch keeps code up to a limit, which all modes and sizes together may reach
     teacher = DinoV3Teacher(config, work.device)
@@ -161,10 +171,40 @@ class Peer:
             inputs = self._processor(images=list(images), size=size, return_tensors="pt")
             pixels = inputs["pixel_values"].to(work.device)
         with torch.inference_mode():
-            outputs = self._model(pixels)
+            tokens_BND, pooled_BD = self._outputs(pixels)
         prefix = 1 + work.config.num_register_tokens
-        map_BDhw = outputs.last_hidden_state[:, prefix:].transpose(1, 2).unflatten(2, work.grid_size)
-        return Features(cls=outputs.pooler_output, feature_map=map_BDhw)
+        map_BDhw = tokens_BND[:, prefix:].transpose(1, 2).unflatten(2, work.grid_size)
+        return Features(cls=pooled_BD, feature_map=map_BDhw)
+
+    def _outputs(self, pixels: Tensor) -> tuple[Any, Any]:
+        """All tokens of the last layer, and the model's summary of each image."""
+        outputs = self._model(pixels)
+        return outputs.last_hidden_state, outputs.pooler_output
+
+
+class OpenVinoPeer(Peer):
+    """The same, with the model converted to OpenVINO."""
+
+    def __init__(self, work: TeacherWork, dtype: torch.dtype) -> None:
+        super().__init__(work, torch.float32)
+        pixels = preprocess(ImageBatch.of(work.images()), work.config.preprocessing, work.device)
+        pixels = preprocess(ImageBatch.of(work.images()), work.config.preprocessing, work.device)
+        graph = graph_of(_TokensAndSummary(self._model), (pixels,))
+        self._compiled = import_openvino().compile_model(graph, "CPU", properties_for(dtype))
+
+    def _outputs(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        tokens, pooled = self._compiled([pixels.numpy()]).values()
+        return torch.from_numpy(tokens), torch.from_numpy(pooled)
+
+
+class _TokensAndSummary(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixels_B3HW: Tensor) -> tuple[Tensor, Tensor]:
+        outputs = self.model(pixels_B3HW)
+        return outputs.last_hidden_state, outputs.pooler_output
 
 
 def _load_processor(root: Path) -> Any:

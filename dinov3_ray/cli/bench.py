@@ -25,7 +25,7 @@ from dinov3_ray.interrupts import Interrupts
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from dinov3_ray.config import CompileChoice, ComputeDtype
+    from dinov3_ray.config import Backend, CompileChoice, ComputeDtype
 
 __all__ = ["bench"]
 
@@ -242,6 +242,7 @@ def dataset(
     compute_dtype: ComputeDtype,
     compile: CompileChoice,
     attention: str,
+    backend: Backend,
     repeats: int,
     quick: bool,
     address: str | None,
@@ -256,7 +257,9 @@ def dataset(
     from dinov3_ray.bench.dataset.extracting import DatasetWork, measure_dataset
     from dinov3_ray.bench.machine import running
 
-    work = DatasetWork(images=images, variant=variant, dtype=compute_dtype, compile=compile, attention=attention)
+    work = DatasetWork(
+        images=images, variant=variant, dtype=compute_dtype, compile=compile, attention=attention, backend=backend
+    )
     if quick:
         work, repeats = replace(work, images=64, variant="vit-test"), 1
     with tempfile.TemporaryDirectory(prefix="dinov3-ray-bench-") as folder, running(address) as step:

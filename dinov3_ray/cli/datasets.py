@@ -12,7 +12,7 @@ import click
 
 from dinov3_ray.cli.teacher_options import computing_options, model_options
 from dinov3_ray.cli.values import Colour, ImageSize, InputSize, Integers, Outputs, PillowPlugin, address_option
-from dinov3_ray.config import CompileChoice, ComputeDtype, open_config
+from dinov3_ray.config import Backend, CompileChoice, ComputeDtype, open_config
 from dinov3_ray.config.preprocessing import Size, ViewSize
 from dinov3_ray.datasets import MAX_PIXELS
 from dinov3_ray.errors import InputError, StoreError
@@ -113,6 +113,7 @@ def extract_command(
     compute_dtype: ComputeDtype,
     compile: CompileChoice,
     attention: str,
+    backend: Backend,
     batch_size: int | None,
     block_size: int | None,
     image_column: str | None,
@@ -134,9 +135,10 @@ def extract_command(
     Parquet files with image bytes.
     """
     spec = FeatureSpec(**outputs, layers=layers, norm=not no_norm, map_size=map_size, dtype=dtype)
-    if root is None and (image_size is not None or (compute_dtype, compile, attention) != ("auto",) * 3):
+    if root is None and (image_size is not None or (compute_dtype, compile, attention, backend) != ("auto",) * 4):
         raise click.UsageError(
-            "--image-size, --compute-dtype, --compile and --attention belong to --root: a pool has its own settings"
+            "--image-size, --compute-dtype, --compile, --attention and --backend belong to --root: a pool has its own "
+            "settings"
         )
     from dinov3_ray.datasets.extraction.extract import extract
     from dinov3_ray.datasets.extraction.plan import batches_text, size_text
@@ -153,6 +155,7 @@ def extract_command(
             dtype=compute_dtype,
             compile=compile,
             attention=attention,
+            backend=backend,
         )
     options = SourceOptions(
         image_column=image_column,

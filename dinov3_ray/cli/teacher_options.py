@@ -8,7 +8,7 @@ from typing import get_args
 import click
 
 from dinov3_ray.cli.values import Command, CompileValue, InputSize
-from dinov3_ray.config import ComputeDtype
+from dinov3_ray.config import Backend, ComputeDtype
 
 __all__ = ["computing_options", "image_size_option", "model_options"]
 
@@ -50,7 +50,7 @@ def _needs_root(context: click.Context, _: click.Parameter, revision: str | None
 
 
 def computing_options(*, dtype: str = "--dtype", image_size: bool = True) -> Callable[[Command], Command]:
-    """``--dtype``, ``--image-size``, ``--compile`` and ``--attention``, with the values of a DinoV3Config.
+    """``--dtype``, ``--image-size``, ``--compile``, ``--attention`` and ``--backend``, as a DinoV3Config has them.
 
     Args:
         dtype: the name of the first, where a command calls something else ``--dtype``.
@@ -76,6 +76,13 @@ def computing_options(*, dtype: str = "--dtype", image_size: bool = True) -> Cal
         ),
         click.option(
             "--attention", default="auto", show_default=True, help="The attention kernel: auto, sdpa, eager ..."
+        ),
+        click.option(
+            "--backend",
+            type=click.Choice(get_args(Backend)),
+            default="auto",
+            show_default=True,
+            help="What computes. auto: OpenVINO in bfloat16 on a CPU, where it is installed; else torch.",
         ),
     ]
     if image_size:

@@ -10,7 +10,7 @@ import click
 from dinov3_ray.cli.pool import pool_options, timeout_option
 from dinov3_ray.cli.teacher_options import computing_options, model_options
 from dinov3_ray.cli.values import Pair, PoolOption, Replicas
-from dinov3_ray.config import CompileChoice, ComputeDtype, open_config
+from dinov3_ray.config import Backend, CompileChoice, ComputeDtype, open_config
 from dinov3_ray.config.preprocessing import Size, ViewSize
 from dinov3_ray.pool import NAMESPACE
 from dinov3_ray.pool.spec import Batching
@@ -67,6 +67,7 @@ def up(
     image_size: Size | ViewSize | None,
     compile: CompileChoice,
     attention: str,
+    backend: Backend,
     replicas: Any,
     leave_gpus: float,
     num_gpus: float | None,
@@ -93,7 +94,13 @@ def up(
     from dinov3_ray.pool.teacher_pool import TeacherPool
 
     config = open_config(
-        root, revision=revision, dtype=dtype, image_size=image_size, compile=compile, attention=attention
+        root,
+        revision=revision,
+        dtype=dtype,
+        image_size=image_size,
+        compile=compile,
+        attention=attention,
+        backend=backend,
     )
     options = {name: value for name, value in options.items() if value is not None} | dict(others)
     with joined(address) as here, show_progress(f"pool {name}") as report:
@@ -163,6 +170,7 @@ def reload(
     image_size: Size | ViewSize | None,
     compile: CompileChoice,
     attention: str,
+    backend: Backend,
     wait: bool,
     timeout: float,
 ) -> None:
@@ -176,7 +184,13 @@ def reload(
     from dinov3_ray.pool.teacher_pool import TeacherPool
 
     config = open_config(
-        root, revision=revision, dtype=dtype, image_size=image_size, compile=compile, attention=attention
+        root,
+        revision=revision,
+        dtype=dtype,
+        image_size=image_size,
+        compile=compile,
+        attention=attention,
+        backend=backend,
     )
     with joined(address), TeacherPool.connect(name, namespace=namespace) as pool:
         former = pool.status().fingerprint

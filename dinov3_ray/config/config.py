@@ -19,7 +19,7 @@ from dinov3_ray.config.weights import WeightFiles
 from dinov3_ray.errors import ConfigError
 from dinov3_ray.validation import CheckedModel, check, from_list, rule
 
-__all__ = ["CompileChoice", "CompileMode", "ComputeDtype", "DinoV3Config", "ModelConfig", "ModelOptions"]
+__all__ = ["Backend", "CompileChoice", "CompileMode", "ComputeDtype", "DinoV3Config", "ModelConfig", "ModelOptions"]
 
 ComputeDtype = Literal["auto", "float32", "bfloat16", "float16", "float8"]
 """The dtype that the model computes in; ``auto`` is bfloat16 where the device has it in hardware, else float32.
@@ -30,6 +30,9 @@ CompileMode = Literal["default", "reduce-overhead", "max-autotune", "max-autotun
 
 CompileChoice = bool | Literal["auto"] | CompileMode
 """Whether the model is compiled, and in which mode; True is the default mode."""
+
+Backend = Literal["auto", "torch", "openvino"]
+"""What computes a model on a CPU; ``auto`` is OpenVINO in bfloat16, where it is installed."""
 
 _AUTO_COMPILES_ON = ("cuda",)  # types of device
 
@@ -63,6 +66,9 @@ class ModelOptions(CheckedModel):
     """The attention implementation of transformers, such as sdpa, eager or flash_attention_2. auto is sdpa with a
     kernel chosen for the device (cuDNN's on Hopper), which torch's global flags do not change. A ConvNeXt, which has no
     attention, ignores it."""
+    backend: Annotated[Backend, rule(f"must be one of {', '.join(get_args(Backend))}")] = "auto"
+    """What computes. auto: OpenVINO for a DINOv3 in bfloat16 on a CPU, where it is installed (the extra openvino); else
+    torch. openvino: in float32 too; where it cannot compute, it is an error."""
 
 
 @dataclass(frozen=True, init=False, repr=False)
@@ -81,8 +87,8 @@ class ModelConfig(ABC):
             ``facebook/dinov3-vits16-pretrain-lvd1689m``, that has them. A directory goes before an id of the same
             spelling, as in transformers.
         revision: with an id: a branch, a tag or a commit; by default ``main``. It is resolved to a commit here.
-        dtype, image_size, compile, attention: see :class:`ModelOptions`; ``image_size`` is one int, (h, w), or a
-            :data:`~dinov3_ray.config.preprocessing.ViewSize`; :meth:`Preprocessing.resized_to` and
+        dtype, image_size, compile, attention, backend: see :class:`ModelOptions`; ``image_size`` is one int, (h, w),
+            or a :data:`~dinov3_ray.config.preprocessing.ViewSize`; :meth:`Preprocessing.resized_to` and
             :meth:`Preprocessing.following` say what becomes of the file's rule.
 
     Attributes:
@@ -105,6 +111,7 @@ class ModelConfig(ABC):
     image_size: Size | ViewSize
     compile: CompileChoice
     attention: str
+    backend: Backend
     architecture: Architecture | TransformersArchitecture = field(init=False)
     preprocessing: Preprocessing = field(init=False)
     place: ModelPlace = field(init=False)
@@ -122,12 +129,14 @@ class ModelConfig(ABC):
         image_size: int | Size | ViewSize | None = None,
         compile: CompileChoice = "auto",
         attention: str = "auto",
+        backend: Backend = "auto",
     ) -> None:
         given = {
             "dtype": dtype,
             "image_size": image_size,
             "compile": compile,
             "attention": attention,
+            "backend": backend,
         }
         options = check(ModelOptions, given)
         # Its directory is absolute, since a relative path means another place in a worker's folder.
@@ -232,7 +241,7 @@ class ModelConfig(ABC):
         return (
             f"{type(self).__name__}({where}, {self.family}, D={self.hidden_size}, layers={self.num_layers}, "
             f"registers={self.num_register_tokens}, patch={self.patch_size}, image={size}, dtype={self.dtype}, "
-            f"attention={self.attention}, compile={self.compile})"
+            f"attention={self.attention}, compile={self.compile}, backend={self.backend})"
         )
 
 

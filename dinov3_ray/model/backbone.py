@@ -11,14 +11,15 @@ row), D channels.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dinov3_ray.features import Features, FeatureSpec, in_channels_last, resample_map
+from dinov3_ray.model.openvino_blocks import OpenVinoBlocks
 from dinov3_ray.network.convnext import ConvNext
 from dinov3_ray.network.transformers_network import TransformersNetwork
 from dinov3_ray.network.vit import ViT
@@ -34,6 +35,7 @@ def run_backbone(
     spec: FeatureSpec,
     *,
     compiled: bool = False,
+    openvino: OpenVinoBlocks | None = None,
 ) -> Features:
     """The outputs that ``spec`` asks for, each with memory of its own; maps at the spec's ``map_size``.
 
@@ -42,83 +44,59 @@ def run_backbone(
 
     A ConvNeXt's CLS is its normed global average. Its layers are its four stages, whose widths and strides differ. The
     final norm fits the last stage only and is not applied to the others, as in the official
-    ``get_intermediate_layers``. ``compiled``: whether the blocks are.
+    ``get_intermediate_layers``. ``compiled``: whether the blocks are. ``openvino`` computes them in their place.
     """
-    if isinstance(model, ConvNext):
-        return _run_convnext(model, pixels_B3HW, spec, compiled)
-    return _run_vit(model, pixels_B3HW, spec, compiled)
-
-
-def _run_vit(model: ViT | TransformersNetwork, pixels_B3HW: Tensor, spec: FeatureSpec, compiled: bool) -> Features:
-    patch, prefix = model.architecture.patch_size, model.num_prefix_tokens
-    grid = tuple(side // patch for side in pixels_B3HW.shape[-2:])
-    given: Any  # of the kind that the model's own step() takes
-    embedded_BND, given = model.begin(pixels_B3HW)
-
-    def cut(_: int, hidden_BND: Tensor) -> Tensor:
-        patches = hidden_BND[:, prefix:]
-        return _as_map(model.norm(patches) if spec.norm else _cut_out(patches), grid, spec)
-
-    def step(block: nn.Module, hidden_BND: Tensor) -> Tensor:
-        return model.step(block, hidden_BND, given)
-
-    hidden_BND, layers = _run_blocks(model.blocks, embedded_BND, spec, step, cut, compiled)
-    return _finish(model, model.norm, hidden_BND, grid, spec, layers)
-
-
-def _run_convnext(model: ConvNext, pixels_B3HW: Tensor, spec: FeatureSpec, compiled: bool) -> Features:
-    def cut(index: int, hidden_BDhw: Tensor) -> Tensor:
-        if spec.norm and index == len(model.blocks) - 1:
-            return _as_map(model.layer_norm(_as_tokens(hidden_BDhw)), hidden_BDhw.shape[-2:], spec)
-        return _finished_map(hidden_BDhw, spec)
-
-    def step(block: nn.Module, hidden_BDhw: Tensor) -> Tensor:
-        hidden: Tensor = block(hidden_BDhw)
-        return hidden
-
-    pixels_B3HW = pixels_B3HW.to(model.layer_norm.weight.dtype)
-    hidden_BDhw, layers = _run_blocks(model.blocks, pixels_B3HW, spec, step, cut, compiled)
+    depth = len(model.blocks)
+    asked = spec.blocks(depth)
+    needed = depth if _wants_final(spec) else max(asked) + 1
+    if openvino is None:
+        outputs = _blocks_outputs(model, pixels_B3HW, needed, compiled)
+    else:
+        outputs = openvino(pixels_B3HW, sorted({*asked, needed - 1}))
+    kept: dict[int, Tensor] = {}
+    for index, hidden in outputs:
+        if index in asked:
+            kept[index] = _layer(model, index, hidden, pixels_B3HW, spec)
+    layers = {name: kept[index] for name, index in zip(spec.layers, asked, strict=True)}
     if not _wants_final(spec):
         return Features(layers=layers)
-    tokens_BND = model.tokens(hidden_BDhw)
-    return _finish(model, model.layer_norm, tokens_BND, hidden_BDhw.shape[-2:], spec, layers)
+    if isinstance(model, ConvNext):
+        return _finish(model, model.layer_norm(model.tokens(hidden)), hidden.shape[-2:], spec, layers)
+    return _finish(model, model.norm(hidden), _grid(model, pixels_B3HW), spec, layers)
 
 
-def _run_blocks(
-    blocks: nn.ModuleList,
-    hidden: Tensor,
-    spec: FeatureSpec,
-    step: Callable[[nn.Module, Tensor], Tensor],
-    cut: Callable[[int, Tensor], Tensor],
-    compiled: bool,
-) -> tuple[Tensor, dict[int, Tensor]]:
-    """The output of the last block that is needed, and what ``cut`` makes of those asked for, in the spec's order."""
-    asked = spec.blocks(len(blocks))
-    needed = len(blocks) if _wants_final(spec) else max(asked) + 1
+def _blocks_outputs(model: Network, pixels_B3HW: Tensor, needed: int, compiled: bool) -> Iterator[tuple[int, Tensor]]:
+    """The index and the output of each of the first ``needed`` blocks."""
+    given: Any  # of the kind that the model's own step() takes
+    hidden, given = model.begin(pixels_B3HW)
     if compiled and len(hidden) > 1:
         # One compiled code for all batch sizes but 1. By default, torch compiles one for the first size and another for
         # all others, so that results would depend on which size came first.
         torch._dynamo.mark_dynamic(hidden, 0)
-    kept: dict[int, Tensor] = {}
-    for index, block in enumerate(islice(blocks, needed)):
-        hidden = step(block, hidden)
-        if index in asked:
-            kept[index] = cut(index, hidden)
-    return hidden, {name: kept[index] for name, index in zip(spec.layers, asked, strict=True)}
+    for index, block in enumerate(islice(model.blocks, needed)):
+        hidden = model.step(block, hidden, given)
+        yield index, hidden
+
+
+def _layer(model: Network, index: int, hidden: Tensor, pixels_B3HW: Tensor, spec: FeatureSpec) -> Tensor:
+    """The map of block ``index``, whose output is ``hidden``."""
+    if not isinstance(model, ConvNext):
+        patches_BND = hidden[:, model.num_prefix_tokens :]
+        cut_BND = model.norm(patches_BND) if spec.norm else _cut_out(patches_BND)
+        return _as_map(cut_BND, _grid(model, pixels_B3HW), spec)
+    if spec.norm and index == len(model.blocks) - 1:
+        return _as_map(model.layer_norm(_as_tokens(hidden)), hidden.shape[-2:], spec)
+    return _finished_map(hidden, spec)
+
+
+def _grid(model: ViT | TransformersNetwork, pixels_B3HW: Tensor) -> tuple[int, ...]:
+    return tuple(side // model.architecture.patch_size for side in pixels_B3HW.shape[-2:])
 
 
 def _finish(
-    model: Network,
-    norm: nn.Module,
-    hidden_BND: Tensor,
-    grid: tuple[int, ...],
-    spec: FeatureSpec,
-    layers: dict[int, Tensor],
+    model: Network, tokens_BND: Tensor, grid: tuple[int, ...], spec: FeatureSpec, layers: dict[int, Tensor]
 ) -> Features:
-    """Norm the last block's tokens and split them into outputs."""
-    if not _wants_final(spec):
-        return Features(layers=layers)
-    tokens_BND = norm(hidden_BND)
+    """Split the last block's normed tokens into outputs."""
     prefix = model.num_prefix_tokens
     return Features(
         cls=_cut_out(tokens_BND[:, 0]) if spec.cls else None,

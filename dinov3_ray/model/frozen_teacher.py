@@ -29,6 +29,7 @@ from dinov3_ray.model.compilation import compile_blocks, is_compiled
 from dinov3_ray.model.device import Stopwatch, as_device, choose_dtype, computing_on, empty_cache, full_float32
 from dinov3_ray.model.float8 import check_float8, multiply_in_float8
 from dinov3_ray.model.golden import agreement, golden_images
+from dinov3_ray.model.openvino_blocks import OpenVinoBlocks, open_openvino
 from dinov3_ray.model.preprocess import preprocess
 from dinov3_ray.model.seal import SealedModel
 from dinov3_ray.model.upload import Upload
@@ -100,6 +101,7 @@ class FrozenTeacher(TeacherMixin[Images | ImageBatch]):
         self.dtype = choose_dtype(config.dtype, device)[0]
         self.preprocess_watch = Stopwatch()
         self._upload = Upload(device)
+        self._openvino: OpenVinoBlocks | None = None
         self._watch = TeacherWatch()
 
     @cached_property
@@ -127,6 +129,7 @@ class FrozenTeacher(TeacherMixin[Images | ImageBatch]):
             check_float8(blocks, self.device)
         if isinstance(model, ViT):
             choose_attention(model, self.config.attention, self.device, self.dtype)
+        self._openvino = open_openvino(self.config, self.device, self.dtype)
         compile_blocks(blocks, self.config, self.device, trial=functools.partial(self._try_out, model))
         if float8 and self.device.type == "cuda" and not is_compiled(blocks):
             logger.warning(
@@ -181,7 +184,8 @@ class FrozenTeacher(TeacherMixin[Images | ImageBatch]):
             return deliver(self._run(self.model, pixels_B3HW, spec.native()), spec)
 
     def _run(self, model: Network, pixels_B3HW: Tensor, spec: FeatureSpec) -> Features:
-        run = functools.partial(run_backbone, model, pixels_B3HW, spec, compiled=is_compiled(model.blocks))
+        compiled = is_compiled(model.blocks)
+        run = functools.partial(run_backbone, model, pixels_B3HW, spec, compiled=compiled, openvino=self._openvino)
         if not self._records_graphs:
             return run()
         with _graph_step:
@@ -295,8 +299,17 @@ class FrozenTeacher(TeacherMixin[Images | ImageBatch]):
 
     @property
     def computed_in(self) -> str:
-        """The dtype's name; ``float8`` where the matrix products are in it."""
+        """The dtype's name, ``float8`` where the matrix products are in it; and ``by OpenVINO`` where that computes."""
+        return self._dtype_name + (" by OpenVINO" if self.by_openvino else "")
+
+    @property
+    def _dtype_name(self) -> str:
         return "float8" if self.config.dtype == "float8" else str(self.dtype).removeprefix("torch.")
+
+    @property
+    def by_openvino(self) -> bool:
+        """Whether OpenVINO computes the blocks; with ``backend="auto"``, that depends on what is installed."""
+        return bool(self.model) and self._openvino is not None
 
     @property
     def compiled(self) -> bool:
@@ -397,7 +410,7 @@ class FrozenTeacher(TeacherMixin[Images | ImageBatch]):
         if self._is_loaded:
             self._sealed.check()
         # What auto has chosen is settled: a copy computes in the same dtype.
-        chosen = cast(ComputeDtype, self.computed_in)
+        chosen = cast(ComputeDtype, self._dtype_name)
         config = replace(self.config, dtype=chosen) if self.config.dtype == "auto" else self.config
         return {"config": config, "device": self.device}
 

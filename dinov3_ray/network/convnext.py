@@ -33,6 +33,15 @@ class ConvNext(nn.Module):
         """What ``FeatureSpec.layers`` counts: the stages; each takes a map [B,D,h,w], and gives the next."""
         return self.stages
 
+    def begin(self, pixels_B3HW: Tensor) -> tuple[Tensor, None]:
+        """The map before the first stage: the pixels themselves; a stage is given nothing else."""
+        return pixels_B3HW.to(self.layer_norm.weight.dtype), None
+
+    def step(self, stage: nn.Module, map_BDhw: Tensor, _: None) -> Tensor:
+        """The map after ``stage``."""
+        stepped_BDhw: Tensor = stage(map_BDhw)
+        return stepped_BDhw
+
     def tokens(self, map_BDhw: Tensor) -> Tensor:
         """The last stage's map as [B, 1 + h × w, D] before the final norm: its mean, then its cells row by row."""
         return torch.cat([part.flatten(2).transpose(1, 2) for part in (self.pool(map_BDhw), map_BDhw)], dim=1)

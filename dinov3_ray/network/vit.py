@@ -93,7 +93,8 @@ class _Embeddings(nn.Module):
 
     def forward(self, pixels_B3HW: Tensor) -> Tensor:
         patches_BND = self.patch_embeddings(pixels_B3HW).flatten(2).transpose(1, 2)
-        first = [token.expand(len(patches_BND), -1, -1) for token in (self.cls_token, self.register_tokens)]
+        images = patches_BND.shape[0]  # not len(), which a trace takes for a constant
+        first = [token.expand(images, -1, -1) for token in (self.cls_token, self.register_tokens)]
         return torch.cat([*first, patches_BND], dim=1)
 
 
@@ -171,7 +172,7 @@ class _Attention(nn.Module):
 def _turned(tokens_BHNC: Tensor, turns: Turns) -> Tensor:
     """The tokens, those of patches turned: channel i together with i + C/2."""
     cosines, sines = turns
-    patches = len(cosines)
+    patches = cosines.shape[0]  # not len(), as in the embeddings
     others, placed = torch.split(tokens_BHNC, [tokens_BHNC.shape[-2] - patches, patches], dim=-2)
     first, second = placed.chunk(2, dim=-1)
     return torch.cat((others, placed * cosines + torch.cat((-second, first), dim=-1) * sines), dim=-2)

@@ -63,7 +63,7 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
 def test_outputs_equal_transformers_bit_for_bit(
     tiny_checkpoint: Path, photographs: list[Tensor], size: Any, dtype: Any
 ) -> None:
-    teacher = DinoV3Teacher(DinoV3Config(tiny_checkpoint, dtype=dtype, image_size=size))
+    teacher = DinoV3Teacher(DinoV3Config(tiny_checkpoint, dtype=dtype, image_size=size, backend="torch"))
     model = AutoModel.from_pretrained(tiny_checkpoint, dtype=getattr(torch, dtype)).eval()
     with torch.no_grad():
         expected = model(processed(photographs, teacher.image_size))

@@ -36,7 +36,7 @@ from dinov3_ray.bench.dataset.reading import (
 )
 from dinov3_ray.bench.throughput import quiet_data
 from dinov3_ray.checkpoint import init_checkpoint
-from dinov3_ray.config import CompileChoice, ComputeDtype, DinoV3Config
+from dinov3_ray.config import Backend, CompileChoice, ComputeDtype, DinoV3Config
 from dinov3_ray.datasets import extract
 from dinov3_ray.datasets.decode import Decoder
 from dinov3_ray.datasets.store.schema import encode_columns
@@ -67,7 +67,7 @@ class DatasetWork:
         images: their number in each form (decoded, JPEG). The peers are slower, and get a quarter of them.
         batch: images per forward pass.
         variant: of the teacher, which has random weights.
-        dtype, compile, attention: of the teacher, which the bare loop uses too.
+        dtype, compile, attention, backend: of the teacher, which the bare loop uses too.
     """
 
     images: int = 768
@@ -76,6 +76,7 @@ class DatasetWork:
     dtype: ComputeDtype = "auto"
     compile: CompileChoice = "auto"
     attention: str = "auto"
+    backend: Backend = "auto"
 
     @property
     def peers_images(self) -> int:
@@ -175,7 +176,7 @@ def measure_dataset(
     ``quick`` leaves out the warming up, the files, and the peer with many actors.
     """
     root = init_checkpoint(work.variant, folder / "model")
-    config = DinoV3Config(root, dtype=work.dtype, compile=work.compile, attention=work.attention)
+    config = DinoV3Config(root, dtype=work.dtype, compile=work.compile, attention=work.attention, backend=work.backend)
     teacher = DinoV3Teacher(config)
     files = write_photographs(folder / "files", work.images)
     pixels = [_square(Image.open(path)) for path in files]
