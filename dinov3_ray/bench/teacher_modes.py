@@ -188,7 +188,6 @@ class OpenVinoPeer(Peer):
     def __init__(self, work: TeacherWork, dtype: torch.dtype) -> None:
         super().__init__(work, torch.float32)
         pixels = preprocess(ImageBatch.of(work.images()), work.config.preprocessing, work.device)
-        pixels = preprocess(ImageBatch.of(work.images()), work.config.preprocessing, work.device)
         graph = graph_of(_TokensAndSummary(self._model), (pixels,))
         self._compiled = import_openvino().compile_model(graph, "CPU", properties_for(dtype))
 
