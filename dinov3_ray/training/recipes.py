@@ -18,6 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from dinov3_ray.config.preprocessing import ViewSize
 from dinov3_ray.errors import ConfigError, InputError, describe
 from dinov3_ray.features import Features, FeatureSpec
 from dinov3_ray.teacher import Extractor
@@ -37,7 +38,6 @@ from dinov3_ray.training.losses import (
 from dinov3_ray.training.taps import FeatureTap, Select
 
 __all__ = [
-    "ImageSize",
     "Recipe",
     "RecipeTerm",
     "am_radio",
@@ -48,9 +48,6 @@ __all__ = [
     "rtdetrv4",
     "ultralytics",
 ]
-
-ImageSize = Literal["input", "input/2"]
-"""The teacher's input: the student's view as it is, or at half its size."""
 
 _GREY = 114
 _GREY_SIDE = 224  # of the image by which a teacher's channels are found, where the student's is not a tensor
@@ -145,7 +142,7 @@ class Recipe:
     name: str
     source: str
     spec: FeatureSpec
-    image_size: ImageSize | None
+    image_size: ViewSize | None
     terms: tuple[RecipeTerm, ...]
     stride: int | None = None
     prefers: tuple[str, ...] = ()

@@ -117,6 +117,9 @@ def test_a_proof_is_one_only_if_the_teacher_wins_and_no_control_does() -> None:
     (no_better,) = made_up(trained=(0.7, 0.81, 0.75), random=(0.69, 0.8, 0.76)).complaints()
     assert no_better.startswith("Distilling from the trained teacher was not shown to beat a random teacher: +0.3 [")
     assert made_up(trained=(0.7, 0.81, 0.75)).share_handed_on is None
+    helpful = made_up(trained=(0.7, 0.81, 0.75), random=(0.6, 0.7, 0.66), joint=(0.6, 0.7, 0.66))
+    passing = {name: arm["passes"] for name, arm in helpful.as_dict()["arms"].items()}
+    assert passing == dict.fromkeys(ARMS, False) | {"trained": True}, "what a random teacher brings too is no gain"
 
 
 def test_the_smallest_proof_runs_from_end_to_end(tmp_path: Path) -> None:

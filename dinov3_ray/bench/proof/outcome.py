@@ -67,6 +67,14 @@ class Proof:
         )
         return (trained - labels) / (teacher - labels) if teacher > labels else None
 
+    def passes(self, arm: str) -> bool:
+        """Whether an arm has gained, by the lower bounds, over the labels alone and over a random teacher.
+
+        A random teacher brings a little over the labels, since any function of the image trains a student: what it
+        brings is no knowledge, and so it does not pass.
+        """
+        return self.gain(arm).low > 0 and self.gain(arm, "random").low > 0
+
     def complaints(self) -> list[str]:
         """Why this is no proof, a sentence each; empty if it is one."""
         found = []
@@ -76,8 +84,6 @@ class Proof:
                 found.append(
                     f"Distilling from the trained teacher was not shown to beat {beaten}: {_told(gain)} points."
                 )
-        # What a random teacher brings is no complaint: any function of the image trains a student, and the gain over
-        # that arm leaves it out. Targets of other images bring nothing.
         gain = self.gain("swapped")
         if gain.low > 0:
             found.append(f"The control passes, and must not: {ARMS['swapped'].title}, {_told(gain)} points.")
@@ -93,7 +99,11 @@ class Proof:
             "complaints": self.complaints(),
             "arms": {
                 name: {"miou": _mious(found), "mean": _mean(found)}
-                | ({} if name == "labels" else {"gain_over_labels": asdict(self.gain(name))})
+                | (
+                    {}
+                    if name == "labels"
+                    else {"gain_over_labels": asdict(self.gain(name)), "passes": self.passes(name)}
+                )
                 for name, found in self.arms.items()
             },
             "teachers": {name: {"miou": _mious(found), "mean": _mean(found)} for name, found in self.teachers.items()},
