@@ -103,6 +103,7 @@ def measure_proof(
             for name, futures in of_arms.items()
             for seed, future in enumerate(futures)
         }
+        note(f"training {len(titles)} students")
         for done, future in enumerate(as_completed(titles), start=1):
             note(f"{done} of {len(titles)}: {titles[future]}: mIoU {future.result().miou:.1%}")
         return Proof(

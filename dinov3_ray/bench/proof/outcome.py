@@ -98,12 +98,12 @@ class Proof:
             "share_handed_on": self.share_handed_on,
             "complaints": self.complaints(),
             "arms": {
-                name: {"miou": _mious(found), "mean": _mean(found)}
-                | (
-                    {}
-                    if name == "labels"
-                    else {"gain_over_labels": asdict(self.gain(name)), "passes": self.passes(name)}
-                )
+                name: {
+                    "miou": _mious(found),
+                    "mean": _mean(found),
+                    "gain_over_labels": asdict(self.gain(name)),
+                    "passes": self.passes(name),
+                }
                 for name, found in self.arms.items()
             },
             "teachers": {name: {"miou": _mious(found), "mean": _mean(found)} for name, found in self.teachers.items()},
