@@ -5,6 +5,7 @@ Shapes: D channels, h × w patches.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike
@@ -14,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dinov3_ray.errors import InputError
+from dinov3_ray.errors import ConfigError, InputError
 
-__all__ = ["PcaBasis", "save_grid"]
+__all__ = ["PcaBasis", "make_out_folder", "save_grid"]
 
 _CLIP = 0.01
 _PANEL_INCHES = 3.2
@@ -140,3 +141,17 @@ def _tokens(maps: Tensor) -> Tensor:
     if not torch.isfinite(tokens_ND).all():
         raise InputError("map must be finite; it holds NaN or infinity")
     return tokens_ND
+
+
+def make_out_folder(out: Path) -> None:
+    """Make the folder for a command's pictures before its work starts, so that it learns early if it cannot be written.
+
+    Raises:
+        ConfigError: it cannot be made or written.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--out must be a folder that can be written; got {out} ({error.strerror})") from error
+    if not os.access(out, os.W_OK | os.X_OK):
+        raise ConfigError(f"--out must be a folder that can be written; this user may not write to {out}")

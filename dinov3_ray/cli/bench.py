@@ -357,19 +357,20 @@ def distillation(
 ) -> None:
     """Whether a student with 32 labels gets better by distilling, on drawn scenes that come with labels.
 
-    Arms of one budget, paired by seed: the labels alone; after distilling from a random teacher, from a trained one on
-    3,000 scenes without labels, or from its maps of other images; and with both at once. The teacher is a small ViT,
-    made once and kept in the cache folder. The exit code is 1 if the lower 95% bound of the gain over labels alone or
-    over the random teacher is not above 0, or if maps of other images bring a gain.
+    Arms with the same labelled steps, paired by seed: the labels alone; after distilling from a random teacher, from a
+    trained one on 3,000 scenes without labels, or from its maps of other images; and with both at once. The teacher is
+    a small ViT, made once and kept in the cache folder. The exit code is 1 if the lower 95% bound of the gain over
+    labels alone, or over either control, is not above 0, or if maps of other images bring a gain.
     """
     from dinov3_ray.bench.machine import running
     from dinov3_ray.bench.proof.arms import QUICK_PROOF, ProofSettings
     from dinov3_ray.bench.proof.measuring import measure_proof
+    from dinov3_ray.pictures import make_out_folder
 
     settings = replace(QUICK_PROOF if quick else ProofSettings(), replicas=replicas)
     settings = settings if seeds is None else replace(settings, seeds=seeds)
     if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
+        make_out_folder(out)
     begun = datetime.now(UTC)
 
     def note(step: str) -> None:

@@ -6,7 +6,6 @@ Shapes: B views, D teacher channels, h × w the teacher's grid.
 from __future__ import annotations
 
 import logging
-import os
 import secrets
 import time
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from dinov3_ray.errors import ConfigError
 from dinov3_ray.features import FeatureSpec
 from dinov3_ray.interrupts import Interrupts
 from dinov3_ray.machine.cpus import usable_cpus
+from dinov3_ray.pictures import make_out_folder
 from dinov3_ray.pool.client.remote import RemoteTeacher
 from dinov3_ray.pool.teacher_pool import TeacherPool
 from dinov3_ray.scenes.drawing import draw_scene
@@ -90,7 +90,7 @@ def run_demo(settings: DemoSettings, display: Display, interrupts: Interrupts) -
         KeyboardInterrupt: a signal arrived.
     """
     begun = time.monotonic()
-    _make_out(settings.out)
+    make_out_folder(settings.out)
     root = _trained_teacher(display) if settings.trained else settings.root
     with interrupts.held():
         folder = make_folder()
@@ -239,16 +239,6 @@ def _pictures(settings: DemoSettings, display: Display, size: int) -> tuple[list
     if len(found) < 2 * _SHOWN:
         return found, found[:_SHOWN]
     return found[_SHOWN:], found[:_SHOWN]
-
-
-def _make_out(out: Path) -> None:
-    """Make the folder before the work starts, so that one that cannot be written is reported early."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"--out must be a folder that can be written; got {out} ({error.strerror})") from error
-    if not os.access(out, os.W_OK | os.X_OK):
-        raise ConfigError(f"--out must be a folder that can be written; this user may not write to {out}")
 
 
 def _clean_up(ray: DemoRay, folder: Path) -> None:

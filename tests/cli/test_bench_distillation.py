@@ -109,9 +109,10 @@ def test_a_proof_is_one_only_if_the_teacher_wins_and_no_control_does() -> None:
     assert good.complaints() == []
     assert good.share_handed_on == pytest.approx(0.2033 / 0.3, abs=1e-3)
     assert good.gain("trained").mean == pytest.approx(0.2033, abs=1e-3)
-    (beaten, by_random) = made_up(trained=(0.51, 0.6, 0.56)).complaints()
+    (beaten, by_random, by_swapped) = made_up(trained=(0.51, 0.6, 0.56)).complaints()
     assert beaten.startswith("Distilling from the trained teacher was not shown to beat the labels alone: +0.7 [")
     assert by_random.startswith("Distilling from the trained teacher was not shown to beat a random teacher: ")
+    assert by_swapped.startswith("Distilling from the trained teacher was not shown to beat the maps of other images: ")
     (swapped,) = made_up(trained=(0.7, 0.81, 0.75), swapped=(0.6, 0.7, 0.66)).complaints()
     assert swapped.startswith("The control passes, and must not: swapped targets first, +10.3 [")
     (no_better,) = made_up(trained=(0.7, 0.81, 0.75), random=(0.69, 0.8, 0.76)).complaints()

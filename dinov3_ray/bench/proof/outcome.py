@@ -77,13 +77,12 @@ class Proof:
 
     def complaints(self) -> list[str]:
         """Why this is no proof, a sentence each; empty if it is one."""
-        found = []
-        for over, beaten in (("labels", "the labels alone"), ("random", "a random teacher")):
-            gain = self.gain("trained", over)
-            if not gain.low > 0:
-                found.append(
-                    f"Distilling from the trained teacher was not shown to beat {beaten}: {_told(gain)} points."
-                )
+        beaten = {"labels": "the labels alone", "random": "a random teacher", "swapped": "the maps of other images"}
+        found = [
+            f"Distilling from the trained teacher was not shown to beat {what}: {_told(gain)} points."
+            for over, what in beaten.items()
+            if not (gain := self.gain("trained", over)).low > 0
+        ]
         gain = self.gain("swapped")
         if gain.low > 0:
             found.append(f"The control passes, and must not: {ARMS['swapped'].title}, {_told(gain)} points.")
