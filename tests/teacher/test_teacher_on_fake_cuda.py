@@ -165,9 +165,9 @@ FAULTS = {
         "wait",
     ),
     "a read in the backbone": (
-        backbone._run_blocks,
-        "hidden = step(block, hidden)",
-        "hidden = step(block, hidden); hidden.sum().item()",
+        backbone._blocks_outputs,
+        "hidden = model.step(block, hidden, given)",
+        "hidden = model.step(block, hidden, given); hidden.sum().item()",
         "wait",
     ),
     "a mean on the CPU": (
