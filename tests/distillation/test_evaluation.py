@@ -93,7 +93,7 @@ def test_a_folder_of_each_class_is_split_and_scored(classes: Path) -> None:
 def test_classes_that_cannot_be_read_are_told(classes: Path) -> None:
     for path in (classes / "dark").rglob("*.png"):
         path.write_bytes(b"x")
-    with pytest.raises(InputError, match="at least two classes with images that can be read.*7 of 14 images"):
+    with pytest.raises(InputError, match=r"at least two classes with images that can be read.*7 of 14 images"):
         score(lambda images: torch.ones(len(images), 2), LabelledPictures(classes, (16, 16)).batches(4, workers=0))
 
 

@@ -99,7 +99,7 @@ def test_an_error_of_the_writers_own_is_not_taken_for_a_full_disk(tmp_path: Path
     def fail(part: Path) -> None:
         raise RuntimeError("shapes differ")
 
-    with pytest.raises(RuntimeError, match="^shapes differ$"):
+    with pytest.raises(RuntimeError, match=r"^shapes differ$"):
         RunFolder(tmp_path).write_student(fail)
 
 
