@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,7 @@ import click
 
 from dinov3_ray.cli.teacher_options import model_options
 from dinov3_ray.cli.values import ImageSize, Replicas, address_option
+from dinov3_ray.errors import PoolError
 from dinov3_ray.interrupts import Interrupts
 from dinov3_ray.pool import NAMESPACE
 
@@ -16,6 +18,13 @@ if TYPE_CHECKING:
     from dinov3_ray.distillation.job import DistillSummary
 
 __all__ = ["distill"]
+
+
+_MISSING = {
+    "before": "not scored: --evaluate was not given when the run began",
+    "after": "not scored: --evaluate was not given when the run ended (the same command with it scores this)",
+    "teacher": "not scored",
+}
 
 
 @click.command("distill")
@@ -89,10 +98,19 @@ def distill(context: click.Context, /, **options: Any) -> None:
         with interrupts:
             with interrupts.at_once():
                 # Here, since torch and Ray take seconds to import, and Ctrl-C must work then too.
+                import ray
+
                 from dinov3_ray.distillation.display import Display
                 from dinov3_ray.distillation.job import DistillSettings, distill_backbone
 
-            summary = distill_backbone(DistillSettings(**options), Display(), interrupts)
+            settings = DistillSettings(**options)
+            named = settings.address or os.environ.get("RAY_ADDRESS") or ray.is_initialized()
+            if settings.pool is not None and not named:
+                raise PoolError(
+                    f"pool {settings.pool!r} is in a Ray that is not named: pass --address HOST:PORT or set "
+                    "RAY_ADDRESS (or give --root instead of --pool, which starts a teacher for this run)"
+                )
+            summary = distill_backbone(settings, Display(), interrupts)
     except KeyboardInterrupt:
         click.echo(interrupts.last_words, err=True)
         context.exit(interrupts.exit_code)
@@ -100,14 +118,16 @@ def distill(context: click.Context, /, **options: Any) -> None:
 
 
 def _show(summary: DistillSummary) -> None:
-    click.echo(
-        f"loss      {summary.first_loss:.4f} -> {summary.last_loss:.4f} ({summary.steps} steps of {summary.batch})"
-    )
+    first = f"{summary.first_loss:.4f} -> " if summary.steps > 1 else ""
+    steps = "1 step" if summary.steps == 1 else f"{summary.steps} steps"
+    click.echo(f"loss      {first}{summary.last_loss:.4f} ({steps} of {summary.batch})")
     if summary.scores:
         click.echo(f"{'':10}{'20 neighbours':>14}{'linear probe':>14}")
         for which in ("before", "after", "teacher"):
             if scores := summary.scores.get(which):
                 click.echo(f"{which:10}{scores['knn']:>14.1%}{scores['linear']:>14.1%}")
+            else:
+                click.echo(f"{which:10}{_MISSING[which]}")
     if summary.unreadable:
         click.echo(f"not read  {len(summary.unreadable):,} of {summary.images:,} images: see summary.json")
     click.echo(f"weights   {summary.weights}")

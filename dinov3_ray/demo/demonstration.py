@@ -189,7 +189,7 @@ def _train(
             losses.append(loss.item())
             interrupts.check()
             seconds = time.monotonic() - begun
-            report(len(losses), losses[-1], settings.batch * len(losses) / seconds, prefetch.statistics().wait_share)
+            report(len(losses), loss.item, settings.batch * len(losses) / seconds, prefetch.statistics().wait_share)
             if seconds > settings.seconds and len(losses) > 1:
                 break  # on a slow or busy machine the time is up before the steps are done
     return _Trained(tuple(losses), prefetch.statistics().wait_share, time.monotonic() - begun)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 
@@ -10,10 +12,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 __all__ = ["Display", "StepReport"]
 
-StepReport = Callable[[int, float, float, float], None]
-"""Called after each step with its number (from 1), its loss, the images per second so far, and the share of waiting."""
+StepReport = Callable[[int, Callable[[], float], float, float], None]
+"""Called after each step: its number (from 1), the mean loss, the images per second so far, and the share of waiting.
+
+The loss is called where it is shown: it waits for the device.
+"""
 
 _LINES = 10  # of progress, where a line cannot be overwritten
+_RENEWED = 0.5  # seconds, where it can
 
 
 class Display:
@@ -49,11 +55,20 @@ class Display:
         )
         with bar:
             task = bar.add_task("training", total=steps, completed=done, numbers="")
-            yield lambda step, *numbers: bar.update(task, completed=step, numbers=_numbers(*numbers))
+            shown = -math.inf
 
-    def _line(self, step: int, steps: int, done: int, loss: float, rate: float, waiting: float) -> None:
+            def renew(step: int, loss: Callable[[], float], rate: float, waiting: float) -> None:
+                nonlocal shown
+                if step == steps or time.monotonic() - shown >= _RENEWED:
+                    bar.update(task, numbers=_numbers(loss(), rate, waiting))
+                    shown = time.monotonic()
+                bar.update(task, completed=step)
+
+            yield renew
+
+    def _line(self, step: int, steps: int, done: int, loss: Callable[[], float], rate: float, waiting: float) -> None:
         if step == done + 1 or step == steps or step * _LINES // steps > (step - 1) * _LINES // steps:
-            self.note(f"step {step}/{steps}  {_numbers(loss, rate, waiting)}")
+            self.note(f"step {step}/{steps}  {_numbers(loss(), rate, waiting)}")
 
 
 def _numbers(loss: float, rate: float, waiting: float) -> str:

@@ -6,9 +6,9 @@ Shapes: N images, D channels.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from torch.utils.data import BatchSampler, Dataset, SequentialSampler
 from dinov3_ray.datasets.decode import Unreadable
 from dinov3_ray.distillation.augmentation import crop_centre
 from dinov3_ray.distillation.view_order import Pictures, load_batches
-from dinov3_ray.errors import InputError, SpecError
+from dinov3_ray.errors import ConfigError, InputError, SpecError
 from dinov3_ray.features import FeatureSpec
 from dinov3_ray.teacher import Extractor
 from dinov3_ray.training.prefetch import prefetch
@@ -55,7 +55,7 @@ class LabelledPictures(Dataset[tuple[Tensor, int]]):
     """
 
     def __init__(self, folder: str | os.PathLike[str], size: tuple[int, int]) -> None:
-        self.pictures, self.size = Pictures.open(folder), size
+        self.folder, self.pictures, self.size = os.fspath(folder), Pictures.open(folder), size
         names = [self.pictures.name(index) for index in range(len(self.pictures))]
         outside = [name for name in names if len(PurePosixPath(name).parts) < 2]
         if outside:
@@ -68,6 +68,24 @@ class LabelledPictures(Dataset[tuple[Tensor, int]]):
         if few:
             raise InputError(f"evaluate must have at least two images of each class; {few[0]!r} has one")
         self.labels = [self.classes.index(name) for name in folders]
+
+    def describe(self) -> dict[str, Any]:
+        """Where they are, and what distinguishes them from others; as JSON values."""
+        return {"folder": self.folder, **self.pictures.describe()}
+
+    def check_same(self, before: Mapping[str, Any] | None, out: Path) -> None:
+        """Raise ConfigError if the run in ``out`` was scored on others: of two sets, scores do not belong together.
+
+        Args:
+            before: how those describe themselves; None if there are none.
+        """
+        now = self.describe()
+        if before is not None and before["listing"] != now["listing"]:
+            was, is_ = (f"{each['folder']} ({each['images']} images)" for each in (before, now))
+            raise ConfigError(
+                f"evaluate must be what {out} was scored on before, {was}, as it was then; got {is_}, whose names or "
+                "sizes differ (choose another out for it)"
+            )
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -95,7 +113,7 @@ def score(features: Callable[[Tensor], Tensor], batches: Any) -> Scores:
         batches: as :meth:`LabelledPictures.batches` gives them.
 
     Raises:
-        InputError: too few images can be read.
+        InputError: the images that can be read are too few, or of one class.
     """
     return _score((features(images), labels) for images, labels in batches)
 
@@ -125,9 +143,12 @@ def _score(batches: Iterator[tuple[Tensor, Tensor]]) -> Scores:
     features_ND, labels_N = torch.cat(features), torch.cat(labels)
     readable = labels_N != _UNREADABLE
     features_ND, labels_N = features_ND[readable], labels_N[readable]
-    held_N = _held_out(labels_N)
-    if held_N.all() or not held_N.any():
-        raise InputError("evaluate must have at least two images of a class that can be read")
+    held_N, classes = _held_out(labels_N), len(set(labels_N.tolist()))
+    if classes < 2 or not held_N.any():
+        raise InputError(
+            "evaluate must have at least two classes with images that can be read, and two of them in one class; "
+            f"{len(labels_N)} of {len(readable)} images can be read, of classes: {classes}"
+        )
     seen, unseen = (features_ND[~held_N], labels_N[~held_N]), (features_ND[held_N], labels_N[held_N])
     return Scores(knn_accuracy(*seen, *unseen), linear_accuracy(*seen, *unseen))
 
@@ -161,7 +182,8 @@ def linear_accuracy(seen_ND: Tensor, classes_N: Tensor, unseen_MD: Tensor, truth
 
     It minimises the mean cross-entropy plus 0.001/2 · |W|², by L-BFGS from W = 0.
     """
-    mean_D, std_D = seen_ND.mean(0), seen_ND.std(0).clamp_min(1e-6)
+    mean_D = seen_ND.mean(0)
+    std_D = seen_ND.std(0, correction=min(1, len(seen_ND) - 1)).clamp_min(1e-6)  # of one row it is 0, not NaN
     seen_ND, unseen_MD = ((each - mean_D) / std_D for each in (seen_ND, unseen_MD))
     with torch.enable_grad():
         weight_CD = torch.zeros(int(classes_N.max()) + 1, seen_ND.shape[1], dtype=seen_ND.dtype, requires_grad=True)

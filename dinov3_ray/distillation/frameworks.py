@@ -226,6 +226,11 @@ def open_ultralytics(name: str, *, pretrained: bool, statistics: Statistics | No
     return OpenedStudent(backbone, "Ultralytics", write, 'YOLO("{folder}/model.pt")')
 
 
+def _reason(error: Exception) -> str:
+    """The kind of error, and the first line of its message."""
+    return ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
+
+
 def open_callable(name: str, *, pretrained: bool, statistics: Statistics | None, size: Size) -> OpenedStudent:
     """What the user's ``module:function`` returns, called without arguments; modules of the working directory count.
 
@@ -239,15 +244,20 @@ def open_callable(name: str, *, pretrained: bool, statistics: Statistics | None,
         sys.path.insert(0, here)
     try:
         module = importlib.import_module(place)
-    except ImportError as error:
+    except Exception as error:  # the module's own code runs
         raise ConfigError(
-            f"student must be module:function of a module that can be imported; {place!r} cannot: {error}"
+            f"student must be module:function of a module that can be imported; {place!r} cannot: {_reason(error)}"
         ) from error
     make = getattr(module, attribute, None)
     if not callable(make):
         known = [each for each in vars(module) if not each.startswith("_")]
         raise ConfigError(f"student must name a function of {place}; it has no {attribute!r}.{near(attribute, known)}")
-    net = make()
+    try:
+        net = make()
+    except Exception as error:
+        raise ConfigError(
+            f"student must name a function that can be called without arguments; {name} raised {_reason(error)}"
+        ) from error
     if not isinstance(net, nn.Module):
         raise ConfigError(
             f"student must name a function that returns an nn.Module; {name} returned {type(net).__name__}"

@@ -6,10 +6,12 @@ import difflib
 import logging
 import math
 import secrets
+import textwrap
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,12 +23,12 @@ from dinov3_ray.config import ModelConfig, open_config
 from dinov3_ray.distillation.augmentation import Augmentation
 from dinov3_ray.distillation.display import Display, StepReport
 from dinov3_ray.distillation.evaluation import LabelledPictures, score, teacher_features
-from dinov3_ray.distillation.run_folder import COLUMNS, RUN, SUMMARY, RunFolder
+from dinov3_ray.distillation.run_folder import CHECKPOINT, COLUMNS, RUN, SUMMARY, RunFolder
 from dinov3_ray.distillation.student_backbone import StudentBackbone
 from dinov3_ray.distillation.students import Normalize, open_student
 from dinov3_ray.distillation.training_run import Amp, Schedule, TrainingRun, choose_amp
 from dinov3_ray.distillation.view_order import Pictures, ViewDataset, view_batches
-from dinov3_ray.errors import ConfigError
+from dinov3_ray.errors import CheckpointError, ConfigError
 from dinov3_ray.interrupts import Interrupts
 from dinov3_ray.machine.cpus import usable_cpus
 from dinov3_ray.model.device import as_device
@@ -41,7 +43,7 @@ __all__ = ["DistillSettings", "DistillSummary", "distill_backbone"]
 
 log = logging.getLogger("dinov3_ray")
 
-_LOG_EVERY = 10  # steps from one row of metrics.csv to the next
+_LOG_EVERY = 10  # steps from one row of metrics.csv to the next, at most: a tenth of a run is a row at least
 _MOST_WORKERS = 8
 _TOLD = 5  # unreadable images that are told one by one
 _WARMUP = 0.05  # of all steps
@@ -112,7 +114,9 @@ class DistillSummary:
         steps, batch: of the training.
         first_loss, last_loss: the means of the first and the last tenth of the steps (of what metrics.csv has of them).
         seconds: of the training, over all processes that took part in it.
-        scores: of ``before``, ``after`` and ``teacher``, with ``evaluate``; shares of 0 to 1.
+        scores: of ``before``, ``after`` and ``teacher``, with ``evaluate``; shares of 0 to 1. Of an evaluation that was
+            first asked for when training had begun, there is no ``before``.
+        scored_on: describes the images that they belong to.
         resumed: whether another process had begun the run.
     """
 
@@ -133,6 +137,7 @@ class DistillSummary:
     last_loss: float
     seconds: float
     scores: dict[str, dict[str, float]] = field(default_factory=dict)
+    scored_on: Mapping[str, Any] | None = None
     resumed: bool = False
 
 
@@ -140,7 +145,8 @@ def distill_backbone(settings: DistillSettings, display: Display, interrupts: In
     """Train a student backbone to resemble a teacher on images without labels, and write its weights.
 
     A run that ended early, however it ended, goes on from its last checkpoint. On a CPU, the weights are then those of
-    the undisturbed run, bit for bit, if torch has as many threads. A run that has come to its end is not done again.
+    the undisturbed run, bit for bit, if torch has as many threads. A run that has come to its end is not done again;
+    where it was not evaluated, it still can be.
 
     Raises:
         ConfigError, CheckpointError, InputError, StoreError, PoolError: an option, a file or the cluster is wrong.
@@ -152,19 +158,24 @@ def distill_backbone(settings: DistillSettings, display: Display, interrupts: In
     config = None
     if settings.root is not None:
         config = open_config(settings.root, revision=settings.revision, image_size=recipe.image_size)
+        _check_size(settings.image_size, config)
     with display.phase(f"listing {settings.source}"):
         pictures = Pictures.open(settings.source, exclude=str(folder.path))
         labelled = None if settings.evaluate is None else LabelledPictures(settings.evaluate, settings.image_size)
     identity = _identity(settings, pictures)
     with folder.held():
         folder.check_same(identity)
-        done = folder.summary()
+        there = folder.summary()
+        done = None if there is None else DistillSummary(**there)
         if done is not None:
             if config is not None:
                 folder.check_same({"fingerprint": fingerprint(config)})
-            display.note(f"{folder.path} is finished: nothing is done again")
-            return DistillSummary(**done)
-        job = _BackboneJob(settings, folder, recipe, pictures, labelled, display, interrupts)
+            if labelled is not None:
+                labelled.check_same(done.scored_on, folder.path)
+            if labelled is None or "after" in done.scores:
+                display.note(f"{folder.path} is finished: nothing is done again")
+                return done
+        job = _BackboneJob(settings, folder, recipe, pictures, labelled, done, display, interrupts)
         with _shared_cpus(config), _serving(settings, config, job.device, display) as teacher:
             folder.check_same({"fingerprint": teacher.fingerprint})
             if folder.settings() is None:
@@ -183,6 +194,15 @@ def _identity(settings: DistillSettings, pictures: Pictures) -> dict[str, Any]:
         "steps": steps,
         **pictures.describe(),
     }
+
+
+def _check_size(size: tuple[int, int], config: ModelConfig) -> None:
+    least = config.preprocessing.least_side
+    if min(size) < least:
+        raise ConfigError(
+            f"image_size must be at least {least} px high and wide, of which the teacher has one patch under this "
+            f"recipe; got {list(size)} (give a larger --image-size)"
+        )
 
 
 @contextmanager
@@ -275,12 +295,13 @@ class _BackboneJob:
         recipe: recipes.Recipe,
         pictures: Pictures,
         labelled: LabelledPictures | None,
+        done: DistillSummary | None,
         display: Display,
         interrupts: Interrupts,
     ) -> None:
         self.settings, self.folder = settings, folder
         self.recipe = _alone(recipe, len(pictures))
-        self.pictures, self.labelled = pictures, labelled
+        self.pictures, self.labelled, self.done = pictures, labelled, done
         self.display, self.interrupts = display, interrupts
         self.device = _device(settings.device)
         self.amp = choose_amp(settings.amp, self.device)
@@ -298,7 +319,30 @@ class _BackboneJob:
         self.workers = max(1, min(_MOST_WORKERS, usable_cpus() // 2)) if workers is None else workers
         self.unreadable: dict[str, str] = {}
         self.scores: dict[str, dict[str, float]] = {}
+        self.scored_on: Mapping[str, Any] | None = None
         self.seconds = 0.0
+        self.state = folder.checkpoint()
+        if self.state is not None:
+            if labelled is not None:
+                labelled.check_same(self.state["scored_on"], folder.path)
+            with self._same_student():
+                self.backbone.load_state_dict(self.state["student"])
+        elif done is not None:
+            raise ConfigError(
+                f"evaluate must be given before a run is finished; {folder.path} is, and has no {CHECKPOINT} any more "
+                "to score (choose another out)"
+            )
+
+    @contextmanager
+    def _same_student(self) -> Iterator[None]:
+        try:
+            yield
+        except (KeyError, RuntimeError, ValueError) as error:  # torch's, of states that do not fit
+            why = textwrap.shorten(str(error), 300, placeholder=" ...")
+            raise CheckpointError(
+                f"student {self.settings.student!r} is no longer that of {self.folder.join(CHECKPOINT)}: {why} (make "
+                "it what it was, or choose another out)"
+            ) from error
 
     def run(self, teacher: RemoteTeacher, steps: int) -> DistillSummary:
         settings = self.settings
@@ -314,13 +358,12 @@ class _BackboneJob:
             amp=self.amp,
         )
         pooled_layer = self.backbone.last_level or distiller.tap.names[-1]
-        state = self.folder.checkpoint()
-        if state is None:
+        if self.state is None:
             self._evaluate("before", pooled_layer, teacher)
             torch.manual_seed(settings.seed)  # whatever was drawn before: a resumed run starts from the saved state
             self._save(training)
         else:
-            self._load(training, state)
+            self._load(training, self.state)
             self.display.note(f"resuming {self.folder.path} after step {training.step} of {steps}")
         self.folder.cut_metrics(training.step)
         if training.step < steps:
@@ -338,11 +381,13 @@ class _BackboneJob:
             with self.display.training(steps, training.step) as report, distiller.tap:
                 self._train(training, targets, report)
         self._evaluate("after", pooled_layer, teacher)
-        return self._finish(teacher, steps, resumed=state is not None)
+        return self._finish(teacher, steps)
 
     def _train(self, training: TrainingRun, batches: Prefetch[Any, Any], report: StepReport) -> None:
         settings, first, begun = self.settings, training.step, time.monotonic()
-        before, loss, told = self.seconds, math.nan, len(self.unreadable) if first else 0
+        before, told = self.seconds, len(self.unreadable) if first else 0
+        steps = training.schedule.steps
+        log_every = max(1, min(_LOG_EVERY, steps // 10))
         try:
             with closing(iter(batches)) as stream:  # type: ignore[type-var]
                 for batch, targets in stream:
@@ -353,11 +398,11 @@ class _BackboneJob:
                         self.seconds = before + time.monotonic() - begun
                         rate = settings.batch * (training.step - first) / max(1e-9, self.seconds - before)
                         waiting = batches.statistics().wait_share
-                        last = training.step == training.schedule.steps
-                        if math.isnan(loss) or last or training.step % _LOG_EVERY == 0:
-                            loss = training.mean_loss()
-                        if last or training.step % _LOG_EVERY == 0:
-                            self._add_row(training, loss, rate, waiting)
+                        last = training.step == steps
+                        loss = training.mean_loss
+                        if last or training.step % log_every == 0:
+                            loss = partial(float, training.mean_loss())
+                            self._add_row(training, loss(), rate, waiting)
                         if last or training.step % settings.save_every == 0:
                             self._save(training)
                     self.interrupts.check()
@@ -381,23 +426,31 @@ class _BackboneJob:
         return len(self.unreadable)
 
     def _save(self, training: TrainingRun) -> None:
-        own = {"unreadable": self.unreadable, "scores": self.scores, "seconds": self.seconds}
+        own = {"unreadable": self.unreadable, "seconds": self.seconds}
+        own |= {"scores": self.scores, "scored_on": self.scored_on}
         self.folder.save({**training.state_dict(), **own})
 
     def _load(self, training: TrainingRun, state: Mapping[str, Any]) -> None:
-        self.unreadable, self.scores, self.seconds = state["unreadable"], state["scores"], state["seconds"]
-        training.load_state_dict(dict(state))
+        self.unreadable, self.seconds = state["unreadable"], state["seconds"]
+        self.scores, self.scored_on = state["scores"], state["scored_on"]
+        with self._same_student():
+            training.load_state_dict(dict(state))
 
     def _evaluate(self, when: Literal["before", "after"], layer: str, teacher: RemoteTeacher) -> None:
         if self.labelled is None:
             return
         with self.display.phase(f"evaluating on {self.settings.evaluate}, {when} training"):
+            self.scored_on = self.labelled.describe()
             batches = self.labelled.batches(self.settings.batch, self.workers)
             self.scores[when] = asdict(score(_pooled(self.backbone, layer, self.device), batches))
             if "teacher" not in self.scores:
                 self.scores["teacher"] = asdict(teacher_features(teacher, batches))
 
-    def _finish(self, teacher: RemoteTeacher, steps: int, *, resumed: bool) -> DistillSummary:
+    def _finish(self, teacher: RemoteTeacher, steps: int) -> DistillSummary:
+        if self.done is not None:
+            summary = replace(self.done, scores=self.scores, scored_on=self.scored_on)
+            self.folder.write_json(SUMMARY, asdict(summary))
+            return summary
         losses = [row["loss"] for row in self.folder.metrics()]
         some = max(1, len(losses) // 10)
         weights = self.folder.write_student(self.student.write)
@@ -419,7 +472,8 @@ class _BackboneJob:
             last_loss=sum(losses[-some:]) / some,
             seconds=round(self.seconds, 3),
             scores=self.scores,
-            resumed=resumed,
+            scored_on=self.scored_on,
+            resumed=self.state is not None,
         )
         self.folder.write_json(SUMMARY, asdict(summary))
         return summary

@@ -18,14 +18,15 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from dinov3_ray.datasets.folder import Folder
-from dinov3_ray.errors import CheckpointError, ConfigError
+from dinov3_ray.errors import CheckpointError, ConfigError, StoreError
 
 __all__ = ["CHECKPOINT", "COLUMNS", "METRICS", "RUN", "STUDENT", "SUMMARY", "RunFolder"]
 
@@ -35,10 +36,15 @@ COLUMNS = ("step", "epoch", "loss", "lr", "images_per_second", "wait_share")
 """Of metrics.csv: ``loss`` is the mean since the row before; the rates are those of the process that wrote the row."""
 
 _HALF_WRITTEN = f"{STUDENT}.part"
+_TORCHS_WRITER = "inline_container", "PytorchStreamWriter"  # in torch.save's RuntimeErrors of a full disk
 
 
 class RunFolder:
-    """See the module's docstring."""
+    """See the module's docstring.
+
+    Raises:
+        StoreError: from all that writes, where the disk is full or refuses it; no half of a file is left.
+    """
 
     def __init__(self, out: Path) -> None:
         self.path = Path(os.path.abspath(out.expanduser()))
@@ -62,9 +68,24 @@ class RunFolder:
                 raise ConfigError(
                     f"out must be a new or empty folder, or that of a run; {self.path} has no {RUN}, but {others[0]}"
                 )
-        with self._folder.exclusive():
-            self._folder.sweep("")
+        with ExitStack() as stack:
+            with self._writing():
+                stack.enter_context(self._folder.exclusive())
+                self._folder.sweep("")
             yield
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, SafetensorError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and not any(word in str(error) for word in _TORCHS_WRITER):
+                raise
+            self._folder.sweep("")
+            shutil.rmtree(self.join(_HALF_WRITTEN), ignore_errors=True)
+            raise StoreError(
+                f"{self.path} cannot be written: {error} (free space there; the same command goes on)"
+            ) from error
 
     def settings(self) -> dict[str, Any] | None:
         """Those of the run that is here; None if there is none."""
@@ -95,13 +116,15 @@ class RunFolder:
             )
 
     def write_json(self, name: str, value: Any) -> None:
-        self._folder.write_json(name, value)
+        with self._writing():
+            self._folder.write_json(name, value)
 
     def save(self, state: dict[str, Any]) -> None:
         """Replace the checkpoint."""
         buffer = io.BytesIO()
         torch.save(state, buffer)
-        self._folder.write(CHECKPOINT, buffer.getbuffer())
+        with self._writing():
+            self._folder.write(CHECKPOINT, buffer.getbuffer())
 
     def checkpoint(self) -> dict[str, Any] | None:
         """The last checkpoint, on the CPU; None before the first.
@@ -126,11 +149,12 @@ class RunFolder:
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(COLUMNS)
         writer.writerows(_formatted(row) for row in rows)
-        self._folder.write(METRICS, text.getvalue().encode())
+        with self._writing():
+            self._folder.write(METRICS, text.getvalue().encode())
         return rows
 
     def add_metrics(self, row: Mapping[str, float]) -> None:
-        with self.join(METRICS).open("a", encoding="ascii") as file:
+        with self._writing(), self.join(METRICS).open("a", encoding="ascii") as file:
             csv.writer(file, lineterminator="\n").writerow(_formatted(row))
 
     def metrics(self) -> list[dict[str, float]]:
@@ -145,13 +169,21 @@ class RunFolder:
         return found
 
     def write_student(self, write: Callable[[Path], None]) -> Path:
-        """Put what ``write`` writes into the folder of the student's weights, all of it or nothing."""
+        """Put what ``write`` writes into the folder of the student's weights, all of it or nothing.
+
+        Who may read the files is the umask's to say: safetensors makes its own the user's alone.
+        """
         part, final = self.join(_HALF_WRITTEN), self.join(STUDENT)
         shutil.rmtree(part, ignore_errors=True)
-        part.mkdir()
-        write(part)
-        shutil.rmtree(final, ignore_errors=True)  # of a run that was killed before its summary was written
-        part.rename(final)
+        with self._writing():
+            part.mkdir()
+            write(part)
+            mode = part.stat().st_mode & 0o666
+            for file in part.rglob("*"):
+                if file.is_file():
+                    file.chmod(mode)
+            shutil.rmtree(final, ignore_errors=True)  # of a run that was killed before its summary was written
+            part.rename(final)
         return final
 
 

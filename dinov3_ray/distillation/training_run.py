@@ -133,8 +133,8 @@ class TrainingRun:
         mean = self._loss_sum.item() / max(1, self._losses)
         if not math.isfinite(mean):
             raise NumericsError(
-                f"the loss must be finite; it is {mean} by step {self.step} (try a lower --lr, or --amp off). The last "
-                "checkpoint is from before"
+                f"the loss must be finite; it is {mean} by step {self.step} (try a lower --lr, or --amp off, with "
+                "another OUT: this one keeps its settings). The last checkpoint is from before"
             )
         return mean
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,12 +24,13 @@ from dinov3_ray.datasets.decode import Decoder, Unreadable
 from dinov3_ray.datasets.sources.open import SourceOptions, open_source
 from dinov3_ray.datasets.sources.source import Source
 from dinov3_ray.distillation.augmentation import Augmentation
-from dinov3_ray.errors import ConfigError, StoreError
+from dinov3_ray.errors import ConfigError, DinoV3Error, StoreError
 
 __all__ = ["Pictures", "ViewDataset", "load_batches", "view_batches"]
 
 _MOST_IN_A_ROW = 256  # images that cannot be read, one after the other in a pass: more is no accident
 _OF_ORDER, _OF_VIEW = 0, 1
+_PASSING = "io", "out of memory"  # kinds of trouble that are not the image's, and may be over the next time
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -72,12 +74,22 @@ class Pictures:
         return str(self.rows["id"][index].as_py())
 
     def read(self, index: int) -> Tensor | Unreadable:
-        """uint8 RGB [3,H,W], or why there is none."""
+        """uint8 RGB [3,H,W], or why there is none.
+
+        Raises:
+            StoreError: the image is there, but reading it failed, several times: another in its place would make
+                another run of this.
+        """
         _, content = next(iter(self.source.read(self.rows.slice(index, 1))))
         if isinstance(content, bytes):
             content = self.decoder.decode(content)
         elif isinstance(content, np.ndarray):
             content = self.decoder.take(content)
+        if isinstance(content, Unreadable) and content.kind in _PASSING:
+            raise StoreError(
+                f"{self.name(index)} is there, but cannot be read: {content.detail} (once it can be, the same command "
+                "goes on)"
+            )
         return content if isinstance(content, Unreadable) else torch.from_numpy(content)
 
     def describe(self) -> dict[str, Any]:
@@ -121,9 +133,10 @@ class ViewDataset(Dataset[tuple[Tensor, dict[str, str]]]):
             picture = None if index in self._unreadable else self.pictures.read(index)
             if isinstance(picture, Tensor):
                 return self.augment(picture, _generator(self.seed, _OF_VIEW, position)), unreadable
-            if picture is not None:
-                self._unreadable[index] = f"{picture.kind}: {picture.detail}"
-            unreadable[self.pictures.name(index)] = self._unreadable[index]
+            why = self._unreadable[index] if picture is None else f"{picture.kind}: {picture.detail}"
+            if picture is not None and picture.kind != "missing":  # a file that is gone may come back
+                self._unreadable[index] = why
+            unreadable[self.pictures.name(index)] = why
         name, why = next(iter(unreadable.items()))
         raise StoreError(f"source must hold images that can be read; {len(unreadable)} in a row cannot: {name} ({why})")
 
@@ -162,18 +175,48 @@ def view_batches(
 def load_batches(
     dataset: Dataset[Any], batches: Any, collate: Any, pictures: Pictures, *, workers: int, pin: bool = False
 ) -> DataLoader[Any]:
-    """A DataLoader over ``batches``, lists of indices, which leaves torch's own random numbers alone."""
+    """A DataLoader over ``batches``, lists of indices, which leaves torch's own random numbers alone.
+
+    What this package raises in a worker is raised here as itself: without it, torch wraps it in the worker's traceback.
+    """
     # A file system of the network may have threads, which a fork would leave behind.
     context = "spawn" if workers and not pictures.is_local else None
-    return DataLoader(
-        dataset,
+    return _Raising(
+        _Caught(dataset),
         batch_sampler=batches,
-        collate_fn=collate,
+        collate_fn=partial(_collate_caught, collate),
         num_workers=workers,
         pin_memory=pin,
         generator=torch.Generator(),
         multiprocessing_context=context,
     )
+
+
+class _Caught(Dataset[Any]):
+    """A dataset whose errors, those of this package, are items of it."""
+
+    def __init__(self, dataset: Dataset[Any]) -> None:
+        self._dataset = dataset
+
+    def __getitem__(self, index: int) -> Any:
+        try:
+            return self._dataset[index]
+        except DinoV3Error as error:
+            return error
+
+
+def _collate_caught(collate: Callable[[list[Any]], Any], items: list[Any]) -> Any:
+    return next((item for item in items if isinstance(item, DinoV3Error)), None) or collate(items)
+
+
+class _Raising(DataLoader[Any]):
+    """Raises the errors among its batches."""
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        for batch in super().__iter__():
+            if isinstance(batch, DinoV3Error):
+                raise batch
+            yield batch
 
 
 def _collate(items: list[tuple[Tensor, dict[str, str]]]) -> dict[str, Any]:

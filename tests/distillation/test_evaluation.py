@@ -17,7 +17,7 @@ from dinov3_ray.distillation.evaluation import (
     score,
     teacher_features,
 )
-from dinov3_ray.errors import InputError
+from dinov3_ray.errors import ConfigError, InputError
 from dinov3_ray.testing import FakeTeacher
 
 
@@ -61,6 +61,7 @@ def test_the_linear_probe_is_the_regression_that_it_says() -> None:
     told = (inputs[unseen] @ weight + bias).argmax(1)
     assert found == (told == truth[unseen]).double().mean().item()
     assert 0.6 < found < 1.0
+    assert linear_accuracy(vectors[:1], truth[:1], vectors[1:2], truth[:1]) == 1.0  # one row has no deviation
 
 
 @pytest.fixture
@@ -87,6 +88,24 @@ def test_a_folder_of_each_class_is_split_and_scored(classes: Path) -> None:
     useless = score(lambda images: torch.ones(len(images), 2), batches)
     assert useless.knn == 0.5
     assert teacher_features(FakeTeacher(), batches).linear == 1.0
+
+
+def test_classes_that_cannot_be_read_are_told(classes: Path) -> None:
+    for path in (classes / "dark").rglob("*.png"):
+        path.write_bytes(b"x")
+    with pytest.raises(InputError, match=r"at least two classes with images that can be read.*7 of 14 images"):
+        score(lambda images: torch.ones(len(images), 2), LabelledPictures(classes, (16, 16)).batches(4, workers=0))
+
+
+def test_scores_of_other_images_are_refused(classes: Path) -> None:
+    labelled = LabelledPictures(classes, (16, 24))
+    before = labelled.describe()
+    labelled.check_same(None, classes)
+    labelled.check_same({**before, "folder": "where/it/was"}, classes)
+    Image.new("RGB", (20, 20)).save(classes / "light" / "new.png")
+    words = rf"scored on before, {classes} \(14 images\), as it was then; got {classes} \(15 images\)"
+    with pytest.raises(ConfigError, match=words):
+        LabelledPictures(classes, (16, 24)).check_same(before, classes)
 
 
 def test_folders_that_are_no_classes_are_refused(classes: Path) -> None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from dinov3_ray.distillation.run_folder import CHECKPOINT, METRICS, RUN, STUDENT, RunFolder
@@ -82,10 +86,82 @@ def test_the_weights_are_there_when_all_of_them_are(tmp_path: Path) -> None:
         (part / "half.pt").write_bytes(b"x")
         raise OSError("no room")
 
-    with pytest.raises(OSError, match="no room"):
+    with pytest.raises(StoreError, match=r"cannot be written: no room \(free space there; the same command goes on\)"):
         folder.write_student(fail)
-    assert not (tmp_path / STUDENT).exists()
+    assert not list(tmp_path.iterdir())
     net = nn.Linear(2, 2)
     for _ in range(2):  # a run that was killed before its summary writes them again
         folder.write_student(lambda part: torch.save(net.state_dict(), part / "model.pt"))
     assert [path.name for path in (tmp_path / STUDENT).iterdir()] == ["model.pt"]
+
+
+def test_an_error_of_the_writers_own_is_not_taken_for_a_full_disk(tmp_path: Path) -> None:
+    def fail(part: Path) -> None:
+        raise RuntimeError("shapes differ")
+
+    with pytest.raises(RuntimeError, match=r"^shapes differ$"):
+        RunFolder(tmp_path).write_student(fail)
+
+
+def test_the_weights_may_be_read_by_whom_the_umask_lets(tmp_path: Path) -> None:
+    def write(part: Path) -> None:
+        (part / "more").mkdir()
+        save_file({"a": torch.zeros(2)}, part / "more" / "model.safetensors")
+
+    before = os.umask(0o027)
+    try:
+        RunFolder(tmp_path).write_student(write)
+    finally:
+        os.umask(before)
+    assert (tmp_path / STUDENT / "more" / "model.safetensors").stat().st_mode & 0o777 == 0o640
+    assert (tmp_path / STUDENT / "more").stat().st_mode & 0o777 == 0o750
+
+
+FULL = """
+import sys
+from pathlib import Path
+import torch
+from safetensors.torch import save_file
+from dinov3_ray.distillation.run_folder import COLUMNS, RunFolder
+from dinov3_ray.errors import StoreError
+
+folder, large = RunFolder(Path(sys.argv[1])), torch.zeros(200_000)
+row = dict.fromkeys(COLUMNS, 0.1)
+
+def fill():
+    for _ in range(100_000):
+        folder.add_metrics(row)
+
+with folder.held():
+    folder.save({"step": 1})
+    for write in (
+        lambda: folder.save({"large": large}),
+        lambda: folder.write_student(lambda part: torch.save({"large": large}, part / "model.pt")),
+        lambda: folder.write_student(lambda part: save_file({"large": large}, part / "model.safetensors")),
+        fill,
+    ):
+        try:
+            write()
+        except StoreError as error:
+            print("told", error)
+    print("left", *sorted(path.name for path in folder.path.iterdir()), folder.checkpoint())
+"""
+
+
+def test_a_full_disk_is_told_and_leaves_what_was_there(tmp_path: Path) -> None:
+    """On a file system in memory, in a mount namespace of its own; without such namespaces, by a limit on files."""
+    program = [sys.executable, "-c", FULL, tmp_path]
+    small = 'mount -t tmpfs -o size=400k none "$0" || exit 77; exec "$@"'
+    for words in (
+        ["unshare", "--mount", "--map-root-user", "sh", "-c", small, tmp_path],
+        ["sh", "-c", 'ulimit -f 400; exec "$@"', "sh"],
+    ):
+        ran = subprocess.run([*map(str, [*words, *program])], capture_output=True, text=True, timeout=120, check=False)
+        if ran.returncode != 77 and "unshare" not in ran.stderr:
+            break
+    *told, left = ran.stdout.splitlines()
+    assert len(told) == 4, ran
+    for line in told:
+        assert line.startswith(f"told {tmp_path} cannot be written: "), ran
+        assert line.endswith("(free space there; the same command goes on)"), ran
+    assert left == f"left .lock {CHECKPOINT} {METRICS} {{'step': 1}}"

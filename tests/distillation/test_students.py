@@ -58,13 +58,22 @@ def test_a_network_that_fails_on_the_size_is_told_so() -> None:
     [
         ("students:pyramit", "no 'pyramit'. Near it: pyramid"),
         ("students:nothing", "that returns an nn.Module; students:nothing returned Tensor"),
-        ("no_such_module:make", "'no_such_module' cannot"),
+        ("no_such_module:make", "'no_such_module' cannot: ModuleNotFoundError: No module named"),
+        ("students:fails", r"without arguments; students:fails raised OSError: no such weights$"),
+        ("students:sized", r"without arguments; students:sized raised TypeError: sized\(\) missing 1 required"),
         ("transformers:resnett", "Near it: .*resnet"),
     ],
 )
 def test_a_name_that_is_nobodys_is_told_with_what_is_like_it(name: str, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         open_student(name, size=SIZE)
+
+
+def test_a_module_that_is_no_python_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "broken_student.py").write_text("def make(:\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ConfigError, match=r"'broken_student' cannot: SyntaxError: invalid syntax"):
+        open_student("broken_student:make", size=SIZE)
 
 
 def test_without_timm_a_plain_name_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -67,6 +67,25 @@ def test_what_cannot_be_read_is_told_and_the_next_image_comes_in_its_place(folde
         views_of(folder)[0]
 
 
+def test_a_moments_failure_ends_the_run_in_its_own_words_and_is_not_remembered(folder: Path) -> None:
+    path = folder / "2" / "image.png"
+    content = path.read_bytes()
+    views = views_of(folder)
+    whole = [views[position][0] for position in range(5)]
+    path.unlink()
+    path.mkdir()  # listed as a file, and cannot be read as one
+    with pytest.raises(StoreError, match=r"^2/image\.png is there, but cannot be read: .*same command goes on\)$"):
+        list(view_batches(views, batch=5, first=0, last=1, workers=1))
+    with pytest.raises(StoreError, match=r"^2/image\.png is there"):
+        _ = [views[position] for position in range(5)]
+    path.rmdir()
+    gone = [views[position][1] for position in range(5)]
+    assert [list(names) for names in gone if names] == [["2/image.png"]]
+    path.write_bytes(content)
+    found = [views[position] for position in range(5)]
+    assert all(torch.equal(view, before) and not unread for (view, unread), before in zip(found, whole, strict=True))
+
+
 def test_images_that_differ_are_another_run(folder: Path) -> None:
     before = Pictures.open(folder).describe()
     assert Pictures.open(folder).describe() == before

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["HALT", "classifier", "halting", "nothing", "pyramid", "small"]
+__all__ = ["HALT", "classifier", "fails", "halting", "nothing", "pyramid", "sized", "small"]
 
 HALT = "DISTILL_TEST_HALT"
 """``STEP:FOLDER``: in that step of its process, a halting student makes FOLDER/there, and waits for FOLDER/go."""
@@ -70,3 +70,11 @@ def classifier() -> nn.Module:
 
 def nothing() -> Any:
     return torch.zeros(1)
+
+
+def fails() -> nn.Module:
+    raise OSError("no such weights\nhere")
+
+
+def sized(width: int) -> nn.Module:
+    return nn.Conv2d(3, width, 16, 16)

@@ -120,7 +120,7 @@ def test_a_run_that_is_interrupted_and_killed_ends_with_the_weights_of_an_undist
     mine, other = weights(out), weights(whole)
     assert mine.keys() == other.keys()
     assert all(torch.equal(mine[name], other[name]) for name in mine)
-    assert [row["step"] for row in RunFolder(out).metrics()] == [10, 20, STEPS]
+    assert [row["step"] for row in RunFolder(out).metrics()] == list(range(2, STEPS + 1, 2))
     losses = [[row["loss"] for row in RunFolder(each).metrics()] for each in (out, whole)]
     assert losses[0] == losses[1]
 
@@ -133,3 +133,13 @@ def test_a_run_that_is_interrupted_and_killed_ends_with_the_weights_of_an_undist
     assert other_lr.exit_code == 1
     assert "other settings: lr was 0.003, and is 0.1" in other_lr.output
     assert changed == ((out / CHECKPOINT).stat().st_mtime_ns, (out / METRICS).stat().st_mtime_ns)
+
+    # One that was finished without an evaluation is scored as one that had it from the beginning.
+    scored = run_command(
+        "distill", scenes, out, "--pool", pool, "--address", ray_cluster, *OPTIONS, "--evaluate", classes
+    )
+    assert scored.exit_code == 0, scored.output
+    assert "before    not scored: --evaluate was not given when the run began" in scored.output
+    found = json.loads((out / SUMMARY).read_text())
+    assert found["scores"] == {which: summary["scores"][which] for which in ("after", "teacher")}
+    assert found["last_loss"] == summary["last_loss"]
