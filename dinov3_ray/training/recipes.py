@@ -170,7 +170,7 @@ class Recipe:
             images: an example batch that the student takes: a float tensor [B, 3, H, W], a mapping of its keywords, or
                 a list of images.
             layers: the student's layers, by name; or with the weight of each; None finds one (its name is
-                ``distiller.tap.names``).
+                ``distiller.tap.names``), and refuses one behind which most of a Vision Transformer stands.
             select: as in :class:`~dinov3_ray.training.taps.FeatureTap`.
 
         Raises:
@@ -329,7 +329,7 @@ def am_radio(
 
     A student without a CLS token has the mean of its deepest map in its place. Several teachers, by name, get heads of
     their own; ``standardise`` brings their maps and vectors to one scale, as its successor does (PHI-S, arXiv
-    2410.01680), once ``distiller.fit_statistics`` has seen some of their targets.
+    2410.01680), by the statistics of the first batch, or of what ``distiller.fit_statistics`` gets.
 
     Args:
         cosine, smooth_l1: the weights on the map, α and β.
