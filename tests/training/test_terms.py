@@ -111,9 +111,26 @@ def test_phi_s_gives_all_channels_mean_0_and_variance_1_and_can_be_undone() -> N
     assert torch.equal(again(rows), found)
 
 
+def test_phi_s_takes_the_statistics_of_the_first_batch_and_keeps_them() -> None:
+    first, second = 5 + 3 * torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8)
+    statistics = PhiS(4)
+    standardised = statistics(first)
+    fitted = PhiS(4).fit(first)
+    assert torch.allclose(standardised, fitted(first), atol=1e-5)
+    assert torch.allclose(statistics.eval()(second), fitted(second), atol=1e-5)
+    again = PhiS(4)
+    again(second)
+    again.load_state_dict(statistics.state_dict())
+    assert torch.equal(again(second), statistics(second))
+    again.load_state_dict(PhiS(4).state_dict())
+    assert torch.allclose(again(first), standardised), "those that it has lost are taken anew"
+
+
 def test_phi_s_needs_a_sample_that_differs() -> None:
-    with pytest.raises(InputError, match="statistics must be there"):
-        PhiS(4)(torch.randn(2, 4))
+    with pytest.raises(InputError, match=r"statistics must be there .* in eval mode"):
+        PhiS(4).eval()(torch.randn(2, 4))
+    with pytest.raises(InputError, match=r"unless distiller\.fit_statistics gets one"):
+        PhiS(4)(torch.full((8, 4), 0.1))
     for sample in (torch.ones(9, 4), torch.full((9, 4), torch.nan), torch.randn(9, 3), torch.randn(1, 4), []):
         with pytest.raises(InputError, match="sample must"):
             PhiS(4).fit(sample)

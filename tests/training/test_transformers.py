@@ -18,6 +18,7 @@ from dinov3_ray import TeacherPool
 from dinov3_ray.errors import ConfigError
 from dinov3_ray.features import FeatureSpec
 from dinov3_ray.testing import FakeTeacher
+from dinov3_ray.training import recipes
 from dinov3_ray.training.losses import DistillationLoss
 
 pytest.importorskip("accelerate")
@@ -206,6 +207,20 @@ def test_a_recipe_finds_its_layer_and_goes_on_where_it_was_stopped(tmp_path: Pat
     assert equal_weights(resumed.model, whole.model)
     with pytest.raises(ConfigError, match=r"recipe must be that which .* 'rtdetrv4'; got None"):
         distilling(tmp_path / "other").train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+
+
+def test_a_recipe_that_standardises_fits_its_statistics_on_the_first_batch(tmp_path: Path) -> None:
+    trainer = DistillingTrainer(
+        teacher=FakeTeacher(hidden_size=16),
+        recipe=recipes.am_radio(standardise=True),
+        **options(rt_detr(), tmp_path, num_train_epochs=1, max_steps=2, save_strategy="steps", save_steps=2),
+    )
+    trainer.train()
+    assert all(0 < entry["distillation_loss"] < 10 for entry in trainer.state.log_history if "loss" in entry)
+    saved = torch.load(tmp_path / "checkpoint-2" / "distillation.pt")["losses"]
+    scales = [value for name, value in saved.items() if name.endswith("standardise.scale")]
+    assert len(scales) == 2
+    assert all(value > 0 for value in scales)
 
 
 @pytest.mark.usefixtures("wide_pool")

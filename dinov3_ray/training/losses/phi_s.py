@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from dinov3_ray.errors import ConfigError, InputError
 
 __all__ = ["PhiS", "hadamard_matrix"]
+
+_LEAST_VARIANCE = 1e-10
+"""Of features that differ, as a part of their mean square: less is what rounding makes of equal ones."""
 
 
 class PhiS(nn.Module):
@@ -20,7 +25,10 @@ class PhiS(nn.Module):
     that one scale φ standardises every channel. It is a rotation and a scale: distances and angles from the mean stay
     as they were, and :meth:`inverse` gives x back.
 
-    Its statistics are buffers: they are saved with the loss that has it, and take no gradient.
+    Its statistics are buffers: they are saved with the loss that has it, and take no gradient. They are those of
+    :meth:`fit`; without it, in training mode, those of the first batch that is standardised, and of the batches of all
+    ranks in a process group, which must all have one then. A batch of maps has enough locations; of CLS vectors, it has
+    few, of which the scale is an estimate: :meth:`fit` takes more.
 
     Args:
         channels: D, for which a Hadamard matrix must be known (see :func:`hadamard_matrix`).
@@ -42,6 +50,7 @@ class PhiS(nn.Module):
         self.register_buffer("mean", torch.zeros(channels))
         self.register_buffer("rotation", torch.eye(channels))
         self.register_buffer("scale", torch.zeros(()))  # 0: not fitted
+        self._seen_fitted = False  # on an accelerator, a look at the scale would be waited for in each step
 
     def fit(self, sample: Tensor | Iterable[Tensor]) -> PhiS:
         """Take the statistics of ``sample``: a teacher's maps [B, D, h, w] or vectors [B, D], in one tensor or several.
@@ -57,15 +66,33 @@ class PhiS(nn.Module):
             shapes = ", ".join(str(list(part.shape)) for part in parts) or "nothing"
             raise InputError(f"sample must hold features [B, {channels}] or [B, {channels}, h, w]; got {shapes}")
         rows_ND = torch.cat([part.detach().double().cpu().movedim(1, -1).flatten(0, -2) for part in parts])
-        mean_D = rows_ND.mean(0)
-        covariance_DD = torch.cov(rows_ND.T) if len(rows_ND) > 1 else torch.zeros(channels, channels)
-        if not bool(covariance_DD.isfinite().all()) or not float(covariance_DD.trace()) > 0:
-            raise InputError("sample must be finite, and hold features that differ from one another")
+        self._take(rows_ND.new_tensor(len(rows_ND)), rows_ND.sum(0), rows_ND.T @ rows_ND)
+        return self
+
+    def _fit_first(self, features: Tensor) -> None:
+        here = features.detach().cpu() if features.device.type == "mps" else features.detach()  # it has no float64
+        rows_ND = here.double().movedim(1, -1).flatten(0, -2)
+        moments = [rows_ND.new_tensor(len(rows_ND)), rows_ND.sum(0), rows_ND.T @ rows_ND]
+        if dist.is_available() and dist.is_initialized():
+            for each in moments:
+                dist.all_reduce(each)
+        self._take(*(each.cpu() for each in moments))
+
+    @torch.no_grad()
+    def _take(self, count: Tensor, sum_D: Tensor, products_DD: Tensor) -> None:
+        """Take the statistics of as many rows, by their sum and that of their outer products, in float64."""
+        mean_D = sum_D / count
+        covariance_DD = (products_DD - count * mean_D.outer(mean_D)) / (count - 1).clamp(min=1)
+        variance = covariance_DD.trace()
+        if not bool(covariance_DD.isfinite().all()) or not variance > _LEAST_VARIANCE * mean_D.square().sum():
+            raise InputError(
+                "sample must be finite, and hold features that differ from one another (the first batch is the sample "
+                "unless distiller.fit_statistics gets one)"
+            )
         _, vectors_DD = torch.linalg.eigh(covariance_DD)
         self.mean.copy_(mean_D)
-        self.rotation.copy_(hadamard_matrix(channels) @ vectors_DD.T)
-        self.scale.copy_((covariance_DD.trace() / channels).sqrt())
-        return self
+        self.rotation.copy_(hadamard_matrix(len(mean_D)) @ vectors_DD.T)
+        self.scale.copy_((variance / len(mean_D)).sqrt())
 
     @property
     def fitted(self) -> bool:
@@ -75,13 +102,17 @@ class PhiS(nn.Module):
         """Maps [B, D, h, w] or vectors [B, D], standardised, in float32 at least.
 
         Raises:
-            InputError: before :meth:`fit`; on an accelerator, that would have to be waited for: values are then not
-                finite.
+            InputError: in eval mode, before there are statistics; or the first batch has none.
         """
-        if self.scale.device.type == "cpu" and not self.fitted:
-            raise InputError(
-                "statistics must be there before features are standardised (fit a sample of the teacher's)"
-            )
+        if not self._seen_fitted:
+            if not self.fitted and not self.training:
+                raise InputError(
+                    "statistics must be there before features are standardised in eval mode (train first, or fit a "
+                    "sample of the teacher's)"
+                )
+            if not self.fitted:
+                self._fit_first(features)
+            self._seen_fitted = True
         wide = features.to(torch.promote_types(features.dtype, torch.float32)).movedim(1, -1)
         with torch.autocast(features.device.type, enabled=False):
             rotated = (wide - self.mean.to(wide.dtype)) @ self.rotation.to(wide.dtype).T
@@ -95,6 +126,10 @@ class PhiS(nn.Module):
             rotated: Tensor = (wide * self.scale.to(wide.dtype)) @ self.rotation.to(wide.dtype)
         features: Tensor = (rotated + self.mean.to(wide.dtype)).movedim(-1, 1)
         return features
+
+    def _load_from_state_dict(self, *args: Any, **keywords: Any) -> None:
+        super()._load_from_state_dict(*args, **keywords)
+        self._seen_fitted = False  # it may be of one that was not fitted
 
     def extra_repr(self) -> str:
         return f"{len(self.mean)}"
