@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import copy
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from dinov3_ray.errors import ConfigError, InputError
 from dinov3_ray.features import Features, FeatureSpec
 from dinov3_ray.training.boxes import Boxes
-from dinov3_ray.training.losses.gradient_share import GradientShare
+from dinov3_ray.training.losses.gradient_share import GradientShare, SplitGradient
 from dinov3_ray.training.losses.schedule import WeightSchedule
 from dinov3_ray.training.losses.terms import WeightedTerms
 from dinov3_ray.training.taps import FeatureTap, Select
@@ -36,6 +38,9 @@ class Distiller(nn.Module):
     ranks in either case.
 
     In eval mode, or without gradients, a call counts for nothing: the weight stays as it is.
+
+    While the schedule's factor is 0, such as behind its end, a call gives 0, and does not look at the targets; the
+    teacher computes them nevertheless, where the loop asks for them.
 
     Args:
         student: the model that is tapped; it is no part of this module.
@@ -64,12 +69,12 @@ class Distiller(nn.Module):
         if not 0 < weight < float("inf"):
             raise ConfigError(f"weight must be more than 0; got {weight}")
         of_layers = dict(select) if isinstance(select, Mapping) else dict.fromkeys(terms.layers, select)
-        self._later = {name: _Later(each) for name, each in of_layers.items() if callable(each)}
+        self.share = None if share is None else GradientShare(share, weight=weight)
+        self._later = {name: _Later(each, self.share) for name, each in of_layers.items() if callable(each)}
         self._select = {name: self._later.get(name, each) for name, each in of_layers.items() if each is not None}
         self.tap = FeatureTap(student, terms.layers, select=self._select)
         self.terms = terms
         self.spec, self.image_size = spec, image_size
-        self.share = None if share is None else GradientShare(share, weight=weight)
         self._weight = float(weight)
         self.schedule = schedule or WeightSchedule()
         self._progress = {"step": 0, "epoch": 0}
@@ -97,6 +102,8 @@ class Distiller(nn.Module):
 
     def fit_statistics(self, targets: Iterable[Features | Mapping[str, Features]]) -> None:
         """Standardise the teachers' features by their statistics in ``targets``, where the recipe does so (PHI-S).
+
+        Otherwise, those of the first batch are taken: see :class:`~dinov3_ray.training.losses.PhiS`.
 
         Args:
             targets: as the loop gets them, of some batches: for a map some thousand locations, for CLS vectors as many
@@ -129,12 +136,28 @@ class Distiller(nn.Module):
             weight = self.share.weight * factor  # a copy: the backward pass changes the original
             self.share.begin()
             if learning and factor:
-                outputs = {name: self.share.watch(output, weight) for name, output in outputs.items()}
-        outputs = {name: self._ended(name, each) for name, each in outputs.items()}
-        loss: Tensor = weight * self.terms(outputs, targets, boxes)
+                self.share.expect()
+                outputs = {name: self._watched(name, each, self.share, weight) for name, each in outputs.items()}
+        if factor:
+            loss: Tensor = weight * self.terms(
+                {name: self._ended(name, outputs[name]) for name in outputs}, targets, boxes
+            )
+        else:
+            loss = self._nothing(outputs)
         if learning:
             self._progress["step"] += 1
         return loss
+
+    def _watched(self, name: str, output: Tensor, share: GradientShare, weight: Tensor) -> Tensor:
+        if name in self._later and self._later[name].measures(weight):
+            return output
+        return share.watch(output, weight)
+
+    def _nothing(self, outputs: Mapping[str, Tensor]) -> Tensor:
+        """0, of which all that learns gets a gradient of 0, as DDP needs it; no value is looked at, not even NaN."""
+        parts = [*outputs.values(), *(each for each in self.parameters() if not is_lazy(each))]
+        empty = [each.flatten()[:0].float().sum() for each in parts]
+        return torch.stack([each.to(empty[0].device) for each in empty]).sum()
 
     def _ended(self, name: str, output: Tensor) -> Tensor:
         return self._later[name].end(output) if name in self._later else output
@@ -152,18 +175,35 @@ class Distiller(nn.Module):
 
 
 class _Later:
-    """A select function that waits until a layer's output, where it is a tensor, has its alias.
+    """A select function that works on an alias of a layer's output, by which the share is measured.
 
-    The task's gradient arrives at what the layer gave, and not at what the function makes of it.
+    The task's gradient arrives at what the layer gave, and not at what the function makes of it. Where that is a
+    tensor, the function waits for its alias; else, it gets the output with aliases of the tensors in it.
     """
 
-    def __init__(self, function: Callable[[Any], Tensor]) -> None:
-        self._function = function
+    def __init__(self, function: Callable[[Any], Tensor], share: GradientShare | None) -> None:
+        self._function, self._share = function, share
         self._waits = False
+        self._splits: list[SplitGradient] = []
 
     def __call__(self, output: Any) -> Tensor:
-        self._waits = isinstance(output, Tensor)
-        return output if isinstance(output, Tensor) else self._function(output)
+        self._waits, self._splits = isinstance(output, Tensor), []
+        if isinstance(output, Tensor):
+            return output
+        return self._function(output if self._share is None else _replaced(output, self._alias))
+
+    def _alias(self, tensor: Tensor) -> Tensor:
+        assert self._share is not None
+        if not tensor.requires_grad:
+            return tensor
+        self._splits.append(SplitGradient(self._share))
+        return self._splits[-1].alias(tensor)
+
+    def measures(self, weight: Tensor) -> bool:
+        """Whether there are aliases already; those count from now on."""
+        for split in self._splits:
+            split.factor = weight.detach()
+        return bool(self._splits)
 
     def end(self, output: Tensor) -> Tensor:
         if not self._waits:
@@ -172,3 +212,21 @@ class _Later:
         if not isinstance(chosen, Tensor):
             raise InputError(f"select must give a tensor; got a {type(chosen).__name__}")
         return chosen
+
+    def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
+        return _Later, (self._function, self._share)  # without what belongs to a batch
+
+
+def _replaced(output: Any, by: Callable[[Tensor], Tensor]) -> Any:
+    """A copy of ``output`` with another tensor for each in its tuples, lists and dicts, such as a ``ModelOutput``."""
+    if isinstance(output, Tensor):
+        return by(output)
+    if isinstance(output, MutableMapping):
+        copied = copy.copy(output)
+        for key, value in output.items():
+            copied[key] = _replaced(value, by)
+        return copied
+    if isinstance(output, (list, tuple)):
+        values = [_replaced(each, by) for each in output]
+        return type(output)(*values) if hasattr(output, "_fields") else type(output)(values)
+    return output

@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from dinov3_ray import Features
 from dinov3_ray.training import recipes
 from dinov3_ray.training.distiller import Distiller
+from dinov3_ray.training.losses import PhiS
 
 STEPS = 6
 
@@ -52,7 +53,12 @@ def main() -> None:
         optimizer.step()
         optimizer.zero_grad()
         weights.append(student.distiller.weight)
-    torch.save({"weights": weights, "state": student.state_dict()}, f"{file}.{rank}")
+    statistics = PhiS(4)
+    first = batch_of(0, rank)[1].feature_map
+    assert first is not None
+    statistics((1 + rank) * first)  # fitted on the first batch of all ranks
+    state = student.state_dict()
+    torch.save({"weights": weights, "state": state, "phi_s": statistics.state_dict()}, f"{file}.{rank}")
     dist.destroy_process_group()
 
 

@@ -6,7 +6,8 @@ import copy
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,13 @@ import torch
 from share_ranks import STEPS, Student, batch_of
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers.utils.generic import ModelOutput
 
 from dinov3_ray import Features
 from dinov3_ray.errors import ConfigError
 from dinov3_ray.training import recipes
 from dinov3_ray.training.distiller import Distiller
-from dinov3_ray.training.losses import GradientShare
+from dinov3_ray.training.losses import GradientShare, PhiS, WeightSchedule
 
 SHARE = 0.2
 ODDS = SHARE / (1 - SHARE)
@@ -201,6 +203,100 @@ def test_a_scaler_that_skips_a_step_changes_nothing_and_goes_on() -> None:
     assert distiller.weight == pytest.approx(ODDS * task / own, rel=0.05), "in bfloat16"
 
 
+class Pair(nn.Module):
+    """A layer that gives a tuple, of which the student goes on with both, and the distillation with the second."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.kind, self.body, self.block, self.head = kind, nn.Conv2d(3, 8, 16, 16), Both(kind), nn.Conv2d(8, 2, 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        out = self.block(self.body(images))
+        if self.kind == "map":
+            return torch.as_tensor(self.head(out))
+        first, second = (out["first"], out["second"]) if isinstance(out, Mapping) else out
+        return torch.as_tensor(self.head(second)) + 0 * first.sum()
+
+
+class Both(nn.Module):
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+
+    def forward(self, map_BChw: Tensor) -> Any:
+        first, second = 100 * map_BChw, map_BChw.tanh()
+        return {"map": second, "tuple": (first, second), "output": ModelOutput(first=first, second=second)}[self.kind]
+
+
+@pytest.mark.parametrize(
+    ("kind", "select"),
+    [("tuple", lambda output: output[1] * 1), ("output", lambda output: output.second * 1), ("tuple", 1)],
+)
+def test_a_function_of_an_output_that_is_no_tensor_is_measured_too(kind: str, select: Any) -> None:
+    weights, states = [], []
+    for student, chosen in ((Pair("map"), None), (Pair(kind), select)):
+        torch.manual_seed(1)
+        recipe = recipes.rtdetrv4(weight=1.0, share=SHARE)
+        distiller = recipe.for_student(student, 4, torch.rand(1, 3, 64, 64), layers="block", select=chosen)
+        for number in range(3):
+            step(student, distiller, *batch(number))
+        weights.append(distiller.weight)
+        states.append([each.grad for each in [*student.parameters(), *distiller.parameters()]])
+        assert distiller.share is not None
+        assert distiller.share.counted == 3
+        assert copy.deepcopy(distiller).weight == distiller.weight
+    assert weights[1] == pytest.approx(weights[0], rel=1e-4)
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*states, strict=True))
+
+
+def test_a_share_that_never_counts_says_so_once() -> None:
+    student, distiller = pair()
+    images, targets = batch()
+
+    def nothing_counts() -> list[str]:
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            for _ in range(30):
+                step(student, distiller, images, targets, lambda _, own: own.backward())  # no task
+        return [str(each.message) for each in seen if "gradient share" in str(each.message)]
+
+    (said,) = nothing_counts()
+    assert "none of 20 batches counted" in said
+    assert "share=None" in said
+    assert not nothing_counts()
+    student, distiller = pair()
+    step(student, distiller, images, targets)
+    assert not nothing_counts(), "one has counted"
+    student, distiller = pair()
+
+    def task_first() -> None:
+        with distiller.tap:
+            for _ in range(21):
+                task_of(student(images)).backward(retain_graph=True)
+                distiller(targets).backward()
+
+    with pytest.warns(UserWarning, match="in one before, but behind the call of the distiller"):
+        task_first()
+
+
+def test_behind_its_end_the_distillation_is_a_zero_that_looks_at_nothing() -> None:
+    student, distiller = pair(schedule=WeightSchedule(until=1))
+    images, targets = batch()
+    step(student, distiller, images, targets)
+    for parameter in [*student.parameters(), *distiller.parameters()]:
+        parameter.grad = None
+    student[2].requires_grad_(False)
+    with distiller.tap:
+        student(images)
+        loss = distiller(Features(feature_map=torch.full((2, 4, 4, 4), torch.nan)))
+    loss.backward()
+    assert float(loss) == 0
+    for parameter in [*student[:2].parameters(), *distiller.parameters()]:
+        assert parameter.grad is not None, "DDP waits for it"
+        assert not parameter.grad.any()
+
+
 def test_a_checkpointed_layer_is_measured_once() -> None:
     class Checkpointed(nn.Module):
         def __init__(self, inner: nn.Sequential) -> None:
@@ -278,6 +374,10 @@ def test_all_ranks_have_the_weight_of_the_sum_of_their_gradients(tmp_path: Path)
     first, second = (torch.load(f"{file}.{rank}", weights_only=True) for rank in range(2))
     assert first["weights"] == second["weights"]
     assert all(torch.equal(value, second["state"][name]) for name, value in first["state"].items())
+    fitted = PhiS(4).fit([(1 + rank) * batch_of(0, rank)[1]["feature_map"] for rank in range(2)])
+    for name, value in fitted.state_dict().items():
+        assert torch.equal(first["phi_s"][name], second["phi_s"][name])
+        assert torch.allclose(first["phi_s"][name], value, atol=1e-5)
     # The same in one process: the gradients of both ranks, one behind the other.
     student = Student()
     optimizer = torch.optim.SGD(student.parameters(), lr=0.05)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -10,9 +11,11 @@ from torch import Tensor, nn
 
 from dinov3_ray.errors import ConfigError
 
-__all__ = ["GradientShare", "share_to_odds"]
+__all__ = ["GradientShare", "SplitGradient", "share_to_odds"]
 
 _MOST_AT_ONCE = 10.0  # factor of a change of the weight, as RT-DETRv4's code bounds it
+_PATIENCE = 20
+"""Batches of which one should have counted; a GradScaler's first steps may all overflow."""
 
 
 class GradientShare(nn.Module):
@@ -29,7 +32,13 @@ class GradientShare(nn.Module):
     norms are finite and more than 0: steps without distillation, without a task, or with an overflow change nothing; if
     the two have backward passes of their own, the task's must be the first. In
     a process group, norms are summed over all ranks at the end of each backward pass, so that all have the same
-    weight; all ranks must then have the distillation in the same steps.
+    weight; all ranks must then have the distillation in the same steps. It warns once if none of 20 batches counted.
+
+    What counts twice: each pass that brings the task's gradient to a tapped tensor before the distillation's pass ends
+    counts as a part of its own, and the squares of the parts are added. So ``autograd.grad(task, retain_graph=True)``
+    before ``backward()`` makes the task's norm too large by √2, and two backward passes, of two parts of the task,
+    count as if their gradients were at right angles. Measure such things on a forward pass of their own, and add the
+    parts of the task before ``backward()``.
 
     Weight, mean and count are buffers: a training that is resumed goes on as if it had not been interrupted.
 
@@ -65,6 +74,8 @@ class GradientShare(nn.Module):
         self.register_buffer("counted", torch.zeros(()))
         self._squares: Tensor | None = None  # of the task and of the distillation, of the batch that is computed
         self._ends = False  # whether the backward pass that runs will end with a new weight
+        self._expected = 0  # batches that should have counted, until it was looked whether one has
+        self._counted_first: float | None = None
 
     def measured(self) -> Tensor:
         """The share that the present weight has by the mean so far, 0-dim; NaN before the first step that counts."""
@@ -75,6 +86,22 @@ class GradientShare(nn.Module):
         """A batch's loss is computed: what an interrupted backward pass left is dropped."""
         self._squares, self._ends = None, False
 
+    def expect(self) -> None:
+        """The batch that is computed should count; it is said once if none of the first does."""
+        if self._counted_first is None:
+            self._counted_first = float(self.counted)  # on an accelerator, a wait, in the first batch
+        if self._expected == _PATIENCE and float(self.counted) == self._counted_first:
+            warnings.warn(
+                f"none of {_PATIENCE} batches counted for the gradient share, so that the weight stays at "
+                f"{float(self.weight):g}: the task's gradient must arrive at the tapped tensor, in the same backward "
+                "pass as the distillation's, or in one before, but behind the call of the distiller (add "
+                "distiller(targets) to the task's loss, and call backward() once; name a layer that the task's loss "
+                "depends on; where there is no task, give the recipe share=None)",
+                UserWarning,
+                stacklevel=5,
+            )
+        self._expected += self._expected <= _PATIENCE
+
     def watch(self, tensor: Tensor, factor: Tensor) -> Tensor:
         """An alias of ``tensor`` for the distillation's loss, by whose gradient it is told from the task's.
 
@@ -82,21 +109,15 @@ class GradientShare(nn.Module):
             tensor: what the student computes with, too.
             factor: what the distillation's loss will be multiplied with, 0-dim.
         """
-        if not (tensor.requires_grad and torch.is_grad_enabled()):
-            return tensor
-        parts = _SplitGradient(self, factor.detach())
-        tensor.register_hook(parts.arrived)  # type: ignore[no-untyped-call]
-        alias: Tensor = _Branch.apply(tensor, parts)  # type: ignore[no-untyped-call]
-        return alias
+        split = SplitGradient(self)
+        split.factor = factor.detach()
+        return split.alias(tensor)
 
-    def add(self, task: Tensor, distillation: Tensor | None) -> None:
-        """Squared norms at one of the tensors, of the backward pass that runs.
-
-        The pass ends with a new weight, unless it is of the task alone: the distillation's may come behind it.
-        """
-        squares = torch.stack([task, torch.zeros_like(task) if distillation is None else distillation])
+    def add(self, task: Tensor, distillation: Tensor) -> None:
+        """Squared norms at one of the tensors; the backward pass that runs ends with a new weight."""
+        squares = torch.stack([task, distillation])
         self._squares = squares if self._squares is None else self._squares + squares.to(self._squares.device)
-        if distillation is not None and not self._ends:
+        if not self._ends:
             self._ends = True
             torch.autograd.Variable._execution_engine.queue_callback(self._learn)
 
@@ -127,29 +148,50 @@ def share_to_odds(share: float) -> float:
     return share / (1 - share)
 
 
-class _SplitGradient:
-    """The gradient of one tensor in one batch, in its two parts."""
+class SplitGradient:
+    """The gradient of one tensor in one batch, in its two parts.
 
-    def __init__(self, share: GradientShare, factor: Tensor) -> None:
-        self._share, self._factor = share, factor
-        self.own: Tensor | None = None  # the distillation's, until the whole has arrived
+    Attributes:
+        factor: what the distillation's loss is multiplied with, 0-dim; while it is None, nothing counts.
+        own: the distillation's gradient, until the whole has arrived.
+    """
+
+    def __init__(self, share: GradientShare) -> None:
+        self._share = share
+        self._task: Tensor | None = None  # squared, of backward passes of the task alone
+        self.factor: Tensor | None = None
+        self.own: Tensor | None = None
+
+    def alias(self, tensor: Tensor) -> Tensor:
+        """An alias of ``tensor`` for the distillation; or itself, if it takes no gradient."""
+        if not (tensor.requires_grad and torch.is_grad_enabled()):
+            return tensor
+        tensor.register_hook(self.arrived)  # type: ignore[no-untyped-call]
+        alias: Tensor = _Branch.apply(tensor, self)  # type: ignore[no-untyped-call]
+        return alias
 
     def arrived(self, whole: Tensor) -> None:
         """The hook of the tensor: the sum of all gradients, once in a backward pass."""
         own, self.own = self.own, None
+        if self.factor is None:
+            return
         whole = whole.detach().float()
-        if own is None:  # a backward pass of the task alone
-            self._share.add(_square(whole), None)
+        if own is None:  # of the task alone; the distillation's may come behind it, or never, where it has no part here
+            task = _square(whole)
+            self._task = task if self._task is None else self._task + task
             return
         own = own.detach().float()
-        self._share.add(_square(whole - own), _square(own) / self._factor.to(own.device).square())
+        task = _square(whole - own)
+        if self._task is not None:
+            task, self._task = task + self._task, None
+        self._share.add(task, _square(own) / self.factor.to(own.device).square())
 
 
 class _Branch(torch.autograd.Function):
     """The identity, which hands its gradient to ``parts`` too."""
 
     @staticmethod
-    def forward(ctx: Any, tensor: Tensor, parts: _SplitGradient) -> Tensor:
+    def forward(ctx: Any, tensor: Tensor, parts: SplitGradient) -> Tensor:
         ctx.parts = parts
         return tensor.view_as(tensor)
 
