@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dinov3_ray import Features, FeatureSpec
-from dinov3_ray.errors import ConfigError, SpecError
+from dinov3_ray.errors import ConfigError, InputError, SpecError
 from dinov3_ray.testing import FakeTeacher
 from dinov3_ray.training import recipes
 from dinov3_ray.training.distiller import Distiller
@@ -286,6 +286,8 @@ def test_what_cannot_be_compared_is_said_when_the_recipe_meets_the_student() -> 
         recipe.for_student(frozen, D, images())
     with pytest.raises(ConfigError, match=r"'head' gives \[3, 3\] \(where outputs are tokens, give select"):
         recipe.for_student(Backbone(), D, images(), layers="head")
+    with pytest.raises(ConfigError, match="teacher must be a teacher or a dict of at least one; got an empty one"):
+        recipe.for_student(Backbone(), {}, images())
     with pytest.raises(ConfigError, match="teacher must have extract"):
         recipe.for_student(Backbone(), "dinov3", images())  # type: ignore[arg-type]
     with pytest.raises(SpecError):
@@ -317,28 +319,94 @@ def test_keywords_and_tokens_of_a_student_are_taken_too() -> None:
 
 def test_several_teachers_have_heads_of_their_own_and_one_scale() -> None:
     student, batch = Backbone(), images()
-    teachers = {"a": FakeTeacher(hidden_size=D), "b": FakeTeacher(hidden_size=32)}
+    teachers = {"a": FakeTeacher(hidden_size=D), "b": FakeTeacher(hidden_size=D), "c": FakeTeacher(hidden_size=32)}
     distiller = recipes.am_radio(standardise=True).for_student(student, teachers, batch)
-    targets = {name: each.extract(batch, distiller.spec) for name, each in teachers.items()}
-    noisy = [
+    draw = torch.Generator().manual_seed(0)
+    mixes = {
+        (name, output): (10.0**number * torch.randn(each.hidden_size, each.hidden_size, generator=draw), 5.0 * number)
+        for number, (name, each) in enumerate(teachers.items(), 1)
+        for output in ("cls", "feature_map")
+    }  # channels that depend on one another, of another scale and mean for each teacher and output
+
+    def drawn(name: str, output: str, *shape: int) -> Tensor:
+        mix, mean = mixes[name, output]
+        return (torch.randn(*shape, len(mix), generator=draw) @ mix + mean).movedim(-1, 1)
+
+    seen = [
         {
-            name: each.map(lambda name, t: 100 * torch.randn(t.shape[0], t.shape[1], *t.shape[2:]) + 5)
-            for name, each in targets.items()
+            name: Features(cls=drawn(name, "cls", 3), feature_map=drawn(name, "feature_map", 3, 4, 6))
+            for name in teachers
         }
-        for _ in range(4)
+        for _ in range(20)
     ]
-    distiller.fit_statistics(noisy)
+    distiller.fit_statistics(seen)
     with distiller.tap:
         student(batch)
-        distiller(noisy[0]).backward()
-    on_map = {term.teacher: term.loss for term in distiller.terms.terms if not term.loss.on_cls}
-    for name, loss in on_map.items():
-        together = torch.cat([loss.standardise(each[name].feature_map) for each in noisy])
-        assert float(together.mean()) == pytest.approx(0, abs=0.1)
-        assert float(together.std()) == pytest.approx(1, abs=0.1)
+        distiller(seen[0]).backward()
+    compared = {(term.teacher, term.loss.on_cls) for term in distiller.terms.terms}
+    assert compared == {(name, on_cls) for name in teachers for on_cls in (False, True)}
+    for term in distiller.terms.terms:
+        targets = torch.cat([term.loss.target_of(each[term.teacher]) for each in seen])
+        assert term.loss.standardise is not None
+        found_ND, rows_ND = (
+            each.double().movedim(1, -1).flatten(0, -2) for each in (term.loss.standardise(targets), targets)
+        )
+        # One scale for all channels, so that angles between features stay; each channel has the variance 1 after it.
+        centred_ND = rows_ND - rows_ND.mean(0)
+        scale = centred_ND.var(0).mean().sqrt()
+        assert torch.allclose(found_ND @ found_ND.T, centred_ND @ centred_ND.T / scale**2, atol=1e-3)
+        assert torch.allclose(found_ND.mean(0), torch.zeros_like(found_ND[0]), atol=1e-3)
+        assert torch.allclose(found_ND.var(0), torch.ones_like(found_ND[0]), atol=1e-3)
     again = recipes.am_radio(standardise=True).for_student(student, teachers, batch)
     again.load_state_dict(distiller.state_dict())
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in distiller.state_dict().items())
+
+
+@pytest.mark.parametrize("name", recipes.names())
+def test_a_student_in_double_precision_has_projectors_of_its_own(name: str) -> None:
+    student, batch = Backbone().double(), images().double()
+    teacher = FakeTeacher(hidden_size=D)
+    distiller = recipes.get(name).for_student(student, teacher, batch)
+    assert {parameter.dtype for parameter in distiller.parameters()} <= {torch.float64}
+    with distiller.tap:
+        (student(batch).square().mean() + distiller(teacher.extract(batch, distiller.spec))).backward()
+    halves = recipes.get(name).for_student(Backbone().bfloat16(), teacher, images().bfloat16())
+    assert {parameter.dtype for parameter in halves.parameters()} <= {torch.float32}
+
+
+def test_a_part_of_weight_0_is_left_out() -> None:
+    def losses_of(recipe: recipes.Recipe) -> list[str]:
+        return [each.kind for each in recipe.for_student(Backbone(), FakeTeacher(hidden_size=D), images()).terms.losses]
+
+    assert losses_of(recipes.am_radio(smooth_l1=0)) == ["cls_cosine", "cosine"]
+    assert losses_of(recipes.am_radio(cosine=0)) == ["cls_cosine", "smooth_l1"]
+    assert losses_of(recipes.am_radio(cosine=0, smooth_l1=0)) == ["cls_cosine"]
+    assert losses_of(recipes.lightly(local_weight=0)) == ["cls_queue"]
+    assert recipes.lightly(local_weight=0).spec == FeatureSpec(cls=True), "nothing is asked for that is not compared"
+
+
+@pytest.mark.parametrize(
+    ("make", "option", "value"),
+    [
+        (recipes.am_radio, "smooth_l1", -0.1),
+        (recipes.am_radio, "cosine", "much"),
+        (recipes.am_radio, "hidden", 0),
+        (recipes.lightly, "local_weight", -1),
+        (recipes.lightly, "queue", 0),
+        (recipes.lightly, "queue", 1.5),
+        (recipes.lightly, "temperature", 0),
+        (recipes.rtdetrv4, "share", 1.5),
+        (recipes.rtdetrv4, "share", 0),
+        *[
+            (getattr(recipes, name), option, value)
+            for name in recipes.names()
+            for option, value in (("weight", -1), ("weight", None), ("schedule", 5))
+        ],
+    ],
+)
+def test_options_that_cannot_be_meant_are_refused_by_the_recipe(make: Any, option: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=rf"^{option} must be an? .*; got {value!r}$"):
+        make(**{option: value})
 
 
 def test_prefetch_takes_the_spec_from_the_recipe() -> None:
@@ -365,6 +433,52 @@ def test_a_teacher_of_another_image_size_is_said_once(size: tuple[int, int] | No
     assert all("views of 64 x 96 px" in each and "DinoV3Config(root, image_size='input')" in each for each in messages)
 
 
+@pytest.mark.parametrize(
+    ("teacher_size", "view", "patch_size", "meant"),
+    [
+        ((160, 160), (336, 336), 16, None),  # half of it, in whole patches
+        ((168, 168), (336, 336), 16, "160 x 160"),
+        ((84, 84), (336, 336), 16, "160 x 160"),
+        ((168, 168), (336, 336), 14, None),
+        ((320, 320), (641, 650), 16, None),
+        ((320, 325), (641, 650), 16, "320 x 320"),
+        ("input/2", (641, 650), 16, None),
+        ("input", (641, 650), 16, "320 x 320"),
+    ],
+)
+def test_half_the_view_is_in_whole_patches(teacher_size: Any, view: Any, patch_size: int, meant: str | None) -> None:
+    said = recipes.rtdetrv4().misfit(teacher_size, view, patch_size)
+    if meant is None:
+        assert said is None
+    else:
+        assert f"recipe 'rtdetrv4' means 'input/2', which is {meant} px here" in str(said)
+
+
+def test_a_teacher_that_sees_half_of_the_view_is_said_where_all_is_meant() -> None:
+    recipe = recipes.gram()
+    assert "at input/2, and recipe 'gram' means 'input', which is 640 x 640 px" in str(
+        recipe.misfit("input/2", (641, 650))
+    )
+    for fits in ("input", (640, 640), (641, 650)):
+        assert recipe.misfit(fits, (641, 650)) is None
+    assert recipe.misfit((320, 320), (641, 650)) is not None
+
+
+@pytest.mark.parametrize(("size", "patch_size", "said"), [((32, 48), 16, 0), ((28, 42), 14, 0), ((64, 96), 16, 1)])
+def test_the_patch_of_the_teacher_is_taken_into_account(size: tuple[int, int], patch_size: int, said: int) -> None:
+    batches = [torch.zeros(2, 3, 64, 96, dtype=torch.uint8)]
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        list(prefetch(FakeTeacher(image_size=size, patch_size=patch_size), batches, recipe="rtdetrv4"))
+    assert len([each for each in seen if "recipe" in str(each.message)]) == said
+
+
+def test_an_empty_first_batch_is_the_same_error_with_a_recipe() -> None:
+    for what in ({"recipe": "gram"}, {"spec": FeatureSpec(feature_map=True)}):
+        with pytest.raises(InputError, match="images must hold at least one image; got an empty sequence"):
+            list(prefetch(FakeTeacher(image_size=(32, 32)), [[]], images=lambda batch: batch, **what))  # type: ignore[arg-type]
+
+
 def test_a_schedule_warms_up_decays_and_ends_and_goes_on_after_a_pause() -> None:
     schedule = WeightSchedule(warmup=2, decay_from=4, until=6)
     distiller, seen, targets, _ = made(recipes.gram(weight=1.0, schedule=schedule))
@@ -373,7 +487,7 @@ def test_a_schedule_warms_up_decays_and_ends_and_goes_on_after_a_pause() -> None
         factors.append(distiller.weight)
         distiller.tap._outputs.update(deep=seen.requires_grad_())
         distances.append(float(distiller(targets)))
-    assert factors == pytest.approx([0, 0.5, 1, 1, 1, 0.5, 0, 0])
+    assert factors == pytest.approx([0.5, 1, 1, 1, 1, 0.5, 0, 0])
     whole = distances[2]
     assert distances == pytest.approx([whole * factor for factor in factors])
     again, *_ = made(recipes.gram(weight=1.0, schedule=schedule))
@@ -382,6 +496,8 @@ def test_a_schedule_warms_up_decays_and_ends_and_goes_on_after_a_pause() -> None
     epochs, *_ = made(recipes.gram(weight=1.0, schedule=WeightSchedule(unit="epoch", until=2)))
     epochs.set_epoch(1)
     assert epochs.weight == 1
+    epochs.set_epoch(1.5)  # type: ignore[arg-type]
+    assert epochs.get_extra_state().tolist() == [0, 1]
     epochs.set_epoch(2)
     assert epochs.weight == 0
 
@@ -395,3 +511,34 @@ def test_a_distiller_can_be_copied_with_its_student_while_it_is_in_use() -> None
     assert twin["distiller"].tap._module is twin["student"]
     assert not twin["distiller"].tap.attached
     assert pickle.loads(pickle.dumps(twin))["distiller"].tap.names == ("deep",)
+
+
+class Distilled(nn.Module):
+    """A student with the distiller of itself, as one module to train and to keep."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = Backbone()
+        self.distiller = recipes.rtdetrv4().for_student(self, D, images())
+
+    def forward(self, images: Tensor) -> Tensor:
+        output: Tensor = self.net(images)
+        return output
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))])
+def test_a_student_may_hold_its_distiller_and_be_copied(copied: Any) -> None:
+    student = Distilled()
+    targets = Features(feature_map=torch.randn(3, D, 2, 3))
+    with student.distiller.tap:
+        loss = student(images()).square().mean() + student.distiller(targets)
+        student(images())  # a graph that is held
+        twin = copied(student)
+    assert twin.distiller.tap.names == student.distiller.tap.names == ("net.deep",)
+    assert twin.distiller.tap._module is twin
+    with twin.distiller.tap:
+        again = twin(images()).square().mean() + twin.distiller(targets)
+        again.backward()
+    assert torch.isclose(again, loss)
+    assert twin.net.stem.weight.grad is not None
+    assert student.net.stem.weight.grad is None
