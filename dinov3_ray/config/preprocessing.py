@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from dinov3_ray.errors import InputError
 
-__all__ = ["Misfit", "Preprocessing", "Resample", "Size", "ViewSize", "misfit_of"]
+__all__ = ["Misfit", "Preprocessing", "Resample", "Size", "ViewSize", "followed_size", "misfit_of"]
 
 Size = tuple[int, int]
 """(height, width)"""
@@ -107,8 +107,7 @@ class Preprocessing:
     def input_size(self, view: Size) -> Size:
         """(h, w) of the model's input for an image of the size ``view``."""
         if self.follows is not None:
-            height, width = (side // self.least_side * self.multiple for side in view)
-            return height, width
+            return followed_size(self.follows, view, self.multiple)
         return self.crop_size or self.resized_size(view)
 
     def common_input_size(self, views: Iterable[Size]) -> Size:
@@ -152,6 +151,12 @@ class Preprocessing:
         if self.shortest_edge is not None and image_size[0] == image_size[1]:
             return replace(self, shortest_edge=image_size[0], image_size=image_size)
         return replace(self, size=image_size, shortest_edge=None, image_size=image_size)
+
+
+def followed_size(follows: ViewSize, view: Size, patch_size: int) -> Size:
+    """(h, w) of the input of a model of that patch size that follows images of the size ``view``, in whole patches."""
+    height, width = (side // (_DIVISORS[follows] * patch_size) * patch_size for side in view)
+    return height, width
 
 
 @dataclass(frozen=True, slots=True)

@@ -98,7 +98,7 @@ class Distiller(nn.Module):
 
     def set_epoch(self, epoch: int) -> None:
         """Tell the schedule the number of the epoch that begins, from 0, as a sampler is told."""
-        self._progress["epoch"] = epoch
+        self._progress["epoch"] = int(epoch)  # of a part of an epoch, as transformers counts, the whole
 
     def fit_statistics(self, targets: Iterable[Features | Mapping[str, Features]]) -> None:
         """Standardise the teachers' features by their statistics in ``targets``, where the recipe does so (PHI-S).

@@ -11,6 +11,7 @@ Each recipe is a function with options. What a source says, and where this packa
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -18,23 +19,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from dinov3_ray.config.preprocessing import ViewSize
-from dinov3_ray.errors import ConfigError, InputError, describe
-from dinov3_ray.features import Features, FeatureSpec
+from dinov3_ray.config.preprocessing import Size, ViewSize, followed_size
+from dinov3_ray.errors import ConfigError, describe
+from dinov3_ray.features import FeatureSpec
 from dinov3_ray.teacher import Extractor
 from dinov3_ray.training.distiller import Distiller
 from dinov3_ray.training.layer_search import find_layer, run_student
-from dinov3_ray.training.losses import (
-    DistillationLoss,
-    LossKind,
-    PhiS,
-    ProjectorKind,
-    TeacherQueue,
-    Term,
-    WeightedTerms,
-    WeightSchedule,
-    make_projector,
-)
+from dinov3_ray.training.losses import LossKind, PhiS, Term, WeightedTerms, WeightSchedule
+from dinov3_ray.training.losses.schedule import is_number
+from dinov3_ray.training.recipe_term import RecipeTerm
 from dinov3_ray.training.taps import FeatureTap, Select
 
 __all__ = [
@@ -54,74 +47,6 @@ _GREY_SIDE = 224  # of the image by which a teacher's channels are found, where 
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RecipeTerm:
-    """One comparison of a recipe: a loss, before student and teacher are known.
-
-    Attributes:
-        kind: as in :class:`~dinov3_ray.training.losses.DistillationLoss`; one, or pairs of several and their weights.
-        weight: in the sum of the terms.
-        projector: None if the loss needs none.
-        hidden: channels in the middle of the projector; None takes the teacher's.
-        deviation: of the normal distribution, cut at 2, from which the projector's weights are drawn; None is torch's.
-        layer: the teacher's block; None takes the final map.
-        align, temperature, per_image, object_weight, background_weight: as in
-            :class:`~dinov3_ray.training.losses.DistillationLoss`.
-        queue: rows of the queue of ``cls_queue``.
-    """
-
-    kind: LossKind | tuple[tuple[LossKind, float], ...]
-    weight: float = 1.0
-    projector: ProjectorKind | None = "linear"
-    hidden: int | None = None
-    deviation: float | None = None
-    layer: int | None = None
-    align: Literal["student", "teacher"] = "student"
-    temperature: float = 0.07
-    per_image: bool = True
-    object_weight: float = 1.0
-    background_weight: float = 1.0
-    queue: int = 0
-
-    @property
-    def on_cls(self) -> bool:
-        """Whether it compares CLS vectors."""
-        first = self.kind if isinstance(self.kind, str) else self.kind[0][0]
-        return first.startswith("cls_")
-
-    def target(self, features: Features) -> Tensor:
-        """What it compares with."""
-        found = features.cls if self.on_cls else features.feature_map
-        if self.layer is not None:
-            found = features.layers.get(self.layer)
-        if found is None:
-            raise InputError(f"teacher must give what the recipe asks for; got {features!r}")
-        return found
-
-    def loss(self, student_channels: int | None, teacher_channels: int, statistics: PhiS | None) -> DistillationLoss:
-        """The loss between a student's layer and a teacher of these channels."""
-        projector = None
-        if self.projector is not None:
-            projector = make_projector(
-                teacher_channels, student_channels, vectors=self.on_cls, kind=self.projector, hidden=self.hidden
-            )
-            for module in projector.modules():
-                if self.deviation is not None and isinstance(module, (nn.Linear, nn.Conv2d)):
-                    nn.init.trunc_normal_(module.weight, std=self.deviation)
-        return DistillationLoss(
-            self.kind if isinstance(self.kind, str) else dict(self.kind),
-            projector=projector,
-            align=self.align,
-            layer=self.layer,
-            per_image=self.per_image,
-            object_weight=self.object_weight,
-            background_weight=self.background_weight,
-            temperature=self.temperature,
-            queue=TeacherQueue(self.queue, teacher_channels) if self.queue else None,
-            standardise=statistics,
-        )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
     """A way to distil, before student and teacher are known. It can be pickled, and compared.
 
@@ -137,6 +62,9 @@ class Recipe:
         share: the distillation's share of the gradient at the tapped tensor; None keeps ``weight``.
         schedule: of the weight; None is constant.
         standardise: whether the teachers' features are standardised (:class:`~dinov3_ray.training.losses.PhiS`).
+
+    Raises:
+        ConfigError: names the option, the rule and the value.
     """
 
     name: str
@@ -150,6 +78,15 @@ class Recipe:
     share: float | None = None
     schedule: WeightSchedule | None = None
     standardise: bool = False
+
+    def __post_init__(self) -> None:
+        _require("weight", self.weight, "a number above 0", lambda weight: 0 < weight < math.inf)
+        if self.share is not None:
+            _require("share", self.share, "a share of the gradient, between 0 and 1", lambda share: 0 < share < 1)
+        if not isinstance(self.schedule, WeightSchedule | None):
+            raise ConfigError(
+                f"schedule must be a WeightSchedule, such as WeightSchedule(warmup=500); got {self.schedule!r}"
+            )
 
     def for_student(
         self,
@@ -193,7 +130,7 @@ class Recipe:
                     key = (name, term.on_cls, term.layer)
                     if self.standardise and key not in statistics:
                         statistics[key] = PhiS(width)
-                    loss = term.loss(output.shape[1], width, statistics.get(key))
+                    loss = term.loss(output, width, statistics.get(key))
                     terms.append(Term(layer, loss, weights[layer] * term.weight, name))
         distiller = Distiller(
             student,
@@ -207,19 +144,21 @@ class Recipe:
         )
         return distiller.to(next(iter(outputs.values())).device)
 
-    def misfit(self, teacher_size: object, view: tuple[int, int]) -> str | None:
+    def misfit(self, teacher_size: object, view: Size, patch_size: int = 16) -> str | None:
         """What to say of a teacher whose input is not the recipe's; None if it fits, or nothing is known.
 
         Args:
             teacher_size: its ``image_size``.
             view: (H, W) of the images that it is given.
+            patch_size: its own, of which the size that the recipe means is a multiple.
         """
         if self.image_size is None or teacher_size is None or teacher_size == self.image_size:
             return None
-        meant = view if self.image_size == "input" else (view[0] // 2, view[1] // 2)
-        if not isinstance(teacher_size, str) and tuple(teacher_size) == meant:  # type: ignore[arg-type]
+        meant = followed_size(self.image_size, view, patch_size)
+        size: Any = teacher_size if isinstance(teacher_size, str) else tuple(teacher_size)  # type: ignore[arg-type]
+        if size == meant or (size == view and self.image_size == "input"):  # a model cuts off the rest itself
             return None
-        given = teacher_size if isinstance(teacher_size, str) else "{} x {} px".format(*tuple(teacher_size))  # type: ignore[arg-type]
+        given = size if isinstance(size, str) else "{} x {} px".format(*size)
         return (
             f"the teacher computes views of {view[0]} x {view[1]} px at {given}, and recipe {self.name!r} means "
             f"{self.image_size!r}, which is {meant[0]} x {meant[1]} px here (DinoV3Config(root, "
@@ -247,6 +186,8 @@ class Recipe:
     def _channels(self, teacher: Any, images: Any) -> dict[str | None, list[int]]:
         """The channels of each teacher's target, of each term."""
         named = dict(teacher) if isinstance(teacher, Mapping) else {None: teacher}
+        if not named:
+            raise ConfigError("teacher must be a teacher or a dict of at least one; got an empty one")
         found: dict[str | None, list[int]] = {}
         for name, each in named.items():
             if isinstance(each, int) and not isinstance(each, bool):
@@ -264,9 +205,11 @@ class Recipe:
 def rtdetrv4(*, weight: float = 5.0, share: float | None = 0.11, schedule: WeightSchedule | None = None) -> Recipe:
     """Cosine on the map of stride 32 that a detector's neck begins with (F5), a linear projector, a weight that adapts.
 
-    The teacher sees the view at half its size, so that its patches of 16 px are the student's 32. The layer is the
-    output of AIFI, the attention on the deepest map, where the student has a layer of that class (RT-DETR, D-FINE,
-    DEIM); else its deepest map of stride 32.
+    The teacher sees the view at half its size, so that its patches of 16 px are the student's 32. The source halves it
+    by the mean of 2 × 2 pixels (``AvgPool2d(2)``), and ``image_size="input/2"`` by an antialiased bilinear resize,
+    whose filter goes over 4 × 4: the teacher's values differ a little, and its grid does not. The layer is the output
+    of AIFI, the attention on the deepest map, where the student has a layer of that class (RT-DETR, D-FINE, DEIM); else
+    its deepest map of stride 32.
 
     Args:
         weight: of the first step; the source begins with 5 for S and M, 15 for L and 20 for X.
@@ -332,7 +275,7 @@ def am_radio(
     2410.01680), by the statistics of the first batch, or of what ``distiller.fit_statistics`` gets.
 
     Args:
-        cosine, smooth_l1: the weights on the map, α and β.
+        cosine, smooth_l1: the weights on the map, α and β; what has the weight 0 is left out.
         hidden: channels in the middle of a head; None takes the teacher's.
         standardise: whether the teachers' features are standardised.
         weight: of the sum.
@@ -341,16 +284,19 @@ def am_radio(
     Source: AM-RADIO (arXiv 2312.06709), and ``radio/adaptor_mlp.py`` of the repository NVlabs/RADIO. There, the student
     is a Vision Transformer; where grids differ, the smaller one is interpolated; here the teacher's is.
     """
-    head = {"projector": "mlp", "hidden": hidden}
+    for name, value in (("cosine", cosine), ("smooth_l1", smooth_l1)):
+        _require(name, value, "a number of at least 0", lambda weight: 0 <= weight < math.inf)
+    if hidden is not None:
+        _require("hidden", hidden, "an integer of at least 1", _is_count)
+    head: dict[str, Any] = {"projector": "mlp", "hidden": hidden}
+    weights: dict[LossKind, float] = {"cosine": cosine, "smooth_l1": smooth_l1}
+    on_map = tuple((kind, value) for kind, value in weights.items() if value)
     return Recipe(
         name="am_radio",
         source="AM-RADIO, arXiv 2312.06709",
-        spec=FeatureSpec(cls=True, feature_map=True),
+        spec=FeatureSpec(cls=True, feature_map=bool(on_map)),
         image_size="input",
-        terms=(
-            RecipeTerm(kind="cls_cosine", **head),  # type: ignore[arg-type]
-            RecipeTerm(kind=(("cosine", cosine), ("smooth_l1", smooth_l1)), **head),  # type: ignore[arg-type]
-        ),
+        terms=(RecipeTerm(kind="cls_cosine", **head), *([RecipeTerm(kind=on_map, **head)] if on_map else [])),
         weight=weight,
         schedule=schedule,
         standardise=standardise,
@@ -402,7 +348,7 @@ def lightly(
 
     Args:
         version: 3 or 2.
-        local_weight: of v3's dense loss.
+        local_weight: of v3's dense loss; 0 leaves it out.
         temperature: of v3.
         queue: rows of v3's queue; the source takes 8192 for data sets beyond 20,000 images, and about a quarter of
             smaller ones.
@@ -414,14 +360,17 @@ def lightly(
     """
     if version not in (2, 3):
         raise ConfigError(f"version must be 2 or 3; got {version!r}")
+    _require("local_weight", local_weight, "a number of at least 0", lambda weight: 0 <= weight < math.inf)
+    _require("temperature", temperature, "a number above 0", lambda value: 0 < value < math.inf)
+    _require("queue", queue, "an integer of at least 1", _is_count)
     linear: dict[str, Any] = {"projector": "linear", "deviation": 0.02}
     terms: tuple[RecipeTerm, ...]
     if version == 3:
-        spec = FeatureSpec(cls=True, feature_map=True)
-        terms = (
-            RecipeTerm(kind="cls_queue", queue=queue, temperature=temperature, **linear),
-            RecipeTerm(kind="relation", weight=local_weight, align="teacher", temperature=temperature, **linear),
-        )
+        spec = FeatureSpec(cls=True, feature_map=local_weight > 0)
+        terms = (RecipeTerm(kind="cls_queue", queue=queue, temperature=temperature, **linear),)
+        if local_weight:
+            local = RecipeTerm(kind="relation", weight=local_weight, align="teacher", temperature=temperature, **linear)
+            terms = (*terms, local)
     else:  # the mean over the channels of two blocks in a row is that of two terms
         spec = FeatureSpec(layers=(-2, -1))
         terms = tuple(
@@ -436,6 +385,15 @@ def lightly(
         weight=weight,
         schedule=schedule,
     )
+
+
+def _require(name: str, value: Any, rule: str, holds: Callable[[Any], bool]) -> None:
+    if not is_number(value) or not holds(value):
+        raise ConfigError(f"{name} must be {rule}; got {value!r}")
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and value >= 1
 
 
 _RECIPES: dict[str, Callable[[], Recipe]] = {

@@ -155,20 +155,14 @@ class FeatureTap:
         """Forget all outputs, and with them their graphs."""
         self._outputs.clear()
 
-    def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
-        return _copied, (
-            self._module,
-            self.names,
-            self._select,
-        )  # without outputs: tensors with a graph cannot be copied
+    def __getstate__(self) -> dict[str, Any]:
+        # Without outputs: tensors with a graph cannot be copied. And as a state, which is set when the copy of the
+        # module may still be without its layers: a module may hold a tap of itself.
+        return {**vars(self), "_outputs": {}, "_handles": []}
 
     def __repr__(self) -> str:
         state = "attached" if self.attached else "not attached"
         return f"FeatureTap({', '.join(self._layers)}; {state}, holds {', '.join(self._outputs) or 'nothing'})"
-
-
-def _copied(module: nn.Module, names: tuple[str, ...], select: Mapping[str, Select]) -> FeatureTap:
-    return FeatureTap(module, names, select=select)
 
 
 class _Hook:

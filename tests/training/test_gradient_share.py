@@ -101,6 +101,49 @@ def test_it_follows_the_geometric_mean_of_the_steps_and_forgets_the_oldest() -> 
         assert float(distiller.share.log_ratio) == pytest.approx(mean, abs=1e-4)
 
 
+def test_a_warm_up_is_a_factor_beside_the_weight_that_the_share_finds() -> None:
+    student, distiller = pair(schedule=WeightSchedule(warmup=4))
+    assert distiller.share is not None
+    ratios = []
+    for number in range(6):
+        images, targets = batch(number)
+        task, own = norms(student, distiller, images, targets)
+        ratios.append(float(torch.tensor(task / own).log()))
+        step(student, distiller, images, targets)
+        mean = sum(ratios) / len(ratios)
+        assert float(distiller.share.log_ratio) == pytest.approx(mean, abs=1e-4), "of the loss at weight 1"
+        found = ODDS * float(torch.tensor(mean).exp())
+        assert distiller.weight == pytest.approx(min((number + 2) / 4, 1) * found, rel=1e-3)
+
+
+def test_accumulated_batches_count_each_by_its_own_norms() -> None:
+    student, distiller = pair()
+    assert distiller.share is not None
+    optimizer = torch.optim.SGD([*student.parameters(), *distiller.parameters()], lr=0.05)
+    ratios: list[float] = []
+    for first in (0, 3):  # two steps of three batches
+        expected = [torch.zeros_like(each) for each in student[0].parameters()]
+        for number in range(first, first + 3):
+            images, targets = batch(number)
+            images, targets = images * (number + 1), targets.map(lambda _, t, by=number + 1: t + by)  # type: ignore[misc]
+            task, own = norms(student, distiller, images, targets)
+            ratios.append(float(torch.tensor(task / own).log()))
+            tapped = student[:2](images)
+            loss = task_of(student[2](tapped)) + distiller.weight * distiller.terms({"1": tapped}, targets)
+            for total, gradient in zip(
+                expected, torch.autograd.grad(loss / 3, [*student[0].parameters()]), strict=True
+            ):
+                total += gradient
+            step(student, distiller, images, targets, lambda task, own: ((task + own) / 3).backward())
+            assert float(distiller.share.log_ratio) == pytest.approx(sum(ratios) / len(ratios), abs=1e-4)
+        for parameter, total in zip(student[0].parameters(), expected, strict=True):
+            assert torch.allclose(parameter.grad, total, atol=1e-6), "each by the weight of its batch"
+        optimizer.step()
+        optimizer.zero_grad()
+    assert distiller.share.counted == 6
+    assert max(ratios) - min(ratios) > 0.5, "the batches differ"
+
+
 def gam(weight: float, percentage: float, target: float) -> float:
     """RT-DETRv4's det_solver: the weight at which a loss with ``percentage`` of the gradient has ``target`` percent."""
     now, wanted = percentage / 100, target / 100

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-import warnings
 from typing import Any
 
 import pytest
@@ -12,14 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dinov3_ray import Features, FeatureSpec
+from dinov3_ray import Features
 from dinov3_ray.errors import ConfigError, SpecError
 from dinov3_ray.testing import FakeTeacher
 from dinov3_ray.training import recipes
 from dinov3_ray.training.distiller import Distiller
 from dinov3_ray.training.layer_search import find_layer
 from dinov3_ray.training.losses import WeightSchedule
-from dinov3_ray.training.prefetch import prefetch
 
 D = 16  # channels of a FakeTeacher, for which a Hadamard matrix is known
 
@@ -286,6 +284,8 @@ def test_what_cannot_be_compared_is_said_when_the_recipe_meets_the_student() -> 
         recipe.for_student(frozen, D, images())
     with pytest.raises(ConfigError, match=r"'head' gives \[3, 3\] \(where outputs are tokens, give select"):
         recipe.for_student(Backbone(), D, images(), layers="head")
+    with pytest.raises(ConfigError, match="teacher must be a teacher or a dict of at least one; got an empty one"):
+        recipe.for_student(Backbone(), {}, images())
     with pytest.raises(ConfigError, match="teacher must have extract"):
         recipe.for_student(Backbone(), "dinov3", images())  # type: ignore[arg-type]
     with pytest.raises(SpecError):
@@ -317,52 +317,59 @@ def test_keywords_and_tokens_of_a_student_are_taken_too() -> None:
 
 def test_several_teachers_have_heads_of_their_own_and_one_scale() -> None:
     student, batch = Backbone(), images()
-    teachers = {"a": FakeTeacher(hidden_size=D), "b": FakeTeacher(hidden_size=32)}
+    teachers = {"a": FakeTeacher(hidden_size=D), "b": FakeTeacher(hidden_size=D), "c": FakeTeacher(hidden_size=32)}
     distiller = recipes.am_radio(standardise=True).for_student(student, teachers, batch)
-    targets = {name: each.extract(batch, distiller.spec) for name, each in teachers.items()}
-    noisy = [
+    draw = torch.Generator().manual_seed(0)
+    mixes = {
+        (name, output): (10.0**number * torch.randn(each.hidden_size, each.hidden_size, generator=draw), 5.0 * number)
+        for number, (name, each) in enumerate(teachers.items(), 1)
+        for output in ("cls", "feature_map")
+    }  # channels that depend on one another, of another scale and mean for each teacher and output
+
+    def drawn(name: str, output: str, *shape: int) -> Tensor:
+        mix, mean = mixes[name, output]
+        return (torch.randn(*shape, len(mix), generator=draw) @ mix + mean).movedim(-1, 1)
+
+    seen = [
         {
-            name: each.map(lambda name, t: 100 * torch.randn(t.shape[0], t.shape[1], *t.shape[2:]) + 5)
-            for name, each in targets.items()
+            name: Features(cls=drawn(name, "cls", 3), feature_map=drawn(name, "feature_map", 3, 4, 6))
+            for name in teachers
         }
-        for _ in range(4)
+        for _ in range(20)
     ]
-    distiller.fit_statistics(noisy)
+    distiller.fit_statistics(seen)
     with distiller.tap:
         student(batch)
-        distiller(noisy[0]).backward()
-    on_map = {term.teacher: term.loss for term in distiller.terms.terms if not term.loss.on_cls}
-    for name, loss in on_map.items():
-        together = torch.cat([loss.standardise(each[name].feature_map) for each in noisy])
-        assert float(together.mean()) == pytest.approx(0, abs=0.1)
-        assert float(together.std()) == pytest.approx(1, abs=0.1)
+        distiller(seen[0]).backward()
+    compared = {(term.teacher, term.loss.on_cls) for term in distiller.terms.terms}
+    assert compared == {(name, on_cls) for name in teachers for on_cls in (False, True)}
+    for term in distiller.terms.terms:
+        targets = torch.cat([term.loss.target_of(each[term.teacher]) for each in seen])
+        assert term.loss.standardise is not None
+        found_ND, rows_ND = (
+            each.double().movedim(1, -1).flatten(0, -2) for each in (term.loss.standardise(targets), targets)
+        )
+        # One scale for all channels, so that angles between features stay; each channel has the variance 1 after it.
+        centred_ND = rows_ND - rows_ND.mean(0)
+        scale = centred_ND.var(0).mean().sqrt()
+        assert torch.allclose(found_ND @ found_ND.T, centred_ND @ centred_ND.T / scale**2, atol=1e-3)
+        assert torch.allclose(found_ND.mean(0), torch.zeros_like(found_ND[0]), atol=1e-3)
+        assert torch.allclose(found_ND.var(0), torch.ones_like(found_ND[0]), atol=1e-3)
     again = recipes.am_radio(standardise=True).for_student(student, teachers, batch)
     again.load_state_dict(distiller.state_dict())
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in distiller.state_dict().items())
 
 
-def test_prefetch_takes_the_spec_from_the_recipe() -> None:
-    batches = [torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)] * 2
-    stream = prefetch(FakeTeacher(), batches, recipe="am_radio")
-    for _, targets in stream:
-        assert targets.cls is not None
-        assert targets.feature_map is not None
-    assert prefetch(FakeTeacher(), batches, recipe=recipes.gram(weight=3.0))
-    with pytest.raises(ConfigError, match="one of the two; got neither"):
-        prefetch(FakeTeacher(), batches)
-    with pytest.raises(ConfigError, match=r"one of the two; got spec=.* and recipe='gram'"):
-        prefetch(FakeTeacher(), batches, FeatureSpec(feature_map=True), recipe="gram")
-
-
-@pytest.mark.parametrize(("size", "said"), [(None, 0), ((64, 96), 0), ((32, 48), 1), ((224, 224), 1)])
-def test_a_teacher_of_another_image_size_is_said_once(size: tuple[int, int] | None, said: int) -> None:
-    batches = [torch.zeros(2, 3, 64, 96, dtype=torch.uint8)] * 3
-    with warnings.catch_warnings(record=True) as seen:
-        warnings.simplefilter("always")
-        list(prefetch(FakeTeacher(image_size=size), batches, recipe="gram"))
-    messages = [str(each.message) for each in seen if "recipe" in str(each.message)]
-    assert len(messages) == said
-    assert all("views of 64 x 96 px" in each and "DinoV3Config(root, image_size='input')" in each for each in messages)
+@pytest.mark.parametrize("name", recipes.names())
+def test_a_student_in_double_precision_has_projectors_of_its_own(name: str) -> None:
+    student, batch = Backbone().double(), images().double()
+    teacher = FakeTeacher(hidden_size=D)
+    distiller = recipes.get(name).for_student(student, teacher, batch)
+    assert {parameter.dtype for parameter in distiller.parameters()} <= {torch.float64}
+    with distiller.tap:
+        (student(batch).square().mean() + distiller(teacher.extract(batch, distiller.spec))).backward()
+    halves = recipes.get(name).for_student(Backbone().bfloat16(), teacher, images().bfloat16())
+    assert {parameter.dtype for parameter in halves.parameters()} <= {torch.float32}
 
 
 def test_a_schedule_warms_up_decays_and_ends_and_goes_on_after_a_pause() -> None:
@@ -373,7 +380,7 @@ def test_a_schedule_warms_up_decays_and_ends_and_goes_on_after_a_pause() -> None
         factors.append(distiller.weight)
         distiller.tap._outputs.update(deep=seen.requires_grad_())
         distances.append(float(distiller(targets)))
-    assert factors == pytest.approx([0, 0.5, 1, 1, 1, 0.5, 0, 0])
+    assert factors == pytest.approx([0.5, 1, 1, 1, 1, 0.5, 0, 0])
     whole = distances[2]
     assert distances == pytest.approx([whole * factor for factor in factors])
     again, *_ = made(recipes.gram(weight=1.0, schedule=schedule))
@@ -382,6 +389,8 @@ def test_a_schedule_warms_up_decays_and_ends_and_goes_on_after_a_pause() -> None
     epochs, *_ = made(recipes.gram(weight=1.0, schedule=WeightSchedule(unit="epoch", until=2)))
     epochs.set_epoch(1)
     assert epochs.weight == 1
+    epochs.set_epoch(1.5)  # type: ignore[arg-type]
+    assert epochs.get_extra_state().tolist() == [0, 1]
     epochs.set_epoch(2)
     assert epochs.weight == 0
 
@@ -395,3 +404,34 @@ def test_a_distiller_can_be_copied_with_its_student_while_it_is_in_use() -> None
     assert twin["distiller"].tap._module is twin["student"]
     assert not twin["distiller"].tap.attached
     assert pickle.loads(pickle.dumps(twin))["distiller"].tap.names == ("deep",)
+
+
+class Distilled(nn.Module):
+    """A student with the distiller of itself, as one module to train and to keep."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = Backbone()
+        self.distiller = recipes.rtdetrv4().for_student(self, D, images())
+
+    def forward(self, images: Tensor) -> Tensor:
+        output: Tensor = self.net(images)
+        return output
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))])
+def test_a_student_may_hold_its_distiller_and_be_copied(copied: Any) -> None:
+    student = Distilled()
+    targets = Features(feature_map=torch.randn(3, D, 2, 3))
+    with student.distiller.tap:
+        loss = student(images()).square().mean() + student.distiller(targets)
+        student(images())  # a graph that is held
+        twin = copied(student)
+    assert twin.distiller.tap.names == student.distiller.tap.names == ("net.deep",)
+    assert twin.distiller.tap._module is twin
+    with twin.distiller.tap:
+        again = twin(images()).square().mean() + twin.distiller(targets)
+        again.backward()
+    assert torch.isclose(again, loss)
+    assert twin.net.stem.weight.grad is not None
+    assert student.net.stem.weight.grad is None

@@ -149,7 +149,11 @@ def test_hadamard_matrices_are_orthogonal_and_flat(size: int) -> None:
     ("options", "factors"),
     [
         ({}, {0: 1.0, 1e6: 1.0}),
-        ({"warmup": 4}, {0: 0.0, 1: 0.25, 4: 1.0, 9: 1.0}),
+        ({"warmup": 1}, {0: 1.0, 1: 1.0}),
+        ({"warmup": 1, "unit": "epoch"}, {0: 1.0, 1: 1.0}),
+        ({"warmup": 4}, {0: 0.25, 1: 0.5, 3: 1.0, 4: 1.0, 9: 1.0}),
+        ({"warmup": 2.5, "unit": "epoch"}, {0: 0.4, 1: 0.8, 2: 1.0, 3: 1.0}),
+        ({"warmup": 5, "until": 5}, {0: 0.2, 4: 1.0, 5: 0.0}),
         ({"until": 3}, {0: 1.0, 2.9: 1.0, 3: 0.0, 4: 0.0}),
         ({"decay_from": 2, "until": 6, "floor": 0.5}, {2: 1.0, 4: 0.75, 5.999999: 0.5, 6: 0.0}),
     ],
@@ -161,7 +165,21 @@ def test_a_schedule_is_a_factor_of_what_was_done(options: dict[str, Any], factor
 
 @pytest.mark.parametrize(
     "options",
-    [{"unit": "day"}, {"warmup": -1}, {"floor": 2}, {"until": 0}, {"decay_from": 2}, {"decay_from": 4, "until": 3}],
+    [
+        {"unit": "day"},
+        {"warmup": -1},
+        {"warmup": "3"},
+        {"warmup": True},
+        {"floor": 2},
+        {"floor": 0.5},
+        {"floor": 0.5, "until": 3},
+        {"until": 0},
+        {"until": "3"},
+        {"until": 5, "warmup": 10},
+        {"decay_from": 2},
+        {"decay_from": "2", "until": 3},
+        {"decay_from": 4, "until": 3},
+    ],
 )
 def test_schedules_that_cannot_be_meant_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=next(iter(options))):

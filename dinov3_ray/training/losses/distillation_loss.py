@@ -34,7 +34,9 @@ _ALIKE_IN_CHANNELS = ("gram", "relation")  # kinds that compare locations with o
 class TeacherQueue(nn.Module):
     """The teacher's CLS vectors of this batch and of those before, of unit length; what ``cls_queue`` compares with.
 
-    Each process has its own, as in LightlyTrain, whose queue begins with zeros, too.
+    Each process has its own, as in LightlyTrain, whose queue begins with zeros, too. Only where
+    DistributedDataParallel wraps it, all ranks get the first one's before each forward pass, since it is a buffer: keep
+    it outside, or pass DDP ``broadcast_buffers=False``, and each rank has its own there, too.
 
     Args:
         size: Q, images that it holds.

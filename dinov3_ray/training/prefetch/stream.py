@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dinov3_ray.errors import ConfigError, PoolError, SpecError, describe
 from dinov3_ray.features import Features, FeatureSpec
-from dinov3_ray.images import Images
+from dinov3_ray.images import ImageBatch, Images
 from dinov3_ray.model.device import as_device
 from dinov3_ray.teacher import Extractor
 from dinov3_ray.training.prefetch.depth import Depth
@@ -366,9 +366,10 @@ def _spec_of(spec: Any, recipe: Recipe | None) -> Any:
 
 def _say_misfit(recipe: Recipe, teachers: Mapping[str, Any], images: Images) -> None:
     """Warn once of the teachers whose image size is not the recipe's, by the first batch."""
-    first = images if isinstance(images, (Tensor, np.ndarray)) else images[0]
+    view = ImageBatch.of(images).sizes[0]
     for name, teacher in teachers.items():
-        problem = recipe.misfit(getattr(teacher, "image_size", None), (int(first.shape[-2]), int(first.shape[-1])))
+        patch_size = getattr(teacher, "patch_size", None) or 16
+        problem = recipe.misfit(getattr(teacher, "image_size", None), view, patch_size)
         if problem:
             warnings.warn(f"{name}: {problem}" if name else problem, UserWarning, stacklevel=2)
 
