@@ -94,8 +94,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def interrupts_as_before() -> Iterator[None]:
-    """Some libraries, such as Ray Train, leave a handler of SIGINT behind, which the next test's Ctrl-C would meet."""
-    before = signal.getsignal(signal.SIGINT)
+    """Ctrl-C is Python's own in each test, and in what it starts.
+
+    Some libraries, such as Ray Train, leave a handler of SIGINT behind; and what nohup starts ignores it.
+    """
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
 

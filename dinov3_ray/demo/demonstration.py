@@ -248,4 +248,4 @@ def _clean_up(ray: DemoRay, folder: Path) -> None:
 
 def _is_not_a_prefetch_hint(record: logging.LogRecord) -> bool:
     """Drops the hint about waiting for the teacher: the progress bar shows it, and both share this machine's cores."""
-    return record.module != "prefetch"
+    return record.module != "stream"
