@@ -46,7 +46,8 @@ def test_whoever_takes_a_root_takes_a_revision() -> None:
     for names, command in commands(main):
         options[names] = {option for parameter in command.params for option in parameter.opts}
     takers = {names for names, known in options.items() if "--root" in known}
-    assert takers == {("up",), ("reload",), ("extract",), ("show",), ("doctor",), ("demo",), ("bench", "teacher")}
+    commands_of_one_word = {(name,) for name in ("up", "reload", "extract", "distill", "show", "doctor", "demo")}
+    assert takers == commands_of_one_word | {("bench", "teacher")}
     assert takers | {("checkpoint", "verify"), ("checkpoint", "info")} == {
         names for names, known in options.items() if "--revision" in known
     }
