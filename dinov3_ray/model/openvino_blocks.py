@@ -83,7 +83,7 @@ class OpenVinoBlocks:
     For each choice of blocks, OpenVINO compiles once, when it is first asked for: 1 s for a ViT-S, 2 s for a ViT-B.
 
     Args:
-        network: in float32 on the CPU. OpenVINO computes with its memory.
+        network: in float32 on the CPU; it is copied.
         dtype: float32, or bfloat16, in which OpenVINO computes where the CPU can multiply it; elsewhere it computes in
             float32 too.
     """
@@ -137,7 +137,9 @@ def graph_of(module: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
         warnings.simplefilter("ignore")  # torch.jit.trace is deprecated; torch.export takes four times as long
         traced = torch.jit.trace(module.eval(), inputs, check_trace=False)  # type: ignore[no-untyped-call]
     front_end = FrontEndManager().load_by_framework("pytorch")
-    decoder = TorchScriptPythonDecoder(traced)  # it must live until the end: the front end does not hold it
+    # The decoder must live until the end: the front end does not hold it. The weights are copied, since OpenVINO's own
+    # threads would otherwise let go of Python's memory.
+    decoder = TorchScriptPythonDecoder(traced, shared_memory=False)
     return front_end.convert(front_end.load(decoder))
 
 
