@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import secrets
 import threading
-from collections.abc import Callable, Sequence
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent import futures
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from itertools import product
 from pathlib import Path
@@ -21,6 +22,7 @@ from dinov3_ray.bench.proof.outcome import SHOWN, Proof, Score
 from dinov3_ray.checkpoint import init_checkpoint
 from dinov3_ray.config import DinoV3Config
 from dinov3_ray.features import FeatureSpec
+from dinov3_ray.interrupts import wait
 from dinov3_ray.machine.cpus import usable_cpus
 from dinov3_ray.pool.teacher_pool import TeacherPool
 from dinov3_ray.scenes.scene_teacher import TeachingReport, cached_teacher
@@ -100,16 +102,16 @@ def measure_proof(
             of_arms[arm].append(workers.submit(probe_student, arm, seed))
         titles = {
             future: f"{ARMS[name].title}, seed {seed}"
-            for name, futures in of_arms.items()
-            for seed, future in enumerate(futures)
+            for name, scored in of_arms.items()
+            for seed, future in enumerate(scored)
         }
         note(f"training {len(titles)} students")
-        for done, future in enumerate(as_completed(titles), start=1):
+        for done, future in enumerate(_as_completed(titles), start=1):
             note(f"{done} of {len(titles)}: {titles[future]}: mIoU {future.result().miou:.1%}")
         return Proof(
             settings,
-            {name: [future.result() for future in futures] for name, futures in of_arms.items()},
-            {name: [future.result() for future in futures] for name, futures in of_teachers.items()},
+            {name: [future.result() for future in scored] for name, scored in of_arms.items()},
+            {name: [future.result() for future in scored] for name, scored in of_teachers.items()},
             unseen[:SHOWN],
         )
     finally:
@@ -144,6 +146,16 @@ def _map_of(student: Student, scenes: Scenery) -> Tensor:
 def _probed(map_SDhw: Tensor, labelled: Scenery, unseen_SDhw: Tensor, unseen: Scenery) -> Score:
     predicted_Syx = predict_by_probe(map_SDhw, labelled.labels, unseen_SDhw)
     return Score(mean_iou(predicted_Syx, unseen.labels), predicted_Syx[:SHOWN].clone())
+
+
+def _as_completed(scored: Iterable[Future[Score]]) -> Iterator[Future[Score]]:
+    """As of ``concurrent.futures``, but a signal that the system delivers to another thread ends its waits, too."""
+    left = set(scored)
+    while left:
+        wait(lambda seconds: bool(futures.wait(left, seconds, futures.FIRST_COMPLETED).done))
+        done = {future for future in left if future.done()}
+        left.difference_update(done)
+        yield from done
 
 
 def _in_tenths(note: Note) -> TeachingReport:
