@@ -6,6 +6,7 @@ Tools that are not installed are skipped; deploy/constraints.txt names those tha
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +22,7 @@ from torch.utils.data import DataLoader
 
 from dinov3_ray.datasets import FeatureStore
 from dinov3_ray.datasets.folder import Folder
+from dinov3_ray.datasets.store.part import Part
 from dinov3_ray.datasets.store.schema import FORMAT, spec_to_json
 from dinov3_ray.datasets.store.writer import finish
 from dinov3_ray.errors import ConfigError, StoreError
@@ -182,6 +184,33 @@ def test_to_datasets_in_several_processes(tmp_path: Path) -> None:
         torch.set_num_threads(threads)
     loader = DataLoader(store.to_datasets(streaming=True).with_format("torch"), batch_size=None, num_workers=2)
     assert sorted(row["id"] for row in loader) == sorted(store.ids)
+
+
+def test_to_datasets_in_several_processes_that_a_handler_of_this_one_does_not_keep(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ray.init leaves a handler of SIGTERM, by which datasets ends its processes: a fork that has it may miss that."""
+    pytest.importorskip("datasets", minversion="4.3")
+    build(tmp_path / "out", FeatureSpec(cls=True), FakeTeacher())
+    load = Part.load
+
+    def tell(part: Part, result_dtype: str) -> Mapping[str, Any]:
+        handler = signal.getsignal(signal.SIGTERM)
+        (tmp_path / f"handler-{os.getpid()}").write_text(str(handler == signal.SIG_DFL))
+        return load(part, result_dtype)
+
+    monkeypatch.setattr(Part, "load", tell)
+    before = signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(number))
+    try:
+        ours = signal.getsignal(signal.SIGTERM)
+        FeatureStore(tmp_path / "out").to_datasets(cache_dir=tmp_path / "hf", num_proc=2)
+        assert signal.getsignal(signal.SIGTERM) is ours
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    told = {path.name: path.read_text() for path in tmp_path.glob("handler-*")}
+    assert told
+    assert f"handler-{os.getpid()}" not in told
+    assert set(told.values()) == {"True"}
 
 
 def test_to_datasets_of_another_state_of_a_folder_is_not_the_former_one(tmp_path: Path) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -45,12 +47,43 @@ def huggingface_dataset(
         return datasets.IterableDataset.from_generator(_rows, **given)
     place = None if cache_dir is None else os.fspath(cache_dir)
     try:
-        return datasets.Dataset.from_generator(_rows, **given, cache_dir=place, fingerprint=digest, num_proc=num_proc)
+        with _Forks.ended_by_sigterm():
+            return datasets.Dataset.from_generator(
+                _rows, **given, cache_dir=place, fingerprint=digest, num_proc=num_proc
+            )
     except datasets.exceptions.DatasetGenerationError as error:
         told = _store_error(error)
         if told is None:
             raise
         raise told from error
+
+
+class _Forks:
+    """What datasets forks, it ends by SIGTERM, and waits for. With a handler in Python, such as the one that ray.init
+    leaves in its process, a fork may miss the signal as it begins to wait for work, and would never end.
+    """
+
+    end_by_sigterm = False
+
+    @classmethod
+    @contextmanager
+    def ended_by_sigterm(cls) -> Iterator[None]:
+        """A context whose forks have no handler of SIGTERM; this process keeps its own."""
+        cls.end_by_sigterm = True
+        try:
+            yield
+        finally:
+            cls.end_by_sigterm = False
+
+    @classmethod
+    def begin(cls) -> None:
+        """In each fork, first of all."""
+        if cls.end_by_sigterm:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+if hasattr(os, "register_at_fork"):  # Windows has no forks
+    os.register_at_fork(after_in_child=_Forks.begin)
 
 
 def _rows(parts: Sequence[Part], result_dtype: str) -> Iterator[dict[str, Any]]:
