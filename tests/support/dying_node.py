@@ -15,8 +15,8 @@ from pathlib import Path
 import kills
 import ray
 from kills import BLOCK, SPEC, TracedFactory, assert_equal, finished
+from lean_ray import STORE_BYTES, lean_cluster
 from picturefiles import write_pictures
-from ray.cluster_utils import Cluster
 
 from dinov3_ray.datasets import FeatureStore, extract
 from dinov3_ray.testing import FakeTeacher
@@ -39,48 +39,39 @@ def _parent(pid: int) -> int:
 
 
 def main() -> None:
-    with tempfile.TemporaryDirectory(prefix="dr-") as name:
+    with tempfile.TemporaryDirectory(prefix="dr-") as name, lean_cluster(Path(name)) as cluster:
         folder = Path(name)
         write_pictures(folder / "images", 600)
         (folder / "pids").mkdir()
-        resources = {"num_cpus": 2, "object_store_memory": 100 * 2**20}
-        cluster = Cluster(
-            initialize_head=True,
-            head_node_args={"num_cpus": 0, "object_store_memory": 100 * 2**20, "temp_dir": f"{name}/ray"},
+        nodes = [cluster.add_node(num_cpus=2, object_store_memory=STORE_BYTES) for _ in range(2)]
+        cluster.wait_for_nodes()
+        ray.init(address=cluster.address, log_to_driver=False)
+        extract(folder / "images", folder / "undisturbed", FakeTeacher.factory(), SPEC, block_size=BLOCK)
+        out = folder / "out"
+        factory = TracedFactory(folder / "pids", 0.05)
+        run = threading.Thread(
+            target=extract, args=(folder / "images", out, factory, SPEC), kwargs={"block_size": BLOCK}
         )
-        try:
-            nodes = [cluster.add_node(**resources), cluster.add_node(**resources)]
-            cluster.wait_for_nodes()
-            ray.init(address=cluster.address, log_to_driver=False)
-            extract(folder / "images", folder / "undisturbed", FakeTeacher.factory(), SPEC, block_size=BLOCK)
-            out = folder / "out"
-            factory = TracedFactory(folder / "pids", 0.05)
-            run = threading.Thread(
-                target=extract, args=(folder / "images", out, factory, SPEC), kwargs={"block_size": BLOCK}
-            )
-            begun = time.monotonic()
-            run.start()
-            while len(finished(out)) < 8:
-                assert run.is_alive()
-                time.sleep(0.01)
-            before = finished(out)
-            teachers = len(list((folder / "pids").iterdir()))
-            kill_node(nodes[0])
-            killed = time.monotonic()
-            run.join(300)
-            assert not run.is_alive()
-            ended = time.monotonic()
-            after = finished(out)
-            assert_equal(FeatureStore(out), FeatureStore(folder / "undisturbed"))
-            print(
-                f"node killed {killed - begun:.1f} s after the start, {len(before)} of {len(after)} blocks finished by "
-                f"{teachers - 1} actors; the same call ended {ended - killed:.1f} s later; "
-                f"{len(FeatureStore(out))} rows equal the undisturbed run's; finished blocks computed again: "
-                f"{sum(after.get(name) != entry for name, entry in before.items())}"
-            )
-        finally:
-            ray.shutdown()
-            cluster.shutdown()
+        begun = time.monotonic()
+        run.start()
+        while len(finished(out)) < 8:
+            assert run.is_alive()
+            time.sleep(0.01)
+        before = finished(out)
+        teachers = len(list((folder / "pids").iterdir()))
+        kill_node(nodes[0])
+        killed = time.monotonic()
+        run.join(300)
+        assert not run.is_alive()
+        ended = time.monotonic()
+        after = finished(out)
+        assert_equal(FeatureStore(out), FeatureStore(folder / "undisturbed"))
+        print(
+            f"node killed {killed - begun:.1f} s after the start, {len(before)} of {len(after)} blocks finished by "
+            f"{teachers - 1} actors; the same call ended {ended - killed:.1f} s later; "
+            f"{len(FeatureStore(out))} rows equal the undisturbed run's; finished blocks computed again: "
+            f"{sum(after.get(name) != entry for name, entry in before.items())}"
+        )
 
 
 if __name__ == "__main__":

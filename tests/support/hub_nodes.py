@@ -16,9 +16,8 @@ from typing import Any
 
 import ray
 from hub_server import serving_hub
-from lean_ray import start_lean_rays
+from lean_ray import STORE_BYTES, lean_cluster
 from picturefiles import write_pictures
-from ray.cluster_utils import Cluster
 from waiting import until
 
 from dinov3_ray import DinoV3Config, TeacherPool
@@ -76,20 +75,14 @@ def look(folder: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    start_lean_rays()
-    with tempfile.TemporaryDirectory(prefix="dr-") as name:
+    with tempfile.TemporaryDirectory(prefix="dr-") as name, lean_cluster(Path(name)) as cluster:
         folder = Path(name)
-        store = {"object_store_memory": 100 * 2**20}
-        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "temp_dir": f"{name}/ray", **store})
-        try:
-            for node in ("a", "b"):
-                cluster.add_node(num_cpus=2, env_vars={"HF_HOME": str(folder / node)}, **store)
-            cluster.wait_for_nodes()
-            ray.init(address=cluster.address, log_to_driver=False)
-            print(json.dumps(look(folder)))
-        finally:
-            ray.shutdown()
-            cluster.shutdown()
+        for node in ("a", "b"):
+            home = {"HF_HOME": str(folder / node)}
+            cluster.add_node(num_cpus=2, env_vars=home, object_store_memory=STORE_BYTES)
+        cluster.wait_for_nodes()
+        ray.init(address=cluster.address, log_to_driver=False)
+        print(json.dumps(look(folder)))
 
 
 if __name__ == "__main__":

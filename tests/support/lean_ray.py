@@ -6,11 +6,19 @@ even without a dashboard. Ray has no public options for all of them.
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+import ray
 from ray._private.node import Node
+from ray.cluster_utils import Cluster
 
-__all__ = ["start_lean_rays"]
+__all__ = ["lean_cluster", "start_lean_rays"]
+
+STORE_BYTES = 100 * 2**20
 
 
 def start_lean_rays() -> None:
@@ -22,3 +30,20 @@ def start_lean_rays() -> None:
 
 def _without_api_server(self: Any, **_: object) -> None:
     self._webui_url = ""
+
+
+@contextmanager
+def lean_cluster(folder: Path) -> Iterator[Cluster]:
+    """A cluster with its files in ``folder``, whose head gives no CPUs, until the end of this script.
+
+    The file in which Ray keeps the address of this machine's cluster is there too: a user's own stays as it is.
+    """
+    start_lean_rays()
+    os.environ["RAY_TMPDIR"] = str(folder)
+    head = {"num_cpus": 0, "object_store_memory": STORE_BYTES, "temp_dir": str(folder / "ray")}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
+    try:
+        yield cluster
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
