@@ -6,6 +6,7 @@ import gc
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -242,9 +243,12 @@ def test_a_pool_proves_its_largest_batch_or_what_fits_of_it(tiny_checkpoint: Pat
     computed: list[int] = []
     fitting = 5
     teacher = Small(DinoV3Config(tiny_checkpoint, dtype="float32"))
-    cosine = inspect_teacher(teacher, max_batch=16).golden_cosine
-    assert cosine == pytest.approx(1)
+    assert inspect_teacher(teacher, max_batch=16).golden_cosine == pytest.approx(1)
+    assert computed == [2], "on a CPU, kernels do not depend on the batch"
+    computed.clear()
+    on_gpu: Any = SimpleNamespace(device=torch.device("cuda"), prove=teacher.prove)
+    assert inspect_teacher(on_gpu, max_batch=16).golden_cosine == pytest.approx(1)
     assert computed == [2, 16, 2, 8, 2, 4]
     fitting = 1
     with pytest.raises(torch.OutOfMemoryError):
-        inspect_teacher(teacher, max_batch=16)
+        inspect_teacher(on_gpu, max_batch=16)

@@ -16,7 +16,7 @@ from dinov3_ray.datasets.extraction.blocks import open_blocks
 from dinov3_ray.datasets.extraction.plan import Forecast
 from dinov3_ray.datasets.extraction.resources import Resources, allocate
 from dinov3_ray.datasets.extraction.run import Extraction, Run
-from dinov3_ray.datasets.extraction.worker import TeacherChoice
+from dinov3_ray.datasets.extraction.teacher_choice import TeacherChoice
 from dinov3_ray.datasets.folder import PLAN, Folder
 from dinov3_ray.datasets.sources.open import SourceOptions
 from dinov3_ray.datasets.store.schema import check_format

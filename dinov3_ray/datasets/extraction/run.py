@@ -14,8 +14,9 @@ from dinov3_ray.datasets.extraction.attempts import Attempts
 from dinov3_ray.datasets.extraction.blocks import Blocks, unifying
 from dinov3_ray.datasets.extraction.lost_gpus import watching
 from dinov3_ray.datasets.extraction.resources import Allocation
-from dinov3_ray.datasets.extraction.teacher_probe import Probe, first_image, probe_teacher
-from dinov3_ray.datasets.extraction.worker import BlockWorker, ExtractionJob, TeacherChoice
+from dinov3_ray.datasets.extraction.teacher_choice import TeacherChoice
+from dinov3_ray.datasets.extraction.teacher_probe import Probe, probe_teacher
+from dinov3_ray.datasets.extraction.worker import BlockWorker, ExtractionJob
 from dinov3_ray.datasets.folder import ERRORS, LEDGER, MANIFEST, PARTS, PLAN, Folder
 from dinov3_ray.datasets.meter import Meter, metering
 from dinov3_ray.datasets.sources.ray_dataset import actor_strategy, execution
@@ -150,8 +151,8 @@ class Run:
     def _probe(self) -> Probe:
         """What the teacher says of itself, and gives for the first image. The decoder learns the smallest side."""
         # A row's shapes may depend on the image: a resumed run keeps those that it has.
-        image = None if self.old else first_image(self.blocks.first(), self.decoder, self.allocation.decode_cpus)
-        found = probe_teacher(self.teacher, self.spec, image, self.allocation)
+        pieces = () if self.old else self.blocks.first()
+        found = probe_teacher(self.teacher, self.spec, pieces, self.decoder, self.allocation)
         self.decoder = replace(self.decoder, min_side=found.min_side)
         return found
 

@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,13 +17,13 @@ from dinov3_ray.config.preprocessing import Preprocessing
 from dinov3_ray.datasets.decode import Decoder
 from dinov3_ray.datasets.extraction.decode_tasks import Piece, decode_pieces
 from dinov3_ray.datasets.extraction.resources import Allocation
-from dinov3_ray.datasets.extraction.worker import TeacherChoice
+from dinov3_ray.datasets.extraction.teacher_choice import TeacherChoice
 from dinov3_ray.datasets.store.schema import encode_columns
 from dinov3_ray.errors import InputError, StoreError
 from dinov3_ray.feature_spec import FeatureSpec
 from dinov3_ray.teacher import computed_in, least_side
 
-__all__ = ["Probe", "first_image", "probe_teacher"]
+__all__ = ["Probe", "probe_teacher"]
 
 logger = logging.getLogger("dinov3_ray")
 
@@ -58,22 +59,16 @@ class Probe:
     outputs: dict[str, dict[str, Any]]
 
 
-def first_image(pieces: Sequence[Piece], decoder: Decoder, cpus: float) -> np.ndarray | None:
-    """The first readable one of ``pieces`` [3,H,W], decoded where a fault in a decoder does no harm."""
-    for decoded in decode_pieces(pieces, decoder, cpus=cpus, window=1, retries=0):
-        if isinstance(decoded.image, np.ndarray):
-            return decoded.image
-    return None
-
-
-def probe_teacher(teacher: TeacherChoice, spec: FeatureSpec, image: np.ndarray | None, allocation: Allocation) -> Probe:
-    """Probe the teacher in a process that has its resources.
+def probe_teacher(
+    teacher: TeacherChoice, spec: FeatureSpec, pieces: Sequence[Piece], decoder: Decoder, allocation: Allocation
+) -> Probe:
+    """Probe the teacher in a process that has its resources, with the first readable image of ``pieces``.
 
     Raises:
         StoreError: there is no place for it, or no fingerprint that a resumed run could compare.
     """
     task = ray.remote(num_cpus=allocation.num_cpus, num_gpus=allocation.num_gpus, max_retries=1)(_probe)
-    pending = task.remote(teacher, spec, image)
+    pending = task.remote(teacher, spec, pieces, decoder, allocation.decode_cpus)
     if not ray.wait([pending], timeout=_PATIENCE_SECONDS)[0]:
         logger.warning("the first teacher is not ready after %g s: %s", _PATIENCE_SECONDS, _place_wanted(allocation))
         if not ray.wait([pending], timeout=_LIMIT_SECONDS - _PATIENCE_SECONDS)[0]:
@@ -99,12 +94,17 @@ def _place_wanted(allocation: Allocation) -> str:
     )
 
 
-def _probe(teacher: TeacherChoice, spec: FeatureSpec, image: np.ndarray | None) -> Probe:
-    """What the teacher says of itself, and the shapes and dtypes of what it gives for ``image``, uint8 [3,H,W].
+def _probe(
+    teacher: TeacherChoice, spec: FeatureSpec, pieces: Sequence[Piece], decoder: Decoder, decode_cpus: float
+) -> Probe:
+    """What the teacher says of itself, and the shapes and dtypes of what it gives for the first image of ``pieces``.
 
     Where there is none, or it is refused, a grey square stands for it.
     """
-    opened = teacher.open(max_batch=1)
+    with ThreadPoolExecutor(1) as decoding:
+        first = decoding.submit(_first_image, pieces, decoder, decode_cpus)
+        opened = teacher.open(max_batch=1)  # meanwhile, since both take seconds
+        image = first.result()
     features = None
     if image is not None:
         with contextlib.suppress(InputError):  # it will be in the errors, with this reason
@@ -128,3 +128,11 @@ def _probe(teacher: TeacherChoice, spec: FeatureSpec, image: np.ndarray | None) 
     )
     opened.close()  # its process goes on to other work
     return found
+
+
+def _first_image(pieces: Sequence[Piece], decoder: Decoder, cpus: float) -> np.ndarray | None:
+    """The first readable one of ``pieces`` [3,H,W], decoded where a fault in a decoder does no harm."""
+    for decoded in decode_pieces(pieces, decoder, cpus=cpus, window=1, retries=0):
+        if isinstance(decoded.image, np.ndarray):
+            return decoded.image
+    return None

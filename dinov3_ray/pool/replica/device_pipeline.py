@@ -241,10 +241,13 @@ class _CudaPass:
 def inspect_teacher(teacher: Extractor, max_batch: int) -> TeacherInfo:
     """What clients need to know of ``teacher``, as far as it says; proves it first if it can be proved.
 
+    On a GPU, whose kernels depend on the batch, the largest one is proved too. A CPU would take long for it.
+
     Raises:
         NumericsError: the teacher's fast path does not agree with plain float32.
     """
-    cosine = _prove(teacher, max_batch)
+    device = getattr(teacher, "device", None)
+    cosine = _prove(teacher, _LEAST_PROVEN if getattr(device, "type", None) == "cpu" else max_batch)
     known: dict[str, Any] = {name: getattr(teacher, name, None) for name in TeacherInfo.__dataclass_fields__}
     known = {name: value for name, value in known.items() if value is not None}
     for name in ("dtype", "device"):
