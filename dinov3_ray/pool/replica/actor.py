@@ -19,6 +19,7 @@ from ray import cloudpickle
 
 from dinov3_ray.config.hub import arrived_bytes
 from dinov3_ray.errors import ReplicaError
+from dinov3_ray.machine.cpus import usable_cpus
 from dinov3_ray.pool.cluster import naming_node, process_start
 from dinov3_ray.pool.kv import PoolKV
 from dinov3_ray.pool.messages import Answer, MemberState, Outcome, ReplicaStatistics, TeacherInfo
@@ -107,7 +108,8 @@ class ReplicaActor:
             self._build,
             setup.spec.options,
             unnamed=f"generation-{setup.generation}",
-            threads=setup.threads,
+            # The controller shares the cluster's CPUs; this node, or this container, may have fewer.
+            threads=None if setup.threads is None else min(setup.threads, usable_cpus()),
             on_suspect=lambda request_id: self._kv.begin_suspect(setup.replica_id, request_id),
             on_device_lost=self._end,
         )

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from waiting import until
 
 from dinov3_ray import Features, FeatureSpec, RemoteTeacher, TeacherPool
+from dinov3_ray.machine.cpus import usable_cpus
 from dinov3_ray.testing import FakeTeacher
 
 SPEC = FeatureSpec(cls=True, feature_map=True)
@@ -169,6 +170,14 @@ class Views(Dataset[torch.Tensor]):
 
     def __getitem__(self, index: int) -> torch.Tensor:
         return self._remote.extract_features(numbered(index, rows=1))[0]
+
+
+def test_a_replica_takes_no_more_threads_than_its_machine_has_cpus(ray_cluster: str) -> None:
+    def teacher() -> FakeTeacher:
+        return FakeTeacher(fingerprint=f"computes with {torch.get_num_threads()} threads")
+
+    with TeacherPool.start(teacher, name="crowded", replicas=1, threads=1000) as pool:
+        assert pool.status().replicas[0].fingerprint == f"computes with {usable_cpus()} threads"
 
 
 @pytest.mark.slow
