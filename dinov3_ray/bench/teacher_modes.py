@@ -22,7 +22,7 @@ from dinov3_ray.features import Features, FeatureSpec
 from dinov3_ray.images import ImageBatch
 from dinov3_ray.model import DinoV3Teacher
 from dinov3_ray.model.golden import golden_images
-from dinov3_ray.model.openvino_blocks import graph_of, import_openvino, properties_for
+from dinov3_ray.model.openvino_blocks import graph_of, openvino_core, properties_for
 from dinov3_ray.model.preprocess import preprocess
 from dinov3_ray.pool.replica.device_pipeline import pipeline_for
 
@@ -189,7 +189,7 @@ class OpenVinoPeer(Peer):
         super().__init__(work, torch.float32)
         pixels = preprocess(ImageBatch.of(work.images()), work.config.preprocessing, work.device)
         graph = graph_of(_TokensAndSummary(self._model), (pixels,))
-        self._compiled = import_openvino().compile_model(graph, "CPU", properties_for(dtype))
+        self._compiled = openvino_core().compile_model(graph, "CPU", properties_for(dtype))
 
     def _outputs(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         tokens, pooled = self._compiled([pixels.numpy()]).values()

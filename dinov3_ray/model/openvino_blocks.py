@@ -26,12 +26,14 @@ from dinov3_ray.errors import ConfigError
 from dinov3_ray.network.convnext import ConvNext
 from dinov3_ray.network.vit import ViT
 
-__all__ = ["OpenVinoBlocks", "graph_of", "import_openvino", "open_openvino", "properties_for"]
+__all__ = ["OpenVinoBlocks", "graph_of", "open_openvino", "openvino_core", "properties_for"]
 
 logger = logging.getLogger("dinov3_ray")
 
 _EXAMPLE = (2, 3, 64, 96)  # shows the front end what is computed; other sizes are computed as well
 _INSTALL = "pip install 'dinov3-ray[openvino]'"
+_cores: list[Any] = []
+_core_lock = threading.Lock()
 
 
 def open_openvino(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> OpenVinoBlocks | None:
@@ -94,7 +96,7 @@ class OpenVinoBlocks:
         self._turns = network.rope_embeddings if isinstance(network, ViT) else _no_turns
         pixels_23HW = torch.zeros(_EXAMPLE)
         self._graph = graph_of(_Chain(network), (pixels_23HW, *self._turns(pixels_23HW)))
-        self._core = import_openvino().Core()
+        self._core = openvino_core()
         self._properties = properties_for(dtype)
         self._requests: dict[tuple[int, ...], Any] = {}
         self._lock = threading.Lock()  # a request computes one batch at a time
@@ -141,6 +143,19 @@ def graph_of(module: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
     # threads would otherwise let go of Python's memory.
     decoder = TorchScriptPythonDecoder(traced, shared_memory=False)
     return front_end.convert(front_end.load(decoder))
+
+
+def openvino_core() -> Any:
+    """OpenVINO's Core: one for this process, and never let go.
+
+    With a Core, OpenVINO maps an alternate signal stack for the thread that makes it, and unmaps it with the Core. If
+    another thread lets go of that, as the garbage collector may, the next signal to the first one, such as Ctrl-C,
+    ends the process by SIGSEGV (OpenVINO 2026.4.1).
+    """
+    with _core_lock:
+        if not _cores:
+            _cores.append(import_openvino().Core())
+    return _cores[0]
 
 
 def import_openvino() -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
@@ -176,3 +177,24 @@ def test_several_threads_and_a_pool_get_the_same_bits(roots: dict[str, Path]) ->
 def test_it_reports_to_nobody(roots: dict[str, Path]) -> None:
     DinoV3Teacher(DinoV3Config(roots["vit-test"], dtype="bfloat16")).extract(images(1), FeatureSpec(cls=True))
     assert "openvino_telemetry" not in sys.modules
+
+
+def test_ctrl_c_after_another_thread_let_go_of_a_teacher(roots: dict[str, Path]) -> None:
+    """OpenVINO's Core takes the signal stack of the thread that made it away, whichever thread lets go of the Core."""
+    script = """
+import gc, os, signal, sys, threading
+import torch
+from dinov3_ray import DinoV3Config, DinoV3Teacher
+held = [DinoV3Teacher(DinoV3Config(sys.argv[1], backend="openvino"))]
+held[0].extract_features(torch.rand(1, 3, 64, 64))
+thread = threading.Thread(target=lambda: (held.clear(), gc.collect()))
+thread.start()
+thread.join()
+signal.signal(signal.SIGINT, signal.default_int_handler)
+try:
+    os.kill(os.getpid(), signal.SIGINT)
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+    ran = subprocess.run([sys.executable, "-c", script, roots["vit-test"]], capture_output=True, text=True, timeout=120)
+    assert (ran.returncode, ran.stdout) == (0, "interrupted\n"), ran.stderr

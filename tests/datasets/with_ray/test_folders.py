@@ -7,6 +7,7 @@ import json
 import logging
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ import ray
 from PIL import Image, PngImagePlugin
 
 from dinov3_ray.datasets import FeatureStore, SourceOptions, TargetDataset, extract
-from dinov3_ray.datasets.extraction import decode_tasks
+from dinov3_ray.datasets.decode import Decoder
 from dinov3_ray.errors import ConfigError, StoreError
 from dinov3_ray.features import FeatureSpec
 from dinov3_ray.testing import FakeTeacher
@@ -71,11 +72,11 @@ def test_more_than_a_share_of_errors_is_an_error(ray_cluster: str, tmp_path: Pat
 def test_a_bug_in_a_decoding_task_ends_the_run(
     ray_cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def misspelt(piece: object, decoder: object) -> object:
-        raise AttributeError("no attribute 'misspelt'")
-        yield
+    class Misspelt(Decoder):
+        def decode(self, data: bytes | memoryview) -> NoReturn:
+            raise AttributeError("no attribute 'misspelt'")
 
-    monkeypatch.setattr(decode_tasks, "_decode_task", ray.remote(misspelt))
+    monkeypatch.setattr(SourceOptions, "decoder", lambda _: Misspelt())
     root = folder_of(tmp_path / "images", 2, 0)
     with pytest.raises(AttributeError, match="misspelt"):
         extract(root, tmp_path / "out", FakeTeacher.factory(), SPEC)
