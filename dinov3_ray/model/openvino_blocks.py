@@ -96,7 +96,7 @@ class OpenVinoBlocks:
         self._turns = network.rope_embeddings if isinstance(network, ViT) else _no_turns
         pixels_23HW = torch.zeros(_EXAMPLE)
         self._graph = graph_of(_Chain(network), (pixels_23HW, *self._turns(pixels_23HW)))
-        self._core = openvino_core()
+        self._core = openvino_core()  # now: where it fails, torch computes instead
         self._properties = properties_for(dtype)
         self._requests: dict[tuple[int, ...], Any] = {}
         self._lock = threading.Lock()  # a request computes one batch at a time
@@ -114,7 +114,7 @@ class OpenVinoBlocks:
     def _request(self, blocks: tuple[int, ...]) -> Any:
         if blocks not in self._requests:
             outputs = [self._graph.outputs[index].get_node() for index in blocks]
-            part = import_openvino().Model(outputs, self._graph.get_parameters(), "blocks")
+            part = _import_openvino().Model(outputs, self._graph.get_parameters(), "blocks")
             self._requests[blocks] = self._core.compile_model(part, "CPU", self._properties).create_infer_request()
         return self._requests[blocks]
 
@@ -131,7 +131,7 @@ def properties_for(dtype: torch.dtype) -> dict[str, Any]:
 
 def graph_of(module: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
     """``module`` as an ``openvino.Model``, for inputs of any sizes of as many dimensions as the examples ``inputs``."""
-    import_openvino()
+    _import_openvino()
     from openvino.frontend import FrontEndManager
     from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 
@@ -154,11 +154,11 @@ def openvino_core() -> Any:
     """
     with _core_lock:
         if not _cores:
-            _cores.append(import_openvino().Core())
+            _cores.append(_import_openvino().Core())
     return _cores[0]
 
 
-def import_openvino() -> Any:
+def _import_openvino() -> Any:
     """The module ``openvino``, imported so that it does not report its use to its makers over the network.
 
     Without the package ``openvino_telemetry``, which pip installs with it, it reports nothing.

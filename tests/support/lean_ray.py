@@ -16,7 +16,7 @@ import ray
 from ray._private.node import Node
 from ray.cluster_utils import Cluster
 
-__all__ = ["lean_cluster", "start_lean_rays"]
+__all__ = ["STORE_BYTES", "lean_cluster", "start_lean_rays"]
 
 STORE_BYTES = 100 * 2**20
 

@@ -244,7 +244,7 @@ def test_a_pool_proves_its_largest_batch_or_what_fits_of_it(tiny_checkpoint: Pat
     fitting = 5
     teacher = Small(DinoV3Config(tiny_checkpoint, dtype="float32"))
     assert inspect_teacher(teacher, max_batch=16).golden_cosine == pytest.approx(1)
-    assert computed == [2], "on a CPU, kernels do not depend on the batch"
+    assert computed == [2], "on a CPU, the two images suffice"
     computed.clear()
     on_gpu: Any = SimpleNamespace(device=torch.device("cuda"), prove=teacher.prove)
     assert inspect_teacher(on_gpu, max_batch=16).golden_cosine == pytest.approx(1)

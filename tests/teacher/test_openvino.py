@@ -180,7 +180,7 @@ def test_it_reports_to_nobody(roots: dict[str, Path]) -> None:
 
 
 def test_ctrl_c_after_another_thread_let_go_of_a_teacher(roots: dict[str, Path]) -> None:
-    """OpenVINO's Core takes the signal stack of the thread that made it away, whichever thread lets go of the Core."""
+    """OpenVINO gives the thread that makes its Core a signal stack, which is gone with the Core: none may be let go."""
     script = """
 import gc, os, signal, sys, threading
 import torch
