@@ -46,7 +46,9 @@ def predict_by_probe(map_SChw: Tensor, labels_Syx: Tensor, unseen_SChw: Tensor) 
     """
     mean_C = map_SChw.mean((0, 2, 3), keepdim=True)
     spread_C = map_SChw.std((0, 2, 3), keepdim=True) + 1e-4
-    head = SegmentationHead(map_SChw.shape[1])
+    with torch.device("meta"):  # draws no weights: the process's random numbers may be another thread's just now
+        head = SegmentationHead(map_SChw.shape[1])
+    head.to_empty(device=map_SChw.device)
     for parameter in head.parameters():
         nn.init.zeros_(parameter)
     given = (map_SChw - mean_C) / spread_C

@@ -94,6 +94,16 @@ def test_arms_differ_in_what_they_distil_and_in_nothing_else() -> None:
     assert torch.equal(after["labels"], weights("labels", 2))
 
 
+def test_an_arm_draws_its_first_weights_at_once_and_from_then_on_by_its_own_generators() -> None:
+    labelled, unlabelled = draw_scenery(0, 3, 32), draw_scenery(10, 6, 32).pictures
+    before, states = torch.get_rng_state(), []
+    for arm in ARMS.values():
+        targets = torch.ones(6, 8, 2, 2) if arm.teacher else None
+        train_arm(arm, 1, labelled, unlabelled, targets, SMALLEST, lambda: states.append(torch.get_rng_state()))
+    assert len(states) > len(ARMS)
+    assert all(torch.equal(state, before) for state in (*states, torch.get_rng_state()))
+
+
 def made_up(**mious: tuple[float, ...]) -> Proof:
     """A proof of three seeds with these mIoU."""
     scenes = draw_scenery(0, 2, 32)

@@ -39,3 +39,10 @@ def test_the_probe_finds_what_is_in_a_map_and_nothing_else() -> None:
     assert torch.equal(knowing, predict_by_probe(5 + 100 * map_SChw, labels_Syx, 5 + 100 * map_SChw))
     noise = torch.randn(10, 4, 2, 2, generator=generator)
     assert mean_iou(predict_by_probe(noise, labels_Syx, noise), labels_Syx) < 0.5
+
+
+def test_the_probe_draws_none_of_the_random_numbers_of_the_process() -> None:
+    maps, labels = torch.zeros(2, 3, 1, 1), torch.zeros(2, CELLS_PER_PATCH, CELLS_PER_PATCH, dtype=torch.int64)
+    before = torch.get_rng_state()
+    predict_by_probe(maps, labels, maps)
+    assert torch.equal(torch.get_rng_state(), before), "another thread that has set a seed would get other weights"
