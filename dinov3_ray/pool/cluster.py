@@ -48,6 +48,7 @@ __all__ = [
     "open_way",
     "process_start",
     "replica_name",
+    "starts_ray",
     "use_token",
     "without_uv",
 ]
@@ -222,6 +223,16 @@ def connect(address: str | None = None, *, may_start: bool = False, **start_opti
         _restore_auth_mode(before)
         raise PoolError(_failure(error, None if starts else str(wanted), options.get("_temp_dir"))) from error
     return Runtime(ray.get_runtime_context().gcs_address, owned=True, auth_mode_before=before)
+
+
+def starts_ray(address: str | None = None) -> bool:
+    """Whether :func:`connect`, which may, would start a Ray here and now.
+
+    Raises:
+        ConfigError: the address names no head.
+    """
+    named = _read(address, "address", True) or _read(os.environ.get("RAY_ADDRESS"), "RAY_ADDRESS", True)
+    return not ray.is_initialized() and named in (None, "local")
 
 
 def _folder() -> Path:

@@ -17,7 +17,7 @@ from dinov3_ray.datasets import extract
 from dinov3_ray.errors import PoolError
 from dinov3_ray.feature_spec import FeatureSpec
 from dinov3_ray.interrupts import Interrupts
-from dinov3_ray.pool.cluster import connect, without_uv
+from dinov3_ray.pool.cluster import connect, starts_ray, without_uv
 from dinov3_ray.testing import FakeTeacher
 
 
@@ -46,6 +46,28 @@ def test_it_has_the_cpus_that_this_process_may_use(monkeypatch: pytest.MonkeyPat
     finally:
         os.sched_setaffinity(0, before)
     assert [options["num_cpus"] for options in told] == [1, 3]
+
+
+@pytest.mark.parametrize(
+    ("address", "variable", "starts"),
+    [
+        (None, None, True),
+        ("local", None, True),
+        ("local", "127.0.0.1:6379", True),
+        (None, "local", True),
+        ("127.0.0.1:6379", None, False),
+        ("auto", None, False),
+        (None, "127.0.0.1:6379", False),
+    ],
+)
+def test_it_is_known_whether_one_will_be_started(
+    address: str | None, variable: str | None, starts: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if variable is not None:
+        monkeypatch.setenv("RAY_ADDRESS", variable)
+    assert starts_ray(address) is starts
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    assert not starts_ray(address)
 
 
 def test_a_handler_of_sigterm_hears_what_comes_while_ray_starts(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,10 +19,10 @@ import ray
 import ray.data
 from ray.exceptions import RayError
 
-from dinov3_ray.datasets.extraction.decode_tasks import Piece
 from dinov3_ray.datasets.extraction.plan import cut_blocks
 from dinov3_ray.datasets.folder import Folder
 from dinov3_ray.datasets.sources.open import SourceOptions, open_source
+from dinov3_ray.datasets.sources.piece import Piece
 from dinov3_ray.datasets.sources.ray_dataset import Columns, DatasetRows, name_of
 from dinov3_ray.datasets.sources.reopen import check_there, reopen_source
 from dinov3_ray.datasets.sources.source import Content, Source
@@ -57,7 +57,7 @@ class Blocks(Protocol):
         ...
 
     def first(self) -> list[Piece]:
-        """The first images, one per piece."""
+        """The first images, one per piece; none where a listing is resumed: shapes of rows stay as they are."""
         ...
 
     def cut(self, block_size: int) -> None:
@@ -163,7 +163,8 @@ class ListedBlocks:
         return self._source.describe()
 
     def first(self) -> list[Piece]:
-        assert self._listed is not None
+        if self._listed is None:
+            return []
         ids = self._listed["id"].slice(0, _PROBED_IMAGES).to_pylist()
         return [Piece(0, [id_], self._source, self._listed.slice(index, 1)) for index, id_ in enumerate(ids)]
 

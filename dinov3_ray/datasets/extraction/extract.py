@@ -14,6 +14,7 @@ from dinov3_ray.config import ModelConfig
 from dinov3_ray.datasets.extraction.attempts import MEMORY_REMEDY
 from dinov3_ray.datasets.extraction.blocks import open_blocks
 from dinov3_ray.datasets.extraction.plan import Forecast
+from dinov3_ray.datasets.extraction.probe_process import EarlyProbe
 from dinov3_ray.datasets.extraction.resources import Resources, allocate
 from dinov3_ray.datasets.extraction.run import Extraction, Run
 from dinov3_ray.datasets.extraction.teacher_choice import TeacherChoice
@@ -22,7 +23,8 @@ from dinov3_ray.datasets.sources.open import SourceOptions
 from dinov3_ray.datasets.store.schema import check_format
 from dinov3_ray.errors import ConfigError, DinoV3Error, SpecError, StoreError
 from dinov3_ray.feature_spec import FeatureSpec
-from dinov3_ray.pool.cluster import connect
+from dinov3_ray.machine.gpus import has_gpus
+from dinov3_ray.pool.cluster import connect, starts_ray
 from dinov3_ray.pool.spec import check_teacher, pickle_teacher
 from dinov3_ray.teacher import Extractor
 
@@ -117,7 +119,13 @@ def extract(
     try:
         # A path without images is an error before Ray is started; a Dataset has started it already.
         blocks = open_blocks(source, options, folder, old, moved=source_moved)
-        with contextlib.closing(connect(address, may_start=pool is None)):
+        decoder = options.decoder()
+        with contextlib.ExitStack() as stack:
+            early = None
+            gpus = has_gpus() if resources.num_gpus is None else resources.num_gpus
+            if isinstance(teacher, ModelConfig) and not gpus and starts_ray(address):
+                early = stack.enter_context(contextlib.closing(EarlyProbe(teacher, spec, blocks.first(), decoder)))
+            stack.enter_context(contextlib.closing(connect(address, may_start=pool is None)))
             nodes = sum(node["Alive"] and node["Resources"].get("CPU", 0) > 0 for node in ray.nodes())
             allocation = allocate(
                 ray.cluster_resources(),
@@ -133,13 +141,14 @@ def extract(
                 blocks,
                 TeacherChoice(pickled, client, allocation.num_gpus, allocation.threads, allocation.passes),
                 spec,
-                options.decoder(),
+                decoder,
                 allocation,
                 batch_size=batch_size,
                 block_size=block_size,
                 old=old,
                 moved=source_moved,
                 max_errors=max_errors,
+                early=early,
             )
             with contextlib.nullcontext() if dry_run else folder.exclusive():
                 if folder.exists(PLAN) != (old is not None):

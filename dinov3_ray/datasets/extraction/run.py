@@ -13,9 +13,10 @@ from dinov3_ray.datasets.extraction import plan as plans
 from dinov3_ray.datasets.extraction.attempts import Attempts
 from dinov3_ray.datasets.extraction.blocks import Blocks, unifying
 from dinov3_ray.datasets.extraction.lost_gpus import watching
+from dinov3_ray.datasets.extraction.probe_process import EarlyProbe, probe_on_ray
 from dinov3_ray.datasets.extraction.resources import Allocation
 from dinov3_ray.datasets.extraction.teacher_choice import TeacherChoice
-from dinov3_ray.datasets.extraction.teacher_probe import Probe, probe_teacher
+from dinov3_ray.datasets.extraction.teacher_probe import Probe
 from dinov3_ray.datasets.extraction.worker import BlockWorker, ExtractionJob
 from dinov3_ray.datasets.folder import ERRORS, LEDGER, MANIFEST, PARTS, PLAN, Folder
 from dinov3_ray.datasets.meter import Meter, metering
@@ -63,6 +64,7 @@ class Run:
         old: the identity of the run that is resumed.
         moved: whether its images lie elsewhere now.
         max_errors: the largest share of images that may have no features; None for any but all.
+        early: a probe of the teacher that began before there was a Ray; for one that computes on CPUs.
     """
 
     def __init__(
@@ -79,6 +81,7 @@ class Run:
         old: dict[str, Any] | None,
         moved: bool,
         max_errors: float | None,
+        early: EarlyProbe | None,
     ) -> None:
         self.folder = folder
         self.blocks = blocks
@@ -91,6 +94,7 @@ class Run:
         self.old = {**old, "source": {**old["source"], **_place(blocks)}} if old and moved else old
         self.moved = moved
         self.max_errors = max_errors
+        self.early = early
 
     def execute(
         self,
@@ -149,10 +153,21 @@ class Run:
         return self._work(job, forecast, progress)
 
     def _probe(self) -> Probe:
-        """What the teacher says of itself, and gives for the first image. The decoder learns the smallest side."""
-        # A row's shapes may depend on the image: a resumed run keeps those that it has.
-        pieces = () if self.old else self.blocks.first()
-        found = probe_teacher(self.teacher, self.spec, pieces, self.decoder, self.allocation)
+        """What the teacher says of itself, and gives for the first image. The decoder learns the smallest side.
+
+        Raises:
+            StoreError: it has no fingerprint that a resumed run could compare; or there is no place for it.
+        """
+        found = None
+        if self.early is not None and not self.allocation.num_gpus:
+            found = self.early.result()
+        if found is None:
+            found = probe_on_ray(self.teacher, self.spec, self.blocks.first(), self.decoder, self.allocation)
+        if found.fingerprint is None:
+            raise StoreError(
+                "the teacher must have a fingerprint, or a resumed run could mix two teachers; got None: give it an "
+                "attribute `fingerprint`, a string that changes whenever its outputs would"
+            )
         self.decoder = replace(self.decoder, min_side=found.min_side)
         return found
 

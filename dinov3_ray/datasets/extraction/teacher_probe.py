@@ -1,33 +1,32 @@
-"""The teacher's answers before a run starts: what it is, and what it gives for the source's first image."""
+"""The teacher's answers before a run starts: what it is, and what it gives for the first image. It needs no Ray."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-import logging
-from collections.abc import Sequence
+import os
+import pickle
+import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import ray
 
 from dinov3_ray.config.preprocessing import Preprocessing
-from dinov3_ray.datasets.decode import Decoder
-from dinov3_ray.datasets.extraction.decode_tasks import Piece, decode_pieces
-from dinov3_ray.datasets.extraction.resources import Allocation
-from dinov3_ray.datasets.extraction.teacher_choice import TeacherChoice
+from dinov3_ray.datasets.sources.piece import decode_piece
 from dinov3_ray.datasets.store.schema import encode_columns
-from dinov3_ray.errors import InputError, StoreError
+from dinov3_ray.errors import InputError
 from dinov3_ray.feature_spec import FeatureSpec
+from dinov3_ray.pool.spec import builder
 from dinov3_ray.teacher import computed_in, least_side
 
-__all__ = ["Probe", "probe_teacher"]
+if TYPE_CHECKING:
+    from dinov3_ray.pool.client.remote import RemoteTeacher
+    from dinov3_ray.pool.replica.hosted import HostedReplica
 
-logger = logging.getLogger("dinov3_ray")
-
-_PATIENCE_SECONDS, _LIMIT_SECONDS = 20.0, 1800.0  # without a teacher, until a warning, and until the run ends
+__all__ = ["Probe", "answer_early_probe", "probe_teacher"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,50 +59,17 @@ class Probe:
 
 
 def probe_teacher(
-    teacher: TeacherChoice, spec: FeatureSpec, pieces: Sequence[Piece], decoder: Decoder, allocation: Allocation
+    open_teacher: Callable[[], HostedReplica | RemoteTeacher],
+    spec: FeatureSpec,
+    first_image: Callable[[], np.ndarray | None],
 ) -> Probe:
-    """Probe the teacher in a process that has its resources, with the first readable image of ``pieces``.
-
-    Raises:
-        StoreError: there is no place for it, or no fingerprint that a resumed run could compare.
-    """
-    task = ray.remote(num_cpus=allocation.num_cpus, num_gpus=allocation.num_gpus, max_retries=1)(_probe)
-    pending = task.remote(teacher, spec, pieces, decoder, allocation.decode_cpus)
-    if not ray.wait([pending], timeout=_PATIENCE_SECONDS)[0]:
-        logger.warning("the first teacher is not ready after %g s: %s", _PATIENCE_SECONDS, _place_wanted(allocation))
-        if not ray.wait([pending], timeout=_LIMIT_SECONDS - _PATIENCE_SECONDS)[0]:
-            ray.cancel(pending, force=True)
-            raise StoreError(f"a teacher must be ready within {_LIMIT_SECONDS:g} s: {_place_wanted(allocation)}")
-    found: Probe = ray.get(pending)
-    if found.fingerprint is None:
-        raise StoreError(
-            "the teacher must have a fingerprint, or a resumed run could mix two teachers; got None: give it an "
-            "attribute `fingerprint`, a string that changes whenever its outputs would"
-        )
-    return found
-
-
-def _place_wanted(allocation: Allocation) -> str:
-    """What a teacher waits for, if it has no place yet."""
-    have, free = ray.cluster_resources(), ray.available_resources()
-    counts = ", ".join(f"{free.get(key, 0):g} of {have.get(key, 0):g} {key}" for key in ("GPU", "CPU"))
-    return (
-        f"it needs {allocation.num_gpus:g} GPU and {allocation.num_cpus:g} CPU in the cluster, and then time to load; "
-        f"free are {counts}. If a pool has the GPUs, extract through it (pool=NAME, --pool NAME), or compute on CPUs "
-        "(num_gpus=0, --num-gpus 0)"
-    )
-
-
-def _probe(
-    teacher: TeacherChoice, spec: FeatureSpec, pieces: Sequence[Piece], decoder: Decoder, decode_cpus: float
-) -> Probe:
-    """What the teacher says of itself, and the shapes and dtypes of what it gives for the first image of ``pieces``.
+    """What the teacher says of itself, and the shapes and dtypes of what it gives for the first image [3,H,W].
 
     Where there is none, or it is refused, a grey square stands for it.
     """
     with ThreadPoolExecutor(1) as decoding:
-        first = decoding.submit(_first_image, pieces, decoder, decode_cpus)
-        opened = teacher.open(max_batch=1)  # meanwhile, since both take seconds
+        first = decoding.submit(first_image)
+        opened = open_teacher()  # meanwhile, since both take seconds
         image = first.result()
     features = None
     if image is not None:
@@ -130,9 +96,21 @@ def _probe(
     return found
 
 
-def _first_image(pieces: Sequence[Piece], decoder: Decoder, cpus: float) -> np.ndarray | None:
-    """The first readable one of ``pieces`` [3,H,W], decoded where a fault in a decoder does no harm."""
-    for decoded in decode_pieces(pieces, decoder, cpus=cpus, window=1, retries=0):
-        if isinstance(decoded.image, np.ndarray):
-            return decoded.image
-    return None
+def answer_early_probe() -> None:
+    """What a process does without Ray: probe the teacher, with the first readable image.
+
+    Standard input asks, and standard output answers, both pickled: configuration, spec, pieces and decoder; the probe.
+    """
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what a library prints is no answer
+    config, spec, pieces, decoder = pickle.load(sys.stdin.buffer)  # noqa: S301 - by the run that began this process
+    from dinov3_ray.pool.replica.hosted import HostedReplica  # which imports torch
+
+    def first_image() -> np.ndarray | None:
+        images = (decoded.image for piece in pieces for chunk in decode_piece(piece, decoder) for decoded in chunk)
+        return next((image for image in images if isinstance(image, np.ndarray)), None)
+
+    with answers:
+        pickle.dump(
+            probe_teacher(lambda: HostedReplica(builder(config, "cpu"), max_batch=1), spec, first_image), answers
+        )

@@ -15,9 +15,10 @@ from dinov3_ray.config.preprocessing import Preprocessing, Size
 from dinov3_ray.datasets.decode import Decoder, Unreadable, UnreadableKind
 from dinov3_ray.datasets.extraction.attempts import Attempts
 from dinov3_ray.datasets.extraction.blocks import BlockReader
-from dinov3_ray.datasets.extraction.decode_tasks import Decoded, Piece, decode_pieces
+from dinov3_ray.datasets.extraction.decode_tasks import decode_pieces
 from dinov3_ray.datasets.extraction.teacher_choice import TeacherChoice
 from dinov3_ray.datasets.folder import Folder
+from dinov3_ray.datasets.sources.piece import Decoded, Piece
 from dinov3_ray.datasets.store.schema import Row, encode_columns
 from dinov3_ray.datasets.store.writer import BlockWriter, is_finished
 from dinov3_ray.errors import DeviceMemoryError, DinoV3Error, InputError, StoreError

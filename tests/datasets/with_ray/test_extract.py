@@ -33,7 +33,7 @@ from dinov3_ray.config import DinoV3Config
 from dinov3_ray.datasets import FeatureStore, Resources, SourceOptions, StoredTeacher, extract
 from dinov3_ray.datasets.decode import Decoder
 from dinov3_ray.datasets.extraction import lost_gpus, plan, run
-from dinov3_ray.datasets.extraction import teacher_probe as probing
+from dinov3_ray.datasets.extraction import probe_process as probing
 from dinov3_ray.datasets.extraction.resources import allocate
 from dinov3_ray.datasets.folder import Folder
 from dinov3_ray.errors import ConfigError, MissingViewError, NumericsError, StoreError
