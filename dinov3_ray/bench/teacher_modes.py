@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from dinov3_ray.config.preprocessing import Size
 from dinov3_ray.features import Features, FeatureSpec
 from dinov3_ray.images import ImageBatch
 from dinov3_ray.model import DinoV3Teacher
+from dinov3_ray.model.device import choose_dtype
 from dinov3_ray.model.golden import golden_images
 from dinov3_ray.model.openvino_blocks import graph_of, openvino_core, properties_for
 from dinov3_ray.model.preprocess import preprocess
@@ -80,12 +81,14 @@ class TeacherMode:
         dtype: of the matrix products.
         ours: True for this package, False for its peer.
         make: loads the model.
+        missing: why it is not measured here; empty if it is.
     """
 
     name: str
     dtype: torch.dtype
     ours: bool
     make: Callable[[TeacherWork], Extract]
+    missing: str = ""
 
 
 def modes_for(device: torch.device, *, quick: bool) -> list[TeacherMode]:
@@ -99,11 +102,21 @@ def modes_for(device: torch.device, *, quick: bool) -> list[TeacherMode]:
     ]
     if find_spec("torchvision") is not None:  # without it, the peer's other modes do without the processor too
         modes.insert(3, _peer("transformers bfloat16 without its processor", torch.bfloat16, processor=False))
-    if device.type == "cpu" and find_spec("openvino") is not None:
-        modes[3:3] = [_peer_by_openvino("float32", torch.float32), _peer_by_openvino("bfloat16", torch.bfloat16)]
-        modes.append(_ours("bfloat16 by OpenVINO", "bfloat16", backend="openvino"))
     if not quick:
         modes.append(_ours("bfloat16 compiled", "bfloat16", compile=True))
+    multiplied = choose_dtype("auto", device)[0]
+    if device.type == "cpu" and multiplied != torch.bfloat16:
+        # ViT-S takes 6 times as long as in float32, and ConvNeXt-T, whose convolutions use one thread then, minutes.
+        why = "torch emulates bfloat16 on this CPU"
+        modes = [replace(mode, missing=why) if mode.dtype == torch.bfloat16 else mode for mode in modes]
+    if device.type == "cpu" and find_spec("openvino") is not None:
+        by_openvino = [
+            _peer_by_openvino("float32", torch.float32),
+            _peer_by_openvino("bfloat16", torch.bfloat16),
+            _ours("bfloat16 by OpenVINO", "bfloat16", backend="openvino"),
+        ]
+        # OpenVINO takes what the CPU multiplies: float32, if that is not bfloat16.
+        modes += [replace(mode, dtype=multiplied) if mode.dtype == torch.bfloat16 else mode for mode in by_openvino]
     if device.type == "cuda" and not quick:
         modes += [
             _ours("bfloat16 compiled, CUDA graphs", "bfloat16", compile="reduce-overhead"),

@@ -213,6 +213,9 @@ def measure_teacher(
     for mode in modes:
         if rows and leaves_out(mode.name):
             continue
+        if mode.missing:
+            rows.append(TeacherRow(mode.name, _name(mode.dtype), mode.ours, missing=mode.missing))
+            continue
         on_step(mode.name)
         try:
             measured, features = _measure_mode(mode, work, golden, effort)

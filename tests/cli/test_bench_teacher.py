@@ -10,6 +10,7 @@ import torch
 from commandline import run_bench
 
 from dinov3_ray import DinoV3Config
+from dinov3_ray.bench import teacher_modes
 from dinov3_ray.bench.teacher_modes import TEACHER_SPEC, TeacherWork, modes_for, through_pipeline
 from dinov3_ray.bench.teacher_speed import flops_per_image
 from dinov3_ray.config.variants import VARIANTS
@@ -28,6 +29,13 @@ def test_the_cost_of_a_convnext_is_the_papers() -> None:
     assert flops_per_image(VARIANTS["convnext-tiny"], (224, 224)) / 2e9 == pytest.approx(4.46, rel=0.01)
 
 
+@pytest.fixture
+def fast_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU that multiplies bfloat16, as far as the choice of modes goes: the tests' model is small."""
+    monkeypatch.setattr(teacher_modes, "choose_dtype", lambda *_: (torch.bfloat16, "in hardware"))
+
+
+@pytest.mark.usefixtures("fast_bfloat16")
 def test_quick_run(tiny_checkpoint: Path) -> None:
     options = ["--root", str(tiny_checkpoint), "--image-size", "32", "--batch", "2", "--quick"]
     report: dict[str, Any] = run_bench("teacher", *options, "--target-rate", "1e6")
@@ -42,6 +50,7 @@ def test_quick_run(tiny_checkpoint: Path) -> None:
     assert report["copies"] is None
 
 
+@pytest.mark.usefixtures("fast_bfloat16")
 def test_a_run_at_the_size_of_the_images(tiny_checkpoint: Path) -> None:
     options = ["--root", str(tiny_checkpoint), "--image-size", "input/2", "--view", "64x100", "--batch", "2", "--quick"]
     report: dict[str, Any] = run_bench("teacher", *options)
@@ -50,6 +59,21 @@ def test_a_run_at_the_size_of_the_images(tiny_checkpoint: Path) -> None:
     assert all(row["cosine"] > 0.9999 for row in report["rows"][1:])
 
 
+def test_bfloat16_that_torch_emulates_is_left_out_with_the_reason(
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(teacher_modes, "choose_dtype", lambda *_: (torch.float32, "no such hardware"))
+    options = ["--root", str(tiny_checkpoint), "--image-size", "32", "--batch", "2", "--quick"]
+    report: dict[str, Any] = run_bench("teacher", *options)
+    missing = {row["name"]: row["missing"] for row in report["rows"] if row["missing"]}
+    assert {"transformers bfloat16", "bfloat16"} <= missing.keys()
+    assert set(missing.values()) == {"torch emulates bfloat16 on this CPU"}
+    measured = {row["name"] for row in report["rows"] if not row["missing"]}
+    assert {"transformers float32 (its default)", "float32"} <= measured
+    assert {row["dtype"] for row in report["rows"] if not row["missing"]} == {"float32"}, "by OpenVINO, too"
+
+
+@pytest.mark.usefixtures("fast_bfloat16")
 @pytest.mark.parametrize(
     ("size", "view"), [((32, 48), None), ("input", (45, 50)), ("input/2", (64, 100))], ids=["fixed", "input", "input/2"]
 )

@@ -27,6 +27,7 @@ from dinov3_ray.datasets.extraction.teacher_probe import Probe, probe_teacher
 from dinov3_ray.datasets.sources.piece import Piece
 from dinov3_ray.errors import StoreError
 from dinov3_ray.feature_spec import FeatureSpec
+from dinov3_ray.interrupts import wait
 
 __all__ = ["EarlyProbe", "probe_on_ray"]
 
@@ -90,9 +91,11 @@ class EarlyProbe:
         Raises:
             StoreError: it takes too long.
         """
-        _await(
-            lambda seconds: bool(futures.wait([self._answer], seconds).done), lambda: "its weights take long to load"
-        )
+
+        def answered(seconds: float) -> bool:
+            return bool(futures.wait([self._answer], seconds).done)
+
+        _await(partial(wait, answered), lambda: "its weights take long to load")
         found, _ = self._answer.result()
         return None if self._process.returncode else pickle.loads(found)  # noqa: S301 - by this run's own process
 
