@@ -13,4 +13,4 @@ def has_gpus(system: Path = Path("/")) -> bool:
     Args:
         system: the root of the file system whose /dev is read.
     """
-    return any(True for name in ("nvidia[0-9]*", "kfd", "dxg") for _ in (system / "dev").glob(name))
+    return any(path for name in ("nvidia[0-9]*", "kfd", "dxg") for path in (system / "dev").glob(name))

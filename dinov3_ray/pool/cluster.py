@@ -231,8 +231,10 @@ def starts_ray(address: str | None = None) -> bool:
     Raises:
         ConfigError: the address names no head.
     """
+    if ray.is_initialized():
+        return False
     named = _read(address, "address", True) or _read(os.environ.get("RAY_ADDRESS"), "RAY_ADDRESS", True)
-    return not ray.is_initialized() and named in (None, "local")
+    return named in (None, "local")
 
 
 def _folder() -> Path:

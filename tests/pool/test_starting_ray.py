@@ -67,6 +67,7 @@ def test_it_is_known_whether_one_will_be_started(
         monkeypatch.setenv("RAY_ADDRESS", variable)
     assert starts_ray(address) is starts
     monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:8265")  # of jobs; nobody reads it where Ray is connected
     assert not starts_ray(address)
 
 

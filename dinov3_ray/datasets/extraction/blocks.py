@@ -57,7 +57,7 @@ class Blocks(Protocol):
         ...
 
     def first(self) -> list[Piece]:
-        """The first images, one per piece; none where a listing is resumed: shapes of rows stay as they are."""
+        """The first images, one per piece; of a listing that is not resumed."""
         ...
 
     def cut(self, block_size: int) -> None:
@@ -163,10 +163,10 @@ class ListedBlocks:
         return self._source.describe()
 
     def first(self) -> list[Piece]:
-        if self._listed is None:
-            return []
-        ids = self._listed["id"].slice(0, _PROBED_IMAGES).to_pylist()
-        return [Piece(0, [id_], self._source, self._listed.slice(index, 1)) for index, id_ in enumerate(ids)]
+        assert self._listed is not None
+        # take(), not slice(): a slice is pickled with all of the listing.
+        rows = [self._listed.take([index]) for index in range(min(_PROBED_IMAGES, len(self._listed)))]
+        return [Piece(0, row["id"].to_pylist(), self._source, row) for row in rows]
 
     def cut(self, block_size: int) -> None:
         if self._listed is not None:

@@ -119,12 +119,14 @@ def extract(
     try:
         # A path without images is an error before Ray is started; a Dataset has started it already.
         blocks = open_blocks(source, options, folder, old, moved=source_moved)
-        decoder = options.decoder()
+        # A row's shapes may depend on the image: a resumed run keeps those that it has.
+        decoder, pieces = options.decoder(), blocks.first() if old is None else []
         with contextlib.ExitStack() as stack:
             early = None
             gpus = has_gpus() if resources.num_gpus is None else resources.num_gpus
-            if isinstance(teacher, ModelConfig) and not gpus and starts_ray(address):
-                early = stack.enter_context(contextlib.closing(EarlyProbe(teacher, spec, blocks.first(), decoder)))
+            if isinstance(teacher, ModelConfig) and pickled is not None and not gpus and starts_ray(address):
+                early = EarlyProbe(pickled, spec, pieces, decoder, resources.threads)
+                stack.callback(early.close)
             stack.enter_context(contextlib.closing(connect(address, may_start=pool is None)))
             nodes = sum(node["Alive"] and node["Resources"].get("CPU", 0) > 0 for node in ray.nodes())
             allocation = allocate(
@@ -148,6 +150,7 @@ def extract(
                 old=old,
                 moved=source_moved,
                 max_errors=max_errors,
+                pieces=pieces,
                 early=early,
             )
             with contextlib.nullcontext() if dry_run else folder.exclusive():

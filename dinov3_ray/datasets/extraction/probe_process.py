@@ -16,8 +16,6 @@ import numpy as np
 import ray
 from ray import cloudpickle
 
-from dinov3_ray.config import ModelConfig
-from dinov3_ray.config.hub import carrying_access
 from dinov3_ray.datasets.decode import Decoder
 from dinov3_ray.datasets.extraction import teacher_probe
 from dinov3_ray.datasets.extraction.decode_tasks import decode_pieces
@@ -28,6 +26,7 @@ from dinov3_ray.datasets.sources.piece import Piece
 from dinov3_ray.errors import StoreError
 from dinov3_ray.feature_spec import FeatureSpec
 from dinov3_ray.interrupts import wait
+from dinov3_ray.machine.cpus import usable_cpus
 
 __all__ = ["EarlyProbe", "probe_on_ray"]
 
@@ -61,26 +60,31 @@ def probe_on_ray(
 class EarlyProbe:
     """A probe that begins now, on this machine's CPUs, in a process that :meth:`close` ends.
 
-    What it finds is a head start and no more: where it fails, a probe on Ray fails, too, and says why. That alone tells
-    the fault of an image from the teacher's, and from that of a process.
+    What it finds is a head start and no more. Where it fails, the run probes on Ray: only that probe tells an image's
+    fault from the teacher's, or from that of a process, and it fails with the error that the user sees.
 
     Args:
-        config: the teacher.
+        teacher: a configuration, pickled.
         spec: what is asked of it.
         pieces: the source's first images.
         decoder: makes pixels of them.
+        threads: CPU threads of the teacher; None for all that this process may use.
     """
 
-    def __init__(self, config: ModelConfig, spec: FeatureSpec, pieces: Sequence[Piece], decoder: Decoder) -> None:
-        with carrying_access():
-            question = cloudpickle.dumps((config, spec, list(pieces), decoder))
+    def __init__(
+        self, teacher: bytes, spec: FeatureSpec, pieces: Sequence[Piece], decoder: Decoder, threads: int | None = None
+    ) -> None:
+        cpus = usable_cpus()
+        question = cloudpickle.dumps((teacher, spec, list(pieces), decoder, min(threads or cpus, cpus)))
+        # It imports what this process imports, and uses no GPU. Python skips what is no text.
+        path = os.pathsep.join(entry or os.getcwd() for entry in sys.path if isinstance(entry, str))
         self._process = subprocess.Popen(  # noqa: S603 - this package
-            # -P: it imports what this process imports, whatever lies in the working directory.
+            # -P: whatever lies in the working directory.
             [sys.executable, "-P", "-c", f"import {teacher_probe.__name__} as asked; asked.answer_early_probe()"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,  # what is said of the teacher, the run says again
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)},
+            stderr=subprocess.DEVNULL,
+            env={**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""},
         )
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="early-probe")
         self._answer = self._thread.submit(self._process.communicate, question)
@@ -95,9 +99,15 @@ class EarlyProbe:
         def answered(seconds: float) -> bool:
             return bool(futures.wait([self._answer], seconds).done)
 
-        _await(partial(wait, answered), lambda: "its weights take long to load")
-        found, _ = self._answer.result()
-        return None if self._process.returncode else pickle.loads(found)  # noqa: S301 - by this run's own process
+        _await(partial(wait, answered), lambda: "it takes long to load, or to compile")
+        answer, _ = self._answer.result()
+        try:
+            found: Probe = pickle.loads(answer)  # noqa: S301 - by this run's own process
+        except Exception as error:  # noqa: BLE001 - nothing, a part, or what another library printed
+            ended = f"exit code {self._process.returncode}, {type(error).__name__}"
+            logger.debug("the teacher is probed on Ray: the early probe failed (%s)", ended)
+            return None
+        return found
 
     def close(self) -> None:
         """End the process, if it runs."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import pickle
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,6 +20,7 @@ from dinov3_ray.datasets.extraction.teacher_probe import Probe
 from dinov3_ray.datasets.extraction.worker import BlockWorker, ExtractionJob
 from dinov3_ray.datasets.folder import ERRORS, LEDGER, MANIFEST, PARTS, PLAN, Folder
 from dinov3_ray.datasets.meter import Meter, metering
+from dinov3_ray.datasets.sources.piece import Piece
 from dinov3_ray.datasets.sources.ray_dataset import actor_strategy, execution
 from dinov3_ray.datasets.store.schema import FORMAT, spec_to_json
 from dinov3_ray.datasets.store.writer import count_batch_sizes
@@ -64,7 +65,8 @@ class Run:
         old: the identity of the run that is resumed.
         moved: whether its images lie elsewhere now.
         max_errors: the largest share of images that may have no features; None for any but all.
-        early: a probe of the teacher that began before there was a Ray; for one that computes on CPUs.
+        pieces: the first images, by which the teacher is probed.
+        early: such a probe that began before there was a Ray; for a teacher that computes on CPUs.
     """
 
     def __init__(
@@ -81,6 +83,7 @@ class Run:
         old: dict[str, Any] | None,
         moved: bool,
         max_errors: float | None,
+        pieces: Sequence[Piece],
         early: EarlyProbe | None,
     ) -> None:
         self.folder = folder
@@ -94,7 +97,7 @@ class Run:
         self.old = {**old, "source": {**old["source"], **_place(blocks)}} if old and moved else old
         self.moved = moved
         self.max_errors = max_errors
-        self.early = early
+        self.pieces, self.early = pieces, early
 
     def execute(
         self,
@@ -162,7 +165,7 @@ class Run:
         if self.early is not None and not self.allocation.num_gpus:
             found = self.early.result()
         if found is None:
-            found = probe_on_ray(self.teacher, self.spec, self.blocks.first(), self.decoder, self.allocation)
+            found = probe_on_ray(self.teacher, self.spec, self.pieces, self.decoder, self.allocation)
         if found.fingerprint is None:
             raise StoreError(
                 "the teacher must have a fingerprint, or a resumed run could mix two teachers; got None: give it an "

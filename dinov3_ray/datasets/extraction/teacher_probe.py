@@ -99,18 +99,21 @@ def probe_teacher(
 def answer_early_probe() -> None:
     """What a process does without Ray: probe the teacher, with the first readable image.
 
-    Standard input asks, and standard output answers, both pickled: configuration, spec, pieces and decoder; the probe.
+    Standard input asks, and standard output answers, both pickled: the teacher's configuration, the spec, the first
+    pieces, the decoder and the number of CPU threads; the probe.
     """
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what a library prints is no answer
-    config, spec, pieces, decoder = pickle.load(sys.stdin.buffer)  # noqa: S301 - by the run that began this process
+    pickled, spec, pieces, decoder, threads = pickle.load(sys.stdin.buffer)  # noqa: S301 - by this process's own run
+    config = pickle.loads(pickled)  # noqa: S301 - the same
     from dinov3_ray.pool.replica.hosted import HostedReplica  # which imports torch
 
     def first_image() -> np.ndarray | None:
         images = (decoded.image for piece in pieces for chunk in decode_piece(piece, decoder) for decoded in chunk)
         return next((image for image in images if isinstance(image, np.ndarray)), None)
 
+    def open_teacher() -> HostedReplica:
+        return HostedReplica(builder(config, "cpu"), max_batch=1, threads=threads)
+
     with answers:
-        pickle.dump(
-            probe_teacher(lambda: HostedReplica(builder(config, "cpu"), max_batch=1), spec, first_image), answers
-        )
+        pickle.dump(probe_teacher(open_teacher, spec, first_image), answers)

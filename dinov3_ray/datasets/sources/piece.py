@@ -18,7 +18,7 @@ _CHUNK_BYTES = 2**24
 
 @dataclass(frozen=True, slots=True)
 class Decoded:
-    """An image of a block: uint8 RGB [3,H,W] and its view's digest, or why there are none."""
+    """An image among others: uint8 RGB [3,H,W] and its view's digest, or why there are none."""
 
     position: int
     id: str
@@ -28,9 +28,12 @@ class Decoded:
 
 @dataclass(frozen=True)
 class Piece:
-    """Images of a block that one task reads: those at ``first`` and after.
+    """Images that are read one after the other.
 
     Attributes:
+        first: the position of the first one among others; the rest follow it.
+        ids: theirs.
+        source: reads them.
         rows: of ``source``'s listing; or, without a source, the images themselves: (id, content) each.
     """
 

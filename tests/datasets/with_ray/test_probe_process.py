@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import sys
 from contextlib import closing
 from dataclasses import replace
@@ -53,22 +54,26 @@ def test_it_finds_what_a_probe_on_ray_finds(
     config: DinoV3Config,
     pieces: list[Piece],
     ray_cluster: str,
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr(probe_process, "_PATIENCE_SECONDS", 0.0)
-    with closing(EarlyProbe(config, SPEC, pieces, DECODER)) as early:
-        allocation = allocate({"CPU": 2}, 1)
-        choice = TeacherChoice(pickle_teacher(config), None, num_gpus=0.0, threads=1, passes=1)
-        expected = probe_on_ray(choice, SPEC, pieces, DECODER, allocation)
-        assert early.result() == expected
-        assert early.result() == expected, "as often as it is asked"
-    assert "the first teacher is not ready after 0 s: its weights take long to load" in caplog.text
+    # As in a notebook, whose path may hold what is no text.
+    monkeypatch.setattr(sys, "path", [*sys.path, tmp_path])
+    pickled = pickle_teacher(config)
+    with closing(EarlyProbe(pickled, SPEC, pieces, DECODER, threads=1)) as early:
+        found = early.result()
+        assert early.result() == found, "as often as it is asked"
+    assert "the first teacher is not ready after 0 s: it takes long to load, or to compile" in caplog.text
+    choice = TeacherChoice(pickled, None, num_gpus=0.0, threads=1, passes=1)
+    expected = probe_on_ray(choice, SPEC, pieces, DECODER, allocate({"CPU": 2}, 1))
+    assert found == expected
     assert expected.outputs["feature_map"] == {"dtype": "<f2", "shape": [128, 26, 40]}, "of the image that can be read"
 
 
 def test_close_ends_its_process(config: DinoV3Config, pieces: list[Piece]) -> None:
-    early = EarlyProbe(config, SPEC, pieces, DECODER)
+    early = EarlyProbe(pickle_teacher(config), SPEC, pieces, DECODER)
     assert early._process.poll() is None
     early.close()
     assert early._process.wait(10) == -9
@@ -101,7 +106,12 @@ def test_an_extraction_takes_it_or_asks_on_ray(
 
 
 def test_what_is_wrong_with_a_teacher_is_told_as_ever(
-    config: DinoV3Config, images: Path, ray_cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    config: DinoV3Config,
+    images: Path,
+    ray_cluster: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setitem(extract.__globals__, "starts_ray", lambda _address: True)
     broken = tmp_path / "broken"
@@ -109,5 +119,28 @@ def test_what_is_wrong_with_a_teacher_is_told_as_ever(
     for path in config.root.iterdir():
         (broken / path.name).write_bytes(path.read_bytes()[: 1000 if path.suffix == ".safetensors" else None])
     broken_config = replace(config, root=broken)
-    with pytest.raises(CheckpointError, match=r"model\.safetensors"):
+    with caplog.at_level("DEBUG", "dinov3_ray"), pytest.raises(CheckpointError, match=r"model\.safetensors"):
         extract(images, tmp_path / "out", broken_config, SPEC, resources=Resources(num_gpus=0))
+    assert "the early probe failed (exit code 1, EOFError)" in caplog.text
+
+
+@pytest.mark.parametrize("printed", ["welcome", "", "cos\nsystem\n"], ids=["words", "nothing", "half a pickle"])
+def test_an_answer_that_is_none_is_no_fault_of_the_run(
+    printed: str, config: DinoV3Config, pieces: list[Piece], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\ncat >/dev/null\nprintf '{printed}'\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    with closing(EarlyProbe(pickle_teacher(config), SPEC, pieces, DECODER)) as early:
+        assert early.result() is None
+
+
+def test_what_is_asked_is_small_though_the_listing_is_long(tmp_path: Path) -> None:
+    root = tmp_path / "images"
+    root.mkdir()
+    for index in range(2000):
+        (root / f"{index:0100}.jpg").touch()
+    first = open_blocks(root, SourceOptions(), Folder.at(tmp_path / "out"), None).first()
+    assert len(first) == 8
+    assert len(pickle.dumps(first)) < 20_000
