@@ -7,7 +7,7 @@ torchvision. Without it, this package's preprocessing takes its place, which giv
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,7 +27,15 @@ from dinov3_ray.model.openvino_blocks import graph_of, openvino_core, properties
 from dinov3_ray.model.preprocess import preprocess
 from dinov3_ray.pool.replica.device_pipeline import pipeline_for
 
-__all__ = ["TEACHER_SPEC", "TeacherMode", "TeacherWork", "load_ours", "modes_for", "through_pipeline"]
+__all__ = [
+    "TEACHER_SPEC",
+    "TeacherMode",
+    "TeacherWork",
+    "load_ours",
+    "modes_for",
+    "through_pipeline",
+    "without_emulation",
+]
 
 TEACHER_SPEC = FeatureSpec(cls=True, feature_map=True)
 
@@ -104,12 +112,8 @@ def modes_for(device: torch.device, *, quick: bool) -> list[TeacherMode]:
         modes.insert(3, _peer("transformers bfloat16 without its processor", torch.bfloat16, processor=False))
     if not quick:
         modes.append(_ours("bfloat16 compiled", "bfloat16", compile=True))
-    multiplied = choose_dtype("auto", device)[0]
-    if device.type == "cpu" and multiplied != torch.bfloat16:
-        # ViT-S takes 6 times as long as in float32, and ConvNeXt-T, whose convolutions use one thread then, minutes.
-        why = "torch emulates bfloat16 on this CPU"
-        modes = [replace(mode, missing=why) if mode.dtype == torch.bfloat16 else mode for mode in modes]
     if device.type == "cpu" and find_spec("openvino") is not None:
+        multiplied = choose_dtype("auto", device)[0]
         modes.append(_peer_by_openvino("float32", torch.float32))
         if multiplied == torch.bfloat16:
             modes.append(_peer_by_openvino("bfloat16", torch.bfloat16))
@@ -121,6 +125,18 @@ def modes_for(device: torch.device, *, quick: bool) -> list[TeacherMode]:
             _ours("float8 compiled", "float8", compile=True),
         ]
     return modes
+
+
+def without_emulation(modes: Sequence[TeacherMode], device: torch.device) -> list[TeacherMode]:
+    """``modes``, of which those in bfloat16 are marked as missing on a CPU where torch emulates it.
+
+    ViT-S takes 6 times as long then as in float32. A batch of ConvNeXt-T, whose convolutions use one thread, takes
+    minutes.
+    """
+    if device.type != "cpu" or choose_dtype("auto", device)[0] == torch.bfloat16:
+        return list(modes)
+    why = "torch emulates bfloat16 on this CPU"
+    return [replace(mode, missing=why) if mode.dtype == torch.bfloat16 else mode for mode in modes]
 
 
 _MATMUL_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float8": torch.float8_e4m3fn}

@@ -143,7 +143,7 @@ def teacher(
     """
     from rich.console import Console
 
-    from dinov3_ray.bench.teacher_modes import TeacherWork, modes_for
+    from dinov3_ray.bench.teacher_modes import TeacherWork, modes_for, without_emulation
     from dinov3_ray.bench.teacher_speed import Effort, TeacherBench, measure_teacher
     from dinov3_ray.checkpoint import find_variant, init_checkpoint, variant_of
     from dinov3_ray.config import DinoV3Config
@@ -160,7 +160,7 @@ def teacher(
         with Console(stderr=True).status("starting") as status:
             return measure_teacher(
                 TeacherWork(config, where, batch, view),
-                modes_for(where, quick=quick),
+                without_emulation(modes_for(where, quick=quick), where),
                 Effort(1, 0.0) if quick else Effort(repeats),
                 model=name,
                 target=target_rate,
