@@ -12,7 +12,6 @@ from concurrent import futures
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
-import numpy as np
 import ray
 from ray import cloudpickle
 
@@ -45,9 +44,9 @@ def probe_on_ray(
         Exception: whatever the teacher raises.
     """
     task = ray.remote(num_cpus=allocation.num_cpus, num_gpus=allocation.num_gpus, max_retries=1)(probe_teacher)
-    pending = task.remote(
-        partial(teacher.open, max_batch=1), spec, partial(_first_image, pieces, decoder, allocation.decode_cpus)
-    )
+    # By tasks, where a fault in a decoder does no harm.
+    decode = partial(decode_pieces, pieces, decoder, cpus=allocation.decode_cpus, window=1, retries=0)
+    pending = task.remote(partial(teacher.open, max_batch=1), spec, decode)
     try:
         _await(lambda seconds: bool(ray.wait([pending], timeout=seconds)[0]), lambda: _place_wanted(allocation))
     except StoreError:
@@ -136,11 +135,3 @@ def _place_wanted(allocation: Allocation) -> str:
         f"free are {counts}. If a pool has the GPUs, extract through it (pool=NAME, --pool NAME), or compute on CPUs "
         "(num_gpus=0, --num-gpus 0)"
     )
-
-
-def _first_image(pieces: Sequence[Piece], decoder: Decoder, cpus: float) -> np.ndarray | None:
-    """The first readable one of ``pieces`` [3,H,W], decoded where a fault in a decoder does no harm."""
-    for decoded in decode_pieces(pieces, decoder, cpus=cpus, window=1, retries=0):
-        if isinstance(decoded.image, np.ndarray):
-            return decoded.image
-    return None

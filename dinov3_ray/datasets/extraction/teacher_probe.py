@@ -7,7 +7,7 @@ import json
 import os
 import pickle
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dinov3_ray.config.preprocessing import Preprocessing
-from dinov3_ray.datasets.sources.piece import decode_piece
+from dinov3_ray.datasets.sources.piece import Decoded, decode_piece
 from dinov3_ray.datasets.store.schema import encode_columns
 from dinov3_ray.errors import InputError
 from dinov3_ray.feature_spec import FeatureSpec
@@ -61,12 +61,16 @@ class Probe:
 def probe_teacher(
     open_teacher: Callable[[], HostedReplica | RemoteTeacher],
     spec: FeatureSpec,
-    first_image: Callable[[], np.ndarray | None],
+    decode: Callable[[], Iterator[Decoded]],
 ) -> Probe:
-    """What the teacher says of itself, and the shapes and dtypes of what it gives for the first image [3,H,W].
+    """What the teacher says of itself, and the shapes and dtypes of what it gives for the first readable image.
 
     Where there is none, or it is refused, a grey square stands for it.
     """
+
+    def first_image() -> np.ndarray | None:
+        return next((each.image for each in decode() if isinstance(each.image, np.ndarray)), None)
+
     with ThreadPoolExecutor(1) as decoding:
         first = decoding.submit(first_image)
         opened = open_teacher()  # meanwhile, since both take seconds
@@ -108,12 +112,11 @@ def answer_early_probe() -> None:
     config = pickle.loads(pickled)  # noqa: S301 - the same
     from dinov3_ray.pool.replica.hosted import HostedReplica  # which imports torch
 
-    def first_image() -> np.ndarray | None:
-        images = (decoded.image for piece in pieces for chunk in decode_piece(piece, decoder) for decoded in chunk)
-        return next((image for image in images if isinstance(image, np.ndarray)), None)
+    def decode() -> Iterator[Decoded]:
+        return (decoded for piece in pieces for chunk in decode_piece(piece, decoder) for decoded in chunk)
 
     def open_teacher() -> HostedReplica:
         return HostedReplica(builder(config, "cpu"), max_batch=1, threads=threads)
 
     with answers:
-        pickle.dump(probe_teacher(open_teacher, spec, first_image), answers)
+        pickle.dump(probe_teacher(open_teacher, spec, decode), answers)
