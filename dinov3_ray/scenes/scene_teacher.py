@@ -5,13 +5,14 @@ It is made once for each user, and kept in the cache folder.
 
 from __future__ import annotations
 
-import ast
 import hashlib
 import inspect
+import io
 import json
 import os
 import sys
 import tempfile
+import tokenize
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -66,8 +67,14 @@ class SceneTeaching:
         """A name that changes with these settings, with the code that draws and teaches, and with torch."""
         digest = hashlib.sha256(json.dumps(asdict(self) | {"torch": torch.__version__}, sort_keys=True).encode())
         for module in (drawing, learning_rate, scenery, segmentation, sys.modules[__name__]):
-            digest.update(ast.unparse(ast.parse(inspect.getsource(module))).encode())  # comments decide nothing
+            digest.update(_without_comments(inspect.getsource(module)).encode())
         return digest.hexdigest()[:16]
+
+
+def _without_comments(source: str) -> str:
+    """The tokens of ``source`` that decide what it does; ``ast`` would fail where threads parse at the same time."""
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    return " ".join(token.string for token in tokens if token.type not in (tokenize.COMMENT, tokenize.NL))
 
 
 class TeachingReport(Protocol):
