@@ -24,7 +24,6 @@ from typing import IO
 
 import ray
 
-import dinov3_ray
 from dinov3_ray.errors import PoolError, PoolTimeoutError
 from dinov3_ray.machine import locks
 from dinov3_ray.pool.cluster import Runtime, connect, use_token, without_uv
@@ -122,7 +121,7 @@ def _shared_address(rank: Rank) -> str:
 def _start_keeper(folder: Path, deadline: float) -> None:
     (folder / _ADDRESS).unlink(missing_ok=True)
     environment = {name: value for name, value in os.environ.items() if not _LAUNCHERS.fullmatch(name)}
-    home = str(Path(dinov3_ray.__file__).parents[1])
+    home = str(Path(__file__).parents[2])
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, (home, environment.get("PYTHONPATH"))))
     with (folder / _LOG).open("w") as log:
         # In a session apart, so that a Ctrl-C in the terminal ends the ranks, and only then the keeper.
