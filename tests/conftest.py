@@ -33,6 +33,9 @@ pytest.register_assert_rewrite(
 # they bring.
 torch.set_num_threads(1)
 
+# Without bytecode on disk each process that the tests start would compile the package anew: half a second.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
 # Nor shall Ray's processes do more than the tests look at: workers that nobody asked for, the machine's load, new logs.
 os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
 os.environ.setdefault("REPORTER_UPDATE_INTERVAL_MS", "60000")
@@ -175,9 +178,9 @@ def _ray_of_the_tests() -> Iterator[None]:
             _temp_dir=str(folder / "ray"),
             _system_config={
                 "metrics_report_interval_ms": 3000,  # not 10,000, so that tests see metrics soon
-                # By default a process that has run a task ends a second later, as soon as Ray has four others: each
-                # task of the next test would import torch again.
-                "num_workers_soft_limit": 12,
+                # By default a process that has run a task ends a second later, as soon as Ray has four others: the
+                # next test would start it again. One that waits for longer takes more than its start does.
+                "idle_worker_killing_time_threshold_ms": 10_000,
             },
         )
         try:

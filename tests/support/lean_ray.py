@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from forked_workers import fork_workers
 from ray._private.node import Node
 from ray.cluster_utils import Cluster
 
@@ -26,6 +27,7 @@ def start_lean_rays() -> None:
     for name in ("start_log_monitor", "start_monitor"):
         setattr(Node, name, lambda self: None)
     Node.start_api_server = _without_api_server  # type: ignore[method-assign]
+    fork_workers()
 
 
 def _without_api_server(self: Any, **_: object) -> None:

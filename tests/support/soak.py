@@ -23,6 +23,7 @@ from pathlib import Path
 import ray
 import torch
 from torch import Tensor
+from waiting import until
 
 from dinov3_ray import Features, FeatureSpec, RemoteTeacher, TeacherPool
 from dinov3_ray.pool.cluster import NAMESPACE, controller_name
@@ -107,6 +108,7 @@ def soak(
                     ray.kill(ray.get_actor(controller_name(POOL), namespace=NAMESPACE), no_restart=False)
                     controller_kills += 1
                 if tick == 5:
+                    until(lambda: outs[-1].exists() and outs[-1].stat().st_size, "the last client has an answer")
                     processes[-1].kill()
             failed = [process.args for process in processes[:-1] if process.wait() != 0]
             assert not failed, failed
