@@ -17,7 +17,6 @@ from dinov3_ray.errors import ConfigError, StoreError
 __all__ = ["huggingface_dataset"]
 
 _RELEASE = (4, 3)  # the first whose from_generator takes a fingerprint
-_WRITTEN_BYTES = 2**25
 
 
 def huggingface_dataset(

@@ -30,9 +30,9 @@ class GradientShare(nn.Module):
     The distillation gets an alias of the tapped tensor (:meth:`watch`), whose gradient is its own; what reaches the
     tensor beyond that is the task's. Factors on the whole loss (GradScaler, accumulation) cancel. A step counts if both
     norms are finite and more than 0: steps without distillation, without a task, or with an overflow change nothing; if
-    the two have backward passes of their own, the task's must be the first. In
-    a process group, norms are summed over all ranks at the end of each backward pass, so that all have the same
-    weight; all ranks must then have the distillation in the same steps. It warns once if none of 20 batches counted.
+    the two have backward passes of their own, the task's must be the first. In a process group, norms are summed over
+    all ranks at the end of each backward pass, so that all have the same weight; all ranks must then have the
+    distillation in the same steps. It warns once if none of 20 batches counted.
 
     What counts twice: each pass that brings the task's gradient to a tapped tensor before the distillation's pass ends
     counts as a part of its own, and the squares of the parts are added. So ``autograd.grad(task, retain_graph=True)``
