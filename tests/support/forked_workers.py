@@ -1,4 +1,4 @@
-"""Ray's workers, forked from a process that has imported torch: one starts in a third of the CPU time.
+"""Ray's workers, forked from a process that has imported torch: each does without that import.
 
 Ray starts a worker as ``python SETUP WORKER ARGUMENTS``; :func:`fork_workers` makes this file the SETUP of each Ray
 that this process starts. As such it hands its arguments, environment, folder and streams to a server, and ends; the
