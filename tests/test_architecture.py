@@ -62,6 +62,27 @@ FLOORS = {
         ["extraction", "stored"],
         ["exports"],
     ],
+    "config": [
+        ["architecture", "directory", "filetype", "preprocessing"],
+        ["layouts", "license", "variants"],
+        ["timm", "weights"],
+        ["files", "hub"],
+        ["config"],
+        ["transformers_model"],
+    ],
+    "training": [
+        ["boxes", "learning"],
+        ["losses", "taps"],
+        ["distiller", "layer_search", "recipe_term"],
+        ["recipes"],
+        ["prefetch"],
+    ],
+    "bench": [
+        ["cost", "own_ray", "printout", "rates", "simulated", "teacher_modes"],
+        ["proof", "round_trip", "routing", "scaling", "teacher_speed", "throughput", "training_steps"],
+        ["dataset"],
+        ["gpu"],
+    ],
 }
 
 # What only one folder imports.
@@ -167,6 +188,28 @@ def test_each_room_of_a_folder_stands_on_one_floor(folder: str) -> None:
     # A file or folder that another one imports, and that imports it in turn, would stand below and above it.
     rooms = rooms_of(folder)
     assert len(list(TopologicalSorter(rooms).static_order())) >= len(rooms)  # raises CycleError, which names the circle
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if name])
+def test_a_file_does_not_import_the_folder_that_it_is_in(name: str) -> None:
+    # An __init__.py hands out what its files have; a file that imports it imports itself. The version is the root's.
+    around = {name[:index] for index, letter in enumerate(name) if letter == "."}
+    assert not around & own_imports(name)
+    of_the_root = [node for node in statements(MODULES[name]) if getattr(node, "module", None) == "dinov3_ray"]
+    assert {alias.name for node in of_the_root for alias in node.names} <= {*MODULES, "__version__"}
+
+
+def test_folders_with_folders_in_them_state_their_floors() -> None:
+    assert {name.rpartition(".")[0] for name in FOLDERS if name} == set(FLOORS)
+
+
+def test_the_tests_stand_in_the_folders_of_what_they_test() -> None:
+    tested = {path.parent for path in TESTS.rglob("test_*.py")}
+    tested = {folder.parent if folder.name == "with_ray" else folder for folder in tested}
+    tested = {folder.relative_to(TESTS) for folder in tested} - {Path("deploy"), Path("support")}
+    folders = {MODULES[name].parent.relative_to(PACKAGE) for name in FOLDERS}
+    assert tested <= folders
+    assert {path.parts[:1] for path in folders} == {path.parts[:1] for path in tested}
 
 
 @pytest.mark.parametrize("package", ONLY_IN)

@@ -12,7 +12,7 @@ import ray
 import torch
 from rich.table import Table
 
-from dinov3_ray.bench import describe_machine, new_table
+from dinov3_ray.bench.printout import describe_machine, new_table
 from dinov3_ray.bench.simulated import SPEC, Accelerator, Work, simulated_pool
 from dinov3_ray.features import FeatureSpec
 

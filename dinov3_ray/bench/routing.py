@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.table import Table
 
-from dinov3_ray.bench import describe_machine, new_table
+from dinov3_ray.bench.printout import describe_machine, new_table
 from dinov3_ray.pool.client.balancer import KnownReplica
 from dinov3_ray.pool.client.routing_table import Limits, RoutingTable
 

@@ -19,8 +19,8 @@ import ray
 import torch
 from rich.table import Table
 
-from dinov3_ray.bench import describe_machine, new_table
 from dinov3_ray.bench.cost import COPIES, Costs, Line, Spent, Workload
+from dinov3_ray.bench.printout import describe_machine, new_table
 from dinov3_ray.bench.simulated import Work, simulated_pool
 from dinov3_ray.features import FeatureSpec
 from dinov3_ray.machine.cpus import usable_cpus

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from dinov3_ray.bench import describe_machine, new_table
-from dinov3_ray.bench.machine import copy_rates, free_memory, matmul_rate, seconds_of
+from dinov3_ray.bench.printout import describe_machine, new_table
+from dinov3_ray.bench.rates import copy_rates, free_memory, matmul_rate, seconds_of
 from dinov3_ray.bench.teacher_modes import TeacherMode, TeacherWork, through_pipeline
 from dinov3_ray.config.architecture import Architecture, ConvNextArchitecture
 from dinov3_ray.config.preprocessing import Size

@@ -16,7 +16,7 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from dinov3_ray.bench import describe_machine, new_table
+from dinov3_ray.bench.printout import describe_machine, new_table
 from dinov3_ray.bench.simulated import SPEC, Accelerator, Work, simulated_pool
 from dinov3_ray.features import Features, FeatureSpec
 from dinov3_ray.pool.client.remote import RemoteTeacher

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import click
 
-from dinov3_ray.bench import describe_machine
 from dinov3_ray.bench.gpu.budget import PARTS, TOTAL_SECONDS, wanted_parts
+from dinov3_ray.bench.printout import describe_machine
 from dinov3_ray.cli.teacher_options import computing_options, model_options
 from dinov3_ray.cli.values import Command, ImageSize, InputSize, address_option
 from dinov3_ray.config.preprocessing import Size, ViewSize
@@ -92,7 +92,7 @@ def pool(replicas: int, batches: int, repeats: int, quick: bool, address: str | 
     The accelerators are simulated: they wait 40 ms per 32 images and return maps of a ViT-L/16 at 224 px. The rest to
     100% is the cost of moving and scheduling the work on this machine.
     """
-    from dinov3_ray.bench.machine import running
+    from dinov3_ray.bench.own_ray import running
     from dinov3_ray.bench.simulated import Work
     from dinov3_ray.bench.throughput import measure_throughput
 
@@ -214,7 +214,7 @@ def training(
     awaited within its step. The first batch of an epoch cannot be prefetched. The wait for it is the fill, which is
     reported by itself and as part of an epoch.
     """
-    from dinov3_ray.bench.machine import running
+    from dinov3_ray.bench.own_ray import running
     from dinov3_ray.bench.training_steps import TrainingSetting, measure_training
 
     if quick:
@@ -255,7 +255,7 @@ def dataset(
     default.
     """
     from dinov3_ray.bench.dataset.extracting import DatasetWork, measure_dataset
-    from dinov3_ray.bench.machine import running
+    from dinov3_ray.bench.own_ray import running
 
     work = DatasetWork(
         images=images, variant=variant, dtype=compute_dtype, compile=compile, attention=attention, backend=backend
@@ -287,7 +287,7 @@ def scaling(seconds: float | None, network: float, quick: bool, address: str | N
     the rate of --network: it only enters the calculation for clients on other nodes. All points take about four
     minutes; 16 client processes and 32 replicas take about 10 GiB of memory.
     """
-    from dinov3_ray.bench.machine import running
+    from dinov3_ray.bench.own_ray import running
     from dinov3_ray.bench.scaling import QUICK, ScalingPlan, measure_scaling
 
     plan = replace(QUICK if quick else ScalingPlan(), network=network * 1e9 / 8)
@@ -309,7 +309,7 @@ def transport(repeats: int, quick: bool, address: str | None, as_json: bool) -> 
     A map [32, 1024, 14, 14] is compared with plain actors that return it as a NumPy array and as a torch tensor. The
     CLS token of one image is compared with an async actor's method that does nothing.
     """
-    from dinov3_ray.bench.machine import running
+    from dinov3_ray.bench.own_ray import running
     from dinov3_ray.bench.round_trip import measure_round_trips
     from dinov3_ray.bench.simulated import Work
 
@@ -362,7 +362,7 @@ def distillation(
     a small ViT, made once and kept in the cache folder. The exit code is 1 if the lower 95% bound of the gain over
     labels alone, or over either control, is not above 0, or if maps of other images bring a gain.
     """
-    from dinov3_ray.bench.machine import running
+    from dinov3_ray.bench.own_ray import running
     from dinov3_ray.bench.proof.arms import QUICK_PROOF, ProofSettings
     from dinov3_ray.bench.proof.measuring import measure_proof
     from dinov3_ray.pictures import make_out_folder

@@ -12,7 +12,7 @@ from dinov3_ray.cli.teacher_options import model_options
 from dinov3_ray.cli.values import ImageSize, Replicas, address_option
 from dinov3_ray.errors import PoolError
 from dinov3_ray.interrupts import Interrupts
-from dinov3_ray.pool import NAMESPACE
+from dinov3_ray.pool.address import NAMESPACE
 
 if TYPE_CHECKING:
     from dinov3_ray.distillation.job import DistillSummary

@@ -11,7 +11,7 @@ import click
 
 from dinov3_ray.cli.values import Command, Replicas
 from dinov3_ray.errors import PoolNotFoundError
-from dinov3_ray.pool import NAMESPACE
+from dinov3_ray.pool.address import NAMESPACE
 
 __all__ = ["down", "pool_options", "scale", "status", "timeout_option"]
 

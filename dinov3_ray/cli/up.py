@@ -12,7 +12,7 @@ from dinov3_ray.cli.teacher_options import computing_options, model_options
 from dinov3_ray.cli.values import Pair, PoolOption, Replicas
 from dinov3_ray.config import Backend, CompileChoice, ComputeDtype, open_config
 from dinov3_ray.config.preprocessing import Size, ViewSize
-from dinov3_ray.pool import NAMESPACE
+from dinov3_ray.pool.address import NAMESPACE
 from dinov3_ray.pool.spec import Batching
 
 __all__ = ["reload", "up"]

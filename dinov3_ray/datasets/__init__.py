@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from dinov3_ray.datasets.exports.export import export
     from dinov3_ray.datasets.extraction.extract import extract
     from dinov3_ray.datasets.extraction.resources import Resources
+    from dinov3_ray.datasets.formats import MAX_PIXELS
     from dinov3_ray.datasets.sources.open import SourceOptions
     from dinov3_ray.datasets.store.reader import FeatureStore
     from dinov3_ray.datasets.stored import StoredTeacher, TargetDataset
@@ -27,10 +28,8 @@ __all__ = [
     "extract",
 ]
 
-MAX_PIXELS = 89_478_485
-"""Pillow's own threshold (a quarter of a gigabyte of RGB): beyond it, an image is taken for a decompression bomb."""
-
 _HOMES = {
+    "MAX_PIXELS": "dinov3_ray.datasets.formats",
     "CachedTeacher": "dinov3_ray.datasets.cache",
     "FeatureStore": "dinov3_ray.datasets.store.reader",
     "Resources": "dinov3_ray.datasets.extraction.resources",

@@ -32,7 +32,7 @@ from dinov3_ray.errors import CheckpointError, ConfigError
 from dinov3_ray.interrupts import Interrupts
 from dinov3_ray.machine.cpus import usable_cpus
 from dinov3_ray.model.device import as_device
-from dinov3_ray.pool import NAMESPACE
+from dinov3_ray.pool.address import NAMESPACE
 from dinov3_ray.pool.client.remote import RemoteTeacher
 from dinov3_ray.pool.teacher_pool import TeacherPool
 from dinov3_ray.training import recipes

@@ -3,5 +3,5 @@ and any other vision model of transformers, as that has it.
 
 transformers has those two as well. To import its modules takes seconds of CPU time in each process that computes, since
 they bring text generation, quantizers and distributed tensors with them. Here the same operations stand in the same
-order; ``tests/teacher/test_model.py`` holds the results against those of transformers, bit for bit.
+order; ``tests/model/test_model.py`` holds the results against those of transformers, bit for bit.
 """

@@ -15,6 +15,7 @@ The folder, from what users hold down to what everything stands on::
     kv.py             facts about a pool that outlive its processes, in Ray's key-value store
     shared_ray.py     one Ray for the ranks that a launcher starts on a node
     cluster.py        connect to Ray, and notice that it was left; names of a pool's actors
+    address.py        where pools are found: the address of a Ray's head, and a namespace in that Ray
     probe.py          why a Ray cannot be joined: unreachable, token, TLS
     spec.py           PoolSpec, and the options of a pool
 
@@ -34,8 +35,3 @@ The life of a request:
 The controller takes no part in this. It sends each client the list of replicas (``PoolView``), and if it dies,
 requests go on.
 """
-
-__all__ = ["NAMESPACE"]
-
-#: The default Ray namespace of pools, whatever namespace the driver uses for itself.
-NAMESPACE = "dinov3_ray"

@@ -1,4 +1,4 @@
-"""The address of a Ray's head: read here, and nowhere else, wherever a user may write one."""
+"""Where pools are found: the address of a Ray's head, which is read here alone, and their namespace in that Ray."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from urllib.parse import urlsplit
 
 from dinov3_ray.errors import ConfigError
 
-__all__ = ["Address"]
+__all__ = ["NAMESPACE", "Address"]
+
+NAMESPACE = "dinov3_ray"
+"""The default Ray namespace of pools, whatever namespace the driver uses for itself."""
 
 _RAYS_PORT = 6379
 _FORM = re.compile(r"(?:\[(?P<number>[^\[\]]*)\]|(?P<host>[^:\[\]]*)):(?P<port>[0-9]+)", re.ASCII)

@@ -30,12 +30,10 @@ from dinov3_ray.errors import (
 from dinov3_ray.interrupts import wait
 from dinov3_ray.machine.cpus import usable_cpus
 from dinov3_ray.machine.ray_folder import RayFolder
-from dinov3_ray.pool import NAMESPACE
-from dinov3_ray.pool.address import Address
+from dinov3_ray.pool.address import NAMESPACE, Address
 from dinov3_ray.pool.probe import Obstacle, find_obstacle
 
 __all__ = [
-    "NAMESPACE",
     "Runtime",
     "check_name",
     "connect",

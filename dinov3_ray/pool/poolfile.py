@@ -36,7 +36,8 @@ from dinov3_ray.config.config import ModelOptions
 from dinov3_ray.config.files import PositiveInt
 from dinov3_ray.config.hub import resolve
 from dinov3_ray.errors import CheckpointError, ConfigError
-from dinov3_ray.pool.cluster import NAMESPACE, check_name
+from dinov3_ray.pool.address import NAMESPACE
+from dinov3_ray.pool.cluster import check_name
 from dinov3_ray.pool.spec import Placement, PoolOptions, PoolSpec, ReplicaResources, parse_replicas
 from dinov3_ray.validation import CheckedModel, check, from_list, rule
 

@@ -18,8 +18,9 @@ from dinov3_ray.checkpoint import verify
 from dinov3_ray.config import ModelConfig
 from dinov3_ray.errors import ConfigError, PoolClosedError, PoolError, PoolExistsError, PoolNotFoundError
 from dinov3_ray.model.device import as_device
+from dinov3_ray.pool.address import NAMESPACE
 from dinov3_ray.pool.client.remote import RemoteTeacher
-from dinov3_ray.pool.cluster import NAMESPACE, Runtime, check_name, connect
+from dinov3_ray.pool.cluster import Runtime, check_name, connect
 from dinov3_ray.pool.control.declaration import Declaration
 from dinov3_ray.pool.control.remote_control import RayControl, wait_ready
 from dinov3_ray.pool.control.status import PoolStatus

@@ -1,4 +1,4 @@
-"""Folders of image files for the commands."""
+"""A folder of image files for the commands."""
 
 from __future__ import annotations
 
@@ -16,15 +16,3 @@ def folder(tmp_path_factory: pytest.TempPathFactory, photographs: list[Tensor]) 
         Image.fromarray(photograph.permute(1, 2, 0).numpy()).save(root / f"{index}.png")
     (root / "broken.jpg").write_bytes(b"no image")
     return root
-
-
-@pytest.fixture
-def photograph_folder(photographs: list[Tensor], tmp_path: Path) -> Path:
-    folder = tmp_path / "photographs"
-    (folder / "more").mkdir(parents=True)
-    for index, photograph in enumerate(photographs):
-        where = folder / "more" if index % 2 else folder
-        Image.fromarray(photograph.permute(1, 2, 0).numpy()).save(where / f"{index}.jpg")
-    (folder / "broken.png").write_bytes(b"no image")
-    (folder / "notes.txt").write_text("not looked at")
-    return folder

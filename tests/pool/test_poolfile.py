@@ -10,7 +10,7 @@ from hub_server import serving_hub, use_hub
 
 from dinov3_ray import DinoV3Config
 from dinov3_ray.errors import ConfigError
-from dinov3_ray.pool.cluster import NAMESPACE
+from dinov3_ray.pool.address import NAMESPACE
 from dinov3_ray.pool.poolfile import Change, PoolFile, changes_between
 from dinov3_ray.pool.spec import PoolOptions, PoolSpec
 

@@ -26,7 +26,8 @@ from torch import Tensor
 from waiting import until
 
 from dinov3_ray import Features, FeatureSpec, RemoteTeacher, TeacherPool
-from dinov3_ray.pool.cluster import NAMESPACE, controller_name
+from dinov3_ray.pool.address import NAMESPACE
+from dinov3_ray.pool.cluster import controller_name
 from dinov3_ray.testing import FakeTeacher
 
 SPEC = FeatureSpec(cls=True, feature_map=True, layers=(1,))

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 from rich.table import Table
 
-from dinov3_ray.bench import new_table
+from dinov3_ray.bench.printout import new_table
 from dinov3_ray.datasets.decode import Decoder
 
 __all__ = ["LARGE", "DecodeRate", "decoding_table", "measure_decoding"]

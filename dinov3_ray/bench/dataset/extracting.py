@@ -24,7 +24,6 @@ import torch.nn.functional as F
 from PIL import Image
 from rich.table import Table
 
-from dinov3_ray.bench import describe_machine, new_table
 from dinov3_ray.bench.dataset.decoding import LARGE, DecodeRate, decoding_table, measure_decoding
 from dinov3_ray.bench.dataset.reading import (
     PeerRead,
@@ -34,6 +33,7 @@ from dinov3_ray.bench.dataset.reading import (
     peers_table,
     reading_table,
 )
+from dinov3_ray.bench.printout import describe_machine, new_table
 from dinov3_ray.bench.throughput import quiet_data
 from dinov3_ray.checkpoint import init_checkpoint
 from dinov3_ray.config import Backend, CompileChoice, ComputeDtype, DinoV3Config

@@ -21,7 +21,7 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
-from dinov3_ray.bench import new_table
+from dinov3_ray.bench.printout import new_table
 from dinov3_ray.datasets import FeatureStore, export
 from dinov3_ray.datasets.folder import PARTS, Folder
 from dinov3_ray.datasets.store.schema import FORMAT, Row, decode_columns, encode_columns, spec_to_json

@@ -12,7 +12,7 @@ from PIL import Image
 from dinov3_ray.bench.dataset.extracting import bare_loop, timed_extract, write_photographs
 from dinov3_ray.bench.gpu.acceptance import BASE
 from dinov3_ray.bench.gpu.setting import Reporter, Workbench
-from dinov3_ray.bench.machine import free_memory, seconds_of
+from dinov3_ray.bench.rates import free_memory, seconds_of
 from dinov3_ray.bench.teacher_modes import TEACHER_SPEC, TeacherWork, load_ours, through_pipeline
 from dinov3_ray.bench.throughput import prefetch_all
 from dinov3_ray.features import FeatureSpec

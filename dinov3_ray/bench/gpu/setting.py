@@ -12,7 +12,7 @@ from typing import Any, Self
 
 import torch
 
-from dinov3_ray.bench.machine import running
+from dinov3_ray.bench.own_ray import running
 from dinov3_ray.checkpoint import init_checkpoint
 from dinov3_ray.config import DinoV3Config
 from dinov3_ray.model.device import as_device

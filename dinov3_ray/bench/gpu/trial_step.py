@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dinov3_ray.bench.gpu.setting import Reporter, Workbench
-from dinov3_ray.bench.machine import free_memory, wait_for_device
+from dinov3_ray.bench.rates import free_memory, wait_for_device
 from dinov3_ray.bench.training_steps import LoopPass, StepLoops
 from dinov3_ray.features import Features, FeatureSpec
 from dinov3_ray.model import DinoV3Teacher

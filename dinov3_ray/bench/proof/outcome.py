@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from rich.table import Table
 from torch import Tensor
 
-from dinov3_ray.bench import describe_machine, new_table
+from dinov3_ray.bench.printout import describe_machine, new_table
 from dinov3_ray.bench.proof.arms import ARMS, ProofSettings, TeacherName
 from dinov3_ray.bench.proof.paired import Bounds, paired_bounds
 from dinov3_ray.pictures import save_grid

@@ -9,7 +9,7 @@ it has heard of ten, and two random ones are nearly always two that it knows not
 They are two for a client with nothing in flight, and one more for each request that it has, up to eight: a training
 loop's first batches then go to as many replicas, and the second one does not wait behind the first.
 
-What failed, in the simulation (tests/pool/test_simulation.py: replicas whose speeds differ by 10, 80% load). The
+What failed, in the simulation (tests/pool/client/test_simulation.py: replicas whose speeds differ by 10, 80% load). The
 figures are mean latencies; a random choice has 114 ms with 1,000 replicas and 10,000 clients of 6 requests each, 270 ms
 with 100 replicas and 64 clients.
 

@@ -16,11 +16,11 @@ from dinov3_ray.config.preprocessing import Preprocessing, Size, ViewSize
 from dinov3_ray.errors import ForkedProcessError, InputError, PoolClosedError, SpecError
 from dinov3_ray.features import Features, FeatureSpec
 from dinov3_ray.images import ImageBatch, Images
-from dinov3_ray.pool.address import Address
+from dinov3_ray.pool.address import NAMESPACE, Address
 from dinov3_ray.pool.client.request import Handle
 from dinov3_ray.pool.client.router import Router
 from dinov3_ray.pool.client.routing_table import Limits, RoutingStatistics
-from dinov3_ray.pool.cluster import NAMESPACE, check_name
+from dinov3_ray.pool.cluster import check_name
 from dinov3_ray.pool.local import open_transport
 from dinov3_ray.pool.messages import PoolView, TeacherInfo
 from dinov3_ray.teacher import TeacherMixin, least_side

@@ -22,7 +22,8 @@ from commandline import run_command as run
 
 from dinov3_ray import FeatureSpec, RemoteTeacher, TeacherPool
 from dinov3_ray.checkpoint import init_checkpoint
-from dinov3_ray.pool.cluster import NAMESPACE, controller_name, list_actors, list_pools
+from dinov3_ray.pool.address import NAMESPACE
+from dinov3_ray.pool.cluster import controller_name, list_actors, list_pools
 from dinov3_ray.testing import FakeTeacher
 
 NAME = "by-command"

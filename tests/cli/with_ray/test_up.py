@@ -12,7 +12,8 @@ from commandline import run_command
 from ray import cloudpickle
 
 from dinov3_ray import TeacherPool
-from dinov3_ray.pool.cluster import NAMESPACE, find_controller, list_actors, list_pools
+from dinov3_ray.pool.address import NAMESPACE
+from dinov3_ray.pool.cluster import find_controller, list_actors, list_pools
 from dinov3_ray.pool.control.declaration import Declaration
 
 NAME = "declared"

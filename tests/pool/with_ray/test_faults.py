@@ -43,8 +43,9 @@ from dinov3_ray.errors import (
     PoolTimeoutError,
     ReplicaError,
 )
+from dinov3_ray.pool.address import NAMESPACE
 from dinov3_ray.pool.client.request import Handle
-from dinov3_ray.pool.cluster import NAMESPACE, controller_name
+from dinov3_ray.pool.cluster import controller_name
 from dinov3_ray.testing import FakeTeacher
 
 SPEC = FeatureSpec(cls=True, feature_map=True)

@@ -18,7 +18,8 @@ from waiting import until
 
 from dinov3_ray import FeatureSpec, RemoteTeacher, TeacherPool
 from dinov3_ray.errors import ConfigError, PoolClosedError
-from dinov3_ray.pool.cluster import NAMESPACE, controller_name, list_actors
+from dinov3_ray.pool.address import NAMESPACE
+from dinov3_ray.pool.cluster import controller_name, list_actors
 from dinov3_ray.testing import FakeTeacher
 
 IMAGES = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from paths import TESTS
 
 from dinov3_ray.bench.gpu.acceptance import BASE, judge
 from dinov3_ray.bench.gpu.budget import PARTS, TOTAL_SECONDS, share_of, wanted_parts
@@ -190,5 +191,5 @@ def test_the_pipeline_is_driven_with_stacked_and_ragged_batches(tiny_checkpoint:
 
 
 def test_the_tests_that_need_a_gpu_are_found() -> None:
-    found = files_with_marked_tests(Path(__file__).parents[1])
+    found = files_with_marked_tests(TESTS)
     assert {path.name for path in found} > {"test_device_pipeline.py", "test_float8.py", "test_pipeline.py"}

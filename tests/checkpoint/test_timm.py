@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from commandline import run_command as run
+from paths import SUPPORT
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -20,7 +21,7 @@ from dinov3_ray.config.license import stated_license
 from dinov3_ray.config.variants import STATISTICS
 from dinov3_ray.errors import CheckpointError, ConfigError
 
-RECORDED = Path(__file__).parent.parent / "support" / "timm_models"
+RECORDED = SUPPORT / "timm_models"
 SMALL_PLUS = "vit_small_plus_patch16_dinov3.lvd1689m"
 SATELLITE = "vit_large_patch16_dinov3_qkvb.sat493m"
 CONVNEXT = "convnext_tiny.dinov3_lvd1689m"

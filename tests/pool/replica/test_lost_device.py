@@ -156,7 +156,7 @@ for number in range(3):
 
 
 def test_a_real_process_ends() -> None:
-    folders = [path for path in sys.path if path.endswith(("tests/pool", "tests/support"))]
+    folders = [path for path in sys.path if path.endswith(("tests/pool/replica", "tests/support"))]
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, *folders], capture_output=True, text=True, timeout=120, check=False
     )

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from paths import SUPPORT
 from share_ranks import STEPS, Student, batch_of
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -407,7 +408,7 @@ def test_a_resumed_training_goes_on_exactly() -> None:
 
 
 def test_all_ranks_have_the_weight_of_the_sum_of_their_gradients(tmp_path: Path) -> None:
-    script = Path(__file__).parents[1] / "support" / "share_ranks.py"
+    script = SUPPORT / "share_ranks.py"
     file = tmp_path / "ranks"
     threads = {**os.environ, "OMP_NUM_THREADS": "1"}
     started = [
