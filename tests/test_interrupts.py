@@ -66,6 +66,7 @@ finally:
     assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "goodbye\n")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("timeout", [0.0, -1.0, 0.3, 0.5, 1.2])
 def test_it_gives_up_after_the_timeout(timeout: float) -> None:
     asked: list[float] = []
@@ -82,6 +83,7 @@ def test_it_gives_up_after_the_timeout(timeout: float) -> None:
     assert sum(asked) <= max(timeout, 0) + 1e-6, "it asks for no more than is left"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("timeout", [None, 60.0])
 def test_it_ends_when_what_it_waits_for_comes(timeout: float | None) -> None:
     event = threading.Event()

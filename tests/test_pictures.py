@@ -76,6 +76,7 @@ def test_what_is_no_map_is_refused() -> None:
         PcaBasis.fit(torch.ones(24, 3))
 
 
+@pytest.mark.slow
 def test_a_grid_is_saved_with_its_panels(tmp_path: Path, photographs: list[Tensor]) -> None:
     photograph = photographs[0].permute(1, 2, 0).numpy()
     red, blue = np.zeros((4, 4, 3), np.uint8), np.zeros((4, 4, 3), np.uint8)

@@ -68,6 +68,7 @@ def case(request: pytest.FixtureRequest, hot_checkpoint: Path) -> Case:
             return Own(float("-inf")), CLS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_checkpoint_is_right_in_wider_dtypes(hot_checkpoint: Path, dtype: ComputeDtype) -> None:
     features = DinoV3Teacher(DinoV3Config(hot_checkpoint, dtype=dtype)).extract(IMAGES, CLS)
@@ -84,6 +85,7 @@ def test_a_local_teacher_refuses_and_names_the_remedy(hot_checkpoint: Path, ask:
             getattr(teacher, ask)(*arguments)
 
 
+@pytest.mark.slow
 def test_damaged_memory_shows(hot_checkpoint: Path) -> None:
     teacher = DinoV3Teacher(DinoV3Config(hot_checkpoint, dtype="bfloat16"))
     teacher.model.norm.bias.data[3] = float("nan")
@@ -91,6 +93,7 @@ def test_damaged_memory_shows(hot_checkpoint: Path) -> None:
         teacher.extract(IMAGES, CLS)
 
 
+@pytest.mark.slow
 def test_prefetch_refuses(case: Case) -> None:
     teacher, spec = case
     with pytest.raises(NumericsError, match="has values that are not finite"):
@@ -99,6 +102,7 @@ def test_prefetch_refuses(case: Case) -> None:
         next(iter(prefetch({"right": FakeTeacher(), "wrong": teacher}, [IMAGES] * 3, spec)))
 
 
+@pytest.mark.slow
 def test_a_cache_refuses_and_keeps_nothing(case: Case, tmp_path: Path) -> None:
     teacher, spec = case
     with CachedTeacher(teacher, tmp_path, 2**24) as cached:

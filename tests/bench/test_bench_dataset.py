@@ -19,6 +19,7 @@ def shown(peers: list[PeerRead]) -> str:
     return text.getvalue()
 
 
+@pytest.mark.slow
 def test_tools_that_are_not_installed_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("lance", "datasets"):
         monkeypatch.setitem(sys.modules, name, None)

@@ -133,6 +133,7 @@ def test_a_proof_is_one_only_if_the_teacher_wins_and_no_control_does() -> None:
     assert passing == dict.fromkeys(ARMS, False) | {"trained": True}, "what a random teacher brings too is no gain"
 
 
+@pytest.mark.slow
 def test_the_smallest_proof_runs_from_end_to_end(tmp_path: Path) -> None:
     lines: list[str] = []
     (tmp_path / "work").mkdir()
@@ -162,6 +163,7 @@ def test_the_smallest_proof_runs_from_end_to_end(tmp_path: Path) -> None:
     assert all(arm.title in capture.get() for arm in ARMS.values())
 
 
+@pytest.mark.slow
 def test_an_interrupt_ends_the_arms_that_train(tmp_path: Path) -> None:
     many = replace(SMALLEST, steps=100_000)
 

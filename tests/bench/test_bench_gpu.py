@@ -127,6 +127,7 @@ def test_a_part_that_fails_gets_the_next_one_a_new_worker(journal: Journal) -> N
     assert failed.endswith("| OutOfMemoryError: 3 GiB |")
 
 
+@pytest.mark.slow
 def test_a_worker_that_hangs_is_stopped(journal: Journal, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dinov3_ray.bench.gpu.budget._PATIENCE", 0.3)
     monkeypatch.setattr("dinov3_ray.bench.gpu.supervisor._CLOSE_SECONDS", 0.1)
@@ -186,6 +187,7 @@ def test_tests_are_counted_and_named() -> None:
     assert unhappy == ["test_c: assert 1 == 2", "test_d: ImportError: no skimage"]
 
 
+@pytest.mark.slow
 def test_the_pipeline_is_driven_with_stacked_and_ragged_batches(tiny_checkpoint: Path) -> None:
     assert drive(str(tiny_checkpoint), "cpu", batches=2) == 4
 

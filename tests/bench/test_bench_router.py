@@ -18,6 +18,7 @@ def test_every_pool_is_measured() -> None:
     assert all(0 < row["choice"] < row["whole"] for row in decisions)
 
 
+@pytest.mark.slow
 def test_it_imports_neither_torch_nor_ray() -> None:
     program = "import sys\nimport dinov3_ray.cli.bench, dinov3_ray.bench.routing\n"
     program += "print(sorted({'torch', 'ray', 'numpy'} & set(sys.modules)))"

@@ -35,6 +35,7 @@ def fast_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(teacher_modes, "choose_dtype", lambda *_: (torch.bfloat16, "in hardware"))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fast_bfloat16")
 def test_quick_run(tiny_checkpoint: Path) -> None:
     options = ["--root", str(tiny_checkpoint), "--image-size", "32", "--batch", "2", "--quick"]
@@ -50,6 +51,7 @@ def test_quick_run(tiny_checkpoint: Path) -> None:
     assert report["copies"] is None
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fast_bfloat16")
 def test_a_run_at_the_size_of_the_images(tiny_checkpoint: Path) -> None:
     options = ["--root", str(tiny_checkpoint), "--image-size", "input/2", "--view", "64x100", "--batch", "2", "--quick"]
@@ -59,6 +61,7 @@ def test_a_run_at_the_size_of_the_images(tiny_checkpoint: Path) -> None:
     assert all(row["cosine"] > 0.9999 for row in report["rows"][1:])
 
 
+@pytest.mark.slow
 def test_bfloat16_that_torch_emulates_is_left_out_with_the_reason(
     tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -73,6 +76,7 @@ def test_bfloat16_that_torch_emulates_is_left_out_with_the_reason(
     assert {row["dtype"] for row in report["rows"] if not row["missing"]} == {"float32"}, "by OpenVINO, too"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fast_bfloat16")
 @pytest.mark.parametrize(
     ("size", "view"), [((32, 48), None), ("input", (45, 50)), ("input/2", (64, 100))], ids=["fixed", "input", "input/2"]

@@ -77,6 +77,7 @@ def output(model: torch.nn.Module, pixels: Tensor) -> Tensor:
 
 
 class TestVariants:
+    @pytest.mark.slow
     @pytest.mark.parametrize("variant", VARIANTS)
     def test_tensors_are_those_of_the_transformers_model(self, variant: str) -> None:
         architecture = VARIANTS[variant]

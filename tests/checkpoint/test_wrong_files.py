@@ -341,6 +341,7 @@ class TestFolders:
         assert refusal(snapshot.parent.parent).endswith("it has no snapshots: download it again")
 
     @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+    @pytest.mark.slow
     def test_a_distributed_checkpoint(self, weights: dict[str, Tensor], official: Path, tmp_path: Path) -> None:
         folder = tmp_path / "lvd1689m"
         state = {"teacher": {f"backbone.{name}": tensor for name, tensor in weights.items()}}

@@ -16,6 +16,7 @@ from dinov3_ray.checkpoint import fingerprint, verify
 from dinov3_ray.cli import COMMANDS
 
 
+@pytest.mark.slow
 def test_help_is_light() -> None:
     """What no `--help` imports, of any command, in a separate process."""
     program = """

@@ -15,6 +15,7 @@ from dinov3_ray.datasets.extraction.run import Extraction
 from dinov3_ray.features import FeatureSpec
 
 
+@pytest.mark.slow
 def test_show_pictures_an_image_by_a_model(folder: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
     picture = tmp_path / "x.png"
     result = run(

@@ -64,6 +64,7 @@ def test_checkpoint(hub: HubServer, tiny_checkpoint: Path) -> None:
     assert (broken.exit_code, "must hold model.safetensors" in broken.output) == (1, True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -90,6 +91,7 @@ def test_a_revision_without_a_root(hub: HubServer) -> None:
     assert hub.requests == []
 
 
+@pytest.mark.slow
 def test_doctor(hub: HubServer) -> None:
     done = run("doctor", "--json", "--root", TINY, "--revision", "v9", RAY_ADDRESS=None)
     (finding,) = [found for line in done.stdout.splitlines() if (found := json.loads(line))["subject"] == "model"]

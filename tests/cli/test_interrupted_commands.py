@@ -10,6 +10,7 @@ import sys
 import pytest
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_the_exit_status_tells_the_signal(number: int) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:  # takes connections, and never answers

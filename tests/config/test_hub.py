@@ -342,6 +342,7 @@ def test_what_is_not_a_hub(home: Path, server: HubServer, monkeypatch: pytest.Mo
             DinoV3Config(TINY)
 
 
+@pytest.mark.slow
 def test_a_connection_that_is_cut_is_taken_up_again(home: Path, server: HubServer, tiny: Repository) -> None:
     server.fault = Fault("/stored/", cut_after=100_000, times=1)
     verify(DinoV3Config(TINY), values=True)
@@ -353,7 +354,7 @@ def test_a_slow_download_is_in_the_log(
 ) -> None:
     monkeypatch.setattr(downloads, "_EVERY", 0.02)
     config = DinoV3Config(TINY)
-    server.fault = Fault("/stored/", delay=0.5)
+    server.fault = Fault("/stored/", delay=0.2)
     assert arrived_bytes() is None
     with caplog.at_level(logging.WARNING, "dinov3_ray"), ThreadPoolExecutor(1) as thread:
         downloading = thread.submit(verify, config)
@@ -364,9 +365,7 @@ def test_a_slow_download_is_in_the_log(
 
 
 @pytest.mark.slow
-def test_a_download_that_never_ends_well(
-    home: Path, server: HubServer, tiny: Repository, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_lost_download(home: Path, server: HubServer, tiny: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(repository, "_PAUSES", ())
     config = DinoV3Config(TINY)
     server.fault = Fault("/stored/", cut_after=1000)
@@ -410,6 +409,7 @@ def test_a_dangling_link_is_downloaded_again(home: Path, server: HubServer, tiny
     verify(config, values=True)
 
 
+@pytest.mark.slow
 def test_no_room(home: Path, server: HubServer, tiny: Repository) -> None:
     program = """
 import resource, sys
@@ -486,6 +486,7 @@ def test_a_cache_of_a_data_set(tmp_path: Path) -> None:
         DinoV3Config(tmp_path / "datasets--facebook--sa-1b")
 
 
+@pytest.mark.slow
 def test_another_model_of_transformers_is_found_by_its_id(home: Path, server: HubServer, tmp_path: Path) -> None:
     root = write_transformers(tmp_path / "model", *KINDS["siglip2"])
     repository = server.add("google/siglip2-tiny", {path.name: path for path in root.iterdir()})

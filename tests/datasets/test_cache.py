@@ -58,6 +58,7 @@ def test_a_second_epoch_makes_no_forward_pass_and_gives_the_same_bits(
         assert now.read_seconds > 0
 
 
+@pytest.mark.slow
 def test_the_same_weights_in_another_dtype_are_another_teacher(tiny_checkpoint: Path, tmp_path: Path) -> None:
     """Their fingerprint is one; what they compute is not."""
     images = views(2, size=224)
@@ -149,6 +150,7 @@ def test_results_are_the_callers_own(tmp_path: Path) -> None:
             cached.flush()
 
 
+@pytest.mark.slow
 def test_least_recently_used_leave_first_and_the_bound_holds(tmp_path: Path) -> None:
     spec = FeatureSpec(feature_map=True)
     teacher = FakeTeacher(hidden_size=1024)  # 36,864 bytes an image
@@ -319,6 +321,7 @@ def _rank(cached: CachedTeacher, start: int, results: multiprocessing.Queue[obje
     results.put((right, cached.statistics().trouble))
 
 
+@pytest.mark.slow
 def test_ranks_share_a_path(tmp_path: Path) -> None:
     """Forked with the cache open, and used by the parent meanwhile; the tests of killing start processes anew."""
     context = multiprocessing.get_context("fork")
@@ -350,6 +353,7 @@ def make_caches(folder: Path, together: Barrier) -> None:
         FeatureCache(folder / str(round_), 4 * MB)
 
 
+@pytest.mark.slow
 def test_many_may_make_it_at_once(tmp_path: Path) -> None:
     context = multiprocessing.get_context("fork")
     together = context.Barrier(6)

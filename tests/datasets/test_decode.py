@@ -181,6 +181,7 @@ def test_damage_has_its_reason() -> None:
     assert refused(encoded(Image.new("L", (9, 7)), "PNG"), Decoder(min_side=8)).kind == "too small"
 
 
+@pytest.mark.slow
 def test_a_decompression_bomb_is_refused_by_its_header() -> None:
     bomb = bomb_bytes()
     assert len(bomb) < 200_000
@@ -322,6 +323,7 @@ def png_with(*chunks: tuple[bytes, bytes], after: tuple[bytes, bytes] | None = N
 LONG = zlib.compress(bytes(3_000_000))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "chunk",
     [
@@ -390,6 +392,7 @@ def test_200_megapixels_take_7_bytes_each() -> None:
     assert float(bytes_each) < 7.5
 
 
+@pytest.mark.slow
 def test_shrinking_leaves_at_least_so_many_pixels() -> None:
     big = Image.fromarray(PHOTO).resize((805, 1203))
     for form in ("JPEG", "PNG", "WEBP"):

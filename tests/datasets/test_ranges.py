@@ -200,6 +200,7 @@ def reads(decoder: Decoder, data: bytes) -> object:
     return decoder.decode(data)
 
 
+@pytest.mark.slow
 def test_plugins_for_pillows_own_formats_go_along_to_other_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     Image.init()
     monkeypatch.setattr(Image, "OPEN", dict(Image.OPEN))

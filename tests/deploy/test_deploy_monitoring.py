@@ -106,6 +106,7 @@ CALM = {
 }
 
 
+@pytest.mark.slow
 def test_each_alert_fires_when_it_should_and_not_else(promtool: Callable[..., str], tmp_path: Path) -> None:
     assert FIRING.keys() == alerts().keys()
 

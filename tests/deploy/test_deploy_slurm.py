@@ -153,6 +153,7 @@ def test_a_pool_that_does_not_start_ends_the_job(slurm: dict[str, str], head: ob
     assert (tmp_path / "nodes").read_text().splitlines().count("ended") == 3
 
 
+@pytest.mark.slow
 def test_a_head_that_ends_ends_the_job_and_says_why(slurm: dict[str, str], tmp_path: Path) -> None:
     done = submit({**slurm, "PORT_IN_USE": "0"}, "pool.yaml", "train")
     assert done.returncode == 1
@@ -172,6 +173,7 @@ ADDRESSES: dict[str, tuple[str, str, str]] = {  # n0 as n2 sees it, what n0 says
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ADDRESSES)
 def test_the_head_has_an_address_that_other_nodes_reach(case: str, slurm: dict[str, str], tmp_path: Path) -> None:
     seen, own, taken = ADDRESSES[case]
@@ -196,6 +198,7 @@ def test_no_address_ends_the_job(slurm: dict[str, str], tmp_path: Path) -> None:
     assert not (tmp_path / "nodes").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", ["up", "train"])
 def test_a_preempted_job_ends_its_command_before_its_nodes(
     moment: str, slurm: dict[str, str], head: object, tmp_path: Path

@@ -42,6 +42,7 @@ def test_neighbours_vote_by_their_cosine() -> None:
     assert knn_accuracy(seen, classes, unseen, torch.tensor([1, 0])) == 1.0  # 20 neighbours of 4
 
 
+@pytest.mark.slow
 def test_the_linear_probe_is_the_regression_that_it_says() -> None:
     chance = torch.Generator().manual_seed(0)
     centres = torch.randn(3, 6, generator=chance, dtype=torch.float64)

@@ -148,6 +148,7 @@ with folder.held():
 """
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_told_and_leaves_what_was_there(tmp_path: Path) -> None:
     """On a file system in memory, in a mount namespace of its own; without such namespaces, by a limit on files."""
     program = [sys.executable, "-c", FULL, tmp_path]

@@ -67,6 +67,7 @@ def test_what_cannot_be_read_is_told_and_the_next_image_comes_in_its_place(folde
         views_of(folder)[0]
 
 
+@pytest.mark.slow
 def test_a_moments_failure_ends_the_run_in_its_own_words_and_is_not_remembered(folder: Path) -> None:
     path = folder / "2" / "image.png"
     content = path.read_bytes()

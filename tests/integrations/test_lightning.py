@@ -64,6 +64,7 @@ class Distilling(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=1e-3)
 
 
+@pytest.mark.slow
 def test_a_recipes_distiller_is_tapped_and_kept_with_the_module(tmp_path: Path) -> None:
     student = Distilling()
     before = student.distill.terms.losses[0].projector.weight.clone()

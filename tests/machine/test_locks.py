@@ -76,6 +76,7 @@ def test_two_runs_in_one_process_exclude_each_other(tmp_path: Path) -> None:
         assert check_locks(tmp_path).verdict is Severity.FINE
 
 
+@pytest.mark.slow
 def test_a_system_without_them_is_named_where_they_are_needed() -> None:
     """As on Windows: no fcntl, no resource, no forks. What needs none of them is imported there."""
     program = """

@@ -116,6 +116,7 @@ def test_other_names_are_those_of_transformers(tiny_checkpoint: Path) -> None:
         DinoV3Teacher(replace(config, attention="no-such"))
 
 
+@pytest.mark.slow
 def test_a_teacher_and_a_student_in_two_threads_choose_for_themselves(tiny_checkpoint: Path, hopper: FakeCuda) -> None:
     teacher = DinoV3Teacher(DinoV3Config(tiny_checkpoint, dtype="bfloat16", image_size=64), "cuda:0")
     before = flags()

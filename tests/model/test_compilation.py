@@ -66,6 +66,7 @@ def test_auto_is_the_default_and_leaves_models_whose_input_varies_in_size(tmp_pa
     assert DinoV3Config(root, compile=True).compile_mode("cuda") == "default"
 
 
+@pytest.mark.slow
 def test_all_code_is_there_before_the_first_result(tiny_checkpoint: Path, auto_on_cpu: None, backend: Backend) -> None:
     config = DinoV3Config(tiny_checkpoint, dtype="float32", image_size=64)
     teacher = DinoV3Teacher(config)
@@ -77,6 +78,7 @@ def test_all_code_is_there_before_the_first_result(tiny_checkpoint: Path, auto_o
     assert torch.equal(cls, plain_bits(config))  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_a_default_device_does_not_matter(
     tiny_checkpoint: Path, auto_on_cpu: None, backend: Backend, when: str
@@ -90,12 +92,14 @@ def test_a_default_device_does_not_matter(
     assert torch.equal(cls, plain_bits(config))  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_autocast_of_the_caller_needs_no_other_code(tiny_checkpoint: Path, auto_on_cpu: None, backend: Backend) -> None:
     teacher = DinoV3Teacher(DinoV3Config(tiny_checkpoint, dtype="float32", image_size=64))
     with torch.compiler.set_stance("fail_on_recompile"), torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
         teacher.extract(IMAGES, CLS)
 
 
+@pytest.mark.slow
 def test_too_little_memory_is_not_taken_for_a_missing_compiler(
     tiny_checkpoint: Path, auto_on_cpu: None, backend: Backend
 ) -> None:
@@ -104,6 +108,7 @@ def test_too_little_memory_is_not_taken_for_a_missing_compiler(
         DinoV3Teacher(DinoV3Config(tiny_checkpoint, dtype="float32", image_size=64))
 
 
+@pytest.mark.slow
 def test_code_does_not_depend_on_what_was_compiled_before(
     tiny_checkpoint: Path, auto_on_cpu: None, backend: Backend
 ) -> None:
@@ -120,6 +125,7 @@ def test_a_process_has_room_for_several_convnexts(tmp_path: Path, auto_on_cpu: N
         assert backend.graphs == 8 * number
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fails_at", [1, 2])
 def test_a_compile_that_fails_leaves_the_model_plain(
     tiny_checkpoint: Path, auto_on_cpu: None, backend: Backend, caplog: pytest.LogCaptureFixture, fails_at: int
@@ -138,6 +144,7 @@ def test_a_compile_that_fails_leaves_the_model_plain(
     assert "DinoV3Config(compile=False)" in warning
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compile", [True, "default"])
 def test_one_that_was_asked_for_is_an_error(tiny_checkpoint: Path, backend: Backend, compile: Any) -> None:
     backend.fails_at = 1
@@ -148,6 +155,7 @@ def test_one_that_was_asked_for_is_an_error(tiny_checkpoint: Path, backend: Back
         DinoV3Teacher(config)
 
 
+@pytest.mark.slow
 def test_a_moved_teacher_follows_its_device(tiny_checkpoint: Path) -> None:
     teacher = DinoV3Teacher(DinoV3Config(tiny_checkpoint, dtype="bfloat16", image_size=64))
     assert not teacher.compiled

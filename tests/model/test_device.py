@@ -31,6 +31,7 @@ def test_a_thread_is_settled_on_cuda_devices_only(device: object) -> None:
     settle_thread(device)  # there is no CUDA here to ask
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("capability", "name", "dtype"),
     [

@@ -78,6 +78,7 @@ def test_sums_are_the_fast_ones(monkeypatch: pytest.MonkeyPatch) -> None:
 REFUSAL = "Rowwise scaling is not currently supported on your device"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("capability", "error"), [((8, 9), RuntimeError(REFUSAL)), ((12, 0), ValueError(REFUSAL))], ids=["Ada", "Blackwell"]
 )
@@ -119,6 +120,7 @@ def test_a_teacher_is_asked_again_where_it_is_moved(tiny_checkpoint: Path, monke
         teacher.to("cuda:1")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("compile", "device", "warns"), [(False, "cuda:1", 1), ("auto", "cuda:1", 0), (False, "cpu", 0)]
 )

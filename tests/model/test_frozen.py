@@ -147,6 +147,7 @@ def test_copies_and_pickles_of_a_student_have_the_same_teacher_without_its_weigh
         assert all(torch.equal(a, b) for a, b in zip(bits(other.teacher), before, strict=True))
 
 
+@pytest.mark.slow
 def test_a_copy_computes_in_the_dtype_that_auto_chose(tiny_checkpoint: Path) -> None:
     teacher = DinoV3Teacher(tiny_checkpoint)
     assert copy.deepcopy(teacher).config.dtype == teacher.computed_in
@@ -174,6 +175,7 @@ def test_what_a_module_has_and_a_teacher_has_not_is_refused_with_the_remedy(teac
     assert not hasattr(teacher, name)
 
 
+@pytest.mark.slow
 def test_another_dtype_is_loaded_and_never_widened(tiny_checkpoint: Path) -> None:
     narrow = DinoV3Teacher(DinoV3Config(tiny_checkpoint, dtype="bfloat16", image_size=64))
     wide = DinoV3Teacher(DinoV3Config(tiny_checkpoint, dtype="float32", image_size=64))

@@ -32,6 +32,7 @@ def test_the_golden_images_are_the_same_everywhere() -> None:
     assert images.float().std(dim=(2, 3)).min() > 40  # no channel is flat
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "least"),
     [
@@ -46,6 +47,7 @@ def test_a_right_teacher_passes(tiny_checkpoint: Path, options: dict[str, Any], 
     assert least <= DinoV3Teacher(DinoV3Config(tiny_checkpoint, **options)).prove() <= 1 + 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["vit-test-gated", "convnext-test"])
 def test_other_architectures_pass(tmp_path: Path, variant: str) -> None:
     path = init_checkpoint(variant, tmp_path / "model")
@@ -72,6 +74,7 @@ def test_a_compiled_teacher_passes_and_gives_any_layers_and_batch_sizes(tmp_path
             torch.testing.assert_close(found[index], expected[index], atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("device", "compile", "sizes"),
     [("cpu", False, []), ("cpu", True, []), ("cuda:0", False, [8]), ("cuda:0", True, [8])],
@@ -149,6 +152,7 @@ def test_a_wrong_checkpoint_is_told_from_a_wrong_fast_path() -> None:
         agreement(bad, good, 0.999, "bfloat16")
 
 
+@pytest.mark.slow
 def test_the_reference_is_freed_at_once(tiny_checkpoint: Path) -> None:
     teacher = DinoV3Teacher(DinoV3Config(tiny_checkpoint, dtype="float32"))
     gc.collect()
@@ -232,6 +236,7 @@ def test_wrong_arguments_prove_nothing(tiny_checkpoint: Path, arguments: dict[st
         DinoV3Teacher(DinoV3Config(tiny_checkpoint, dtype="float32")).prove(**arguments)
 
 
+@pytest.mark.slow
 def test_a_pool_proves_its_largest_batch_or_what_fits_of_it(tiny_checkpoint: Path) -> None:
     class Small(DinoV3Teacher):
         def _compute(self, batch: ImageBatch, spec: FeatureSpec) -> Features:

@@ -54,7 +54,7 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
 @pytest.mark.parametrize(
     ("size", "dtype"),
     [
-        pytest.param(size, dtype, marks=[pytest.mark.slow] if (size, dtype) == (518, "bfloat16") else [])
+        pytest.param(size, dtype, marks=pytest.mark.slow if size == 518 else ())
         for size in SIZES
         for dtype in ("float32", "bfloat16")
     ],
@@ -77,6 +77,7 @@ def test_outputs_equal_transformers_bit_for_bit(
     assert torch.equal(teacher.extract_feature_map(photographs), features.feature_map.float())
 
 
+@pytest.mark.slow
 def test_a_published_architecture_equals_transformers_and_bfloat16_stays_close(
     tmp_path: Path, photographs: list[Tensor]
 ) -> None:
@@ -220,6 +221,7 @@ def test_images_of_any_kind_give_the_same_features(teacher: DinoV3Teacher, photo
     torch.testing.assert_close(alone, expected[:1])
 
 
+@pytest.mark.slow
 def test_features_carry_the_fingerprint_of_what_made_them(tiny_checkpoint: Path, teacher: DinoV3Teacher) -> None:
     features = teacher.extract(torch.rand(1, 3, 32, 32), FeatureSpec(cls=True))
     assert features.fingerprint == teacher.fingerprint
@@ -268,6 +270,7 @@ def test_a_callers_autocast_does_not_reach_the_teacher(teacher: DinoV3Teacher, p
         assert torch.equal(teacher.extract_feature_map(photographs), expected)
 
 
+@pytest.mark.slow
 def test_moving_to_bfloat16_equals_loading_in_it(tiny_checkpoint: Path, photographs: list[Tensor]) -> None:
     moved = DinoV3Teacher(DinoV3Config(tiny_checkpoint, dtype="float32")).to(torch.bfloat16)
     loaded = DinoV3Teacher(DinoV3Config(tiny_checkpoint, dtype="bfloat16"))

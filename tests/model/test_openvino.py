@@ -55,6 +55,7 @@ def largest_error(found: Features, expected: Features) -> float:
     return max(errors)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [(96, 96), (64, 160), (32, 32)], ids=str)
 @pytest.mark.parametrize(
     "spec",
@@ -72,6 +73,7 @@ def test_all_outputs_of_a_vit(roots: dict[str, Path], spec: FeatureSpec, size: t
         assert largest_error(ours.extract(images(count), spec), torchs.extract(images(count), spec)) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spec", [OF_A_CONVNEXT, FeatureSpec(layers=(1,), norm=False)], ids=str)
 def test_all_outputs_of_a_convnext(roots: dict[str, Path], spec: FeatureSpec) -> None:
     ours, torchs = both(roots["convnext-test"], dtype="float32", image_size=(64, 96))
@@ -79,6 +81,7 @@ def test_all_outputs_of_a_convnext(roots: dict[str, Path], spec: FeatureSpec) ->
         assert largest_error(ours.extract(images(count), spec), torchs.extract(images(count), spec)) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["vit-test", "convnext-test"])
 def test_bfloat16_is_no_less_exact_than_torchs(roots: dict[str, Path], name: str) -> None:
     ours, exact = both(roots[name], dtype="bfloat16")
@@ -95,6 +98,7 @@ def test_bfloat16_is_no_less_exact_than_torchs(roots: dict[str, Path], name: str
     assert ours.prove(rows=5) > 0.9999
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "chosen"),
     [
@@ -157,6 +161,7 @@ def test_what_it_cannot_compute(roots: dict[str, Path], options: dict[str, Any],
         DinoV3Config(roots["vit-test"], backend="onnx")  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_several_threads_and_a_pool_get_the_same_bits(roots: dict[str, Path]) -> None:
     config = DinoV3Config(roots["vit-test"], dtype="bfloat16", image_size=96, backend="openvino")
     teacher = DinoV3Teacher(config)
@@ -174,11 +179,13 @@ def test_several_threads_and_a_pool_get_the_same_bits(roots: dict[str, Path]) ->
                 assert torch.equal(one, two)
 
 
+@pytest.mark.slow
 def test_it_reports_to_nobody(roots: dict[str, Path]) -> None:
     DinoV3Teacher(DinoV3Config(roots["vit-test"], dtype="bfloat16")).extract(images(1), FeatureSpec(cls=True))
     assert "openvino_telemetry" not in sys.modules
 
 
+@pytest.mark.slow
 def test_ctrl_c_after_another_thread_let_go_of_a_teacher(roots: dict[str, Path]) -> None:
     """OpenVINO gives the thread that makes its Core a signal stack, which is gone with the Core: none may be let go."""
     script = """

@@ -63,6 +63,7 @@ def drive(teacher: DinoV3Teacher, spec: FeatureSpec = EVERYTHING, inputs: Sequen
     return results
 
 
+@pytest.mark.slow
 def test_it_waits_for_nothing_and_touches_its_own_gpu_only(cuda: FakeCuda, teacher: DinoV3Teacher) -> None:
     spec = FeatureSpec(cls=True, feature_map=True, registers=True, layers=(0, -1))
     results = drive(teacher, spec)
@@ -75,12 +76,14 @@ def test_it_waits_for_nothing_and_touches_its_own_gpu_only(cuda: FakeCuda, teach
     assert len(streams) == 2, "copies have a stream of their own"
 
 
+@pytest.mark.slow
 def test_a_convnext_too(tmp_path: Path, cuda: FakeCuda) -> None:
     teacher = ready(cuda, DinoV3Config(init_checkpoint("convnext-test", tmp_path / "convnext"), dtype="float16"))
     drive(teacher, FeatureSpec(cls=True, feature_map=True, layers=(0, 3), map_size=(7, 9)), [STACKED, RAGGED])
     assert (cuda.found(), cuda.contexts) == ([], {1})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["dinov2_with_registers", "siglip2"])
 def test_other_models_of_transformers_too(tmp_path: Path, kind: str) -> None:
     teacher = TransformersTeacher(write_transformers(tmp_path / kind, *KINDS[kind]), dtype="bfloat16", image_size=112)
@@ -96,6 +99,7 @@ def test_other_models_of_transformers_too(tmp_path: Path, kind: str) -> None:
         assert (cuda.found(), cuda.astray, cuda.contexts) == ([], [], {1})
 
 
+@pytest.mark.slow
 def test_float8_layers_too(tiny_checkpoint: Path, cuda: FakeCuda) -> None:
     teacher = ready(cuda, DinoV3Config(tiny_checkpoint, dtype="float8"))
     assert any(isinstance(module, Float8Linear) for module in teacher.modules())
@@ -104,12 +108,14 @@ def test_float8_layers_too(tiny_checkpoint: Path, cuda: FakeCuda) -> None:
     assert any("_scaled_mm" in name for _, _, name in cuda.watch.launches)
 
 
+@pytest.mark.slow
 def test_cut_and_resampled_input_too(tiny_checkpoint: Path, cuda: FakeCuda) -> None:
     teacher = ready(cuda, DinoV3Config(tiny_checkpoint, dtype="bfloat16", image_size=(70, 90)))
     assert teacher.extract(STACKED, EVERYTHING).feature_map.shape == (4, 128, 7, 9)  # type: ignore[union-attr]
     assert (cuda.found(), cuda.contexts) == ([], {1})
 
 
+@pytest.mark.slow
 def test_images_on_its_gpu_stay_where_they_are(cuda: FakeCuda, teacher: DinoV3Teacher) -> None:
     images = STACKED.pin_memory().to(ONE, non_blocking=True)
     teacher.extract(images, EVERYTHING)  # the one look at images on a GPU waits
@@ -120,6 +126,7 @@ def test_images_on_its_gpu_stay_where_they_are(cuda: FakeCuda, teacher: DinoV3Te
     assert len({stream for _, stream, _ in cuda.watch.launches}) == 1
 
 
+@pytest.mark.slow
 def test_images_on_another_gpu_or_on_both_reach_it(cuda: FakeCuda, teacher: DinoV3Teacher) -> None:
     elsewhere = STACKED.pin_memory().to("cuda:0", non_blocking=True)
     teacher.extract(elsewhere, EVERYTHING)
@@ -129,6 +136,7 @@ def test_images_on_another_gpu_or_on_both_reach_it(cuda: FakeCuda, teacher: Dino
     assert cuda.found() == []
 
 
+@pytest.mark.slow
 def test_a_teacher_that_is_moved_uploads_to_its_new_gpu(tiny_checkpoint: Path) -> None:
     teacher = DinoV3Teacher(DinoV3Config(tiny_checkpoint, dtype="bfloat16"))
     teacher.extract(STACKED, EVERYTHING)
@@ -141,6 +149,7 @@ def test_a_teacher_that_is_moved_uploads_to_its_new_gpu(tiny_checkpoint: Path) -
         assert teacher.model.attention == "sdpa-cudnn"
 
 
+@pytest.mark.slow
 def test_cuda_without_an_index_is_the_current_device_of_its_caller(tiny_checkpoint: Path, cuda: FakeCuda) -> None:
     torch.cuda.set_device(1)
     teacher = DinoV3Teacher(tiny_checkpoint, "cuda")

@@ -91,6 +91,7 @@ def test_a_convnext_sees_no_more_than_whole_patches(tmp_path: Path) -> None:
     assert features.feature_map.shape[2:] == (3, 2)
 
 
+@pytest.mark.slow
 def test_a_crop_gives_way_to_the_view_and_the_rest_of_the_rule_stays(tmp_path: Path) -> None:
     # DINOv2's: bicubic, and a crop of the centre.
     root = write_transformers(tmp_path / "dinov2", *KINDS["dinov2"])
@@ -194,6 +195,7 @@ def test_images_below_a_patch_and_mixed_sizes_are_refused_before_anything_is_sen
 # Ahead of a loop ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_loop_whose_batches_change_their_size(followers: dict[ViewSize, DinoV3Teacher]) -> None:
     loader = [views(side, side + 32) for side in (64, 96, 64, 160, 33)]
     for size, local in followers.items():

@@ -333,6 +333,7 @@ def test_it_is_frozen_and_sealed(directory: Directory, images: Tensor) -> None:
     assert torch.equal(copied.extract_features(images), before)
 
 
+@pytest.mark.slow
 def test_options_are_a_dinov3s(directory: Directory, images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     root = directory("dinov2_with_registers")
     plain = TransformersTeacher(root, dtype="float32").extract_features(images)
@@ -396,6 +397,7 @@ def given(request: pytest.FixtureRequest, directory: Directory) -> Any:
     }[request.param]()
 
 
+@pytest.mark.slow
 def test_a_pool_takes_it_in_any_form(given: Any, directory: Directory, images: Tensor) -> None:
     local = TransformersTeacher(directory("dinov2_with_registers"), dtype="float32")
     spec = FeatureSpec(cls=True, feature_map=True, registers=True, layers=(0, -1))

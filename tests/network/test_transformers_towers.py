@@ -38,6 +38,7 @@ def change_weights(root: Path, **changes: Tensor) -> None:
     save_file(load_file(path) | changes, path, metadata={"format": "pt"})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("architecture", "config", "path"), [(n, *given) for n, given in (TOWERS | OTHERS).items()])
 def test_the_vision_model_in_another_is_transformers_own_bit_for_bit(
     tmp_path: Path, images: Tensor, architecture: str, config: dict[str, Any], path: str

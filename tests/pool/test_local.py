@@ -60,12 +60,14 @@ def test_one_bad_request_says_little_of_a_replica() -> None:
         assert (replica.statistics.errors, replica.statistics.errors_in_a_row) == (3, 0)
 
 
+@pytest.mark.slow
 def test_a_handle_outlives_the_teacher_that_nobody_holds(local_pool: TeacherPool) -> None:
     handle = RemoteTeacher("local").submit(IMAGES, CLS)
     gc.collect()
     assert len(handle.result(30)) == 2
 
 
+@pytest.mark.slow
 def test_every_batch_submitted_while_a_client_closes_comes_to_an_end() -> None:
     for _ in range(20):
         with TeacherPool.start(FakeTeacher.factory(), name="closing", replicas=1, local_mode=True) as pool:

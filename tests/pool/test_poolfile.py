@@ -54,6 +54,7 @@ def test_an_input_that_follows_the_images(tmp_path: Path, tiny_checkpoint: Path,
     assert change == Change("teacher.image_size", "[224, 224]", size)
 
 
+@pytest.mark.slow
 def test_a_model_of_the_hub(tmp_path: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its commit is part of the declaration; where a cache is, is not."""
     with serving_hub() as hub:

@@ -18,6 +18,7 @@ from dinov3_ray.scenes.scene_teacher import SceneTeaching, cache_folder, cached_
 SMALL = SceneTeaching(side=32, scenes=6, steps=3, batch=4)
 
 
+@pytest.mark.slow
 def test_it_is_an_ordinary_checkpoint_and_the_same_again(tmp_path: Path) -> None:
     calls: list[tuple[int, int]] = []
     train_teacher(tmp_path / "one", SMALL, lambda done, of: calls.append((done, of)))
@@ -32,6 +33,7 @@ def test_it_is_an_ordinary_checkpoint_and_the_same_again(tmp_path: Path) -> None
     assert teacher.extract_feature_map(torch.zeros(2, 3, 32, 32, dtype=torch.uint8)).shape == (2, 128, 2, 2)
 
 
+@pytest.mark.slow
 def test_it_learns(tmp_path: Path) -> None:
     teaching = SceneTeaching(side=32, scenes=32, steps=1, batch=8)
     train_teacher(tmp_path / "first", teaching)

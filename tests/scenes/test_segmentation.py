@@ -27,6 +27,7 @@ def test_mean_iou_refuses_what_cannot_be_compared() -> None:
         mean_iou(torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64))
 
 
+@pytest.mark.slow
 def test_the_probe_finds_what_is_in_a_map_and_nothing_else() -> None:
     generator = torch.Generator().manual_seed(0)
     labels_Syx = torch.randint(len(CLASSES), (10, 8, 8), generator=generator)

@@ -49,6 +49,7 @@ def remote() -> Iterator[RemoteTeacher]:
         yield pool.teacher()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("depth", [1, 2, 6, "auto"])
 @pytest.mark.parametrize(("count", "accumulate"), [(4, 4), (40, 1), (45, 4), (48, 4), (26, 3)])
 def test_losses_and_steps_are_those_of_a_teacher_in_the_loop(
@@ -65,6 +66,7 @@ def test_losses_and_steps_are_those_of_a_teacher_in_the_loop(
     assert ours.steps[-1][2], "the last batch of an epoch ends an optimizer step"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("depth", [1, 6])
 def test_a_run_resumes_within_an_epoch(remote: RemoteTeacher, tmp_path: Path, depth: int) -> None:
     expected = Everyday(45, 2)

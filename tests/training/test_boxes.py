@@ -62,6 +62,7 @@ COORDINATE = st.integers(-16, 80).map(lambda value: Fraction(value, 64))
 POLYGON = st.lists(st.tuples(COORDINATE, COORDINATE), min_size=4, max_size=4)
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(
     boxes=st.lists(st.tuples(POLYGON, st.integers(0, 2)), max_size=5),
@@ -74,6 +75,7 @@ def test_any_quadrilaterals_match_the_loop(boxes: list[tuple[list[Point], int]],
     assert torch.equal(made.mask(3, size), reference(polygons, images, 3, size))
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(
     box=st.tuples(st.floats(0, 640), st.floats(0, 384), st.floats(1, 500), st.floats(1, 300), st.floats(-7, 7)),

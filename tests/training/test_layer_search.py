@@ -89,6 +89,7 @@ def test_a_student_of_tokens_is_told_to_name_a_layer_and_the_example_works(make:
     recipe.for_student(student, 16, images, layers=found)  # who names it has it
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [rt_detr, d_fine])
 def test_a_detector_with_aifi_has_it_found(make: Any) -> None:
     assert find_layer(make(), example(64, 64), stride=32, prefers=("AIFI",)) == "model.encoder.aifi.0"

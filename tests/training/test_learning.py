@@ -132,6 +132,7 @@ def test_a_loss_says_it_where_there_is_no_tap(said: list[warnings.WarningMessage
     assert text.startswith("the student's tensor takes no gradient")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", SOMETHING.values(), ids=SOMETHING)
 def test_a_student_that_learns_is_left_in_peace(
     said: list[warnings.WarningMessage], make: Callable[[], Student]
@@ -143,6 +144,7 @@ def test_a_student_that_learns_is_left_in_peace(
     assert not texts(said)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [*NOTHING.values(), *SOMETHING.values()], ids=[*NOTHING, *SOMETHING])
 def test_validation_is_left_in_peace(said: list[warnings.WarningMessage], make: Callable[[], Student]) -> None:
     student, loss = make(), DistillationLoss(projector=16, background_weight=0)
@@ -180,6 +182,7 @@ def test_a_projector_that_cuts_the_gradient_is_said(said: list[warnings.WarningM
     assert text.startswith("the projector's output takes no gradient, while its input does")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("projector", [16, nn.Conv2d(16, 16, 1)], ids=["lazy", "own"])
 def test_a_projector_that_nobody_trains_is_said_once(
     said: list[warnings.WarningMessage], projector: int | nn.Module
@@ -211,6 +214,7 @@ def test_a_frozen_projector_is_a_choice(said: list[warnings.WarningMessage]) -> 
     assert not texts(said)
 
 
+@pytest.mark.slow
 def test_boxes_that_never_come_are_said_where_only_they_count(said: list[warnings.WarningMessage]) -> None:
     for boxes, background, expected in ((A_BOX, 0, 0), (NO_BOXES, 0.1, 0), (None, 0, 0), (NO_BOXES, 0, 1)):
         said.clear()

@@ -21,6 +21,7 @@ def siglip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_transformers(tmp_path_factory.mktemp("siglip2") / "model", *KINDS["siglip2"])
 
 
+@pytest.mark.slow
 def test_a_student_learns_of_two_pools_at_once(tiny_checkpoint: Path, siglip: Path) -> None:
     config = DinoV3Config(tiny_checkpoint, dtype="float32", image_size=64)
     own = {"dinov3": DinoV3Teacher(config), "siglip2": TransformersTeacher(siglip, dtype="float32")}

@@ -315,6 +315,7 @@ def test_keywords_and_tokens_of_a_student_are_taken_too() -> None:
     assert with_map.share.counted == 1, "the task's gradient is seen behind the function of select"
 
 
+@pytest.mark.slow
 def test_several_teachers_have_heads_of_their_own_and_one_scale() -> None:
     student, batch = Backbone(), images()
     teachers = {"a": FakeTeacher(hidden_size=D), "b": FakeTeacher(hidden_size=D), "c": FakeTeacher(hidden_size=32)}

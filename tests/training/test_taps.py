@@ -100,6 +100,7 @@ def test_restores_when_the_body_or_the_layer_raises(student: Student, images: Te
     assert set(tap.take_all()) == {"neck", "head.box"}
 
 
+@pytest.mark.slow
 def test_nothing_keeps_the_graph_alive_after_clear(student: Student, images: Tensor) -> None:
     with FeatureTap(student, ["backbone", "neck"]) as tap:
         student(images)
@@ -207,6 +208,7 @@ def test_names_go_through_ddp(student: Student, images: Tensor, tmp_path: Path) 
         dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_names_go_through_compile(student: Student, images: Tensor) -> None:
     # The eager backend traces as the others do, without their compilers. One that was called before it was tapped runs
     # a graph that knows no hook; that is said, and nothing wrong is given.

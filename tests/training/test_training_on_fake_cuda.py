@@ -71,6 +71,7 @@ def test_a_teacher_of_the_users_computes_on_its_callers_device(cuda: FakeCuda) -
     assert (cuda.found(), astray(cuda), cuda.contexts) == ([], [], {1})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("where", "device"), [("cuda:1", "cuda"), ("cuda:1", None), ("cuda:0", "cuda:1")])
 def test_a_local_teachers_targets_too(tiny_checkpoint: Path, cuda: FakeCuda, where: str, device: str | None) -> None:
     teacher = DinoV3Teacher(DinoV3Config(tiny_checkpoint, dtype="bfloat16", image_size=64), where)

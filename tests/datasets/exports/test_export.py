@@ -340,6 +340,7 @@ def test_one_that_comes_second_finds_what_the_first_made(
     assert not (tmp_path / "dest.partial").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("to", ["npy", "webdataset"])
 def test_memory_does_not_grow_with_the_store(to: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     grown = []
@@ -426,6 +427,7 @@ cp -r "$0"/dest "$0"-copied
 """
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_told_and_loses_nothing(store: FeatureStore, to: Any, tmp_path: Path) -> None:
     """On a file system in memory, in a mount namespace of its own, which ends with its processes."""
     small = tmp_path / "small"

@@ -349,6 +349,7 @@ def test_nothing_there(tmp_path: Path) -> None:
         open_source("ftp://x/y")
 
 
+@pytest.mark.slow
 def test_damaged_parquet_costs_its_own_rows_and_says_so(tmp_path: Path) -> None:
     cells = [bytes([index]) * 4000 for index in range(40)]
     table = pa.table({"id": [str(index) for index in range(40)], "image": cells})

@@ -59,6 +59,7 @@ def test_pyarrow(opened: tuple[list[str], dict[str, np.ndarray]]) -> None:
     assert all(same_values(table[name].to_pylist(), values) for name, values in columns.items())
 
 
+@pytest.mark.slow
 def test_load_dataset(opened: tuple[list[str], dict[str, np.ndarray]], tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets", minversion="4.3")
     files, columns = opened
@@ -76,6 +77,7 @@ def lengths(feature: Any) -> tuple[int, ...]:
     return (feature.length, *lengths(feature.feature)) if hasattr(feature, "length") else ()
 
 
+@pytest.mark.slow
 def test_polars(opened: tuple[list[str], dict[str, np.ndarray]]) -> None:
     polars = pytest.importorskip("polars")
     files, columns = opened
@@ -86,6 +88,7 @@ def test_polars(opened: tuple[list[str], dict[str, np.ndarray]]) -> None:
     assert all(same_values(frame[name].to_numpy(), values) for name, values in columns.items())
 
 
+@pytest.mark.slow
 def test_duckdb(opened: tuple[list[str], dict[str, np.ndarray]]) -> None:
     duckdb = pytest.importorskip("duckdb")
     files, columns = opened
@@ -130,6 +133,7 @@ def test_daft(opened: tuple[list[str], dict[str, np.ndarray]]) -> None:
     assert all(same_values(found[name], values) for name, values in columns.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("dtype", ["native", "int8"])
 def test_to_datasets(dtype: ResultDtype, compute: torch.dtype, tmp_path: Path) -> None:
@@ -170,6 +174,7 @@ def check_rows(store: FeatureStore, rows: list[Mapping[str, Any]]) -> None:
             assert same_values(row[name.replace(".", "_")], tensor[0].float().numpy()), name
 
 
+@pytest.mark.slow
 def test_to_datasets_in_several_processes(tmp_path: Path) -> None:
     """Threads of torch, which int8 might need, do not survive the forks of either."""
     pytest.importorskip("datasets", minversion="4.3")
@@ -186,6 +191,7 @@ def test_to_datasets_in_several_processes(tmp_path: Path) -> None:
     assert sorted(row["id"] for row in loader) == sorted(store.ids)
 
 
+@pytest.mark.slow
 def test_to_datasets_in_several_processes_that_a_handler_of_this_one_does_not_keep(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -224,6 +230,7 @@ def test_to_datasets_of_another_state_of_a_folder_is_not_the_former_one(tmp_path
     assert not np.array_equal(*found)
 
 
+@pytest.mark.slow
 def test_to_datasets_says_what_it_cannot_do(tmp_path: Path) -> None:
     pytest.importorskip("datasets", minversion="4.3")
     build(tmp_path, FeatureSpec(cls=True), FakeTeacher())

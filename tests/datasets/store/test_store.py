@@ -117,6 +117,7 @@ def test_columns_without_an_offset_are_decoded(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_int8_of_random_weights_keeps_the_direction(tiny_checkpoint: Path, tmp_path: Path) -> None:
     """Documented: cosine at least 0.999 for every token, and at most 1/254 of a token's largest channel off."""
     teacher = DinoV3Teacher(DinoV3Config(tiny_checkpoint, dtype="float32"))

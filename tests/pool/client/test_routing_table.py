@@ -12,7 +12,7 @@ from dinov3_ray.pool.client.balancer import KnownReplica
 from dinov3_ray.pool.client.routing_table import Failure, Limits, RoutingTable, Send, Verdict
 
 RoutingMachine.TestCase.settings = settings(max_examples=120, stateful_step_count=50, deadline=None)
-TestAnyInterleaving = RoutingMachine.TestCase
+TestAnyInterleaving = pytest.mark.slow(RoutingMachine.TestCase)
 
 
 def a_table(replicas: int = 3, *, window: int = 2, seed: int = 0, **limits: float) -> RoutingTable:

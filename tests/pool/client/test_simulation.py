@@ -41,6 +41,7 @@ def test_a_thousand_replicas_and_ten_thousand_clients_who_know_little() -> None:
     assert by["tables"].imbalance < 0.85 * by["random"].imbalance
 
 
+@pytest.mark.slow
 def test_a_hundred_replicas_and_clients_who_know_them() -> None:
     by = simulate(100, 64, 20_000, load=0.8)
     # Measured: latency 21 ms against 270 (random) and 7.2 (ideal), longest queue 16 against 132, imbalance 1.3 to 2.8.
@@ -49,6 +50,7 @@ def test_a_hundred_replicas_and_clients_who_know_them() -> None:
     assert by["tables"].imbalance < 1.6
 
 
+@pytest.mark.slow
 def test_unequal_replicas_get_work_in_proportion_to_their_speed() -> None:
     """Under a load that leaves a tenth to spare, each must get nearly what it can do."""
     by = simulate(16, 16, 8_000, load=0.9)

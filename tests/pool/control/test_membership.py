@@ -177,7 +177,7 @@ class MembershipMachine(RuleBasedStateMachine):
 
 
 MembershipMachine.TestCase.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
-TestAnyInterleaving = MembershipMachine.TestCase
+TestAnyInterleaving = pytest.mark.slow(MembershipMachine.TestCase)
 
 
 def a_pool(count: int) -> Membership:

@@ -21,6 +21,7 @@ def backend(monkeypatch: pytest.MonkeyPatch) -> Backend:
     return Backend.in_place_of_inductor(monkeypatch)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fails_at", [10**6, 2])
 def test_a_replica_is_compiled_as_a_local_teacher_is(tiny_checkpoint: Path, backend: Backend, fails_at: int) -> None:
     backend.fails_at = fails_at
@@ -36,6 +37,7 @@ def test_a_replica_is_compiled_as_a_local_teacher_is(tiny_checkpoint: Path, back
         assert torch.equal(cls, local.extract(IMAGES[:rows], CLS).cls)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_a_pool_that_must_compile_and_cannot_does_not_start(tiny_checkpoint: Path, backend: Backend) -> None:
     backend.fails_at = 1
     config = DinoV3Config(tiny_checkpoint, dtype="float32", image_size=64, compile=True)

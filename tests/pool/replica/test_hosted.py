@@ -19,6 +19,7 @@ SPEC = FeatureSpec(cls=True, feature_map=True, registers=True, layers=(-2,))
 PIPELINES = [pipeline_for, partial(ConcurrentPipeline, passes=3, threads=1)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pipeline", PIPELINES)
 def test_results_are_the_local_teachers_in_the_order_of_submission(tiny_checkpoint: Path, pipeline: object) -> None:
     config = DinoV3Config(tiny_checkpoint)

@@ -155,6 +155,7 @@ for number in range(3):
 """
 
 
+@pytest.mark.slow
 def test_a_real_process_ends() -> None:
     folders = [path for path in sys.path if path.endswith(("tests/pool/replica", "tests/support"))]
     done = subprocess.run(

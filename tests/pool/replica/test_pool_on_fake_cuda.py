@@ -88,6 +88,7 @@ def drive(pipeline: CudaPipeline, spec: FeatureSpec, inputs: Sequence[Images]) -
     return names
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.dtype)
 def test_only_the_wait_for_results_waits(cuda: FakeCuda, pipeline: CudaPipeline, spec: FeatureSpec) -> None:
     inputs = [*IMAGES, RAGGED, IMAGES[0]]
@@ -99,6 +100,7 @@ def test_only_the_wait_for_results_waits(cuda: FakeCuda, pipeline: CudaPipeline,
     assert len({stream for _, stream, _ in cuda.watch.launches}) == 3, "in, through and out overlap"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [None, (7, 9)])
 def test_what_leaves_the_gpu_is_narrow_and_in_the_order_of_its_tokens(
     pipeline: CudaPipeline, size: tuple[int, int] | None
@@ -274,6 +276,7 @@ def test_its_own_teachers_too(tiny_checkpoint: Path, cuda: FakeCuda) -> None:
     assert (cuda.contexts, astray(cuda)) == ({1}, [])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("guarded", [True, False])
 def test_a_pass_that_fails_half_way_is_waited_for(
     cuda: FakeCuda, pipeline: CudaPipeline, monkeypatch: pytest.MonkeyPatch, guarded: bool

@@ -165,7 +165,7 @@ class BatchingMachine(RuleBasedStateMachine):
 
 
 BatchingMachine.TestCase.settings = settings(max_examples=80, stateful_step_count=50, deadline=None)
-TestAnyInterleaving = BatchingMachine.TestCase
+TestAnyInterleaving = pytest.mark.slow(BatchingMachine.TestCase)
 
 
 @pytest.mark.parametrize("mode", ["exact", "dynamic", "deterministic"])

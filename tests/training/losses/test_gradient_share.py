@@ -407,6 +407,7 @@ def test_a_resumed_training_goes_on_exactly() -> None:
     assert begun + run(again, resumed, range(4, 8)) == undisturbed
 
 
+@pytest.mark.slow
 def test_all_ranks_have_the_weight_of_the_sum_of_their_gradients(tmp_path: Path) -> None:
     script = SUPPORT / "share_ranks.py"
     file = tmp_path / "ranks"

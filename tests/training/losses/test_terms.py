@@ -88,6 +88,7 @@ def test_a_projector_maps_each_location_as_it_maps_a_vector(kind: Any, vectors: 
     assert (9 in widths) == (kind != "linear")
 
 
+@pytest.mark.slow
 def test_phi_s_gives_all_channels_mean_0_and_variance_1_and_can_be_undone() -> None:
     draw = torch.Generator().manual_seed(0)
     rows = torch.randn(4000, 12, generator=draw) @ torch.randn(12, 12, generator=draw) * 30 + 7

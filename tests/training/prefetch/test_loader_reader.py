@@ -237,6 +237,7 @@ FILLED_AGAIN: dict[str, tuple[Iterable[Any], Callable[[Any], Any]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("depth", DEPTHS)
 @pytest.mark.parametrize("kind", FILLED_AGAIN)
 def test_a_loader_that_fills_its_memory_again_does_not_change_what_was_drawn(kind: str, depth: Any) -> None:
@@ -327,7 +328,8 @@ def test_the_state_is_that_of_the_batch_delivered(depth: Any, wrap: Any) -> None
     assert other.state_dict() == {"next": 0}
 
 
-@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 2])
 def test_a_stateful_dataloader_resumes_where_the_loop_was(workers: int) -> None:
     stateful = pytest.importorskip("torchdata.stateful_dataloader")
 

@@ -174,6 +174,7 @@ class Stuck:
         return expected(images, spec)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("receiver", ["whichever", "another"])
 def test_ctrl_c_while_waiting_for_the_teacher(receiver: str) -> None:
     """Whichever thread the system hands the signal to: where it is not the one that waits, it does not end its wait."""
@@ -203,6 +204,7 @@ def test_ctrl_c_while_waiting_for_the_teacher(receiver: str) -> None:
         assert same(remote.extract(batches(1)[0], SPEC), expected(batches(1)[0]))
 
 
+@pytest.mark.slow
 def test_waits_are_counted_and_said_once(caplog: pytest.LogCaptureFixture) -> None:
     stream = prefetch(FakeTeacher(delay=0.01), batches(), SPEC)
     with caplog.at_level(logging.WARNING, "dinov3_ray"):
@@ -219,6 +221,7 @@ def test_waits_are_counted_and_said_once(caplog: pytest.LogCaptureFixture) -> No
     assert all(remedy in said[0] for remedy in ("pool.scale", "map_size", "int8"))
 
 
+@pytest.mark.slow
 def test_the_loaders_time_is_no_wait_nor_is_that_of_taking_the_images_out() -> None:
     def slow() -> Iterator[Tensor]:
         for batch in batches(10):
