@@ -245,13 +245,13 @@ def _load_processor(root: Path) -> Any:
 def through_pipeline(extract: Extract, work: TeacherWork, batches: int) -> Callable[[], None]:
     """A call that takes ``batches`` batches through a replica's pipeline, to packed results in the host's memory."""
 
-    class Teacher:
+    class ExtractAsTeacher:
         device = work.device
 
         def extract(self, images: Any, spec: FeatureSpec) -> Features:  # noqa: ARG002 - it is TEACHER_SPEC
             return extract(images)
 
-    pipeline = pipeline_for(Teacher())
+    pipeline = pipeline_for(ExtractAsTeacher())
     batch = ImageBatch.of(work.images())
 
     def once() -> None:

@@ -24,7 +24,7 @@ import logging
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -42,7 +42,7 @@ from dinov3_ray.integrations.state_apart import StateApart
 from dinov3_ray.pool.client.remote import RemoteTeacher
 from dinov3_ray.training.boxes import Boxes
 from dinov3_ray.training.distiller import Distiller
-from dinov3_ray.training.losses import DistillationLoss, LossKind, Term, WeightedTerms
+from dinov3_ray.training.losses import ClsLossKind, DistillationLoss, LossKind, Term, WeightedTerms
 from dinov3_ray.training.prefetch import AnyTeacher, OnReload, Prefetch, PrefetchStatistics, find_images
 from dinov3_ray.training.prefetch.pipeline import as_source
 from dinov3_ray.training.recipes import Recipe, get
@@ -333,7 +333,7 @@ class DistillingTrainer(Trainer):  # type: ignore[misc] # transformers is treate
             if loss != "gram":
                 grey = torch.full((1, 3, 224, 224), 114, dtype=torch.uint8)
                 features: Features = self._opened().extract(grey, self._spec)  # type: ignore[union-attr]
-                channels = getattr(features, "cls" if loss.startswith("cls_") else "feature_map").shape[1]
+                channels = getattr(features, "cls" if loss in get_args(ClsLossKind) else "feature_map").shape[1]
             loss = DistillationLoss(loss, projector=channels, background_weight=0.25)
         terms = WeightedTerms([Term(name, copy.deepcopy(loss), weight) for name, weight in self._weights.items()])
         return Distiller(self.model, terms, self._spec, select=self._select).to(self.args.device)

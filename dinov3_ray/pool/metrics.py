@@ -49,11 +49,6 @@ class Metric:
         keys = ("pool", "replica" if self.per_replica else None, self.by)
         return tuple(key for key in keys if key is not None)
 
-    @property
-    def exported(self) -> str:
-        """Its name in Prometheus."""
-        return f"ray_{self.name}_total" if self.kind is Kind.COUNTER else f"ray_{self.name}"
-
 
 def _by_name(*metrics: Metric) -> dict[str, Metric]:
     return {metric.name: metric for metric in metrics}

@@ -38,7 +38,7 @@ from dinov3_ray.config.hub import resolve
 from dinov3_ray.errors import CheckpointError, ConfigError
 from dinov3_ray.pool.address import NAMESPACE
 from dinov3_ray.pool.cluster import check_name
-from dinov3_ray.pool.spec import Placement, PoolOptions, PoolSpec, ReplicaResources, parse_replicas
+from dinov3_ray.pool.spec import Placement, PoolOptions, PoolSpec, ReplicaResources, parse_leave_gpus, parse_replicas
 from dinov3_ray.validation import CheckedModel, check, from_list, rule
 
 __all__ = ["Change", "PoolFile", "changes_between", "pool_schema"]
@@ -110,9 +110,7 @@ class PoolKeys(CheckedModel):
     ] = "auto"
     """The number of replicas, or [min, max], within which it moves with the load. auto: one for each free GPU, or one
     where there is none; it leaves the number of a running pool unchanged."""
-    leave_gpus: Annotated[
-        float, Field(strict=True, ge=0, allow_inf_nan=False), rule("must be a number of GPUs >= 0")
-    ] = 0
+    leave_gpus: Annotated[float, Field(ge=0), BeforeValidator(parse_leave_gpus)] = 0
     """With replicas auto: GPUs of the cluster that the pool leaves to others, such as trainers."""
     teacher: TeacherSection
     """What the pool serves."""

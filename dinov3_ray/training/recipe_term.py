@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from dinov3_ray.errors import InputError
 from dinov3_ray.features import Features
-from dinov3_ray.training.losses import DistillationLoss, LossKind, PhiS, ProjectorKind, TeacherQueue, make_projector
+from dinov3_ray.training.losses import (
+    ClsLossKind,
+    DistillationLoss,
+    LossKind,
+    PhiS,
+    ProjectorKind,
+    TeacherQueue,
+    make_projector,
+)
 
 __all__ = ["RecipeTerm"]
 
@@ -48,7 +56,7 @@ class RecipeTerm:
     def on_cls(self) -> bool:
         """Whether it compares CLS vectors."""
         first = self.kind if isinstance(self.kind, str) else self.kind[0][0]
-        return first.startswith("cls_")
+        return first in get_args(ClsLossKind)
 
     def target(self, features: Features) -> Tensor:
         """What it compares with."""

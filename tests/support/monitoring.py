@@ -8,10 +8,17 @@ from typing import Any
 import yaml
 from paths import DEPLOY
 
-from dinov3_ray.pool.metrics import METRICS
+from dinov3_ray.pool.metrics import METRICS, Kind, Metric
 
 MONITORING = DEPLOY / "monitoring"
-EXPORTED = {metric.exported: metric for metric in METRICS.values()}
+
+
+def exported_name(metric: Metric) -> str:
+    """Its name in Prometheus, as Ray gives it."""
+    return f"ray_{metric.name}_total" if metric.kind is Kind.COUNTER else f"ray_{metric.name}"
+
+
+EXPORTED = {exported_name(metric): metric for metric in METRICS.values()}
 
 
 def alerts() -> dict[str, dict[str, Any]]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from dinov3_ray.config.hub.access import HubAccess
 from dinov3_ray.errors import CheckpointError, ConfigError, DinoV3Error
 
-__all__ = ["cannot_write", "hub_failures", "is_passing", "reason_of_failure", "refusal"]
+__all__ = ["cannot_write", "hub_failures", "is_offline", "is_passing", "reason_of_failure", "refusal"]
 
 _OF_THE_DISK = {
     errno.ENOSPC,
@@ -53,19 +53,30 @@ def cannot_write(error: BaseException) -> bool:
     return isinstance(error, OSError) and error.errno in _OF_THE_DISK
 
 
+def is_offline(error: BaseException) -> bool:
+    """Whether the hub was not asked, since HF_HUB_OFFLINE is set."""
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
+    return isinstance(_cause(error), OfflineModeIsEnabled)
+
+
 def reason_of_failure(error: BaseException) -> str:
     """``error`` in one line, without what huggingface_hub wraps around it."""
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+    from huggingface_hub.errors import HfHubHTTPError
 
-    if isinstance(error, OfflineModeIsEnabled):
+    if is_offline(error):
         return "HF_HUB_OFFLINE is set"
+    error = _cause(error)
     if isinstance(error, HfHubHTTPError) and error.response is not None:
         said = error.server_message or error.response.headers.get("X-Error-Message") or error.response.reason_phrase
         return f"it answers {error.response.status_code}: {' '.join(str(said).split())}"
-    inner = error.__cause__ or error.__context__
-    if inner is not None and type(error).__name__ == "LocalEntryNotFoundError":
-        return reason_of_failure(inner)
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def _cause(error: BaseException) -> BaseException:
+    """What made huggingface_hub say that a file is not in the cache; another error is its own cause."""
+    inner = error.__cause__ or error.__context__
+    return _cause(inner) if inner is not None and type(error).__name__ == "LocalEntryNotFoundError" else error
 
 
 def refusal(

@@ -14,7 +14,14 @@ from typing import Any, TypeVar
 
 from dinov3_ray.config.hub.access import HubAccess
 from dinov3_ray.config.hub.downloads import watching_download
-from dinov3_ray.config.hub.refusals import cannot_write, hub_failures, is_passing, reason_of_failure, refusal
+from dinov3_ray.config.hub.refusals import (
+    cannot_write,
+    hub_failures,
+    is_offline,
+    is_passing,
+    reason_of_failure,
+    refusal,
+)
 from dinov3_ray.config.hub.snapshots import (
     COMMIT,
     DESCRIPTION_FILES,
@@ -168,7 +175,7 @@ class Repository:
             self._try(download, commit)  # not each version of huggingface_hub repeats what was cut
         missing = [name for name in names if not (self.snapshot(commit) / name).is_file()]
         if missing:  # a hub that went away in between: huggingface_hub then returns what the cache has
-            raise CheckpointError(self._unreachable(commit, f"{', '.join(missing)} did not arrive"))
+            raise CheckpointError(self._unreachable(commit, f"{', '.join(missing)} did not arrive", offline=False))
 
     def _try(self, call: Callable[[], Result], revision: str, *, patient: bool = True) -> Result:
         """What ``call`` returns.
@@ -197,10 +204,9 @@ class Repository:
                 f"{self.hub_id} cannot be stored in the cache {self.cache}: {reason_of_failure(error)} (make room "
                 "there, or name another with HF_HOME or HF_HUB_CACHE)"
             )
-        return CheckpointError(self._unreachable(revision, reason_of_failure(error)))
+        return CheckpointError(self._unreachable(revision, reason_of_failure(error), offline=is_offline(error)))
 
-    def _unreachable(self, revision: str, reason: str) -> str:
-        offline = reason == "HF_HUB_OFFLINE is set"
+    def _unreachable(self, revision: str, reason: str, *, offline: bool) -> str:
         remedy = (
             "unset HF_HUB_OFFLINE, or name with HF_HOME a cache that has it"
             if offline

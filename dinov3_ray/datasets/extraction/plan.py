@@ -162,26 +162,27 @@ def versions() -> dict[str, str]:
     return found | {"libjpeg-turbo": features.version("libjpeg_turbo") or "none"}  # which Pillow decodes JPEGs with
 
 
-def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """The differences between two runs' identities, one line each: ``spec.dtype is 'int8', there it is 'float16'``."""
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(key, old value, new value) of what differs between two runs' identities; a key is like ``spec.dtype``."""
     for key in sorted({*old, *new} - (_MAY_DIFFER if not prefix else set())):
         before, after = old.get(key), new.get(key)
         if isinstance(before, Mapping) and isinstance(after, Mapping):
             yield from _differences(before, after, f"{prefix}{key}.")
         elif before != after:
-            yield f"{prefix}{key} is {after!r}, there it is {before!r}"
+            yield f"{prefix}{key}", before, after
 
 
 def check_same_run(folder: Folder, old: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
     """Raise StoreError unless ``old``, the identity of the run in ``folder``, is this one."""
     found = list(_differences(old, identity))
     if found:
-        places = ("source.path ", "source.root ")
+        told = "; ".join(f"{key} is {after!r}, there it is {before!r}" for key, before, after in found)
+        has_moved = {key for key, _, _ in found} <= {"source.path", "source.root"}
         moved = " (if the same files lie elsewhere now, source_moved=True or --source-moved goes on with them)"
         raise StoreError(
-            f"{folder.path} holds features of another run, and cannot be resumed with this one: {'; '.join(found)}. "
+            f"{folder.path} holds features of another run, and cannot be resumed with this one: {told}. "
             "Repeat the former command, or choose another output folder"
-            f"{moved if all(difference.startswith(places) for difference in found) else ''}"
+            f"{moved if has_moved else ''}"
         )
 
 

@@ -61,7 +61,7 @@ class Verdict(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Send:
-    """Send ``request_id`` to ``replica_id`` now."""
+    """The table's decision to send a request now; it stays as it is while the request's booking changes."""
 
     request_id: str
     attempt: int
@@ -86,6 +86,8 @@ class RoutingStatistics:
 
 @dataclass(slots=True)
 class _Booking:
+    """What the table knows of one request, from its arrival to its answer."""
+
     request_id: str
     rows: int
     nbytes: int

@@ -70,15 +70,6 @@ class _Job:
         return any(request.header.suspect for request in self.requests)
 
 
-@dataclass(frozen=True, slots=True)
-class _PassInFlight:
-    """Work whose pass the device was given at ``begun``."""
-
-    job: _Job
-    run: DevicePass
-    begun: float
-
-
 class Replica:
     """Serves one teacher.
 
@@ -133,7 +124,7 @@ class Replica:
         self._running: list[_Job] = []  # what was taken up and is not answered yet
         self._alone = False  # what runs is a suspect: nothing else may run with it
         self._busy_since: float | None = None  # when the oldest pass in flight became the oldest
-        self._in_flight: deque[_PassInFlight] = deque()  # what the device has been given, for the second thread
+        self._in_flight: deque[tuple[_Job, DevicePass, float]] = deque()  # what the device was given, and when
         self._draining = False
         self._stopped = False
         self._device: object = None  # the teacher's, if it has one
@@ -317,7 +308,7 @@ class Replica:
             if not job.scarce and self._pipeline.fits(batch, spec):
                 run = self._pipeline.begin(batch, spec)
                 with self._changed:
-                    self._in_flight.append(_PassInFlight(job, run, begun))
+                    self._in_flight.append((job, run, begun))
                     self._changed.notify_all()
                 return
             with self._changed:
@@ -344,21 +335,20 @@ class Replica:
                 self._changed.wait_for(lambda: self._in_flight or (self._stopped and not self._running))
                 if not self._in_flight:
                     return
-                ahead = self._in_flight.popleft()
-            job = ahead.job
-            self._finish(ahead)
-            del ahead  # with what it held on the device, which others may wait for
+                job, run, begun = self._in_flight.popleft()
+            self._finish(job, run, begun)
+            del run  # with what it held on the device, which others may wait for
             self._end(job)
             del job
 
-    def _finish(self, ahead: _PassInFlight) -> None:
-        """Wait for a pass, and answer its requests."""
+    def _finish(self, job: _Job, run: DevicePass, begun: float) -> None:
+        """Wait for the pass of ``job``, and answer its requests."""
         try:
-            results = ahead.run.result()
+            results = run.result()
         except Exception as error:  # noqa: BLE001 - the teacher's results may raise anything too
-            self._fail(ahead.job, error)
+            self._fail(job, error)
         else:
-            self._answer(ahead.job, results, ahead.begun)
+            self._answer(job, results, begun)
 
     def _end(self, job: _Job) -> None:
         with self._changed:

@@ -8,7 +8,7 @@ from dinov3_ray.training.losses.distances import (
     relation_loss,
     smooth_l1_loss,
 )
-from dinov3_ray.training.losses.distillation_loss import DistillationLoss, LossKind, TeacherQueue
+from dinov3_ray.training.losses.distillation_loss import ClsLossKind, DistillationLoss, LossKind, TeacherQueue
 from dinov3_ray.training.losses.gradient_share import GradientShare
 from dinov3_ray.training.losses.phi_s import PhiS
 from dinov3_ray.training.losses.projectors import ProjectorKind, make_projector
@@ -16,6 +16,7 @@ from dinov3_ray.training.losses.schedule import WeightSchedule
 from dinov3_ray.training.losses.terms import Term, WeightedTerms
 
 __all__ = [
+    "ClsLossKind",
     "DistillationLoss",
     "GradientShare",
     "LossKind",

@@ -24,9 +24,10 @@ from dinov3_ray.training.losses.distances import (
 from dinov3_ray.training.losses.phi_s import PhiS
 from dinov3_ray.training.losses.projectors import make_projector
 
-__all__ = ["DistillationLoss", "LossKind", "TeacherQueue"]
+__all__ = ["ClsLossKind", "DistillationLoss", "LossKind", "TeacherQueue"]
 
-LossKind = Literal["cosine", "mse", "smooth_l1", "gram", "relation", "cls_cosine", "cls_mse", "cls_queue"]
+ClsLossKind = Literal["cls_cosine", "cls_mse", "cls_queue"]
+LossKind = Literal["cosine", "mse", "smooth_l1", "gram", "relation", ClsLossKind]
 
 _ALIKE_IN_CHANNELS = ("gram", "relation")  # kinds that compare locations with one another need no common channels
 
@@ -121,7 +122,7 @@ class DistillationLoss(nn.Module):
                 f"kind must be one of {', '.join(get_args(LossKind))}; or several, each with a weight above 0; "
                 f"got {kind!r}"
             )
-        on_cls = {each.startswith("cls_") for each in kinds}
+        on_cls = {each in get_args(ClsLossKind) for each in kinds}
         if len(on_cls) > 1:
             raise ConfigError(f"kind must name losses on maps, or on CLS vectors, not both; got {kind!r}")
         if align not in ("student", "teacher"):

@@ -13,9 +13,10 @@ from collections.abc import Callable, Iterator
 import pytest
 import ray
 import torch
+from monitoring import exported_name
 
 from dinov3_ray import FeatureSpec, TeacherPool
-from dinov3_ray.pool.metrics import METRICS, Kind, Publisher, Sample
+from dinov3_ray.pool.metrics import METRICS, Publisher, Sample
 from dinov3_ray.testing import FakeTeacher
 
 Labels = frozenset[tuple[str, str]]
@@ -50,7 +51,7 @@ def scrape_until(pool: str, what: Callable[[Samples], bool], timeout: float = 60
 
 
 def total(samples: Samples, name: str, **labels: str) -> float:
-    return sum(value for found, value in samples[METRICS[name].exported].items() if found >= set(labels.items()))
+    return sum(value for found, value in samples[exported_name(METRICS[name])].items() if found >= set(labels.items()))
 
 
 @pytest.fixture(scope="module")
@@ -136,6 +137,5 @@ def test_every_metric_is_exported_as_it_says(ray_cluster: str) -> None:
     for metric in METRICS.values():
         labels = {"replica": "r1"} if metric.per_replica else {}
         labels |= {metric.by: metric.by} if metric.by else {}
-        assert dict(samples[metric.exported]) == {frozenset(labels.items()): 7}
-        assert metric.exported.endswith("_total") == (metric.kind is Kind.COUNTER)
+        assert dict(samples[exported_name(metric)]) == {frozenset(labels.items()): 7}
     publisher.close()
