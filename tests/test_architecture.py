@@ -276,16 +276,18 @@ def test_files_stay_short() -> None:
 
 
 def test_no_name_is_given_twice() -> None:
-    # Two things of one name make a reader ask which is meant. Commands are named as people type them.
+    # Two things of one name make a reader ask which is meant. Commands are named as people type them, and a folder's
+    # main file as the folder.
     named: dict[str, set[str]] = {}
     for name, path in MODULES.items():
-        if path.name != "__init__.py":
-            named.setdefault(f"module {path.stem}", set()).add(name)
-        for node in tree_of(path).body:
-            if isinstance(node, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
-                if isinstance(node, ast.FunctionDef) and (node.name.startswith("_") or name.split(".")[0] == "cli"):
-                    continue
-                named.setdefault(node.name.lstrip("_"), set()).add(name)
+        folder, _, last = name.rpartition(".")
+        if folder != "cli" and last != folder.rpartition(".")[2]:
+            named.setdefault(f"module {last}", set()).add(name)
+        classes = [node for node in ast.walk(tree_of(path)) if isinstance(node, ast.ClassDef)]
+        functions = [node for node in tree_of(path).body if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
+        public = [each for each in functions if not each.name.startswith("_") and name.split(".")[0] != "cli"]
+        for node in [*classes, *public]:
+            named.setdefault(node.name.lstrip("_"), set()).add(name)
     assert not {name: sorted(places) for name, places in named.items() if len(places) > 1}
 
 
