@@ -25,7 +25,6 @@ from dinov3_ray.interrupts import Interrupts
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from dinov3_ray.config import Backend, CompileChoice, ComputeDtype
 
 __all__ = ["bench"]
 
@@ -239,10 +238,7 @@ def training(
 def dataset(
     images: int,
     variant: str,
-    compute_dtype: ComputeDtype,
-    compile: CompileChoice,
-    attention: str,
-    backend: Backend,
+    computing: dict[str, Any],
     repeats: int,
     quick: bool,
     address: str | None,
@@ -257,9 +253,7 @@ def dataset(
     from dinov3_ray.bench.dataset.extracting import DatasetWork, measure_dataset
     from dinov3_ray.bench.own_ray import running
 
-    work = DatasetWork(
-        images=images, variant=variant, dtype=compute_dtype, compile=compile, attention=attention, backend=backend
-    )
+    work = DatasetWork(images=images, variant=variant, **computing)
     if quick:
         work, repeats = replace(work, images=64, variant="vit-test"), 1
     with tempfile.TemporaryDirectory(prefix="dinov3-ray-bench-") as folder, running(address) as step:

@@ -12,7 +12,7 @@ import click
 
 from dinov3_ray.cli.teacher_options import computing_options, model_options
 from dinov3_ray.cli.values import Colour, ImageSize, InputSize, Integers, Outputs, PillowPlugin, address_option
-from dinov3_ray.config import Backend, CompileChoice, ComputeDtype, open_config
+from dinov3_ray.config import open_config
 from dinov3_ray.config.preprocessing import Size, ViewSize
 from dinov3_ray.datasets.formats import MAX_PIXELS
 from dinov3_ray.errors import InputError, StoreError
@@ -109,11 +109,7 @@ def extract_command(
     no_norm: bool,
     map_size: Size | None,
     dtype: Any,
-    image_size: Size | ViewSize | None,
-    compute_dtype: ComputeDtype,
-    compile: CompileChoice,
-    attention: str,
-    backend: Backend,
+    computing: dict[str, Any],
     batch_size: int | None,
     block_size: int | None,
     image_column: str | None,
@@ -135,7 +131,7 @@ def extract_command(
     Parquet files with image bytes.
     """
     spec = FeatureSpec(**outputs, layers=layers, norm=not no_norm, map_size=map_size, dtype=dtype)
-    if root is None and (image_size is not None or (compute_dtype, compile, attention, backend) != ("auto",) * 4):
+    if root is None and not set(computing.values()) <= {None, "auto"}:
         raise click.UsageError(
             "--image-size, --compute-dtype, --compile, --attention and --backend belong to --root: a pool has its own "
             "settings"
@@ -148,15 +144,7 @@ def extract_command(
 
     config = None
     if root is not None:
-        config = open_config(
-            root,
-            revision=revision,
-            image_size=image_size,
-            dtype=compute_dtype,
-            compile=compile,
-            attention=attention,
-            backend=backend,
-        )
+        config = open_config(root, revision=revision, **computing)
     options = SourceOptions(
         image_column=image_column,
         id_column=id_column,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import get_args
+from typing import Any, cast, get_args
 
 import click
 
@@ -50,7 +51,9 @@ def _needs_root(context: click.Context, _: click.Parameter, revision: str | None
 
 
 def computing_options(*, dtype: str = "--dtype", image_size: bool = True) -> Callable[[Command], Command]:
-    """``--dtype``, ``--image-size``, ``--compile``, ``--attention`` and ``--backend``, as a DinoV3Config has them.
+    """``--dtype``, ``--image-size``, ``--compile``, ``--attention`` and ``--backend``.
+
+    The command gets them as one argument, ``computing``: a dict of the options of a DinoV3Config by name.
 
     Args:
         dtype: the name of the first, where a command calls something else ``--dtype``.
@@ -59,6 +62,7 @@ def computing_options(*, dtype: str = "--dtype", image_size: bool = True) -> Cal
     options = [
         click.option(
             dtype,
+            "compute_dtype",
             type=click.Choice(get_args(ComputeDtype)),
             default="auto",
             show_default=True,
@@ -85,12 +89,19 @@ def computing_options(*, dtype: str = "--dtype", image_size: bool = True) -> Cal
             help="What computes. auto: OpenVINO in bfloat16 on a CPU, where it is installed; else torch.",
         ),
     ]
+    names = {"dtype": "compute_dtype"} | {name: name for name in ("compile", "attention", "backend")}
     if image_size:
         options.insert(1, image_size_option)
+        names["image_size"] = "image_size"
 
     def decorate(command: Command) -> Command:
+        @functools.wraps(command)
+        def grouped(*args: Any, **values: Any) -> Any:
+            computing = {name: values.pop(value) for name, value in names.items()}
+            return command(*args, computing=computing, **values)
+
         for option in reversed(options):
-            command = option(command)
-        return command
+            grouped = option(grouped)
+        return cast(Command, grouped)
 
     return decorate

@@ -10,8 +10,7 @@ import click
 from dinov3_ray.cli.pool import pool_options, timeout_option
 from dinov3_ray.cli.teacher_options import computing_options, model_options
 from dinov3_ray.cli.values import Pair, PoolOption, Replicas
-from dinov3_ray.config import Backend, CompileChoice, ComputeDtype, open_config
-from dinov3_ray.config.preprocessing import Size, ViewSize
+from dinov3_ray.config import open_config
 from dinov3_ray.pool.address import NAMESPACE
 from dinov3_ray.pool.spec import Batching
 
@@ -63,11 +62,7 @@ def up(
     dry_run: bool,
     root: str | None,
     revision: str | None,
-    dtype: ComputeDtype,
-    image_size: Size | ViewSize | None,
-    compile: CompileChoice,
-    attention: str,
-    backend: Backend,
+    computing: dict[str, Any],
     replicas: Any,
     leave_gpus: float,
     num_gpus: float | None,
@@ -93,15 +88,7 @@ def up(
     from dinov3_ray.cli.table import summary
     from dinov3_ray.pool.teacher_pool import TeacherPool
 
-    config = open_config(
-        root,
-        revision=revision,
-        dtype=dtype,
-        image_size=image_size,
-        compile=compile,
-        attention=attention,
-        backend=backend,
-    )
+    config = open_config(root, revision=revision, **computing)
     options = {name: value for name, value in options.items() if value is not None} | dict(others)
     with joined(address) as here, show_progress(f"pool {name}") as report:
         pool = TeacherPool.start(
@@ -166,11 +153,7 @@ def reload(
     namespace: str,
     root: str,
     revision: str | None,
-    dtype: ComputeDtype,
-    image_size: Size | ViewSize | None,
-    compile: CompileChoice,
-    attention: str,
-    backend: Backend,
+    computing: dict[str, Any],
     wait: bool,
     timeout: float,
 ) -> None:
@@ -183,15 +166,7 @@ def reload(
     from dinov3_ray.cli.table import summary
     from dinov3_ray.pool.teacher_pool import TeacherPool
 
-    config = open_config(
-        root,
-        revision=revision,
-        dtype=dtype,
-        image_size=image_size,
-        compile=compile,
-        attention=attention,
-        backend=backend,
-    )
+    config = open_config(root, revision=revision, **computing)
     with joined(address), TeacherPool.connect(name, namespace=namespace) as pool:
         former = pool.status().fingerprint
         if not wait:

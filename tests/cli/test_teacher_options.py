@@ -20,8 +20,8 @@ def parsed(*arguments: str) -> dict[str, Any]:
 
     @click.command()
     @computing_options(dtype="--compute-dtype")
-    def command(**options: Any) -> None:
-        seen.update(options)
+    def command(computing: dict[str, Any]) -> None:
+        seen.update(computing)
 
     done = CliRunner().invoke(command, arguments)
     assert done.exit_code == 0, done.output
@@ -41,9 +41,9 @@ def parsed(*arguments: str) -> dict[str, Any]:
 )
 def test_they_are_what_a_configuration_takes(tiny_checkpoint: Path, arguments: tuple[str, ...], compile: Any) -> None:
     options = parsed(*arguments)
-    others = dict.fromkeys(("compute_dtype", "attention", "backend"), "auto")
+    others = dict.fromkeys(("dtype", "attention", "backend"), "auto")
     assert options == {**others, "image_size": None, "compile": compile}
-    assert DinoV3Config(tiny_checkpoint, compile=options["compile"]).compile == compile
+    assert DinoV3Config(tiny_checkpoint, **options).compile == compile
 
 
 def options_of(command: tuple[str, ...]) -> dict[str, Any]:
