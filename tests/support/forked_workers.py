@@ -26,7 +26,11 @@ __all__ = ["fork_workers"]
 
 SERVER = "FORKED_WORKERS_SERVER"  # the variable that has the name of its socket, which is not a file's
 # What workers import that takes long. Of Ray nothing.
-MODULES = ("dinov3_ray.teacher", "google.protobuf", "jsonschema", "pandas", "pyarrow", "requests", "torch", "yaml")
+MODULES = (
+    *("filelock", "google.protobuf", "jsonschema", "pandas", "psutil", "pyarrow.dataset", "requests", "torch", "yaml"),
+    *("dinov3_ray.datasets.sources.open", "dinov3_ray.datasets.store.writer"),
+    *("dinov3_ray.pool.replica.hosted", "dinov3_ray.testing"),
+)
 CONTEXT = "--serialized-runtime-env-context="
 
 
