@@ -19,7 +19,7 @@
         ├── PoolTimeoutError (TimeoutError)   a deadline passed; says what was waited for
         ├── ForkedProcessError                used in a process forked after connecting
         ├── ReplicaError                      a replica failed and no other could take its work
-        │   └── DeviceLostError               its process can use its device no more
+        │   └── DeviceLostError               its process can no longer use its device
         └── PoisonBatchError                  one batch ended replica after replica
 
 Ray pickles errors to send them between processes. Therefore none of them defines ``__init__``, and all information is
@@ -125,7 +125,7 @@ class ReplicaError(PoolError):
 
 
 class DeviceLostError(ReplicaError):
-    """A replica's process can use its device no more, and must be started again."""
+    """A replica's process can no longer use its device, and must be started again."""
 
 
 class PoisonBatchError(PoolError):

@@ -1,6 +1,7 @@
-"""Ctrl-C, and a scheduler's SIGTERM, at any moment: nothing is left half started or half stopped; every wait ends.
+"""Handles Ctrl-C, and a scheduler's SIGTERM, at any moment.
 
-It imports nothing heavy, so that a command can install it before torch and Ray are loaded.
+Nothing is left half started or half stopped, and every wait ends. This module imports nothing heavy, so that
+a command can install it before torch and Ray are loaded.
 """
 
 from __future__ import annotations

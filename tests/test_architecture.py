@@ -18,7 +18,7 @@ import dinov3_ray
 
 PACKAGE = Path(dinov3_ray.__file__).parent
 TESTS = Path(__file__).parent
-LONGEST = 500  # lines; cutting a noun in halves is no way to get under it
+LONGEST = 500  # lines; cutting a noun in halves is not a way to get under it
 
 MOST_FILES = 12  # in a folder, its __init__.py left out
 
@@ -172,7 +172,7 @@ def test_imports_only_go_down(folder: str) -> None:
     rooms = rooms_of(folder)
     for room, beside in rooms.items():
         for other in beside:
-            assert other in rooms, f"{folder}.{room} imports {other}, which is no module"
+            assert other in rooms, f"{folder}.{room} imports {other}, which is not a module"
             assert floor_of(f"{folder}.{other}".lstrip("."), folder) <= floor_of(
                 f"{folder}.{room}".lstrip("."), folder
             ), f"{folder}.{room} imports {other}, which stands above it"

@@ -1,4 +1,4 @@
-"""The files of a checkpoint that is to be converted, in what a user names: a file, or a folder of the hub."""
+"""Finds the files of a checkpoint to convert in what a user names: a file, or a folder of the hub."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stored tensors as torch has them: read, held against what an architecture says, and looked at for NaN."""
+"""Reads stored tensors as torch tensors, compares them with what an architecture says, and looks for NaN."""
 
 from __future__ import annotations
 

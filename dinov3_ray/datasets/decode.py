@@ -340,7 +340,7 @@ def _unfit(image: Image.Image) -> Unreadable | None:
 
 
 def _is_wide(image: Image.Image) -> bool:
-    """Whether it is grey of more than 8 bits a pixel, which Pillow's own conversion clips."""
+    """Whether it is grey of more than 8 bits per pixel, which Pillow's own conversion clips."""
     return image.mode.startswith("I") or image.mode == "F"
 
 

@@ -1,4 +1,4 @@
-"""Which augmented view of which image is which step's: by the seed alone, so that a run can begin at any step.
+"""Decides by the seed alone which views of which images a step gets, so that a run can begin at any step.
 
 Positions count the views of a run from 0: the batch of step s (from 0) has the positions s·B to s·B + B - 1. Each pass
 over the images has an order of its own, and passes follow each other without a gap: a batch may hold the last images of
@@ -28,7 +28,7 @@ from dinov3_ray.errors import ConfigError, DinoV3Error, StoreError
 
 __all__ = ["Pictures", "ViewDataset", "load_batches", "view_batches"]
 
-_MOST_IN_A_ROW = 256  # images that cannot be read, one after the other in a pass: more is no accident
+_MOST_IN_A_ROW = 256  # unreadable images in a row, in one pass: more are not an accident
 _OF_ORDER, _OF_VIEW = 0, 1
 _PASSING = "io", "out of memory"  # kinds of trouble that are not the image's, and may be over the next time
 
@@ -52,7 +52,7 @@ class Pictures:
         """List a folder (with its subfolders), a file, a glob, or WebDataset shards.
 
         Args:
-            exclude: a folder within the source that is none of it.
+            exclude: a folder within the source that does not belong to it.
 
         Raises:
             StoreError: nothing is there, or no image.

@@ -43,7 +43,7 @@ def _trouble(folder: Path) -> str:
         return f"{folder} is longer than {longest} bytes, with which the paths of Ray's sockets are too long"
     there = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
     if not there.is_dir():
-        return f"{there} is no folder"
+        return f"{there} is not a folder"
     if not os.access(there, os.W_OK | os.X_OK):
         return f"this user may not write to {there}"
     return ""

@@ -84,7 +84,7 @@ class Address:
 
 
 def _mistake(text: str) -> tuple[str, Address]:
-    """Why ``text`` is no address of a head, and what may have been meant."""
+    """Why ``text`` is not the address of a head, and what may have been meant."""
     usual = Address("HOST", _RAYS_PORT)
     scheme, colon, _ = text.partition("://")
     if colon:
@@ -101,7 +101,7 @@ def _mistake(text: str) -> tuple[str, Address]:
         return "an IPv6 address stands in brackets, and a port follows it", Address(bare, _RAYS_PORT)
     if _is_host(text, in_brackets=False):
         return "it has no port", Address(text, _RAYS_PORT)
-    return "that is no host with a port from 1 to 65535", usual
+    return "that is not a host with a port from 1 to 65535", usual
 
 
 def _is_host(text: str, *, in_brackets: bool) -> bool:

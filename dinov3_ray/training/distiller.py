@@ -43,7 +43,7 @@ class Distiller(nn.Module):
     teacher computes them nevertheless, where the loop asks for them.
 
     Args:
-        student: the model that is tapped; it is no part of this module.
+        student: the model that is tapped; it is not a part of this module.
         terms: the losses.
         spec: what they compare with, as the teacher is asked for it.
         select: as in :class:`~dinov3_ray.training.taps.FeatureTap`.

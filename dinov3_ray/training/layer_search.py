@@ -74,7 +74,7 @@ def find_layer(student: nn.Module, images: Any, *, stride: int | None = None, pr
     """The name of the student's deepest layer with a map: the last one before maps become finer again.
 
     That is a backbone's last map, also inside a detector, whose neck begins where maps become finer. Maps up to which
-    nothing learns are passed over, and so is a convolution behind which no weights stand (it gives logits), where a map
+    nothing learns are skipped, and so is a convolution behind which no weights stand (it gives logits), where a map
     before it will do.
 
     Args:
@@ -100,7 +100,7 @@ def find_layer(student: nn.Module, images: Any, *, stride: int | None = None, pr
             handle.remove()
     # A tap of a shared layer would have its last call's.
     once = [each for each in notes.maps if notes.calls[each.layer] == 1]
-    maps = [each for each in once if each.cells > 1] or once  # what is pooled to one location is no map
+    maps = [each for each in once if each.cells > 1] or once  # one location, as after pooling, is not a map
     if not maps:
         raise ConfigError(
             "layers must be given for this student: no layer of it gives a map [B, C, h, w] of an image of "

@@ -130,7 +130,7 @@ def test_a_proof_is_one_only_if_the_teacher_wins_and_no_control_does() -> None:
     assert made_up(trained=(0.7, 0.81, 0.75)).share_handed_on is None
     helpful = made_up(trained=(0.7, 0.81, 0.75), random=(0.6, 0.7, 0.66), joint=(0.6, 0.7, 0.66))
     passing = {name: arm["passes"] for name, arm in helpful.as_dict()["arms"].items()}
-    assert passing == dict.fromkeys(ARMS, False) | {"trained": True}, "what a random teacher brings too is no gain"
+    assert passing == dict.fromkeys(ARMS, False) | {"trained": True}, "what a random teacher brings too is not a gain"
 
 
 @pytest.mark.slow

@@ -153,7 +153,7 @@ def test_results_are_the_callers_own(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_least_recently_used_leave_first_and_the_bound_holds(tmp_path: Path) -> None:
     spec = FeatureSpec(feature_map=True)
-    teacher = FakeTeacher(hidden_size=1024)  # 36,864 bytes an image
+    teacher = FakeTeacher(hidden_size=1024)  # 36,864 bytes per image
     bound = 2 * MB
     with CachedTeacher(teacher, tmp_path, bound) as cached:
         for seed in range(100):

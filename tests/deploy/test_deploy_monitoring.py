@@ -36,7 +36,7 @@ def test_queries_name_metrics_that_there_are() -> None:
         names = re.findall(r"ray_dinov3_\w+", query)
         assert names
         for name in names:
-            assert name in EXPORTED, f"{name} is no metric: {query}"
+            assert name in EXPORTED, f"{name} is not a metric: {query}"
             counted = re.search(rf"(rate|increase)\({name}\b", query) is not None
             assert counted == (EXPORTED[name].kind is Kind.COUNTER), query
         for label, value in re.findall(r'(\w+)=~?"([^"]*)"', query):

@@ -60,7 +60,7 @@ def test_the_longest_path_that_fits_makes_sockets() -> None:
 def test_a_file_is_no_folder(short: Path) -> None:
     (short / "file").touch()
     found = RayFolder({"RAY_TMPDIR": str(short / "file")})
-    assert (found.usable, found.trouble) == (False, f"{(short / 'file').absolute()} is no folder")
+    assert (found.usable, found.trouble) == (False, f"{(short / 'file').absolute()} is not a folder")
     finding = check_ray_folder({"RAY_TMPDIR": str(short / "file")})
     assert finding.verdict is Severity.PROBLEM
     assert "set RAY_TMPDIR" in finding.remedy

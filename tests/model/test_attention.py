@@ -44,7 +44,7 @@ def in_a_thread(work: Callable[[], Any]) -> Any:
 
 
 def kernels(cuda: FakeCuda) -> set[str]:
-    """Of the attention that was launched on a GPU; empty where torch chose one that is no single kernel."""
+    """Of the attention that was launched on a GPU; empty where torch chose one that is not a single kernel."""
     names = [name for _, _, name in cuda.watch.launches if "attention" in name]
     return {name.removeprefix("aten._scaled_dot_product_").removesuffix("_attention.default") for name in names}
 

@@ -48,7 +48,7 @@ NO_PLACE = [
     "head:", ":6379", "head:0", "head:65536", "head:ray", "head:-1", "head:\u0661", "head:6379 ", "he ad:1", "[]:1",
     "[head]:1", "[10.1.2.3]:1", "10.1.2.300:6379", "a:b:6379", "[fd00::1]6379", "me@head:6379", "head:6379/x",
 ]  # fmt: skip
-REFUSED |= dict.fromkeys(NO_PLACE, ("that is no host with a port from 1 to 65535", "HOST:6379"))
+REFUSED |= dict.fromkeys(NO_PLACE, ("that is not a host with a port from 1 to 65535", "HOST:6379"))
 
 
 @pytest.mark.parametrize("text", READ)

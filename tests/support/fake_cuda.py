@@ -10,7 +10,7 @@ every operation, so that a test can assert that nothing would race, wait, or tou
         teacher.extract(images, spec)
         assert not cuda.found()
 
-Values read from a device are ones, and the read counts as a wait. It is no model of speed, nor of what a kernel
+Values read from a device are ones, and the read counts as a wait. It is not a model of speed, nor of what a kernel
 computes: the tests marked gpu are.
 """
 

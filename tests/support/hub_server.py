@@ -144,7 +144,7 @@ class _Listener(ThreadingHTTPServer):
         return connection, address
 
     def handle_error(self, request: object, client_address: object) -> None:
-        if not isinstance(sys.exception(), OSError):  # a client that has gone away is no error
+        if not isinstance(sys.exception(), OSError):  # a client that has gone away is not an error
             super().handle_error(request, client_address)  # type: ignore[arg-type]
 
 

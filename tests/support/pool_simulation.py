@@ -31,7 +31,7 @@ class SimulatedReplica:
 
 
 def skewed_speeds(replicas: int, *, ratio: float = 10.0, seed: int = 1) -> list[float]:
-    """Seconds a row of each replica: log-normal, cut where the slowest takes ``ratio`` times as long as the fastest."""
+    """Seconds per row of each replica: log-normal; the slowest takes at most ``ratio`` times as long as the fastest."""
     generator = random.Random(seed)
     normal = [min(max(generator.gauss(0, 1), -2), 2) for _ in range(replicas)]
     return [0.040 / 32 * exp(value * log(ratio) / 4) for value in normal]

@@ -30,7 +30,7 @@ class Pictures(Dataset[dict[str, Tensor]]):
 
 
 class VariedBatches:
-    """A batch sampler over ``images`` indices: shuffled anew each epoch, 1 to 4 images a batch, of a random size."""
+    """A batch sampler over ``images`` indices: shuffled anew each epoch, 1 to 4 images per batch, of a random size."""
 
     def __init__(self, images: int, seed: int = 0) -> None:
         self._images = images

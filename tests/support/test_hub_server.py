@@ -85,7 +85,7 @@ def test_refusals(hub: HubServer, model: Repository) -> None:
     assert refusal(f"{hub.url}/api/datasets/{ID}") == (401, "RepoNotFound")
     assert refusal(info, "hf_expired") == (401, None)
     model.gated = True
-    assert refusal(info) == (200, None)  # that there is such a model is no secret
+    assert refusal(info) == (200, None)  # that there is such a model is not a secret
     assert refusal(file) == (401, "GatedRepo")
     assert refusal(file, "hf_stranger") == (403, "GatedRepo")
     assert refusal(file, "hf_let_in") == (200, None)

@@ -1,4 +1,4 @@
-"""What is right and not how fast it is: the CUDA sanitizer, and the tests that need a GPU; each in its own process."""
+"""Checks of correctness, not of speed: the CUDA sanitizer, and the tests that need a GPU; each in its own process."""
 
 from __future__ import annotations
 

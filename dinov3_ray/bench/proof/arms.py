@@ -1,5 +1,6 @@
-"""The arms of the proof: one student each, with the same labels and the same supervised steps; they differ in what came
-before or beside them.
+"""The arms of the proof: ways to train one student.
+
+All arms have the same labels and the same supervised steps. They differ in what comes before or beside these steps.
 
 Shapes: B images, D teacher channels, a grid of h × w patches, y × x cells; U unlabelled scenes.
 """

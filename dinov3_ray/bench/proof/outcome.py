@@ -60,8 +60,8 @@ class Proof:
 
     @property
     def share_handed_on(self) -> float | None:
-        """What the trained arm has more than labels alone, over what its teacher has more than these, by the means;
-        None if the teacher has nothing more."""
+        """The gain of the trained arm over labels alone, divided by the gain of its teacher over them, by the means;
+        None if the teacher has no gain."""
         teacher, trained, labels = (
             _mean(found) for found in (self.teachers["trained"], self.arms["trained"], self.arms["labels"])
         )
@@ -70,13 +70,13 @@ class Proof:
     def passes(self, arm: str) -> bool:
         """Whether an arm has gained, by the lower bounds, over the labels alone and over a random teacher.
 
-        A random teacher brings a little over the labels, since any function of the image trains a student: what it
-        brings is no knowledge, and so it does not pass.
+        A random teacher brings a little over the labels, since any function of the image trains a student. This gain is
+        not knowledge, so a random teacher does not pass.
         """
         return self.gain(arm).low > 0 and self.gain(arm, "random").low > 0
 
     def complaints(self) -> list[str]:
-        """Why this is no proof, a sentence each; empty if it is one."""
+        """The reasons why this is not a proof, one sentence each; empty if it is one."""
         beaten = {"labels": "the labels alone", "random": "a random teacher", "swapped": "the maps of other images"}
         found = [
             f"Distilling from the trained teacher was not shown to beat {what}: {_told(gain)} points."

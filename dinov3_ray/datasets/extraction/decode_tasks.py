@@ -1,8 +1,8 @@
 """Reading and decoding as Ray tasks: the CPU half of an extraction. Imports no torch, so that workers start fast.
 
-Tasks are started a few at a time, and what they give is handed on in order. Of a task that ends its process, or runs
-out of memory, halves are tried, down to the one image whose fault it is. Any other error of a task is no image's fault:
-what is wrong with an image is found and told without one.
+Tasks are started a few at a time, and what they give is handed on in order. If a task ends its process, or runs
+out of memory, its halves are tried, down to the one image whose fault it is. Any other error of a task is not an
+image's fault: what is wrong with an image is found and told without an error.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Where a run's teacher is probed: in a task of Ray; or, while Ray starts, in a process beside this one."""
+"""Probes a run's teacher: in a task of Ray, or, while Ray starts, in a second process on this machine."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def probe_on_ray(
 class EarlyProbe:
     """A probe that begins now, on this machine's CPUs, in a process that :meth:`close` ends.
 
-    What it finds is a head start and no more. Where it fails, the run probes on Ray: only that probe tells an image's
+    What it finds only saves time. Where it fails, the run probes on Ray: only that probe tells an image's
     fault from the teacher's, or from that of a process, and it fails with the error that the user sees.
 
     Args:
@@ -75,7 +75,7 @@ class EarlyProbe:
     ) -> None:
         cpus = usable_cpus()
         question = cloudpickle.dumps((teacher, spec, list(pieces), decoder, min(threads or cpus, cpus)))
-        # It imports what this process imports, and uses no GPU. Python skips what is no text.
+        # It imports what this process imports, and uses no GPU. Python skips entries that are not text.
         path = os.pathsep.join(entry or os.getcwd() for entry in sys.path if isinstance(entry, str))
         self._process = subprocess.Popen(  # noqa: S603 - this package
             # -P: whatever lies in the working directory.

@@ -107,7 +107,7 @@ def answer_early_probe() -> None:
     pieces, the decoder and the number of CPU threads; the probe.
     """
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what a library prints is no answer
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what a library prints is not an answer
     pickled, spec, pieces, decoder, threads = pickle.load(sys.stdin.buffer)  # noqa: S301 - by this process's own run
     config = pickle.loads(pickled)  # noqa: S301 - the same
     from dinov3_ray.pool.replica.hosted import HostedReplica  # which imports torch

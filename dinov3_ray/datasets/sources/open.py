@@ -35,11 +35,13 @@ __all__ = ["SourceOptions", "find_root", "matches", "open_source", "source_name"
 class SourceOptions:
     """How the images of a source are found and decoded.
 
+    It checks itself: a pydantic model that callers construct would raise pydantic's errors, not this package's.
+
     Args:
         image_column, id_column: of Parquet files or a Ray Dataset; by default they are found among the usual names.
         filesystem: a pyarrow file system, for a source without a URI.
         max_pixels: images of more pixels are errors, taken for decompression bombs. Larger ones than Pillow's own limit
-            may be allowed: each takes up to 7 bytes of memory a pixel while it is decoded.
+            may be allowed: each takes up to 7 bytes of memory per pixel while it is decoded.
         background: RGB, 0 to 255, under transparent pixels.
         shrink_to: encoded images are shrunk by 2, 4 or 8 as they are decoded, by the largest that leaves this many
             pixels to their shorter side: faster for images much larger than the teacher's input, but other pixels, and

@@ -109,7 +109,7 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class FileSource:
-    """One image a file; the id is the path relative to ``root``."""
+    """One image per file; the id is the path relative to ``root``."""
 
     system: Any
     root: str
@@ -158,7 +158,7 @@ def extension_of(name: str) -> str:
 
 
 def tell_left_out(source: str, names: Sequence[str]) -> None:
-    """Say once which files beside images are passed over, by their extensions."""
+    """Say once which files beside images are skipped, by their extensions."""
     if names:
         counts = Counter(
             f".{extension_of(name)}" if "." in name.rpartition("/")[2] else "no extension" for name in names

@@ -1,4 +1,4 @@
-"""A Parquet file whose tensor columns are, each, one contiguous array that readers can map instead of decoding.
+"""A Parquet file in which each tensor column is one contiguous array, which readers can map instead of decoding.
 
 Floats are written uncompressed and PLAIN, one page per column: such a page ends with its values, little-endian.
 

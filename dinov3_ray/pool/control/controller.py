@@ -86,7 +86,7 @@ class Controller:
         self._published = asyncio.Condition()
         self._closed, self._why_closed = False, ""
         self._gpus = GpuWatch(name)
-        self._ending: set[ReplicaProcess] = set()  # replicas no more, but perhaps still there
+        self._ending: set[ReplicaProcess] = set()  # not replicas any more, but perhaps still there
         #: Set once running replicas are known, so that no client sees an empty pool before.
         self._found = asyncio.Event()
         self._background: set[asyncio.Task[Any]] = set()

@@ -73,7 +73,7 @@ def thread_groups(options: PoolOptions) -> dict[str, int]:
 
 
 def end_process(reason: str) -> None:  # noqa: ARG001 - it is in the log
-    """End this process at once, since it can use its device no more.
+    """End this process at once, since it can no longer use its device.
 
     Whoever waits for it notices its death, and has its work done elsewhere. Nothing is cleaned up: that would ask the
     device again.

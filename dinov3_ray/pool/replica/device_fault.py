@@ -23,7 +23,7 @@ __all__ = ["DeviceFault", "chain_of", "device_fault", "drop_frames", "first_line
 class DeviceFault(StrEnum):
     """What is wrong with the device."""
 
-    #: This process can use it no more.
+    #: This process can no longer use it.
     LOST = "lost"
     #: It has too little memory for what was asked.
     MEMORY = "memory"

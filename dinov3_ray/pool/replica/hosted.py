@@ -31,7 +31,7 @@ class HostedReplica:
         max_batch: images in the largest batch, for which the teacher is warmed up.
         threads: CPU threads to compute with; None leaves torch's setting alone.
         pipeline: makes what runs the teacher's passes.
-        on_device_lost: called with the reason as soon as this process can use the device no more; it ends the process.
+        on_device_lost: called with the reason once this process can no longer use the device; it ends the process.
             None lets each batch from then on fail with DeviceLostError.
 
     Raises:

@@ -7,7 +7,7 @@ that.
 
 Two faults are the device's, and not a request's. If its memory does not suffice, the first thread waits until nothing
 else is in flight and computes the requests again, in parts if need be (``fitting_pipeline.py``). If this process can
-use it no more, the replica is over: its process ends, or, where it must not, every request from then on is an error.
+no longer use it, the replica is over: its process ends, or, where it must not, every request from then on is an error.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class Replica:
         unnamed: the fingerprint that a teacher without one gets, or a reload could mix two teachers unnoticed.
         threads: CPU threads to compute with; None leaves torch's setting alone (it is the whole process's).
         on_suspect: called on the device thread just before a request runs that earlier replicas died with.
-        on_device_lost: called with the reason as soon as this process can use the device no more, on the thread that
+        on_device_lost: called with the reason as soon as this process can no longer use the device, on the thread that
             finds out; it ends the process. None lets a replica live on that answers all with DeviceLostError.
         pipeline: makes what runs the teacher's passes; called once, on the device thread.
 
@@ -462,7 +462,7 @@ class Replica:
 
     def _device_lost(self, reason: str, cause: BaseException | None = None) -> DeviceLostError:
         error = DeviceLostError(
-            f"replica {self.replica_id} must end with its process, which can use its device no more: {reason} (start "
+            f"replica {self.replica_id} must end with its process, which can no longer use its device: {reason} (start "
             "the process again; a pool in Ray does that by itself)"
         )
         error.__cause__ = cause

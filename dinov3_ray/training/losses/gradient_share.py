@@ -1,4 +1,4 @@
-"""A weight that finds itself: :class:`GradientShare` holds a loss's share of the gradient."""
+"""A weight that adapts itself: :class:`GradientShare` holds a loss's share of the gradient."""
 
 from __future__ import annotations
 

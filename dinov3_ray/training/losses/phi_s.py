@@ -1,4 +1,4 @@
-"""Teachers of different scales on one: :class:`PhiS` standardises a teacher's features."""
+"""Brings teachers of different scales to one scale: :class:`PhiS` standardises a teacher's features."""
 
 from __future__ import annotations
 

@@ -139,7 +139,7 @@ class Prefetch(Generic[Batch, Targets]):
         if not self._teachers:
             raise ConfigError("teacher must be a teacher or a dict of at least one; got an empty one")
         self._sources = {name: as_source(teacher) for name, teacher in self._teachers.items()}
-        self._recipe = None if recipe is None else get(recipe)  # until the first batch was held against it
+        self._recipe = None if recipe is None else get(recipe)  # until the first batch was compared with it
         self._specs = _by_teacher(_spec_of(spec, self._recipe), list(self._teachers))
         self._route = _checked_route(route, self._several, self._specs)
         self._reader = LoaderReader(loader, self._look)

@@ -59,7 +59,7 @@ def test_it_finds_what_a_probe_on_ray_finds(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr(probe_process, "_PATIENCE_SECONDS", 0.0)
-    # As in a notebook, whose path may hold what is no text.
+    # As in a notebook, whose path may hold entries that are not text.
     monkeypatch.setattr(sys, "path", [*sys.path, tmp_path])
     pickled = pickle_teacher(config)
     with closing(EarlyProbe(pickled, SPEC, pieces, DECODER, threads=1)) as early:

@@ -269,7 +269,7 @@ def test_one_slow_answer_does_not_keep_work_away_for_ever() -> None:
 
 
 def test_a_saturated_client_gives_work_in_proportion_to_speed() -> None:
-    """Replicas of 1, 2 and 4 rows a second, each working through what it has; the client always has more."""
+    """Replicas of 1, 2 and 4 rows per second, each working through what it has; the client always has more."""
     speeds = {"r0": 1.0, "r1": 2.0, "r2": 4.0}
     table = a_table(3, window=3)
     now, served, queues = 0.0, Counter[str](), {name: [] for name in speeds}

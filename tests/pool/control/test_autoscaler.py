@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from dinov3_ray.pool.control.autoscaler import Autoscaler, expected_wait
 from dinov3_ray.pool.messages import ReplicaStatistics
 
-# Has computed 100 images at 10 a second, and stands still.
+# Has computed 100 images at 10 per second, and stands still.
 IDLE = ReplicaStatistics(images=100, forward_seconds=10.0)
 
 
@@ -36,7 +36,7 @@ def test_grows_by_one_when_more_waits_than_is_done_in_time() -> None:
 
 
 def test_what_clients_hold_back_counts_and_once() -> None:
-    # One client with 20 rows tells both replicas of them: 20 rows at 10 a second, between two.
+    # One client with 20 rows tells both replicas of them: 20 rows at 10 per second, between two.
     assert expected_wait([busy(0, backlog=20), busy(0, backlog=20)]) == pytest.approx(1.0)
     assert an_autoscaler().target(2, [busy(0, backlog=20), busy(0, backlog=20)], 0, 0.0) == 3
 

@@ -278,7 +278,7 @@ def test_the_newest_go_when_the_pool_shrinks_and_those_not_ready_before_all() ->
 
 def test_failed_starts_are_tried_again_after_ever_longer_delays_up_to_half_a_minute() -> None:
     members, now, delays = Membership(1, 1), 0.0, []
-    for _ in range(1100):  # a night of it: 2**1024 is no float any more
+    for _ in range(1100):  # a night of it: 2**1024 is not a float any more
         (start,) = members.plan(now)
         assert members.lost(start.replica_id, "no such file", now)
         assert members.plan(now) == []

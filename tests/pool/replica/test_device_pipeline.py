@@ -56,7 +56,7 @@ class HeldPass:
 
 
 class HeldPipeline:
-    """Three passes may be under way; each stays so until the test ends it."""
+    """Three passes may be in flight; each stays so until the test ends it."""
 
     depth = 3
 

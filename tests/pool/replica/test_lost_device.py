@@ -1,4 +1,4 @@
-"""A replica whose process can use its device no more: the process ends, or every request is an error that says so."""
+"""A replica whose process can no longer use its device: the process ends, or every request is an error that says so."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def test_without_a_process_to_end_every_later_request_is_an_error_that_says_so(p
     calls = made[0].calls
     with pytest.raises(DeviceLostError):
         hosted.submit(images_of(0), CLS).result(WAIT)
-    assert made[0].calls == calls, "the device is asked no more"
+    assert made[0].calls == calls, "the device is not asked any more"
     hosted.close()
 
 

@@ -23,7 +23,7 @@ def test_depth_grows_with_waits_and_shrinks_after_calm() -> None:
     depth.learn(0.0, 0.2, 6)
     assert depth.batches == 2
     depth.learn(0.0005, 0.2, 6)
-    assert depth.batches == 2, "half a millisecond is no wait"
+    assert depth.batches == 2, "half a millisecond is not a wait"
     for _ in range(10):
         depth.learn(0.1, 0.2, 1)
     assert depth.batches == 2, "the pool shrank"

@@ -42,6 +42,6 @@ def test_each_rank_gets_its_own_targets_and_they_are_those_of_one_process(
             assert torch.equal(feature_map, expected.feature_map)
     for epoch in range(2):
         indices = [seen[0] for outcome in outcomes for seen in outcome["seen"][3 * epoch : 3 * epoch + 3]]
-        assert sorted(torch.cat(indices).tolist()) == list(range(COUNT)), "each image once an epoch, at one rank"
+        assert sorted(torch.cat(indices).tolist()) == list(range(COUNT)), "each image once per epoch, at one rank"
     first, second = (outcome["weights"] for outcome in outcomes)
     assert all(torch.equal(first[name], second[name]) for name in first), "DDP kept the ranks together"
