@@ -15,6 +15,7 @@ import no_datasets  # noqa: F401 - for transformers, which others import
 import pytest
 import ray
 import torch
+from fake_cuda import FakeCuda
 from lean_ray import start_lean_rays
 from skimage import data
 from torch import Tensor
@@ -127,6 +128,13 @@ def local_pool() -> Iterator[TeacherPool]:
     """A pool of two FakeTeachers in this process."""
     with TeacherPool.start(FakeTeacher.factory(), name="local", replicas=2, local_mode=True) as pool:
         yield pool
+
+
+@pytest.fixture
+def cuda() -> Iterator[FakeCuda]:
+    """Two fake GPUs in this thread, and in those of the package that start meanwhile."""
+    with FakeCuda() as cuda:
+        yield cuda
 
 
 _running_ray = ExitStack()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from file_changes import change_weights
 
 from dinov3_ray import DinoV3Config, DinoV3Teacher, Features, FeatureSpec, TeacherPool
 from dinov3_ray.checkpoint import init_checkpoint
@@ -30,11 +30,7 @@ IMAGES = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 def hot_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Its activations exceed float16, and its outputs do not."""
     path = init_checkpoint("vit-test", tmp_path_factory.mktemp("hot") / "model", image_size=64)
-    weights = load_file(path / "model.safetensors")
-    for name, tensor in weights.items():
-        if name.endswith("lambda1"):
-            tensor.fill_(6e4)
-    save_file(weights, path / "model.safetensors", {"format": "pt"})
+    change_weights(path, lambda tensors: [tensors[name].fill_(6e4) for name in tensors if name.endswith("lambda1")])
     return path
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from file_changes import change_json, change_weights
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModel
 
@@ -58,12 +58,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def root(made: Path, tmp_path: Path) -> Path:
     """A copy of the tiny ViT's directory, to be spoilt."""
     return Path(shutil.copytree(made / "vit-test", tmp_path / "model"))
-
-
-def rewrite(root: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
-    tensors = load_file(root / "model.safetensors")
-    change(tensors)
-    save_file(tensors, root / "model.safetensors", metadata={"format": "pt"})
 
 
 def images(height: int = 64, width: int = 96) -> Tensor:
@@ -206,7 +200,7 @@ class TestLoad:
             for name in [name for name in tensors if name.startswith("layer.")]:
                 tensors[f"model.{name}"] = tensors.pop(name)
 
-        rewrite(root, rename)
+        change_weights(root, rename)
         assert torch.equal(output(load_model(DinoV3Config(root)), images()), output(whole, images()))
         assert fingerprint(DinoV3Config(root)) == fingerprint(DinoV3Config(made / "vit-test"))
 
@@ -219,14 +213,12 @@ class TestLoad:
         assert torch.equal(output(model, images()), before)
 
     def test_without_registers(self, root: Path) -> None:
-        config = json.loads((root / "config.json").read_text())
-        (root / "config.json").write_text(json.dumps({**config, "num_register_tokens": 0}))
-        rewrite(root, lambda tensors: tensors.update({"embeddings.register_tokens": torch.empty(1, 0, 128)}))
+        change_json(root / "config.json", num_register_tokens=0)
+        change_weights(root, lambda tensors: tensors.update({"embeddings.register_tokens": torch.empty(1, 0, 128)}))
         assert output(load_model(DinoV3Config(root)), images()).shape == (2, 1 + 4 * 6, 128)
 
     def test_unknown_activation(self, root: Path) -> None:
-        config = json.loads((root / "config.json").read_text())
-        (root / "config.json").write_text(json.dumps({**config, "hidden_act": "no-such"}))
+        change_json(root / "config.json", hidden_act="no-such")
         with pytest.raises(ConfigError, match=r"hidden_act must be .*'no-such'"):
             load_model(DinoV3Config(root))
 
@@ -268,30 +260,29 @@ class TestDamage:
         self.refused(root, "damaged safetensors header")
 
     def test_missing_tensor(self, root: Path) -> None:
-        rewrite(root, lambda tensors: tensors.pop("layer.1.mlp.up_proj.bias"))
+        change_weights(root, lambda tensors: tensors.pop("layer.1.mlp.up_proj.bias"))
         self.refused(root, r"layer\.1\.mlp\.up_proj\.bias is missing: expected \[256\]")
 
     def test_unexpected_tensor(self, root: Path) -> None:
-        rewrite(root, lambda tensors: tensors.update({"layer.3.norm1.weight": torch.ones(128)}))
+        change_weights(root, lambda tensors: tensors.update({"layer.3.norm1.weight": torch.ones(128)}))
         self.refused(root, r"layer\.3\.norm1\.weight is unexpected: found \[128\]")
 
     def test_wrong_shape(self, root: Path) -> None:
-        rewrite(root, lambda tensors: tensors.update({"norm.bias": torch.ones(64)}))
+        change_weights(root, lambda tensors: tensors.update({"norm.bias": torch.ones(64)}))
         self.refused(root, r"norm\.bias has the wrong shape: expected \[128\], found \[64\]")
 
     def test_config_against_weights(self, root: Path) -> None:
-        config = json.loads((root / "config.json").read_text())
-        (root / "config.json").write_text(json.dumps({**config, "num_register_tokens": 0}))
+        change_json(root / "config.json", num_register_tokens=0)
         self.refused(root, r"register_tokens has the wrong shape: expected \[1, 0, 128\], found \[1, 4, 128\]")
-        (root / "config.json").write_text(json.dumps({**config, "hidden_size": 256}))
+        change_json(root / "config.json", num_register_tokens=4, hidden_size=256)
         self.refused(root, r"\.\.\. and \d+ more")
 
     def test_wrong_dtype(self, root: Path) -> None:
-        rewrite(root, lambda tensors: tensors.update({"norm.bias": torch.ones(128, dtype=torch.float64)}))
+        change_weights(root, lambda tensors: tensors.update({"norm.bias": torch.ones(128, dtype=torch.float64)}))
         self.refused(root, r"tensor norm\.bias must be one of F32, BF16, F16; found F64")
 
     def test_not_finite(self, root: Path) -> None:
-        rewrite(root, lambda tensors: tensors["layer.0.norm2.weight"][3:5].fill_(float("nan")))
+        change_weights(root, lambda tensors: tensors["layer.0.norm2.weight"][3:5].fill_(float("nan")))
         config = DinoV3Config(root)
         verify(config)  # headers are as they should be
         message = r"tensor layer\.0\.norm2\.weight must be finite; found 2 NaN or infinite values of 128"
@@ -301,12 +292,12 @@ class TestDamage:
             load_model(config)
 
     def test_too_large_for_float16(self, root: Path) -> None:
-        rewrite(root, lambda tensors: tensors["norm.weight"].fill_(1e6))
+        change_weights(root, lambda tensors: tensors["norm.weight"].fill_(1e6))
         with pytest.raises(CheckpointError, match=r"norm\.weight must be finite.*as torch\.float16"):
             load_model(DinoV3Config(root), dtype=torch.float16)
 
     def test_stored_twice(self, root: Path) -> None:
-        rewrite(root, lambda tensors: tensors.update({"model.layer.0.norm1.bias": torch.ones(128)}))
+        change_weights(root, lambda tensors: tensors.update({"model.layer.0.norm1.bias": torch.ones(128)}))
         self.refused(root, r"tensor layer\.0\.norm1\.bias must be stored once")
 
 
@@ -329,9 +320,7 @@ class TestShards:
             verify(DinoV3Config(root))
 
     def test_index_against_shards(self, root: Path) -> None:
-        index = json.loads((root / "model.safetensors.index.json").read_text())
-        del index["weight_map"]["norm.weight"]
-        (root / "model.safetensors.index.json").write_text(json.dumps(index))
+        change_json(root / "model.safetensors.index.json", lambda index: index["weight_map"].pop("norm.weight"))
         with pytest.raises(CheckpointError, match=r"disagree on norm\.weight: expected in no shard, found in model-"):
             verify(DinoV3Config(root))
 
@@ -376,17 +365,14 @@ class TestFingerprint:
 
     def test_preprocessing_matters(self, root: Path) -> None:
         config = DinoV3Config(root)
-        values = json.loads((root / "preprocessor_config.json").read_text())
-        values["image_std"][0] += 1e-3
-        (root / "preprocessor_config.json").write_text(json.dumps(values))
+        change_json(root / "preprocessor_config.json", image_std=[0.229 + 1e-3, 0.224, 0.225])
         seen = [fingerprint(config), fingerprint(replace(config, image_size=96)), fingerprint(DinoV3Config(root))]
         assert len(set(seen)) == 3
 
     def test_architecture_matters(self, root: Path) -> None:
         """The same weights under other head counts are another model."""
         before = fingerprint(DinoV3Config(root))
-        config = json.loads((root / "config.json").read_text())
-        (root / "config.json").write_text(json.dumps({**config, "num_attention_heads": 4}))
+        change_json(root / "config.json", num_attention_heads=4)
         assert fingerprint(DinoV3Config(root)) != before
 
     def test_progress_adds_up(self, root: Path) -> None:

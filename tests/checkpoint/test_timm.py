@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from commandline import run_command as run
+from file_changes import change_json, change_weights
 from paths import SUPPORT
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -75,11 +75,7 @@ class TestAgainstTimm:
     @pytest.mark.parametrize("part", ["gamma", "q_bias", "norm", "reg_token", "v_bias", "fc1"])
     def test_the_record_notices_each_part(self, tmp_path: Path, part: str) -> None:
         folder = Path(shutil.copytree(RECORDED / SATELLITE, tmp_path / "spoilt"))
-        weights = load_file(folder / "model.safetensors")
-        for key in weights:
-            if part in key:
-                weights[key] *= 1.01
-        save_file(weights, folder / "model.safetensors")
+        change_weights(folder, lambda weights: [weights[key].mul_(1.01) for key in weights if part in key])
         assert error_of(folder, SATELLITE) > 1e-4
 
 
@@ -104,7 +100,7 @@ class TestWhatItSays:
         assert convert_checkpoint(RECORDED / SATELLITE, tmp_path / "b").statistics == "sat493m"
 
     def test_statistics_of_its_own(self, folder: Path, tmp_path: Path) -> None:
-        change_config(folder, lambda values: values["pretrained_cfg"].update(mean=[0.5, 0.5, 0.5]))
+        change_json(folder / "config.json", lambda values: values["pretrained_cfg"].update(mean=[0.5, 0.5, 0.5]))
         made = convert_checkpoint(folder, tmp_path / "model")
         assert (made.statistics, DinoV3Config(made.directory).preprocessing.mean) == ("own", (0.5, 0.5, 0.5))
 
@@ -127,12 +123,6 @@ class TestWhatItSays:
         assert fingerprint(teacher.config) in run("checkpoint", "info", folder).output
         made = run("checkpoint", "convert", folder, tmp_path / "model")
         assert (made.exit_code, made.stdout.startswith(f"{tmp_path / 'model'}: ")) == (0, True), made.output
-
-
-def change_config(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    values = json.loads((folder / "config.json").read_text())
-    change(values)
-    (folder / "config.json").write_text(json.dumps(values))
 
 
 class TestRefused:
@@ -158,7 +148,7 @@ class TestRefused:
     def test_config(
         self, folder: Path, tmp_path: Path, change: Callable[[dict[str, Any]], object], message: str
     ) -> None:
-        change_config(folder, change)
+        change_json(folder / "config.json", change)
         with pytest.raises(ConfigError, match=message):
             DinoV3Config(folder)
         with pytest.raises(ConfigError, match=message):
@@ -177,9 +167,7 @@ class TestRefused:
     def test_weights(
         self, folder: Path, tmp_path: Path, change: Callable[[dict[str, Tensor]], object], message: str
     ) -> None:
-        weights = load_file(folder / "model.safetensors")
-        change(weights)
-        save_file(weights, folder / "model.safetensors")
+        change_weights(folder, change)
         with pytest.raises(CheckpointError, match=message):
             DinoV3Config(folder)
         with pytest.raises(CheckpointError, match=message):
@@ -194,10 +182,10 @@ class TestRefused:
             columns = slice(width if tensor.shape[-1] == 64 else None)
             weights[key] = tensor[:rows, ..., columns].contiguous() if tensor.ndim > 1 else tensor[:rows].contiguous()
         save_file(weights, folder / "model.safetensors")
-        change_config(folder, lambda values: values["model_args"].update(embed_dim=width, num_heads=3))
+        change_json(folder / "config.json", lambda values: values["model_args"].update(embed_dim=width, num_heads=3))
         made = convert_checkpoint(folder, tmp_path / "model")
         assert made.architecture.num_heads == 3  # type: ignore[union-attr]
-        change_config(folder, lambda values: values["model_args"].pop("num_heads"))
+        change_json(folder / "config.json", lambda values: values["model_args"].pop("num_heads"))
         with pytest.raises(ConfigError, match="num_heads must divide the hidden size 48; got None"):
             DinoV3Config(folder)
         alone = Path(shutil.copy(folder / "model.safetensors", tmp_path / "lvd1689m.safetensors"))
@@ -205,8 +193,6 @@ class TestRefused:
             convert_checkpoint(alone, tmp_path / "other")
 
     def test_a_missing_tensor(self, folder: Path) -> None:
-        weights = load_file(folder / "model.safetensors")
-        del weights["blocks.0.mlp.fc2.bias"]
-        save_file(weights, folder / "model.safetensors")
+        change_weights(folder, lambda weights: weights.pop("blocks.0.mlp.fc2.bias"))
         with pytest.raises(CheckpointError, match=r"layer\.0\.mlp\.down_proj\.bias is missing"):
             verify(DinoV3Config(folder))

@@ -23,6 +23,7 @@ import numpy as np
 import pytest
 import torch
 from commandline import run_command as run
+from file_changes import change_json
 from reference_vit import random_vit
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -444,9 +445,8 @@ class TestHints:
 
     def test_a_crop_stays(self, root: Path, tmp_path: Path) -> None:
         """All of the rule in preprocessor_config.json is kept."""
-        path = root / "preprocessor_config.json"
         rule = {"size": {"shortest_edge": 256}, "do_center_crop": True, "crop_size": {"height": 224, "width": 192}}
-        path.write_text(json.dumps(json.loads(path.read_text()) | rule))
+        change_json(root / "preprocessor_config.json", **rule)
         before = DinoV3Config(root)
         torch.save(load_file(root / "model.safetensors"), root / "pytorch_model.bin")
         made = convert_checkpoint(root / "pytorch_model.bin", tmp_path / "made")

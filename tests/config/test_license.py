@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 from pathlib import Path
 
 import pytest
 from commandline import run_command as run
+from file_changes import change_json
 
 from dinov3_ray import DinoV3Config, DinoV3Teacher, TeacherPool
 from dinov3_ray.checkpoint import init_checkpoint
@@ -52,8 +52,7 @@ def test_what_is_not_stated_is_not_claimed(root: Path, card: str | bytes) -> Non
 
 def test_config_json_goes_first(root: Path) -> None:
     (root / "README.md").write_text(CARD)
-    values = json.loads((root / "config.json").read_text())
-    (root / "config.json").write_text(json.dumps({**values, "license": "mine"}))
+    change_json(root / "config.json", license="mine")
     assert license_text(root, dinov3=True) == "mine"
     assert "mine" in run("checkpoint", "info", root).output
 

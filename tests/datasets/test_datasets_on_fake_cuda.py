@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,11 +22,10 @@ ONE = torch.device("cuda:1")
 
 
 @pytest.fixture
-def cuda() -> Iterator[FakeCuda]:
-    with FakeCuda() as cuda:
-        torch.cuda.set_device(1)
-        torch.cuda.set_stream(torch.cuda.Stream())  # the student's
-        yield cuda
+def cuda(cuda: FakeCuda) -> FakeCuda:
+    torch.cuda.set_device(1)
+    torch.cuda.set_stream(torch.cuda.Stream())  # the student's
+    return cuda
 
 
 @pytest.fixture(scope="module")

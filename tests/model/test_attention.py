@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -49,12 +49,6 @@ def kernels(cuda: FakeCuda) -> set[str]:
     return {name.removeprefix("aten._scaled_dot_product_").removesuffix("_attention.default") for name in names}
 
 
-@pytest.fixture
-def hopper() -> Iterator[FakeCuda]:
-    with FakeCuda() as cuda:
-        yield cuda
-
-
 def chosen(dtype: torch.dtype = torch.bfloat16) -> str:
     """The implementation that a model on the first fake GPU gets."""
     model = build_model(VARIANTS["vit-test"])
@@ -70,7 +64,7 @@ def test_hopper_gets_cudnns_kernel_and_others_torchs_order(capability: tuple[int
         assert chosen(torch.float32) == "sdpa-efficient", "cuDNN's would read float32 as float16"
 
 
-def test_a_kernel_that_does_not_run_is_passed_over(hopper: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kernel_that_does_not_run_is_passed_over(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuses(*_: object, **__: object) -> tuple[Tensor]:
         raise RuntimeError("No available kernel. Aborting execution.")
 
@@ -81,7 +75,7 @@ def test_a_kernel_that_does_not_run_is_passed_over(hopper: FakeCuda, monkeypatch
     assert found == ["sdpa-cudnn", "sdpa-flash", "sdpa-efficient", "sdpa"]
 
 
-def test_a_kernel_without_memory_for_its_trial_is_an_error(hopper: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kernel_without_memory_for_its_trial_is_an_error(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
     def runs_short(*_: object, **__: object) -> tuple[Tensor]:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
@@ -117,7 +111,7 @@ def test_other_names_are_those_of_transformers(tiny_checkpoint: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_teacher_and_a_student_in_two_threads_choose_for_themselves(tiny_checkpoint: Path, hopper: FakeCuda) -> None:
+def test_a_teacher_and_a_student_in_two_threads_choose_for_themselves(tiny_checkpoint: Path, cuda: FakeCuda) -> None:
     teacher = DinoV3Teacher(DinoV3Config(tiny_checkpoint, dtype="bfloat16", image_size=64), "cuda:0")
     before = flags()
     during: list[tuple[bool, ...]] = []
@@ -132,14 +126,14 @@ def test_a_teacher_and_a_student_in_two_threads_choose_for_themselves(tiny_check
             in_a_thread(student.__enter__)
 
     hook = teacher.model.embeddings.register_forward_hook(enter)
-    hopper.forget()
+    cuda.forget()
     teacher.extract(IMAGES, SPEC)
     during.append(flags())
     hook.remove()
     teacher.extract(IMAGES, SPEC)
     during.append(flags())
     student.__exit__(None, None, None)
-    assert kernels(hopper) == {"cudnn"}
+    assert kernels(cuda) == {"cudnn"}
     assert during == [(False, False, False, True)] * 2
     assert flags() == before
 

@@ -20,7 +20,7 @@ from dinov3_ray.checkpoint import init_checkpoint
 from dinov3_ray.datasets import CachedTeacher
 from dinov3_ray.errors import CheckpointError, ConfigError, FrozenError
 
-EVERYTHING = FeatureSpec(cls=True, feature_map=True, registers=True, layers=(0, -2))
+EVERYTHING = FeatureSpec(cls=True, feature_map=True, registers=True, layers=(2, 0, -2))
 IMAGES = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 
 
@@ -127,6 +127,23 @@ def test_a_student_has_no_part_of_its_teacher(student: Student) -> None:
     train(student)
     assert student.head.weight.grad is not None
     assert all(parameter.grad is None for parameter in student.teacher.parameters())
+
+
+def test_the_teacher_stays_frozen_inside_a_training_student(tiny_checkpoint: Path) -> None:
+    student = Student(DinoV3Teacher(DinoV3Config(tiny_checkpoint, dtype="float32"))).train()
+    student.teacher.train().requires_grad_(True)
+    assert not any(module.training for module in student.teacher.modules())
+    assert not any(parameter.requires_grad for parameter in student.teacher.parameters())
+    student.requires_grad_(True)  # parameter by parameter, past the teacher's own method
+    images = torch.rand(2, 3, 224, 224, requires_grad=True)
+    features = student.teacher.extract(images, EVERYTHING)
+    student_map = student.head(images)
+    loss = F.mse_loss(student_map, features.feature_map) + F.smooth_l1_loss(student_map.mean((2, 3)), features.cls)
+    loss.backward()
+    assert student.head.weight.grad is not None
+    assert student.head.weight.grad.abs().sum() > 0
+    assert all(parameter.grad is None for parameter in student.teacher.parameters())
+    assert not any(tensor.requires_grad for _, tensor in features.named())
 
 
 def test_copies_and_pickles_of_a_student_have_the_same_teacher_without_its_weights(student: Student) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -29,12 +29,6 @@ EVERYTHING = FeatureSpec(cls=True, feature_map=True, registers=True, layers=(0, 
 FIRST_BLOCK = FeatureSpec(layers=(0,))  # whose passes are short
 STACKED = torch.full((4, 3, 300, 400), 100, dtype=torch.uint8)
 RAGGED = [STACKED[0], STACKED[1], STACKED[2, :, :64, :80]]
-
-
-@pytest.fixture
-def cuda() -> Iterator[FakeCuda]:
-    with FakeCuda() as cuda:
-        yield cuda
 
 
 @pytest.fixture

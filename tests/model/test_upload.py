@@ -54,22 +54,20 @@ def test_float64_images_are_narrowed_and_results_are_not() -> None:
     ],
     ids=["channels-last", "strided", "expanded"],
 )
-def test_any_layout_crosses_in_one_piece(images: Tensor) -> None:
-    with FakeCuda() as cuda:
-        uploaded = Upload(ONE)(ImageBatch.of(images)).stacked
-        assert uploaded is not None
-        assert (uploaded.shape, uploaded.device) == (images.shape, ONE)
-        assert cuda.found() == []
-        assert [name for _, _, name in cuda.watch.launches] == ["aten._to_copy.default"]
+def test_any_layout_crosses_in_one_piece(images: Tensor, cuda: FakeCuda) -> None:
+    uploaded = Upload(ONE)(ImageBatch.of(images)).stacked
+    assert uploaded is not None
+    assert (uploaded.shape, uploaded.device) == (images.shape, ONE)
+    assert cuda.found() == []
+    assert [name for _, _, name in cuda.watch.launches] == ["aten._to_copy.default"]
 
 
-def test_a_copy_of_it_has_a_stream_of_its_own() -> None:
-    with FakeCuda():
-        upload = Upload(ONE)
-        upload.features(Features(cls=torch.ones(2, 4)))
-        for again in (copy.deepcopy(upload), pickle.loads(pickle.dumps(upload))):
-            assert again.device == ONE
-            assert again.__dict__.keys() == {"device"}
+def test_a_copy_of_it_has_a_stream_of_its_own(cuda: FakeCuda) -> None:
+    upload = Upload(ONE)
+    upload.features(Features(cls=torch.ones(2, 4)))
+    for again in (copy.deepcopy(upload), pickle.loads(pickle.dumps(upload))):
+        assert again.device == ONE
+        assert again.__dict__.keys() == {"device"}
 
 
 @pytest.mark.gpu

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from compile_backend import Backend
-from safetensors.torch import load_file, save_file
+from file_changes import change_json, change_weights
 from torch import Tensor
 from transformers_models import KINDS, SIGLIP, last_hidden_state, transformers_model, write_transformers
 
@@ -58,16 +58,6 @@ def pixels_of(teacher: Any, images: Tensor) -> Tensor:
 def as_tokens(map_BDhw: Tensor | None) -> Tensor:
     assert map_BDhw is not None
     return map_BDhw.flatten(2).transpose(1, 2)
-
-
-def change_json(path: Path, **changes: object) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
-def change_weights(root: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
-    tensors = load_file(root / "model.safetensors")
-    change(tensors)
-    save_file(tensors, root / "model.safetensors", metadata={"format": "pt"})
 
 
 # What each kind has before its patches: whether a CLS token, how many registers, and how many tokens in all.
@@ -365,20 +355,17 @@ def test_loading_leaves_the_processes_settings_alone(directory: Directory) -> No
 def test_the_fingerprint_is_that_of_the_model_and_not_of_its_spelling(copy: Directory) -> None:
     root = copy("siglip2")
     before = fingerprint(open_config(root))
-    values = json.loads((root / "config.json").read_text())
-    values["vision_config"] |= {"num_channels": 3, "layer_norm_eps": 1e-6, "attention_dropout": 0.0, "dtype": "float16"}
-    values["transformers_version"] = "4.57.0"
-    (root / "config.json").write_text(json.dumps(values))
+    spelling = {"num_channels": 3, "layer_norm_eps": 1e-6, "attention_dropout": 0.0, "dtype": "float16"}
+    change_json(root / "config.json", lambda values: values["vision_config"].update(spelling))
+    change_json(root / "config.json", transformers_version="4.57.0")
     assert fingerprint(open_config(root)) == before
     assert fingerprint(open_config(root, image_size=80)) != before
     change_json(root / "preprocessor_config.json", resample=3)
     assert fingerprint(open_config(root)) != before
     change_json(root / "preprocessor_config.json", resample=2)
-    values["vision_config"]["layer_norm_eps"] = 1e-5
-    (root / "config.json").write_text(json.dumps(values))
+    change_json(root / "config.json", lambda values: values["vision_config"].update(layer_norm_eps=1e-5))
     assert fingerprint(open_config(root)) != before
-    values["vision_config"]["layer_norm_eps"] = 1e-6
-    (root / "config.json").write_text(json.dumps(values))
+    change_json(root / "config.json", lambda values: values["vision_config"].update(layer_norm_eps=1e-6))
     change_weights(root, lambda tensors: tensors["vision_model.embeddings.patch_embedding.bias"].add_(1))
     assert fingerprint(open_config(root)) != before
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
+from file_changes import change_json, change_weights
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers_models import KINDS, OTHERS, SIGLIP, TOWERS, write_transformers
 
@@ -27,15 +27,6 @@ VIT = SIGLIP | {"image_processor_type": "ViTImageProcessor", "size": {"height": 
 @pytest.fixture(scope="module")
 def images() -> Tensor:
     return torch.randint(0, 256, (2, 3, 70, 90), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-
-
-def change_json(path: Path, **changes: object) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
-def change_weights(root: Path, **changes: Tensor) -> None:
-    path = root / "model.safetensors"
-    save_file(load_file(path) | changes, path, metadata={"format": "pt"})
 
 
 @pytest.mark.slow
@@ -62,10 +53,9 @@ def test_a_towers_weights_are_all_accounted_for(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"describes:\n  - adapter is unexpected$"):
         TransformersTeacher(root)
     write_transformers(root, "BlipModel", TOWERS["BlipModel"][0], VIT)
-    tensors = load_file(root / "model.safetensors")
-    name = next(name for name in tensors if name.startswith("vision_model.encoder.layers.2"))
-    del tensors[name]
-    save_file(tensors, root / "model.safetensors", metadata={"format": "pt"})
+    names = load_file(root / "model.safetensors")
+    name = next(name for name in names if name.startswith("vision_model.encoder.layers.2"))
+    change_weights(root, lambda tensors: tensors.pop(name))
     with pytest.raises(CheckpointError, match=rf"describes:\n  - {name.removeprefix('vision_model.')} is missing$"):
         TransformersTeacher(root)
 

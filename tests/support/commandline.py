@@ -16,6 +16,13 @@ def run_command(*arguments: object, **environment: str | None) -> Result:
     return CliRunner(env=environment).invoke(main, [str(argument) for argument in arguments])
 
 
+def failure(*arguments: object) -> str:
+    """What a command that fails says, in one line."""
+    result = run_command(*arguments)
+    assert result.exit_code != 0, result.output
+    return " ".join(result.output.split())
+
+
 def run_bench(*arguments: object, in_process: bool = True) -> dict[str, object]:
     """What ``bench`` prints; a process of its own takes seconds to start, and shows that nothing else is printed."""
     command = ["bench", *map(str, arguments), "--json"]

@@ -108,6 +108,10 @@ class FakeCuda:
         waits = [f"wait: {wait.what} in {wait.thread}" for wait in self.watch.waits]
         return sorted(set(self.watch.faults + waits))
 
+    def astray_in_our_threads(self) -> list[str]:
+        """What this package's own threads did on another device than their current one."""
+        return [note for note in self.astray if "dinov3-" in note]
+
     def _record_stream(self) -> Callable[[Tensor, FakeStream], None]:
         def record_stream(tensor: Tensor, stream: FakeStream) -> None:
             with self.watch.lock:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,12 +16,6 @@ from torch._subclasses.fake_tensor import FakeTensor
 from dinov3_ray import DinoV3Config, DinoV3Teacher, FeatureSpec
 
 ONE, OTHER = torch.device("cuda:1"), torch.device("cuda:0")
-
-
-@pytest.fixture
-def cuda() -> Iterator[FakeCuda]:
-    with FakeCuda() as cuda:
-        yield cuda
 
 
 def on_device(*shape: int) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +19,6 @@ from dinov3_ray.training.prefetch.pipeline import Delivery, LocalSource, Pipelin
 
 SPEC = FeatureSpec(cls=True, feature_map=True)
 LOADER = [torch.full((4, 3, 64, 64), 100, dtype=torch.uint8) for _ in range(5)]
-
-
-@pytest.fixture
-def cuda() -> Iterator[FakeCuda]:
-    with FakeCuda() as cuda:
-        yield cuda
 
 
 class OnTheCpu:
@@ -56,19 +49,15 @@ def train(cuda: FakeCuda, teacher: Any, device: str | None, current: int = 1) ->
     assert len(cuda.watch.launches) > len(LOADER)
 
 
-def astray(cuda: FakeCuda) -> list[str]:
-    return [note for note in cuda.astray if "dinov3-" in note]
-
-
 @pytest.mark.parametrize(("device", "current"), [("cuda:1", 1), ("cuda", 1), ("cuda:1", 0)])
 def test_targets_reach_the_students_gpu_and_nothing_waits(cuda: FakeCuda, device: str, current: int) -> None:
     train(cuda, OnTheCpu(), device, current)
-    assert (cuda.found(), astray(cuda), cuda.contexts) == ([], [], {1, current})
+    assert (cuda.found(), cuda.astray_in_our_threads(), cuda.contexts) == ([], [], {1, current})
 
 
 def test_a_teacher_of_the_users_computes_on_its_callers_device(cuda: FakeCuda) -> None:
     train(cuda, OnTheCurrentDevice(), "cuda:1")
-    assert (cuda.found(), astray(cuda), cuda.contexts) == ([], [], {1})
+    assert (cuda.found(), cuda.astray_in_our_threads(), cuda.contexts) == ([], [], {1})
 
 
 @pytest.mark.slow
@@ -103,7 +92,7 @@ FAULTS = {
 def test_a_fault_is_found(cuda: FakeCuda, function: Any, old: str, new: str, kind: str) -> None:
     with planted(function, old, new):
         train(cuda, OnTheCpu(), "cuda:1", current=0)
-    found = cuda.found() + [f"astray: {note}" for note in astray(cuda)]
+    found = cuda.found() + [f"astray: {note}" for note in cuda.astray_in_our_threads()]
     assert any(fault.startswith(f"{kind}: ") for fault in found), found
 
 

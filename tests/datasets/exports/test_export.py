@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from export_readers import READERS, assert_rows, expected, rows_of_lance, rows_of_npy, tree
+from file_changes import change_json
 from resident import resident
 from stores import COUNT, SPEC, build, fill
 
@@ -283,9 +284,8 @@ def test_the_working_directory_and_names_that_are_too_long_are_refused(
 def test_an_export_goes_on_when_the_stores_images_have_moved(store: FeatureStore, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(store.folder.path, tmp_path / "store"))
     done, digest = export(copy, "npy", tmp_path / "made"), FeatureStore(copy).digest()
-    manifest = json.loads((copy / "manifest.json").read_text())
-    manifest["source"] = {"path": "/elsewhere", "root": "/elsewhere"}  # as --source-moved leaves it
-    (copy / "manifest.json").write_text(json.dumps(manifest))
+    moved = {"path": "/elsewhere", "root": "/elsewhere"}  # as --source-moved leaves it
+    change_json(copy / "manifest.json", source=moved)
     assert FeatureStore(copy).digest() == digest
     again = export(copy, "npy", tmp_path / "made")
     assert (again.images, again.manifest) == (0, done.manifest)

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from file_changes import change_json
 from pyarrow import fs as pafs
 from sample_features import random_features, same
 from stores import COUNT, SPEC, build, ids, list_type, views
@@ -242,8 +243,7 @@ def test_a_store_of_another_format_is_refused(found: int | None, told: str, tmp_
     build(tmp_path, SPEC, FakeTeacher())
     run = {"source": {}, "batch_size": 13, "block_size": 20, "outputs": {}, "format": found}
     for name in ("plan.json", "manifest.json"):
-        described = json.loads((tmp_path / name).read_text())
-        (tmp_path / name).write_text(json.dumps({**described, **run}))
+        change_json(tmp_path / name, **run)
     message = f"must have format {FORMAT} for this release; .*{told}"
     for partial in (False, True):
         with pytest.raises(StoreError, match=message):

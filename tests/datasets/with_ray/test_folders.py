@@ -12,6 +12,7 @@ from typing import NoReturn
 import numpy as np
 import pytest
 import ray
+from file_changes import change_json
 from PIL import Image, PngImagePlugin
 
 from dinov3_ray.datasets import FeatureStore, SourceOptions, TargetDataset, extract
@@ -51,8 +52,7 @@ def test_a_run_without_one_readable_image_is_an_error(ray_cluster: str, tmp_path
             extract(root, tmp_path / "out", FakeTeacher.factory(), SPEC)
     assert len(FeatureStore(tmp_path / "out").errors) == 3
     # As older versions finished the store of a source without rows.
-    path = tmp_path / "out" / "manifest.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "errors": 0}))
+    change_json(tmp_path / "out" / "manifest.json", errors=0)
     with pytest.raises(StoreError, match=r"source must hold images; .*out has neither rows nor errors"):
         extract(root, tmp_path / "out", FakeTeacher.factory(), SPEC)
 

@@ -59,12 +59,6 @@ class OnTheCurrentDevice:
 
 
 @pytest.fixture
-def cuda() -> Iterator[FakeCuda]:
-    with FakeCuda() as cuda:
-        yield cuda
-
-
-@pytest.fixture
 def pipeline(tiny_checkpoint: Path, cuda: FakeCuda) -> CudaPipeline:
     """Of a teacher on the second GPU that has loaded and computed once: it may wait for that."""
     pipeline = device_pipeline.pipeline_for(DinoV3Teacher(DinoV3Config(tiny_checkpoint, dtype="bfloat16"), ONE))
@@ -198,12 +192,7 @@ def test_an_extraction_computes_on_one_gpu_and_waits_in_one_thread(tiny_checkpoi
     hosted.close()
     assert results[0].feature_map.shape == (4, 128, 7, 9)  # type: ignore[union-attr]
     assert cuda.found() == ["wait: Event.synchronize in dinov3-hosted-results"]
-    assert (cuda.contexts, astray(cuda)) == ({1}, [])
-
-
-def astray(cuda: FakeCuda) -> list[str]:
-    """What this package's threads did on another device than their current one."""
-    return [note for note in cuda.astray if "dinov3-" in note]
+    assert (cuda.contexts, cuda.astray_in_our_threads()) == ({1}, [])
 
 
 THREADS = {
@@ -218,7 +207,7 @@ def test_each_thread_of_a_replica_is_settled(cuda: FakeCuda, function: Any, old:
         hosted = HostedReplica(lambda: OnTheCurrentDevice("cuda:1"), max_batch=4)
         hosted.submit(IMAGES[0], FeatureSpec(cls=True)).result(60)
         hosted.close()
-    assert ((cuda.contexts, astray(cuda)) == ({1}, [])) is (function is None)
+    assert ((cuda.contexts, cuda.astray_in_our_threads()) == ({1}, [])) is (function is None)
 
 
 @pytest.mark.parametrize(
@@ -246,7 +235,7 @@ def test_a_local_pool_computes_on_its_ranks_gpu(
             assert pool.teacher().extract_features(IMAGES[0]).shape == (4, 3)
             pool.scale(3, wait=True)  # whoever starts it
         assert cuda.contexts == {expected}
-        assert astray(cuda) == []
+        assert cuda.astray_in_our_threads() == []
         assert {device for device, _, _ in cuda.watch.launches} == {expected}
 
 
@@ -273,7 +262,7 @@ def test_its_own_teachers_too(tiny_checkpoint: Path, cuda: FakeCuda) -> None:
     with TeacherPool.start(config, local_mode=True) as pool:
         pool.teacher().extract(IMAGES[0], SPECS[0])
         assert [replica.device for replica in pool.status().replicas] == ["cuda:1"]
-    assert (cuda.contexts, astray(cuda)) == ({1}, [])
+    assert (cuda.contexts, cuda.astray_in_our_threads()) == ({1}, [])
 
 
 @pytest.mark.slow

@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
-import sys
 
 import pytest
-from paths import SUPPORT
+from script_process import run_script
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_each_node_finds_the_commit_of_the_configuration() -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_A", "HF_"))}
-    script = [sys.executable, str(SUPPORT / "hub_nodes.py")]
-    ran = subprocess.run(script, env=environment, capture_output=True, text=True, timeout=580, check=False)
-    assert ran.returncode == 0, ran.stderr[-4000:]
-    seen = json.loads(ran.stdout.splitlines()[-1])
+    seen, _ = run_script("hub_nodes.py", env=environment, timeout=580)
     commit, made = seen["commit"], seen["fingerprint"]
     # `main` moved before the pool was started.
     assert seen["origin"] == f"facebook/dinov3-tiny@{commit}"

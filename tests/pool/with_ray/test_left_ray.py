@@ -2,49 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import os
-import secrets
-import shutil
-import subprocess
-import sys
-import tempfile
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
-from paths import SUPPORT
+from script_process import own_ray, run_script
 
 from dinov3_ray import TeacherPool
 from dinov3_ray.testing import FakeTeacher
 
 
 @pytest.fixture(scope="module")
-def outcomes(ray_cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, dict[str, str]]]:
+def outcomes(ray_cluster: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str]]:
     """What tests/support/left_ray.py saw: in a Ray of its own, and in one that goes on."""
-    folder = Path(tempfile.mkdtemp(prefix="dr-"))
-    (folder / "token").touch(mode=0o600)
-    (folder / "token").write_text(secrets.token_hex(32))
     images = tmp_path_factory.mktemp("images")
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_A")}
-    own = {**kept, "RAY_TMPDIR": str(folder), "RAY_AUTH_TOKEN_PATH": str(folder / "token")}
     joined = {**os.environ, "RAY_ADDRESS": ray_cluster, "RAY_AUTH_MODE": "token"}
     found = {}
-    with TeacherPool.start(FakeTeacher.factory(), name="elsewhere", replicas=1, threads=1):
+    with own_ray() as own, TeacherPool.start(FakeTeacher.factory(), name="elsewhere", replicas=1, threads=1):
         for case, environment in (("own", own), ("joined", joined)):
-            ran = subprocess.run(
-                [sys.executable, str(SUPPORT / "left_ray.py"), str(images)],
-                env=environment,
-                capture_output=True,
-                text=True,
-                timeout=280,
-                check=False,
-            )
-            assert ran.returncode == 0, ran.stderr[-4000:]
-            assert "Traceback" not in ran.stderr
-            found[case] = json.loads(ran.stdout.splitlines()[-1])
-    yield found
-    shutil.rmtree(folder, ignore_errors=True)
+            found[case], said = run_script("left_ray.py", images, env=environment)
+            assert "Traceback" not in said
+    return found
 
 
 ENTRANCES = ["in flight", "extract", "submit", "info", "prefetch", "teacher", "status", "scale", "reload"]

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from paths import SUPPORT
+from script_process import run_script
 
 
 def environment(home: Path, **more: str) -> dict[str, str]:
@@ -19,12 +18,7 @@ def environment(home: Path, **more: str) -> dict[str, str]:
 
 
 def client(address: str, given: dict[str, str]) -> dict[str, object]:
-    command = [sys.executable, str(SUPPORT / "token_client.py"), address]
-    ran = subprocess.run(command, env=given, capture_output=True, text=True, timeout=200, check=False)
-    assert ran.returncode == 0, ran.stderr[-4000:]
-    report = json.loads(ran.stdout.splitlines()[-1])
-    assert isinstance(report, dict)
-    return report
+    return run_script("token_client.py", address, env=given, timeout=200)[0]
 
 
 def put_token(home: Path, text: str) -> Path:
