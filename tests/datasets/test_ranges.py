@@ -18,6 +18,8 @@ from test_decode import GREY, PHOTO, decoded, encoded, refused
 from dinov3_ray.datasets.decode import Decoder, Unreadable
 from dinov3_ray.datasets.formats import foreign_plugins
 
+Image.init()  # or Image.SAVE has no AVIF yet, which Pillow writes from 11.3 on
+
 
 def tiff(array: np.ndarray, photometric: str, **options: object) -> bytes:
     file = io.BytesIO()
@@ -160,7 +162,7 @@ def broken_adobe() -> bytes:
         (encoded(Image.fromarray(PHOTO), "PNG")[:20], "PNG"),
         (encoded(Image.fromarray(GREY), "GIF")[:10], "GIF"),
         (broken_adobe(), "JPEG"),
-        (encoded(Image.fromarray(PHOTO), "AVIF")[:60], "AVIF"),
+        *([(encoded(Image.fromarray(PHOTO), "AVIF")[:60], "AVIF")] if "AVIF" in Image.SAVE else []),
     ],
 )
 def test_an_image_that_pillow_cannot_open_is_still_an_image(data: bytes, form: str) -> None:

@@ -19,8 +19,10 @@ from dinov3_ray.features import Features, FeatureSpec
 from dinov3_ray.images import ImageBatch, Images
 from dinov3_ray.testing import FakeTeacher
 
-OK, KILL, RAISE, NAN_ONCE, NAN_ALWAYS, HANG_ONCE, KILL_ONCE, LOSE, LOSE_ONCE = range(9)
+#: What torch raises where CUDA reports an error: a class of its own from 2.8 on.
+CudaError: type[RuntimeError] = getattr(torch, "AcceleratorError", RuntimeError)
 
+OK, KILL, RAISE, NAN_ONCE, NAN_ALWAYS, HANG_ONCE, KILL_ONCE, LOSE, LOSE_ONCE = range(9)
 
 #: Hang without letting go of Python's lock, as C code may, so that no thread of the process answers.
 FREEZE_ONCE = 100
@@ -47,7 +49,7 @@ class FaultyTeacher(FakeTeacher):
         if KILL in marks or (KILL_ONCE in marks and self._first("kill")):
             os.kill(os.getpid(), signal.SIGKILL)
         if LOSE in marks or (LOSE_ONCE in marks and self._first("lose")):
-            raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+            raise CudaError("CUDA error: an illegal memory access was encountered")
         if RAISE in marks:
             raise LookupError("scripted: this batch cannot be computed")
         if HANG_ONCE in marks and self._first("hang"):
@@ -75,7 +77,7 @@ class UnluckyTeacher(FaultyTeacher):
         if self._first("ends"):
             os._exit(1)
         if self._first("loses"):
-            raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+            raise CudaError("CUDA error: an illegal memory access was encountered")
 
 
 class HopelessTeacher(FakeTeacher):

@@ -7,6 +7,7 @@ import errno
 import numpy as np
 import pytest
 import torch
+from faulty import CudaError
 
 from dinov3_ray.errors import DeviceMemoryError, InputError, NumericsError, PoolError
 from dinov3_ray.pool.replica.device_fault import DeviceFault, chain_of, device_fault, first_line
@@ -16,7 +17,7 @@ ADVICE = (
 )
 
 
-class CodedError(torch.AcceleratorError):
+class CodedError(CudaError):
     """As newer releases of torch raise it."""
 
     def __init__(self, code: int, text: str = "CUDA error: in words that nobody foresaw") -> None:
@@ -25,9 +26,9 @@ class CodedError(torch.AcceleratorError):
 
 
 LOST = [
-    torch.AcceleratorError(f"CUDA error: an illegal memory access was encountered{ADVICE}"),
-    torch.AcceleratorError(f"CUDA error: device-side assert triggered{ADVICE}"),
-    torch.AcceleratorError(f"HIP error: unspecified launch failure{ADVICE}"),
+    CudaError(f"CUDA error: an illegal memory access was encountered{ADVICE}"),
+    CudaError(f"CUDA error: device-side assert triggered{ADVICE}"),
+    CudaError(f"HIP error: unspecified launch failure{ADVICE}"),
     RuntimeError(f"CUDA error: misaligned address{ADVICE}"),
     RuntimeError("CUDA error: uncorrectable ECC error encountered"),
     RuntimeError("CUDA error: uncorrectable NVLink error detected during the execution"),
@@ -48,7 +49,7 @@ LOST = [
 MEMORY = [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79 GiB"),
     torch.OutOfMemoryError("in other words"),
-    torch.AcceleratorError(f"CUDA error: out of memory{ADVICE}"),
+    CudaError(f"CUDA error: out of memory{ADVICE}"),
     RuntimeError("CUDA driver error: out of memory"),
     RuntimeError("Triton Error [CUDA]: out of memory"),
     RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
@@ -123,5 +124,5 @@ def test_errors_in_a_circle_or_a_group_are_looked_at_once_each() -> None:
 
 
 def test_an_error_in_one_line() -> None:
-    assert first_line(LOST[0]) == "AcceleratorError: CUDA error: an illegal memory access was encountered"
+    assert first_line(LOST[0]) == f"{CudaError.__name__}: CUDA error: an illegal memory access was encountered"
     assert first_line(MemoryError()) == "MemoryError"

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, wait
 
 import pytest
-import torch
+from faulty import CudaError
 from sample_images import images_of
 from small_device import out_of_memory
 
@@ -26,8 +26,8 @@ CLS = FeatureSpec(cls=True)
 WAIT = 30.0
 
 
-def sticky() -> torch.AcceleratorError:
-    return torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+def sticky() -> Exception:
+    return CudaError("CUDA error: an illegal memory access was encountered")
 
 
 class LosesDevice(FakeTeacher):
@@ -95,7 +95,7 @@ def test_whoever_finds_out_ends_the_process_after_a_line_in_the_log(
         futures = [hosted.submit(images_of(number), CLS) for number in range(3)]
         assert len(futures[1].result(WAIT)) == 2
         reason, lines = ended.result(WAIT)
-    assert reason == "AcceleratorError: CUDA error: an illegal memory access was encountered"
+    assert reason == f"{CudaError.__name__}: CUDA error: an illegal memory access was encountered"
     assert lines == [f"replica hosted has lost its device: {reason}"]
     hosted.close()
 
@@ -162,7 +162,7 @@ def test_a_real_process_ends() -> None:
         [sys.executable, "-c", PROGRAM, *folders], capture_output=True, text=True, timeout=120, check=False
     )
     assert (done.returncode, done.stdout) == (70, "2\n2\n"), done.stderr
-    assert "replica hosted has lost its device: AcceleratorError: CUDA error: an illegal" in done.stderr
+    assert f"replica hosted has lost its device: {CudaError.__name__}: CUDA error: an illegal" in done.stderr
 
 
 class LostInWarmUp(LosesDevice):

@@ -25,6 +25,7 @@ from faulty import (
     NAN_ONCE,
     OK,
     RAISE,
+    CudaError,
     FaultyTeacher,
     HopelessTeacher,
     UnluckyTeacher,
@@ -126,7 +127,7 @@ def test_replica_that_loses_its_device(pool: TeacherPool) -> None:
     until(lambda: len({*pids(pool), *before}) == 3, "the replica is replaced")
     status = pool.status()
     assert status.restarts == restarts + 1
-    assert "AcceleratorError: CUDA error: an illegal memory access was encountered" in status.recent_errors[-1]
+    assert f"{CudaError.__name__}: CUDA error: an illegal memory access was encountered" in status.recent_errors[-1]
     until(lambda: sum(is_alive(pid) for pid in before) == 1, "its process is gone")
 
 
