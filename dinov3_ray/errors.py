@@ -132,6 +132,12 @@ class PoisonBatchError(PoolError):
     """One batch ended replica after replica, and is failed alone so that the pool lives on."""
 
 
+def first_line(error: BaseException) -> str:
+    """``error`` in one line for people: its type, and the first line of its message."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
 def describe(value: object) -> str:
     """A value for a message: its type, and a tensor's shape or a container's items."""
     kind = _kind(value)

@@ -24,8 +24,9 @@ class CheckedModel(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
-    #: What the error for an unknown key calls the known ones.
+    #: What the error for an unknown key calls a known one, and all of them.
     key_is: ClassVar[str] = "a key"
+    keys_are: ClassVar[str] = "keys"
 
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -102,7 +103,7 @@ def _describe(model: type[BaseModel], error: ErrorDetails) -> str:
 def _unknown_key(model: type[BaseModel], location: tuple[int | str, ...]) -> str:
     for section in location[:-1]:
         model = cast(type[BaseModel], model.model_fields[str(section)].annotation)
-    known, key_is = list(model.model_fields), cast(type[CheckedModel], model).key_is
+    known, words = list(model.model_fields), cast(type[CheckedModel], model)
     near = difflib.get_close_matches(str(location[-1]), known, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else f" ({key_is.split()[1]}s: {', '.join(known)})"
-    return f"{'.'.join(map(str, location))!r} is not {key_is}{hint}"
+    hint = f"; did you mean {near[0]!r}?" if near else f" ({words.keys_are}: {', '.join(known)})"
+    return f"{'.'.join(map(str, location))!r} is not {words.key_is}{hint}"

@@ -64,7 +64,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 # The files that take the most CPU time, the longest first.
 LONGEST = (
-    "datasets/with_ray/test_extract.py",
+    "datasets/extraction/with_ray/test_extract.py",
     "pool/with_ray/test_elastic.py",
     "pool/with_ray/test_faults.py",
     "pool/with_ray/test_hub_nodes.py",

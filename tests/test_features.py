@@ -1,4 +1,4 @@
-"""What is asked for, what comes back, how it is narrowed: features.py, precision.py, images.py and errors.py."""
+"""What is asked for, what comes back, how it is narrowed: features.py, feature_spec.py and errors.py."""
 
 from __future__ import annotations
 

@@ -24,6 +24,7 @@ from dinov3_ray.bench.printout import describe_machine, new_table
 from dinov3_ray.bench.simulated import Work, simulated_pool
 from dinov3_ray.features import FeatureSpec
 from dinov3_ray.machine.cpus import usable_cpus
+from dinov3_ray.machine.processes import PARENT, SYSTEM_TICKS, USER_TICKS, read_stat
 from dinov3_ray.pool.client.remote import RemoteTeacher
 from dinov3_ray.pool.teacher_pool import TeacherPool
 
@@ -365,15 +366,13 @@ def cpu_seconds() -> float | None:
     for folder in _PROC.iterdir():
         if not folder.name.isdigit():
             continue
-        try:
-            # pid (name) state parent ...; the name may contain any character
-            before, _, after = (folder / "stat").read_text().rpartition(")")
-        except (FileNotFoundError, ProcessLookupError):
+        stat = read_stat(folder)
+        if stat is None:
             continue  # it has ended meanwhile
-        fields, pid = after.split(), int(folder.name)
-        ticks[pid] = int(fields[11]) + int(fields[12])
-        children[int(fields[1])].append(pid)
-        if before.endswith("(raylet"):
+        (name, fields), pid = stat, int(folder.name)
+        ticks[pid] = int(fields[USER_TICKS]) + int(fields[SYSTEM_TICKS])
+        children[int(fields[PARENT])].append(pid)
+        if name == "raylet":
             has_ray.add(pid)
     family, found = [os.getpid()], 0
     while found < len(family):

@@ -225,7 +225,7 @@ CONTENDERS: dict[str, Contender] = {
 
 def missing_reason(name: str) -> str | None:
     """The reason why a contender cannot run here; None if it can."""
-    if name.startswith("Serve") and not (find_spec("fastapi") and find_spec("uvicorn")):
+    if CONTENDERS[name] is serve_handle and not (find_spec("fastapi") and find_spec("uvicorn")):
         return "Ray Serve is not installed"
     return None
 

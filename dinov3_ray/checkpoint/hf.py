@@ -7,10 +7,10 @@ from typing import Any
 from dinov3_ray.config.architecture import Architecture, ConvNextArchitecture
 from dinov3_ray.config.preprocessing import Preprocessing
 
-__all__ = ["config_json", "model_options", "preprocessor_json"]
+__all__ = ["config_json", "model_keys", "preprocessor_json"]
 
 
-def model_options(architecture: Architecture) -> dict[str, Any]:
+def model_keys(architecture: Architecture) -> dict[str, Any]:
     """The keys of config.json that decide what the model computes, all of them spelt out."""
     if isinstance(architecture, ConvNextArchitecture):
         return {
@@ -49,7 +49,7 @@ def config_json(architecture: Architecture, dtype: str, license: str | None = No
         "image_size": 224,
         # The name of released files; later versions, which call it dtype, read it too.
         "torch_dtype": dtype,
-        **model_options(architecture),
+        **model_keys(architecture),
         **({} if license is None else {"license": license}),
     }
 

@@ -12,7 +12,7 @@ from dinov3_ray.config.directory import (
     SINGLE_FILE,
     TORCH_FILE,
     TORCH_INDEX_FILE,
-    convert_command,
+    conversion_remedy,
     foreign_type,
     missing_target,
     shards_of_file,
@@ -87,7 +87,7 @@ def _refuse_foreign(path: Path, folder: Path) -> None:
         CheckpointError: says what to do.
     """
     if model_type := foreign_type(folder):
-        remedy = f"give it as it is (`--root {folder}`)" if _has_safetensors(folder) else convert_command(folder)
+        remedy = f"give it as it is (`--root {folder}`)" if _has_safetensors(folder) else conversion_remedy(folder)
         raise CheckpointError(f"{path} is not a DINOv3, but a {model_type} of transformers: {remedy}")
 
 

@@ -24,7 +24,7 @@ from dinov3_ray.checkpoint.tensors import mismatch, require_finite
 from dinov3_ray.config.files import CONFIG_FILE
 from dinov3_ray.config.transformers_model import TransformersConfig, read_transformers_config
 from dinov3_ray.config.weights import FLOATS, WeightFiles
-from dinov3_ray.errors import CheckpointError, ConfigError
+from dinov3_ray.errors import CheckpointError, ConfigError, first_line
 from dinov3_ray.network.transformers_network import TransformersNetwork
 
 __all__ = ["load_transformers"]
@@ -140,7 +140,7 @@ def _from_pretrained(kind: Any, root: Path, config: Any) -> _Loaded:
             _refuse_config(kind, root, config)
             raise CheckpointError(
                 f"the weights in {root} must be those of a {config.model_type} that transformers can load; it fails "
-                f"with {_first_line(error)}"
+                f"with {first_line(error)}"
             ) from error
     mismatched = {name: (list(expected), list(given)) for name, given, expected in found["mismatched_keys"]}
     return _Loaded(model, set(found["missing_keys"]), mismatched, set(found["unexpected_keys"]))
@@ -163,13 +163,8 @@ def _refuse_config(kind: Any, root: Path, config: Any) -> None:
                         f"{path}: {key} must be one that transformers knows for {part.model_type}; got {value!r}"
                     ) from error
         raise ConfigError(
-            f"{path} must describe a {config.model_type} that transformers can build; it fails with "
-            f"{_first_line(error)}"
+            f"{path} must describe a {config.model_type} that transformers can build; it fails with {first_line(error)}"
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
 def _refuse_whole_numbers(weights: WeightFiles, model: nn.Module) -> None:

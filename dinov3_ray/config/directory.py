@@ -15,7 +15,7 @@ __all__ = [
     "SINGLE_FILE",
     "TORCH_FILE",
     "TORCH_INDEX_FILE",
-    "convert_command",
+    "conversion_remedy",
     "convert_hint",
     "foreign_type",
     "missing_target",
@@ -43,7 +43,7 @@ def statistics_named(name: str) -> set[str]:
     return {statistics for statistics, pattern in _STATISTICS.items() if pattern.search(name)}
 
 
-def convert_command(path: Path) -> str:
+def conversion_remedy(path: Path) -> str:
     """The command that makes a model directory of the weights in ``path``, a file or a folder, in a sentence."""
     folder = path if path.is_dir() else path.parent
     if (path == folder or path.name in (SINGLE_FILE, TORCH_FILE)) and (model_type := foreign_type(folder)):
@@ -125,5 +125,5 @@ def convert_hint(root: Path) -> str:
     if TORCH_FILE in names:
         whole = [TORCH_FILE]
     if not whole or (root / TORCH_INDEX_FILE).is_file() or foreign_type(root):
-        return listed + convert_command(root)
-    return listed + ("convert one of them, as by " if len(whole) > 1 else "") + convert_command(root / whole[0])
+        return listed + conversion_remedy(root)
+    return listed + ("convert one of them, as by " if len(whole) > 1 else "") + conversion_remedy(root / whole[0])

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dinov3_ray.config.directory import INDEX_FILE, SINGLE_FILE, convert_command, convert_hint, missing_target
+from dinov3_ray.config.directory import INDEX_FILE, SINGLE_FILE, conversion_remedy, convert_hint, missing_target
 from dinov3_ray.config.filetype import file_type
 from dinov3_ray.config.layouts import MASK_TOKEN, layout_of, translate
 from dinov3_ray.errors import CheckpointError
@@ -255,7 +255,7 @@ def _refuse_other(path: Path) -> None:
     """Refuse a file that is not one of safetensors at all, by saying what it is."""
     found = file_type(path)
     if found.format == "torch":
-        raise CheckpointError(f"{path} is not a safetensors file, but {found.what}: {convert_command(path)}")
+        raise CheckpointError(f"{path} is not a safetensors file, but {found.what}: {conversion_remedy(path)}")
     if found.format is None:
         raise CheckpointError(f"{path} is not a safetensors file, but {found}")
 

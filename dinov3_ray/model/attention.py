@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dinov3_ray.checkpoint.hf import model_options
+from dinov3_ray.checkpoint.hf import model_keys
 from dinov3_ray.config.architecture import ViTArchitecture
 from dinov3_ray.errors import ConfigError
 from dinov3_ray.model.device import TRIAL_TOKENS, trial_error
@@ -96,7 +96,7 @@ def _of_transformers(name: str, architecture: ViTArchitecture) -> Attend:
     """The attention that transformers registers under ``name``, such as ``flash_attention_2``."""
     from transformers import AttentionInterface, DINOv3ViTConfig, DINOv3ViTModel  # here, since it takes seconds
 
-    options = model_options(replace(architecture, num_layers=1))
+    options = model_keys(replace(architecture, num_layers=1))
     try:
         # Its own model finds out whether it can be used here, and may fetch it, under another name, from the hub.
         with torch.device("meta"):

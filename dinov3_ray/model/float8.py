@@ -18,7 +18,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from dinov3_ray.errors import ConfigError
+from dinov3_ray.errors import ConfigError, first_line
 from dinov3_ray.model.device import TRIAL_TOKENS, trial_error
 
 __all__ = ["Float8Linear", "check_float8", "multiply_in_float8"]
@@ -84,10 +84,9 @@ def check_float8(blocks: nn.ModuleList, device: torch.device) -> None:
     tokens = torch.zeros(TRIAL_TOKENS, len(layer.weight), dtype=torch.bfloat16, device=device)
     if error := trial_error(partial(layer, tokens), device):
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device
-        reason = str(error).strip().partition("\n")[0]
         raise ConfigError(
             f"dtype='float8' must be one in which the device multiplies matrices; on {name}, torch {torch.__version__} "
-            f"fails with {type(error).__name__}: {reason} (use dtype='bfloat16', or a GPU of compute capability 8.9 or "
+            f"fails with {first_line(error)} (use dtype='bfloat16', or a GPU of compute capability 8.9 or "
             "later with a torch that was built for it)"
         ) from error
 

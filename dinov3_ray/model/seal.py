@@ -44,7 +44,8 @@ class SealedModel:
             self.model.eval()
 
     def check(self) -> None:
-        """
+        """Refuse to compute with a model whose weights were changed.
+
         Raises:
             CheckpointError: the model is not what was loaded; names a part that was changed.
         """

@@ -29,6 +29,7 @@ from dinov3_ray.errors import (
 )
 from dinov3_ray.interrupts import wait
 from dinov3_ray.machine.cpus import usable_cpus
+from dinov3_ray.machine.processes import STARTED, STATE, read_stat
 from dinov3_ray.machine.ray_folder import RayFolder
 from dinov3_ray.pool.address import NAMESPACE, Address
 from dinov3_ray.pool.probe import Obstacle, find_obstacle
@@ -422,12 +423,8 @@ def process_start(pid: int) -> str:
 
     A process number may be given to another process later; number and start together name one process for good.
     """
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return ""
-    fields = stat.rpartition(")")[2].split()
-    return "" if fields[0] in "ZX" else fields[19]
+    stat = read_stat(Path(f"/proc/{pid}"))
+    return "" if stat is None or stat[1][STATE] in "ZX" else stat[1][STARTED]
 
 
 @contextlib.contextmanager

@@ -111,7 +111,8 @@ class PoolKeys(CheckedModel):
     """The number of replicas, or [min, max], within which it moves with the load. auto: one for each free GPU, or one
     where there is none; it leaves the number of a running pool unchanged."""
     leave_gpus: Annotated[float, Field(ge=0), BeforeValidator(parse_leave_gpus)] = 0
-    """With replicas auto: GPUs of the cluster that the pool leaves to others, such as trainers."""
+    """With replicas auto: GPUs of the cluster that the pool leaves to others, such as trainers. It counts when the pool
+    starts."""
     teacher: TeacherSection
     """What the pool serves."""
     placement: PlacementSection = PlacementSection()
@@ -202,8 +203,13 @@ class Change:
     after: str
 
     @property
+    def section(self) -> str:
+        """The key of the file that it is, or is in; a file of the teacher is in ``teacher``."""
+        return re.split(r"[. ]", self.key)[0]
+
+    @property
     def rolling(self) -> bool:
-        return self.key != "replicas"
+        return self.section != "replicas"
 
     def __str__(self) -> str:
         return f"{self.key}: {self.before} -> {self.after}"
@@ -219,7 +225,9 @@ def changes_between(before: PoolSpec, after: PoolSpec) -> tuple[Change, ...]:
 
 
 def _entries(spec: PoolSpec) -> dict[str, str]:
-    """Every key of the file that describes a pool, with its value as text."""
+    """Every key of the file that describes a pool, with its value as text; not ``leave_gpus``, which counts when a pool
+    starts.
+    """
     teacher, placement = spec.given, spec.placement
     found: dict[str, object] = {
         "replicas": spec.low if spec.low == spec.high else f"[{spec.low}, {spec.high}]",

@@ -57,6 +57,7 @@ class PoolOptions(CheckedModel):
     """How a pool batches, bounds and watches. Each option is described here and nowhere else."""
 
     key_is: ClassVar[str] = "an option of a pool"
+    keys_are: ClassVar[str] = "options"
 
     max_batch: _Whole = 32
     """Images per forward pass at most; the client cuts larger batches and rejoins the results."""
@@ -228,14 +229,16 @@ class PoolSpec:
         return replace(self, placement=placement, replicas=parse_replicas(self.replicas, auto=auto))
 
     def pickled(self) -> PoolSpec:
-        """
+        """With the teacher as bytes, in which form it crosses to the controller.
+
         Raises:
             ConfigError: the teacher cannot be pickled.
         """
         return replace(self, teacher=pickle_teacher(self.given))
 
     def unpickled(self) -> PoolSpec:
-        """
+        """With the teacher that was pickled.
+
         Raises:
             ImportError, AttributeError: the teacher is a factory that this process does not have.
         """

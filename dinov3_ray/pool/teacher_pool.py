@@ -407,7 +407,7 @@ def _require_same(name: str, running: PoolSpec, wanted: PoolSpec, placement: Pla
     if wanted.replicas == "auto":
         wanted = replace(wanted, replicas=running.replicas)
     changes = changes_between(running, wanted.resolved(placement, auto=1))
-    of_teacher = "; ".join(str(change) for change in changes if change.key.startswith("teacher"))
+    of_teacher = "; ".join(str(change) for change in changes if change.section == "teacher")
     if of_teacher:
         raise PoolExistsError(
             f"a pool named {name!r} is running already, with another teacher ({of_teacher}): give this one another "

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path, PurePath
 
-from dinov3_ray.config.directory import CONFIG_FILE, convert_command
+from dinov3_ray.config.directory import CONFIG_FILE, conversion_remedy
 from dinov3_ray.config.hub.access import HubAccess, carried_access
 from dinov3_ray.config.hub.repository import Repository
 from dinov3_ray.config.hub.snapshots import (
@@ -130,7 +130,7 @@ def resolve(root: str | PathLike[str], revision: str | None = None, *, folder: s
 def _what_else(directory: Path, text: str) -> str:
     if directory.exists():
         in_one = (directory.parent / CONFIG_FILE).is_file()
-        return f"{directory} is a file: {'name its folder' if in_one else convert_command(directory)}"
+        return f"{directory} is a file: {'name its folder' if in_one else conversion_remedy(directory)}"
     found = re.match(
         r"(?:hf://|https?://[^/]+/)(?:models/)?([^/]+/[^/?#@]+)(?:/(?:tree|blob|resolve)/([^/?#]+))?", text
     )

@@ -66,8 +66,8 @@ def extract(
 
     Args:
         source: a folder, file, glob or URI of images, WebDataset shards (.tar) or Parquet files; or a Ray Dataset with
-            a column of images (bytes, or uint8 arrays) and one of ids. A Dataset's first rows are computed twice, to
-            see what it holds. It is read again when it is resumed, and must give its rows in the same order (shuffle
+            a column of images (encoded, or pixels as arrays) and one of ids. A Dataset's first rows are computed twice,
+            to see what it holds. It is read again when it is resumed, and must give its rows in the same order (shuffle
             with a seed); finished rows are dropped from it.
         out: a folder; local, or a URI.
         config: the teacher: a configuration, the path of a model directory, a hub id, or a picklable factory.

@@ -19,6 +19,7 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from dinov3_ray.machine.processes import STARTED, STATE, read_stat
 from dinov3_ray.pool.replica.actor import ReplicaProcess
 
 __all__ = ["end_hung", "kill_process", "living_threads", "stuck_text"]
@@ -78,19 +79,14 @@ def living_threads(pid: int, started: str, proc: Path = Path("/proc")) -> list[s
     A process holds its memory and devices until its last thread has ended: its first one may be a zombie long before,
     while another is stuck in a driver.
     """
-    if not started or _stat(proc / str(pid), _STARTED) != started:
+    if not started or _stat(proc / str(pid), STARTED) != started:
         return []
     with contextlib.suppress(OSError):
-        states = [_stat(thread, _STATE) for thread in (proc / str(pid) / "task").iterdir()]
+        states = [_stat(thread, STATE) for thread in (proc / str(pid) / "task").iterdir()]
         return sorted(state for state in states if state not in ("", "Z", "X"))
     return []
 
 
-_STATE, _STARTED = 0, 19  # fields of a stat file, counted from behind the name
-
-
 def _stat(folder: Path, field: int) -> str:
-    try:
-        return (folder / "stat").read_text().rpartition(")")[2].split()[field]
-    except OSError:
-        return ""
+    stat = read_stat(folder)
+    return "" if stat is None else stat[1][field]

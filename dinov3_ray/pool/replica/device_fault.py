@@ -17,7 +17,7 @@ import torch
 
 from dinov3_ray.errors import DinoV3Error
 
-__all__ = ["DeviceFault", "chain_of", "device_fault", "drop_frames", "first_line"]
+__all__ = ["DeviceFault", "chain_of", "device_fault", "drop_frames"]
 
 
 class DeviceFault(StrEnum):
@@ -76,12 +76,6 @@ def device_fault(error: BaseException) -> DeviceFault | None:
     """
     found = {_fault_of(one) for one in chain_of(error)}
     return next((fault for fault in (DeviceFault.LOST, DeviceFault.MEMORY) if fault in found), None)
-
-
-def first_line(error: BaseException) -> str:
-    """``error`` in one line for people: its type, and the first line of its message."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def drop_frames(error: BaseException) -> None:

@@ -12,11 +12,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from dinov3_ray.errors import DeviceMemoryError
+from dinov3_ray.errors import DeviceMemoryError, first_line
 from dinov3_ray.features import FeatureSpec
 from dinov3_ray.images import ImageBatch
 from dinov3_ray.model.device import empty_cache
-from dinov3_ray.pool.replica.device_fault import DeviceFault, device_fault, drop_frames, first_line
+from dinov3_ray.pool.replica.device_fault import DeviceFault, device_fault, drop_frames
 from dinov3_ray.pool.replica.device_pipeline import DevicePass, DevicePipeline, Results, pad_batch
 from dinov3_ray.pool.replica.kind_limits import ImageKind, KindLimits
 

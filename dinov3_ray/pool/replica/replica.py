@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from dinov3_ray.errors import DeviceLostError, DeviceMemoryError, InputError, PoolClosedError, SpecError
+from dinov3_ray.errors import DeviceLostError, DeviceMemoryError, InputError, PoolClosedError, SpecError, first_line
 from dinov3_ray.images import ImageBatch
 from dinov3_ray.model.device import settle_thread
 from dinov3_ray.pool.messages import (
@@ -36,7 +36,7 @@ from dinov3_ray.pool.messages import (
     StageSeconds,
     TeacherInfo,
 )
-from dinov3_ray.pool.replica.device_fault import DeviceFault, device_fault, drop_frames, first_line
+from dinov3_ray.pool.replica.device_fault import DeviceFault, device_fault, drop_frames
 from dinov3_ray.pool.replica.device_pipeline import (
     DevicePass,
     DevicePipeline,

@@ -111,9 +111,9 @@ class RayTransport:
             if error is None:
                 on_view(future.result())
             elif isinstance(error, ray.exceptions.ActorDiedError):
-                on_view(Gone(_first_line(error)))  # for good: it is restarted as long as its pool lives
+                on_view(Gone(_reason(error)))  # for good: it is restarted as long as its pool lives
             else:
-                on_view(Unreachable(_first_line(error)))
+                on_view(Unreachable(_reason(error)))
 
         ref.future().add_done_callback(watched)
 
@@ -139,9 +139,9 @@ class RayTransport:
                 except Exception as unreadable:  # noqa: BLE001 - unpickling runs foreign code; an answer is never lost
                     on_answer(unreadable)
             elif isinstance(error, (ray.exceptions.ActorUnavailableError, ray.exceptions.ObjectLostError)):
-                on_answer(Unreachable(_first_line(error)))
+                on_answer(Unreachable(_reason(error)))
             elif isinstance(error, ray.exceptions.RayActorError):
-                on_answer(Gone(_first_line(error)))
+                on_answer(Gone(_reason(error)))
             else:
                 on_answer(error)
 
@@ -195,5 +195,6 @@ class RayTransport:
             self._controller.leave.remote(client_id)
 
 
-def _first_line(error: BaseException) -> str:
+def _reason(error: BaseException) -> str:
+    """The first line of Ray's message, which says more than the type."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

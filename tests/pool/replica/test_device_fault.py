@@ -9,8 +9,8 @@ import pytest
 import torch
 from faulty import CudaError
 
-from dinov3_ray.errors import DeviceMemoryError, InputError, NumericsError, PoolError
-from dinov3_ray.pool.replica.device_fault import DeviceFault, chain_of, device_fault, first_line
+from dinov3_ray.errors import DeviceMemoryError, InputError, NumericsError, PoolError, first_line
+from dinov3_ray.pool.replica.device_fault import DeviceFault, chain_of, device_fault
 
 ADVICE = (
     "\nCUDA kernel errors might be asynchronously reported at some other API call, so the trace might be incorrect."
