@@ -71,9 +71,9 @@ def test_no_gpu_where_one_is_asked_for() -> None:
 
 def test_old_versions() -> None:
     assert check_versions(installed_versions()).verdict is Severity.FINE
-    found = check_versions({**installed_versions(), "ray": "2.53.1"})
-    assert (found.verdict, found.message) == (Severity.PROBLEM, "ray is 2.53.1, older than 2.54")
-    assert "pip install 'ray>=2.54'" in found.remedy
+    found = check_versions({**installed_versions(), "ray": "2.57.1"})
+    assert (found.verdict, found.message) == (Severity.PROBLEM, "ray is 2.57.1, older than 2.59")
+    assert "pip install 'ray>=2.59'" in found.remedy
 
 
 def test_the_least_versions_are_those_of_the_package() -> None:

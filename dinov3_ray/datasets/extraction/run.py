@@ -260,7 +260,7 @@ class Run:
             batch_format="numpy",
             num_cpus=self.allocation.num_cpus,
             num_gpus=self.allocation.num_gpus or None,
-            **actor_strategy(self.allocation.replicas),
+            compute=actor_strategy(self.allocation.replicas),
         )
         column = self.blocks.describe().get("image_column")
         with unifying(column), watching(self.allocation), execution(dataset.context, ordered=self.blocks.ordered):

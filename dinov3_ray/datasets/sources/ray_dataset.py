@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -98,18 +97,14 @@ def _choose_named(names: Sequence[str], given: str | None, usual: Sequence[str],
 _CALLS = 3  # an actor's at a time: one waits for pixels, one computes, one writes
 
 
-def actor_strategy(size: int) -> dict[str, Any]:
-    """Arguments of ``map_batches`` for a pool of actors that take several calls at a time.
-
-    The number of calls is an argument of the strategy in newer releases (2.60 has it, 2.54 has not), and an actor's own
-    option in older ones, where newer ones deprecate it.
-    """
-    options: dict[str, Any] = {"size": size, "max_tasks_in_flight_per_actor": 2 * _CALLS}
-    options["enable_true_multi_threading"] = True
-    parameters = inspect.signature(ray.data.ActorPoolStrategy.__init__).parameters
-    if "max_concurrent_calls_per_actor" in parameters:
-        return {"compute": ray.data.ActorPoolStrategy(**options, max_concurrent_calls_per_actor=_CALLS)}
-    return {"compute": ray.data.ActorPoolStrategy(**options), "max_concurrency": _CALLS}
+def actor_strategy(size: int) -> ray.data.ActorPoolStrategy:
+    """For ``map_batches``: a pool of actors that take several calls at a time."""
+    return ray.data.ActorPoolStrategy(
+        size=size,
+        max_tasks_in_flight_per_actor=2 * _CALLS,
+        max_concurrent_calls_per_actor=_CALLS,
+        enable_true_multi_threading=True,
+    )
 
 
 @contextmanager
