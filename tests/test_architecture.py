@@ -226,6 +226,7 @@ def test_the_lower_floors_know_no_ray() -> None:
     assert not {name for name in users if floor_of(name) <= floor_of("training")}
 
 
+@pytest.mark.slow
 def test_the_local_teacher_works_without_importing_ray_or_transformers(tiny_checkpoint: Path) -> None:
     program = """
 import sys
@@ -257,6 +258,7 @@ assert "pydantic" in sys.modules
     subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
 
 
+@pytest.mark.slow
 def test_a_controller_a_look_at_a_pool_and_the_plan_of_an_extraction_do_without_torch() -> None:
     # It takes seconds to load, and replicas settle how its threads wait before they load it.
     program = """

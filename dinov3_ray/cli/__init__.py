@@ -32,7 +32,7 @@ class Lazy(NamedTuple):
 class LazyGroup(click.Group):
     """A group that imports a command when it runs, and reports the package's own errors without a traceback.
 
-    What asks a command to end, Ctrl-C or a scheduler's SIGTERM, lets it clean up; the exit status tells the signal.
+    What asks a command to end, Ctrl-C or a scheduler's SIGTERM, lets it clean up; the exit status names the signal.
     """
 
     def __init__(self, *arguments: Any, lazy: Mapping[str, Lazy], **options: Any) -> None:

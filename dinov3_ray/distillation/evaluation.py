@@ -36,7 +36,7 @@ _UNREADABLE = -1
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """Shares, 0 to 1, of the held-out images whose class was told right."""
+    """Shares, 0 to 1, of the held-out images whose class was predicted."""
 
     knn: float
     linear: float
@@ -166,7 +166,7 @@ def _held_out(labels_N: Tensor) -> Tensor:
 def knn_accuracy(
     seen_ND: Tensor, classes_N: Tensor, unseen_MD: Tensor, truth_M: Tensor, *, k: int = _NEIGHBOURS
 ) -> float:
-    """The share of ``unseen`` vectors whose class their ``k`` nearest neighbours tell; a vote weighs exp(cos/0.07).
+    """The share of ``unseen`` vectors whose class their ``k`` nearest neighbours predict; a vote weighs exp(cos/0.07).
 
     Source: Wu et al. (arXiv 1805.01978), as in DINO's evaluation (arXiv 2104.14294), with k = 20.
     """
@@ -178,7 +178,7 @@ def knn_accuracy(
 
 
 def linear_accuracy(seen_ND: Tensor, classes_N: Tensor, unseen_MD: Tensor, truth_M: Tensor) -> float:
-    """The share of ``unseen`` vectors whose class a logistic regression on standardised ``seen`` ones tells.
+    """The share of ``unseen`` vectors whose class a logistic regression on standardised ``seen`` ones predicts.
 
     It minimises the mean cross-entropy plus 0.001/2 · |W|², by L-BFGS from W = 0.
     """

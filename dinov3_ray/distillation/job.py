@@ -45,7 +45,7 @@ log = logging.getLogger("dinov3_ray")
 
 _LOG_EVERY = 10  # steps from one row of metrics.csv to the next, at most: a tenth of a run is a row at least
 _MOST_WORKERS = 8
-_TOLD = 5  # unreadable images that are told one by one
+_TOLD = 5  # unreadable images that are reported one by one
 _WARMUP = 0.05  # of all steps
 _FEW = 20_000  # images, up to which LightlyTrain makes its queue about a quarter as long
 
@@ -286,7 +286,7 @@ def _tapped(backbone: StudentBackbone, layers: tuple[str, ...], stride: int | No
 
 
 class _BackboneJob:
-    """What :func:`distill_backbone` does, once all is there but for the teacher: what is wrong is told before it is."""
+    """What :func:`distill_backbone` does once all but the teacher is there: mistakes are reported before that."""
 
     def __init__(
         self,

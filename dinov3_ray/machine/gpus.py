@@ -1,4 +1,4 @@
-"""Whether this machine has GPUs, told without loading torch or a driver's library."""
+"""Finds out whether this machine has GPUs, without loading torch or a driver's library."""
 
 from __future__ import annotations
 

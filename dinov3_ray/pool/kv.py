@@ -1,4 +1,4 @@
-"""Facts that outlive the processes which they are about, in the key-value store of Ray's head.
+"""Facts about processes that outlive them, in the key-value store of Ray's head.
 
 There are four about a pool: its declaration, which a restarted controller reads; the process of each replica, which it
 must know of one that does not answer; for a request whose replicas died, which replica began to compute it; and why a

@@ -24,6 +24,8 @@ __all__ = ["METRICS", "ClientSeconds", "Kind", "Metric", "Publisher", "Sample"]
 
 
 class Kind(StrEnum):
+    """A metric's type, as Prometheus has it."""
+
     COUNTER = "counter"  # only grows; ask Prometheus for its rate
     GAUGE = "gauge"  # how things stand now
 

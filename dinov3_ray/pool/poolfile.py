@@ -55,6 +55,8 @@ _Label = Annotated[str, Field(strict=True, min_length=1), _TEXT]
 
 
 class TeacherSection(ModelOptions):
+    """The model that a pool serves, and how it computes."""
+
     key_is: ClassVar[str] = _KEY_IS
 
     root: Annotated[str, Field(strict=True), rule("must be the path of a model directory, or a hub id (owner/name)")]
@@ -71,6 +73,8 @@ class TeacherSection(ModelOptions):
 
 
 class PlacementSection(ReplicaResources):
+    """What each replica reserves, and on which nodes."""
+
     key_is: ClassVar[str] = _KEY_IS
 
     accelerator: _Label | None = None

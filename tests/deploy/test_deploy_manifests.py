@@ -53,6 +53,7 @@ def closed(schema: Any) -> Any:
     return schema
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "crd"), [("RayCluster", "rayclusters"), ("RayJob", "rayjobs")])
 def test_kuberay_crds(kind: str, crd: str) -> None:
     path = CRDS / f"ray.io_{crd}.yaml"

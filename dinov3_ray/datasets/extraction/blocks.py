@@ -179,7 +179,7 @@ class ListedBlocks:
         return sum(sizes), sum(sizes[index] for index in self._todo)
 
     def check_finished(self, manifest: Mapping[str, Any]) -> None:  # noqa: ARG002 - its listing says how many
-        """Of a finished run nothing is read again: its source need not even be there, unless it is told to be."""
+        """A finished run reads nothing again: its source need not be there, unless the caller says where it is."""
         if self._moved and len(block_rows(self._folder)):
             check_there(self._source, load_block(self._folder, 0), moved=True)
 

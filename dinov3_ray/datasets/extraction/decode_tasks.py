@@ -2,7 +2,7 @@
 
 Tasks are started a few at a time, and what they give is handed on in order. If a task ends its process, or runs
 out of memory, its halves are tried, down to the one image whose fault it is. Any other error of a task is not an
-image's fault: what is wrong with an image is found and told without an error.
+image's fault: what is wrong with an image is found and reported without an error.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""GPUs that the cluster has lost since a run began, which the run tells of."""
+"""Notices GPUs that the cluster has lost since a run began, so that the run can report them."""
 
 from __future__ import annotations
 

@@ -59,8 +59,8 @@ def probe_on_ray(
 class EarlyProbe:
     """A probe that begins now, on this machine's CPUs, in a process that :meth:`close` ends.
 
-    What it finds only saves time. Where it fails, the run probes on Ray: only that probe tells an image's
-    fault from the teacher's, or from that of a process, and it fails with the error that the user sees.
+    What it finds only saves time. Where it fails, the run probes on Ray: only that probe distinguishes an
+    image's fault from the teacher's, or from that of a process, and it fails with the error that the user sees.
 
     Args:
         teacher: a configuration, pickled.

@@ -88,8 +88,8 @@ def open_source(
     A glob has ``*``, ``?``, ``[...]``, ``**`` and ``{a,b}``; its extensions match in any case, its other names exactly.
 
     Where files have an image's extension, those are the images: labels, caches and whatever else lies beside them is
-    left out, and told. Else, if some are Parquet or tar, those are read; else each file is an image, whatever its name.
-    Of image files, tar files and Parquet files with a column of images, a source has one kind only.
+    left out and reported. Else, if some are Parquet or tar, those are read; else each file is an image, whatever its
+    name. Of image files, tar files and Parquet files with a column of images, a source has one kind only.
     Files and folders whose names begin with a dot are left out.
 
     Args:

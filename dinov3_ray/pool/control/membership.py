@@ -25,18 +25,24 @@ _HOPELESS_WAVES = 3  # waves of failed starts, none between them having succeede
 
 
 class ActionKind(StrEnum):
+    """What a controller does with a replica."""
+
     START = "start"
     DRAIN = "drain"
 
 
 @dataclass(frozen=True, slots=True)
 class Action:
+    """What the controller shall do next."""
+
     kind: ActionKind
     replica_id: str
 
 
 @dataclass(slots=True)
 class Member:
+    """A replica, its teacher's generation, and its state since a time."""
+
     replica_id: str
     generation: int
     state: MemberState

@@ -103,7 +103,7 @@ class GradientShare(nn.Module):
         self._expected += self._expected <= _PATIENCE
 
     def watch(self, tensor: Tensor, factor: Tensor) -> Tensor:
-        """An alias of ``tensor`` for the distillation's loss, by whose gradient it is told from the task's.
+        """An alias of ``tensor`` for the distillation's loss, whose gradient distinguishes it from the task's.
 
         Args:
             tensor: what the student computes with, too.
