@@ -38,7 +38,7 @@ from dinov3_ray.errors import ConfigError
 from dinov3_ray.features import Features, FeatureSpec
 from dinov3_ray.images import Images
 from dinov3_ray.integrations.loader import TargetLoader
-from dinov3_ray.integrations.state_apart import StateApart
+from dinov3_ray.integrations.side_state import SideState
 from dinov3_ray.pool.client.remote import RemoteTeacher
 from dinov3_ray.training.boxes import Boxes
 from dinov3_ray.training.distiller import Distiller
@@ -131,7 +131,7 @@ class DistillingTrainer(Trainer):  # type: ignore[misc] # transformers is treate
         self._depth, self._on_reload = depth, on_reload
         self._loaded_from = ""
         self._losses: Distiller | None = None
-        self._projector_state: StateApart | None = None
+        self._projector_state: SideState | None = None
         self._equal_on_ranks = False
         self._epoch = _CurrentEpoch()
         self._stream: Prefetch[Any, Features] | None = None
@@ -193,7 +193,7 @@ class DistillingTrainer(Trainer):  # type: ignore[misc] # transformers is treate
             if projectors and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
                 raise ConfigError("a projector must be trained without FSDP and DeepSpeed (use DDP, or loss='gram')")
             optimizer.param_groups[-1]["params"].extend(projectors)
-            self._projector_state = StateApart(optimizer, projectors)
+            self._projector_state = SideState(optimizer, projectors)
         return optimizer
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
@@ -280,7 +280,7 @@ class DistillingTrainer(Trainer):  # type: ignore[misc] # transformers is treate
         if self.args.should_save and self._losses is not None and self._projector_state is not None:
             saved = {
                 "losses": self._losses.state_dict(),
-                "optimizer": self._projector_state.current(),
+                "optimizer": self._projector_state.state(),
                 **self._made_of(),
             }
             torch.save(saved, Path(output_dir) / _FILE)
@@ -375,7 +375,7 @@ class DistillingTrainer(Trainer):  # type: ignore[misc] # transformers is treate
             self._losses.load_state_dict(saved["losses"])
         except RuntimeError as error:
             raise ConfigError(f"taps and loss must be those that {file} was saved with; got {error}") from error
-        self._projector_state.restore(saved["optimizer"])
+        self._projector_state.load(saved["optimizer"])
 
     def _make_stream(self) -> Prefetch[Any, Features]:
         teacher, depth, steps = self._opened(), self._depth, self.args.gradient_accumulation_steps

@@ -46,7 +46,7 @@ from dinov3_ray.features import Features
 from dinov3_ray.integrations.distillation_options import Distillation
 from dinov3_ray.integrations.levels import named_levels
 from dinov3_ray.integrations.loader import TargetLoader
-from dinov3_ray.integrations.side_group import SideGroup
+from dinov3_ray.integrations.side_state import SideState
 from dinov3_ray.pool.client.remote import RemoteTeacher
 from dinov3_ray.training.boxes import Boxes
 from dinov3_ray.training.distiller import Distiller
@@ -81,7 +81,7 @@ class _DistillationTrainer:
         self.distillation = Distillation(**given)
         self._client: RemoteTeacher | None = None
         self._loss: Distiller | None = None
-        self._group: SideGroup | None = None
+        self._side: SideState | None = None
         self._criterion: _Criterion | None = None
         super().__init__(cfg, overrides, _callbacks)  # type: ignore[call-arg] # the trainer's, next in line
         if self._self.args.distill_model is not None:
@@ -142,7 +142,7 @@ class _DistillationTrainer:
         self._loss = self._make_distiller()
         projectors = list(self._loss.parameters())
         if projectors:
-            self._group = SideGroup(optimizer, projectors, _LOSS)
+            self._side = SideState.in_own_group(optimizer, projectors, _LOSS)
         return optimizer
 
     def _setup_train(self) -> None:
@@ -185,7 +185,7 @@ class _DistillationTrainer:
         Nothing is ours in a file that was begun without it.
         """
         names = [f"train/{_LOSS}"]
-        if self._group is not None:
+        if self._side is not None:
             names.append(f"lr/pg{len(self._self.optimizer.param_groups) - 1}")
         own = {name: metrics.pop(name) for name in names if name in metrics}
         file: Path = self._self.csv
@@ -202,7 +202,7 @@ class _DistillationTrainer:
             "options": self.distillation.to_resume(),
             "layers": list(self._loss.tap.names),
             "loss": self._loss.state_dict(),
-            "optimizer": self._group.state() if self._group else [],
+            "optimizer": self._side.state() if self._side else [],
         }
         file = self._self.wdir / _PROJECTOR_FILE
         torch.save(state, file.with_suffix(".part"))
@@ -238,8 +238,8 @@ class _DistillationTrainer:
                 f"teacher, recipe and distill_kind must be those of the run which is resumed; {error} "
                 f"(delete {_PROJECTOR_FILE}, and the projectors begin anew)"
             ) from error
-        if self._group is not None:
-            self._group.load(saved["optimizer"])
+        if self._side is not None:
+            self._side.load(saved["optimizer"])
 
     def _teacher(self) -> AnyTeacher:
         teacher = self.distillation.teacher

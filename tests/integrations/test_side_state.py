@@ -1,4 +1,4 @@
-"""A parameter group that an optimizer trains, and that its checkpoints do not have."""
+"""Parameters that an optimizer trains, and its checkpoints do not have: a group of their own, or the last of one."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 
-from dinov3_ray.integrations.side_group import SideGroup
+from dinov3_ray.integrations.side_state import SideState
 
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "sgd": {"class": SGD, "momentum": 0.9, "nesterov": True},
@@ -37,6 +37,14 @@ def parts(name: str) -> tuple[nn.Module, nn.Module, Optimizer]:
     )
 
 
+def aside(optimizer: Optimizer, projector: nn.Module, own_group: bool) -> SideState:
+    parameters = list(projector.parameters())
+    if own_group:
+        return SideState.in_own_group(optimizer, parameters, "side")
+    optimizer.param_groups[-1]["params"].extend(parameters)
+    return SideState(optimizer, parameters)
+
+
 def step(model: nn.Module, projector: nn.Module, optimizer: Optimizer) -> None:
     inputs = torch.arange(15.0).view(5, 3).sin()
     optimizer.zero_grad()
@@ -54,10 +62,11 @@ def same_tree(one: Any, other: Any) -> bool:
     return bool(one == other)
 
 
+@pytest.mark.parametrize("own_group", [True, False])
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_the_state_is_that_of_an_optimizer_without_the_group(name: str) -> None:
+def test_the_state_is_that_of_an_optimizer_without_them(name: str, own_group: bool) -> None:
     model, projector, optimizer = parts(name)
-    SideGroup(optimizer, list(projector.parameters()), "side")
+    aside(optimizer, projector, own_group)
     before = projector.weight.detach().clone()
     step(model, projector, optimizer)
     assert not torch.equal(projector.weight, before)
@@ -66,40 +75,42 @@ def test_the_state_is_that_of_an_optimizer_without_the_group(name: str) -> None:
         other.grad = None if own.grad is None else own.grad.clone()
     plain.step()
     assert same_tree(optimizer.state_dict(), plain.state_dict())
-    assert optimizer.param_groups[-1]["param_group"] == "side"
+    assert (optimizer.param_groups[-1]["param_group"] == "side") == own_group
     assert optimizer.param_groups[-1]["lr"] == 0.1
     assert all(optimizer.param_groups[-1][key] == value for key, value in OPTIMIZERS[name].items() if key != "class")
 
 
+@pytest.mark.parametrize("own_group", [True, False])
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_it_goes_on_where_it_was(name: str) -> None:
+def test_it_goes_on_where_it_was(name: str, own_group: bool) -> None:
     model, projector, optimizer = parts(name)
-    group = SideGroup(optimizer, list(projector.parameters()), "side")
+    group = aside(optimizer, projector, own_group)
     step(model, projector, optimizer)
     saved = {
         "model": {key: value.clone() for key, value in model.state_dict().items()},
         "projector": {key: value.clone() for key, value in projector.state_dict().items()},
     }
-    plain, aside = torch.load(_stored(optimizer.state_dict())), torch.load(_stored(group.state()))
+    plain, kept = torch.load(_stored(optimizer.state_dict())), torch.load(_stored(group.state()))
     step(model, projector, optimizer)
 
     again_model, again_projector, again = parts(name)
-    resumed = SideGroup(again, list(again_projector.parameters()), "side")
+    resumed = aside(again, again_projector, own_group)
     again_model.load_state_dict(saved["model"])
     again_projector.load_state_dict(saved["projector"])
     again.load_state_dict(plain)
     assert not any(resumed.state())
-    resumed.load(aside)
-    assert same_tree(resumed.state(), aside)
+    resumed.load(kept)
+    assert same_tree(resumed.state(), kept)
     step(again_model, again_projector, again)
     assert same_tree(again_model.state_dict(), model.state_dict())
     assert same_tree(again_projector.state_dict(), projector.state_dict())
 
 
+@pytest.mark.parametrize("own_group", [True, False])
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_loading_a_plain_state_leaves_the_group_as_it_is(name: str) -> None:
+def test_loading_a_plain_state_leaves_theirs_as_it_is(name: str, own_group: bool) -> None:
     model, projector, optimizer = parts(name)
-    group = SideGroup(optimizer, list(projector.parameters()), "side")
+    group = aside(optimizer, projector, own_group)
     step(model, projector, optimizer)
     before = torch.load(_stored(group.state()))
     assert all(before)
@@ -107,7 +118,18 @@ def test_loading_a_plain_state_leaves_the_group_as_it_is(name: str) -> None:
     optimizer.load_state_dict(plain.state_dict())
     assert same_tree(group.state(), before)
     optimizer.load_state_dict(optimizer.state_dict())
-    assert len(optimizer.param_groups) == 3
+    assert len(optimizer.param_groups) == 2 + own_group
+
+
+def test_a_group_that_has_no_others_stays() -> None:
+    model, projector, _ = parts("adamw")
+    groups = [{"params": list(model.parameters())}, {"params": []}]
+    optimizer = AdamW([dict(group) for group in groups])
+    aside(optimizer, projector, own_group=False)
+    step(model, projector, optimizer)
+    plain = AdamW([dict(group) for group in groups])
+    plain.load_state_dict(optimizer.state_dict())
+    assert same_tree(plain.state_dict(), optimizer.state_dict())
 
 
 def _stored(state: Any) -> Any:

@@ -308,7 +308,7 @@ def test_a_distilled_checkpoint_resumes_with_projectors_and_options(
         def look(trainer: Any) -> None:
             state = trainer._loss.state_dict()
             assert all(torch.equal(state[name], saved["loss"][name]) for name in saved["loss"])
-            for own, other in zip(trainer._group.state(), saved["optimizer"], strict=True):
+            for own, other in zip(trainer._side.state(), saved["optimizer"], strict=True):
                 assert other
                 assert all(torch.equal(own[name], other[name]) for name in other)
 
