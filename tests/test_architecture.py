@@ -57,7 +57,7 @@ FLOORS = {
         ["rollout"],
     ],
     "datasets": [
-        ["cache_db", "formats", "folder", "meter"],
+        ["cache_db", "formats", "folder", "limits", "meter"],
         ["decode"],
         ["cache", "sources"],
         ["store"],

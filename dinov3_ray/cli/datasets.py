@@ -14,7 +14,7 @@ from dinov3_ray.cli.teacher_options import computing_options, model_options
 from dinov3_ray.cli.values import Colour, ImageSize, InputSize, Integers, Outputs, PillowPlugin, address_option
 from dinov3_ray.config import open_config
 from dinov3_ray.config.preprocessing import Size, ViewSize
-from dinov3_ray.datasets.formats import MAX_PIXELS
+from dinov3_ray.datasets.limits import MAX_PIXELS
 from dinov3_ray.errors import InputError, StoreError
 from dinov3_ray.feature_spec import RESULT_DTYPES, FeatureSpec
 from dinov3_ray.pool.address import NAMESPACE

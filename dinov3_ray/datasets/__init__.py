@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from dinov3_ray.datasets.exports.export import export
     from dinov3_ray.datasets.extraction.extract import extract
     from dinov3_ray.datasets.extraction.resources import Resources
-    from dinov3_ray.datasets.formats import MAX_PIXELS
+    from dinov3_ray.datasets.limits import MAX_PIXELS
     from dinov3_ray.datasets.sources.open import SourceOptions
     from dinov3_ray.datasets.store.reader import FeatureStore
     from dinov3_ray.datasets.stored import StoredTeacher, TargetDataset
@@ -29,7 +29,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "MAX_PIXELS": "dinov3_ray.datasets.formats",
+    "MAX_PIXELS": "dinov3_ray.datasets.limits",
     "CachedTeacher": "dinov3_ray.datasets.cache",
     "FeatureStore": "dinov3_ray.datasets.store.reader",
     "Resources": "dinov3_ray.datasets.extraction.resources",

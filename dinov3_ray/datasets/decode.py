@@ -34,7 +34,8 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from dinov3_ray.datasets.formats import MAX_PIXELS, Plugin, foreign_plugins, name_format, without_metadata
+from dinov3_ray.datasets.formats import Plugin, foreign_plugins, name_format, without_metadata
+from dinov3_ray.datasets.limits import MAX_PIXELS
 from dinov3_ray.errors import ConfigError, InputError
 
 __all__ = ["Decoder", "Unreadable", "UnreadableKind", "view_digest"]

@@ -1,4 +1,4 @@
-"""What encoded images are, beyond what Pillow reads of itself: size limit, plug-ins, other formats, idle metadata."""
+"""What encoded images are, beyond what Pillow reads of itself: plug-ins, names of other formats, idle metadata."""
 
 from __future__ import annotations
 
@@ -11,16 +11,12 @@ from PIL import Image
 
 __all__ = [
     "IMAGE_EXTENSIONS",
-    "MAX_PIXELS",
     "Plugin",
     "foreign_plugins",
     "has_image_name",
     "name_format",
     "without_metadata",
 ]
-
-MAX_PIXELS = 89_478_485
-"""Pillow's own threshold (a quarter of a gigabyte of RGB): beyond it, an image is taken for a decompression bomb."""
 
 IMAGE_EXTENSIONS = frozenset(
     {"apng", "avif", "bmp", "dib", "gif", "heic", "heif", "hif", "j2k", "jfif", "jp2", "jpe", "jpeg", "jpg", "jxl"}

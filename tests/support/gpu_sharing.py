@@ -57,6 +57,11 @@ def notice(pool: TeacherPool) -> str:
     return gpus.notice if gpus else ""
 
 
+def wait_for_free_gpus(number: int) -> None:
+    """Wait until Ray's head knows how many GPUs are free, by which ``"auto"`` goes: nodes report that now and then."""
+    until(lambda: ray.available_resources().get("GPU", 0) == number, f"{number} GPUs are free")
+
+
 def main() -> None:
     heard, seen = Heard(), {}
     start_lean_rays()
@@ -71,6 +76,7 @@ def main() -> None:
         remove_placement_group(trainer)
         seen["leave too many"] = refusal(ConfigError, leave_gpus=2)
 
+    wait_for_free_gpus(2)
     with start(replicas="auto") as pool:
         seen["taken"] = pool.status().target
         trainer = placement_group([{"GPU": 1, "CPU": 1}])
@@ -84,6 +90,7 @@ def main() -> None:
 
     trainer = placement_group([{"GPU": 2}])
     ray.get(trainer.ready(), timeout=60)
+    wait_for_free_gpus(0)
     seen["pool waits"] = refusal(PoolTimeoutError, replicas="auto", timeout=15.0)
     remove_placement_group(trainer)
 

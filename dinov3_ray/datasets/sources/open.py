@@ -14,7 +14,8 @@ from pyarrow import fs as pafs
 
 from dinov3_ray.datasets.decode import Decoder
 from dinov3_ray.datasets.folder import open_path
-from dinov3_ray.datasets.formats import MAX_PIXELS, foreign_plugins, has_image_name
+from dinov3_ray.datasets.formats import foreign_plugins, has_image_name
+from dinov3_ray.datasets.limits import MAX_PIXELS
 from dinov3_ray.datasets.sources.parquet import ParquetSource
 from dinov3_ray.datasets.sources.source import (
     DANGLING,
