@@ -77,13 +77,17 @@ def test_a_parameter_may_not_be_an_integer_though_a_buffer_may(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"num_attention_heads": 3}, CheckpointError, r"0\.attention\.k_proj\.bias: expected \[30\], found \[32\]"),
+        (
+            {"num_attention_heads": 3},  # which some releases of transformers build, and others do not
+            (CheckpointError, ConfigError),
+            r"0\.attention\.k_proj\.bias: expected \[30\], found \[32\]|hidden size 32 is not a multiple of the number",
+        ),
         ({"image_size": 70}, CheckpointError, r"position_embeddings: expected \[1, 26, 32\], found \[1, 82, 32\]$"),
         ({"hidden_act": "nope"}, ConfigError, r"config\.json: hidden_act must be one that .* dinov2; got 'nope'$"),
     ],
 )
 def test_a_config_of_another_shape_is_told_by_tensors_or_by_its_key(
-    tmp_path: Path, changes: dict[str, object], error: type[Exception], message: str
+    tmp_path: Path, changes: dict[str, object], error: Any, message: str
 ) -> None:
     root = write_transformers(tmp_path / "model", *KINDS["dinov2"])
     change_json(root / "config.json", **changes)
