@@ -9,14 +9,7 @@ from typing import Any, Literal
 
 from PIL import Image
 
-__all__ = [
-    "IMAGE_EXTENSIONS",
-    "Plugin",
-    "foreign_plugins",
-    "has_image_name",
-    "name_format",
-    "without_metadata",
-]
+__all__ = ["IMAGE_EXTENSIONS", "Plugin", "foreign_plugins", "has_image_name", "name_format", "without_metadata"]
 
 IMAGE_EXTENSIONS = frozenset(
     {"apng", "avif", "bmp", "dib", "gif", "heic", "heif", "hif", "j2k", "jfif", "jp2", "jpe", "jpeg", "jpg", "jxl"}
